@@ -1,0 +1,12 @@
+// From a run-time dtype tag to a template argument: WITH_STORAGE(dtype, T, { ... }) runs the block with T defined.
+#pragma once
+#include "vec.h"
+
+#define WITH_STORAGE(tag, T, ...)                                        \
+  switch (tag) {                                                         \
+    case ::internlm2::Dtype::f32: { using T = float; __VA_ARGS__ } break; \
+    case ::internlm2::Dtype::bf16: { using T = ::internlm2::bf16; __VA_ARGS__ } break; \
+    case ::internlm2::Dtype::f16: { using T = ::internlm2::f16; __VA_ARGS__ } break;   \
+    case ::internlm2::Dtype::f64: { using T = double; __VA_ARGS__ } break; \
+    default: break;                                                      \
+  }

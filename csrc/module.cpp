@@ -1,0 +1,32 @@
+// The Python module: facts for `doctor` and the tests. Operators are registered by their own files.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "runtime.h"
+
+namespace py = pybind11;
+using namespace internlm2;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native operators of internlm2_kernels; import torch first.";
+  m.def("build_info", [] {
+    py::dict info;
+    info["compiler"] = __VERSION__;
+    info["torch"] = INTERNLM2_BUILD_TORCH;
+#ifdef INTERNLM2_CUDA_ARCHS
+    info["cuda"] = INTERNLM2_CUDA_ARCHS;
+#else
+    info["cuda"] = "";
+#endif
+    return info;
+  }, "Compiler, torch version at build time, and the CUDA architectures (empty: built without nvcc).");
+  m.def("cpu_isa", [] { return std::string(isa_name(isa())); }, "Instruction set in use: avx512, avx2 or '' (none).");
+  m.def("best_cpu_isa", [] { return std::string(isa_name(best_isa())); }, "The most this processor offers.");
+  m.def("set_cpu_isa", [](const std::string& name) {
+    if (!set_isa(name)) {
+      throw py::value_error("set_cpu_isa: name: expected an instruction set of this processor (best: '" +
+                            std::string(isa_name(best_isa())) + "'), got '" + name + "'");
+    }
+  }, py::arg("name"), "Forces the AVX2 or the AVX-512 build of every kernel in this process.");
+  m.def("signatures", [] { return signatures(); }, "C++ signature of every registered overload, to test against schemas.");
+}

@@ -1,0 +1,46 @@
+// RMS normalization: the raw-pointer contract between binding and kernels. Formulas: internlm2_kernels/ops/rms_norm.py.
+#pragma once
+#include "types.h"
+
+namespace internlm2 {
+
+struct RmsNormFwd {
+  Dtype dtype, weight_dtype;  // weight: dtype or f32
+  Rows x_rows, residual_rows;
+  const void* x;
+  const void* residual;  // null: h is x, and h below is not written
+  const void* weight;
+  void *y, *h;  // contiguous [rows, cols]
+  void* rstd;   // [rows] float (double for f64)
+  int64_t cols;
+  double eps;
+  bool hf;  // round h * rstd to dtype before multiplying with weight
+};
+
+struct RmsNormBwd {
+  Dtype dtype, weight_dtype;
+  Rows dy_rows, dresidual_rows, h_rows;
+  const void *dy, *dresidual, *h, *weight, *rstd;  // dresidual may be null
+  void* dx;                                        // contiguous [rows, cols]
+  void* dweight;                                   // null: not wanted
+  void* partial;                                   // [chunks, cols] float or double, where dweight is wanted
+  int64_t cols, rows_per_chunk;                    // chunk c sums rows [c * rows_per_chunk, ...): fixed by rows alone
+  bool hf;
+};
+
+#define INTERNLM2_RMS_NORM_CPU                                             \
+  void rms_norm_fwd(const RmsNormFwd& a, int64_t begin, int64_t end);      \
+  void rms_norm_bwd(const RmsNormBwd& a, int64_t begin, int64_t end); /* chunks */ \
+  void rms_norm_bwd_dweight(const RmsNormBwd& a, int64_t chunks, int64_t begin, int64_t end); /* columns */
+
+namespace cpu {
+namespace AVX2 { INTERNLM2_RMS_NORM_CPU }
+namespace AVX512 { INTERNLM2_RMS_NORM_CPU }
+}  // namespace cpu
+
+namespace cuda {
+void rms_norm_fwd(const RmsNormFwd& a, void* stream);
+void rms_norm_bwd(const RmsNormBwd& a, int64_t chunks, void* stream);
+}  // namespace cuda
+
+}  // namespace internlm2

@@ -1,0 +1,79 @@
+#include "runtime.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+namespace internlm2 {
+namespace {
+
+Isa detect() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();  // checks the operating system's XSAVE state too
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) {
+    return Isa::none;
+  }
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return avx512 ? Isa::avx512 : Isa::avx2;
+#else
+  return Isa::none;
+#endif
+}
+
+Isa initial() {  // torch's own switch is honoured, so that one variable forces the whole process
+  const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
+  const Isa best = best_isa();
+  if (wanted != nullptr && best == Isa::avx512 && (!std::strcmp(wanted, "avx2") || !std::strcmp(wanted, "default"))) {
+    return Isa::avx2;
+  }
+  return best;
+}
+
+std::atomic<int>& current() {
+  static std::atomic<int> value{static_cast<int>(initial())};
+  return value;
+}
+
+std::atomic<bool> forked{false};
+
+std::map<std::string, std::string>& signature_map() {
+  static std::map<std::string, std::string> map;
+  return map;
+}
+
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+
+}  // namespace
+
+Isa isa() { return static_cast<Isa>(current().load(std::memory_order_relaxed)); }
+
+Isa best_isa() {
+  static const Isa best = detect();
+  return best;
+}
+
+bool set_isa(const std::string& name) {
+  for (Isa value : {Isa::avx2, Isa::avx512}) {
+    if (name == isa_name(value) && value <= best_isa()) {
+      current().store(static_cast<int>(value));
+      return true;
+    }
+  }
+  return false;
+}
+
+const char* isa_name(Isa value) { return value == Isa::avx512 ? "avx512" : value == Isa::avx2 ? "avx2" : ""; }
+
+bool in_forked_child() {
+  (void)fork_handler;
+  return forked.load(std::memory_order_relaxed);
+}
+
+void record_signature(const std::string& overload, const std::string& signature) { signature_map()[overload] = signature; }
+
+const std::map<std::string, std::string>& signatures() { return signature_map(); }
+
+}  // namespace internlm2

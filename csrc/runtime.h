@@ -1,0 +1,24 @@
+// Facts of the running process: the instruction set in use, whether this is a forked child, what was registered.
+#pragma once
+#include <map>
+#include <string>
+
+namespace internlm2 {
+
+enum class Isa : int { none = 0, avx2 = 1, avx512 = 2 };
+
+Isa isa();                                // in use now
+Isa best_isa();                           // the most this processor and operating system offer
+bool set_isa(const std::string& name);    // false where the processor lacks it
+const char* isa_name(Isa value);          // "", "avx2", "avx512"
+
+bool in_forked_child();
+
+void record_signature(const std::string& overload, const std::string& signature);
+const std::map<std::string, std::string>& signatures();
+
+}  // namespace internlm2
+
+// Calls the build of a CPU kernel for the instruction set in use.
+#define INTERNLM2_CPU(kernel, ...) \
+  (::internlm2::isa() == ::internlm2::Isa::avx512 ? cpu::AVX512::kernel(__VA_ARGS__) : cpu::AVX2::kernel(__VA_ARGS__))

@@ -1,0 +1,98 @@
+// The only way to libtorch: the stable ABI at version 2.10, so that one binary serves every torch from 2.10 on.
+// Bindings include this; kernels never do (they see raw pointers and the types of types.h).
+#pragma once
+#ifndef TORCH_TARGET_VERSION
+#define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 10) << 48))
+#endif
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "runtime.h"
+#include "types.h"
+
+namespace internlm2 {
+
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+inline Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case torch::headeronly::ScalarType::Float: return Dtype::f32;
+    case torch::headeronly::ScalarType::BFloat16: return Dtype::bf16;
+    case torch::headeronly::ScalarType::Half: return Dtype::f16;
+    case torch::headeronly::ScalarType::Double: return Dtype::f64;
+    case torch::headeronly::ScalarType::Int: return Dtype::i32;
+    case torch::headeronly::ScalarType::Long: return Dtype::i64;
+    case torch::headeronly::ScalarType::Char: return Dtype::i8;
+    default: STD_TORCH_CHECK(false, "internlm2_kernels: unsupported dtype");
+  }
+}
+
+// The dtype in which sums and statistics of `t` are kept.
+inline torch::headeronly::ScalarType accumulator_of(const Tensor& t) {
+  return t.scalar_type() == torch::headeronly::ScalarType::Double ? torch::headeronly::ScalarType::Double
+                                                                  : torch::headeronly::ScalarType::Float;
+}
+
+// A tensor seen as rows along its last dimension: at most two leading strides, which the public functions guarantee.
+inline Rows rows_of(const Tensor& t) {
+  const int64_t dim = t.dim();
+  STD_TORCH_CHECK(dim >= 1 && (t.size(dim - 1) <= 1 || t.stride(dim - 1) == 1), "internlm2_kernels: rows are strided");
+  if (dim == 1) return {1, 1, 0, 0};
+  if (dim == 2) return {t.size(0), 1, t.stride(0), 0};
+  if (dim == 3) return {t.size(0), t.size(1), t.stride(0), t.stride(1)};
+  STD_TORCH_CHECK(t.is_contiguous(), "internlm2_kernels: more than two leading strides");
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < dim; ++i) rows *= t.size(i);
+  return {rows, 1, t.size(dim - 1), 0};
+}
+
+inline Tensor empty_as(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
+
+inline void check_cpu() {
+  STD_TORCH_CHECK(isa() != Isa::none, "internlm2_kernels: the cpp backend needs a processor with AVX2, FMA and F16C");
+}
+
+inline void* data(const Tensor& t) { return t.mutable_data_ptr(); }
+inline const void* cdata(const Tensor& t) { return t.const_data_ptr(); }
+
+// Rows [0, n) in contiguous chunks, one a thread, on torch's own pool; in a forked child serially, since the pool's
+// threads do not exist there. `grain`: rows below which a second thread costs more than it saves.
+template <typename F>
+inline void for_rows(int64_t n, int64_t grain, const F& f) {
+  if (n <= 0) return;
+  if (n <= grain || in_forked_child()) return f(0, n);
+  torch::stable::parallel_for(0, n, grain, f);
+}
+
+// ---- registration: the dispatcher never compares a schema's types with C++'s, so each registration records its own.
+template <typename T> struct TypeName;
+template <> struct TypeName<Tensor> { static std::string get() { return "Tensor"; } };
+template <> struct TypeName<OptTensor> { static std::string get() { return "Tensor?"; } };
+template <> struct TypeName<double> { static std::string get() { return "float"; } };
+template <> struct TypeName<int64_t> { static std::string get() { return "int"; } };
+template <> struct TypeName<bool> { static std::string get() { return "bool"; } };
+template <> struct TypeName<void> { static std::string get() { return "()"; } };
+template <typename... T> struct TypeName<std::tuple<T...>> {
+  static std::string get() {
+    std::string all;
+    ((all += (all.empty() ? "" : ", ") + TypeName<T>::get()), ...);
+    return "(" + all + ")";
+  }
+};
+template <typename R, typename... A>
+std::string signature_of(R (*)(A...)) {
+  return TypeName<std::tuple<std::decay_t<A>...>>::get() + " -> " + TypeName<R>::get();
+}
+
+}  // namespace internlm2
+
+#define INTERNLM2_IMPL(library, name, function)                                                  \
+  ::internlm2::record_signature(name, ::internlm2::signature_of(&function)); \
+  library.impl(name, TORCH_BOX(&function))

@@ -1,0 +1,27 @@
+// Types shared by bindings and kernels. No torch, no CUDA: plain C++17.
+#pragma once
+#include <cstdint>
+
+namespace internlm2 {
+
+enum class Dtype : int { f32, bf16, f16, f64, i32, i64, i8 };
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+// Row i of a tensor begins at (i / inner) * outer_stride + (i % inner) * inner_stride; strides in elements.
+struct Rows {
+  int64_t outer, inner, outer_stride, inner_stride;
+#ifdef __CUDACC__
+  __host__ __device__
+#endif
+  int64_t count() const { return outer * inner; }
+#ifdef __CUDACC__
+  __host__ __device__
+#endif
+  int64_t offset(int64_t i) const {
+    return inner == 1 ? i * outer_stride : (i / inner) * outer_stride + (i % inner) * inner_stride;
+  }
+};
+
+}  // namespace internlm2

@@ -1,0 +1,194 @@
+"""The registry: one `Op` per operator, from which dispatch, tests, benchmarks and documentation are derived.
+
+An operator has *passes* (its registered functions: `fwd`, `bwd`, ...) and *backends*. Every pass x backend is one
+overload of the library `internlm2`: `internlm2::rms_norm_fwd.cpp`. Implementations attach by name:
+
+- `reference` is the contract file's plain PyTorch function; it is differentiated by PyTorch and needs no overload;
+- `cpp` and `cuda` are registered by the compiled library `_C`;
+- `triton` is the function `NAME_PASS` of `internlm2_kernels/_triton/NAME.py`, imported at its first call.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+OPS: dict[str, "Op"] = {}
+
+_library = torch.library.Library("internlm2", "FRAGMENT")
+_forced: str | None = None  # a plain module global: Dynamo guards it, which it cannot do with a ContextVar
+
+try:
+    from . import _C
+    NATIVE_ERROR: str | None = None
+except ImportError as error:
+    _C = None
+    NATIVE_ERROR = f"the compiled library is not here ({error}); see `python -m internlm2_kernels doctor`"
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem size: `kind` is smoke (every check), edge (odd sizes) or model (benchmarks)."""
+
+    kind: str
+    dims: dict[str, Any]
+
+    def __str__(self) -> str:
+        return "-".join(f"{key}{value}" for key, value in self.dims.items())
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Arguments of the public function by name; `grad` names those that take a gradient."""
+
+    inputs: dict[str, Any]
+    grad: tuple[str, ...] = ()
+
+    def to(self, dtype: torch.dtype) -> "Sample":
+        """A copy with every floating-point tensor converted to `dtype` (the gold run uses float64)."""
+        convert = lambda v: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v  # noqa: E731
+        return Sample({name: convert(value) for name, value in self.inputs.items()}, self.grad)
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """Everything that is known of one operator. See `architecture` in CONTRIBUTING.md for how each field is used.
+
+    `schemas` and `fakes` are keyed by pass. `eager` holds the PyTorch compositions that users would write: the first
+    is what the error ladder compares with, all are what the benchmark measures. `bytes` and `flops` take
+    `(dims, element_size, direction)` with direction `forward` or `backward` and count each input and output once.
+    `magnitude` gives the size of cancelling terms, by output or gradient name, where the gold itself cancels.
+    """
+
+    name: str
+    source: str
+    summary: str
+    reference: Callable
+    public: Callable
+    schemas: dict[str, str]
+    fakes: dict[str, Callable]
+    outputs: tuple[str, ...]
+    sample: Callable[[Case, torch.dtype, torch.device, torch.Generator], Sample]
+    cases: tuple[Case, ...]
+    eager: dict[str, Callable]
+    bytes: Callable[[dict, int, str], int]
+    flops: Callable[[dict, str], int]
+    backends: tuple[str, ...] = ("reference", "cpp", "triton")
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    directions: tuple[str, ...] = ("forward", "backward")
+    magnitude: Callable[[Sample, dict], dict[str, float]] | None = None
+    # (device type, dims) -> backend, where a recorded run shows another than the first usable to be faster
+    prefer: Callable[[torch.Tensor], str] | None = None
+    overloads: dict[str, dict[str, Any]] = field(default_factory=dict)
+    usable: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name in OPS:
+            raise ValueError(f"operator {self.name} is registered twice")
+        for pass_name, schema in self.schemas.items():
+            for backend in self.backends[1:]:
+                self._define(pass_name, schema, backend)
+        for device in ("cpu", "cuda"):
+            self.usable[device] = tuple(b for b in _ORDER[device] if why_not(self, b, device) is None)
+        OPS[self.name] = self
+
+    def _define(self, pass_name: str, schema: str, backend: str) -> None:
+        qualified = f"{self.name}_{pass_name}"
+        _library.define(f"{qualified}.{backend}{schema}")
+        if backend == "triton":
+            launcher = _lazy_launcher(self.name, qualified)
+            _library.impl(f"{qualified}.triton", launcher, "CUDA")
+            if INTERPRETED:
+                _library.impl(f"{qualified}.triton", launcher, "CPU")
+        torch.library.register_fake(f"internlm2::{qualified}.{backend}", self.fakes[pass_name], lib=_library)
+        packet = getattr(torch.ops.internlm2, qualified)
+        self.overloads.setdefault(pass_name, {})[backend] = getattr(packet, backend)
+
+    def select(self, tensor: torch.Tensor, backend: str | None) -> str:
+        """The backend for this call: `backend`, else `use_backend`'s, else the best measured one for the device."""
+        wanted = backend if backend is not None else _forced
+        usable = self.usable.get(tensor.device.type, ("reference",))
+        if wanted is None:
+            return usable[0] if self.prefer is None or tensor.device.type == "cpu" else self.prefer(tensor)
+        if wanted in usable:
+            return wanted
+        raise_unusable(self, wanted, tensor.device.type)
+
+
+# What the automatic choice tries, best first, until a recorded run says otherwise (`Op.prefer`).
+_ORDER = {"cpu": ("cpp", "reference", "triton"), "cuda": ("triton", "cuda", "reference")}
+
+
+def _lazy_launcher(name: str, qualified: str) -> Callable:
+    """Importing the package must not import Triton, so a launcher's module is imported at its first call."""
+    launcher = None
+
+    def call(*args: Any) -> Any:
+        nonlocal launcher
+        if launcher is None:
+            launcher = getattr(importlib.import_module(f"internlm2_kernels._triton.{name}"), qualified)
+        return launcher(*args)
+
+    return call
+
+
+def why_not(op: Op, backend: str, device: str) -> str | None:
+    """Why `backend` cannot run `op` on tensors of `device`; None if it can."""
+    if backend not in BACKENDS:
+        return f"there is no such backend; there are {', '.join(BACKENDS)}"
+    if backend not in op.backends:
+        return f"{op.name} has no {backend} implementation; it has {', '.join(op.backends)}"
+    if backend == "cpp":
+        if device != "cpu":
+            return f"it runs on CPU tensors, not on {device}"
+        return NATIVE_ERROR or (None if _C.cpu_isa() else "this processor has no AVX2")
+    if backend == "cuda":
+        if device != "cuda":
+            return f"it runs on CUDA tensors, not on {device}"
+        if NATIVE_ERROR:
+            return NATIVE_ERROR
+        return None if _C.build_info()["cuda"] else "the compiled library was built without nvcc"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        if device == "cpu" and not INTERPRETED:
+            return "it runs on CUDA tensors (on CPU only under TRITON_INTERPRET=1, for tests)"
+    return None
+
+
+def raise_unusable(op: Op, backend: str, device: str) -> None:
+    raise ValueError(f"{op.name}: backend={backend!r} cannot run here: {why_not(op, backend, device)}")
+
+
+@contextlib.contextmanager
+def use_backend(backend: str | None) -> Iterator[None]:
+    """Run every operator inside the block on `backend` (`reference`, `cpp`, `triton`, `cuda`; None: the best measured).
+
+    An operator that cannot run there raises `ValueError` with the reason. The setting belongs to the process, not to
+    the thread: `torch.compile` guards a module global and would silently keep a stale thread-local.
+    """
+    global _forced
+    _check_name("backend", backend)
+    previous, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def _check_name(origin: str, backend: str | None) -> None:
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{origin}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+_check_name("INTERNLM2_KERNELS_BACKEND", os.environ.get("INTERNLM2_KERNELS_BACKEND"))
+_forced = os.environ.get("INTERNLM2_KERNELS_BACKEND")

@@ -1,0 +1,193 @@
+"""RMS normalization, with an optional residual addition in the same pass."""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from .._checks import as_rows, check_choice, check_device, check_float, check_same, check_shape, fail
+from .._registry import Case, Op, Sample
+
+
+def reference(x, weight, eps=1e-5, residual=None, *, rounding="once"):
+    h = x if residual is None else x + residual
+    acc = torch.promote_types(h.dtype, torch.float32)
+    x_hat = h.to(acc)
+    x_hat = x_hat * torch.rsqrt(x_hat.square().mean(-1, keepdim=True) + eps)
+    if rounding == "hf":
+        x_hat = x_hat.to(h.dtype).to(acc)
+    y = (x_hat * weight.to(acc)).to(h.dtype)
+    return y if residual is None else (y, h)
+
+
+def _eager_functional(x, weight, eps=1e-5, residual=None, *, rounding="once"):
+    if rounding == "hf":
+        return _eager_explicit(x, weight, eps, residual, rounding=rounding)
+    h = x if residual is None else x + residual
+    if weight.dtype == h.dtype:
+        y = F.rms_norm(h, weight.shape, weight, eps)
+    else:
+        y = F.rms_norm(h.to(weight.dtype), weight.shape, weight, eps).to(h.dtype)
+    return y if residual is None else (y, h)
+
+
+def _eager_explicit(x, weight, eps=1e-5, residual=None, *, rounding="once"):
+    h = x if residual is None else x + residual
+    x_hat = h.float() if h.dtype != torch.float64 else h
+    x_hat = x_hat * torch.rsqrt(x_hat.pow(2).mean(-1, keepdim=True) + eps)
+    y = (weight * x_hat.to(h.dtype)).to(h.dtype)
+    return y if residual is None else (y, h)
+
+
+def _rstd_like(h):
+    return h.new_empty(h.shape[:-1], dtype=torch.promote_types(h.dtype, torch.float32))
+
+
+def _fake_fwd(x, weight, eps, hf):
+    return x.new_empty(x.shape), _rstd_like(x)
+
+
+def _fake_add_fwd(x, residual, weight, eps, hf):
+    return x.new_empty(x.shape), x.new_empty(x.shape), _rstd_like(x)
+
+
+def _fake_bwd(dy, dresidual, h, weight, rstd, hf, needs_dweight):
+    return h.new_empty(h.shape), weight.new_empty(weight.shape if needs_dweight else (0,))
+
+
+def _sample(case, dtype, device, generator):
+    rows, cols = case.dims["rows"], case.dims["cols"]
+    draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)  # noqa: E731
+    weight_dtype = torch.float32 if case.dims.get("weight") == "float32" and dtype != torch.float64 else dtype
+    inputs = {"x": draw(rows, cols).to(dtype), "weight": (1 + 0.1 * draw(cols)).to(weight_dtype)}
+    if case.dims.get("residual"):
+        inputs["residual"] = draw(rows, cols).to(dtype)
+    if "rounding" in case.dims:
+        inputs["rounding"] = case.dims["rounding"]
+    return Sample(inputs, tuple(name for name in ("x", "weight", "residual") if name in inputs))
+
+
+def _magnitude(sample, upstream):
+    """dx is a difference of two terms of size rstd * |dy * weight| that cancel when D is small."""
+    x, weight = sample.inputs["x"], sample.inputs["weight"]
+    h = x + sample.inputs["residual"] if "residual" in sample.inputs else x
+    if h.numel() == 0:
+        return {}
+    rstd = torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5)
+    size = float((rstd * upstream["y"] * weight).abs().max())
+    if "new_residual" in upstream:
+        size += float(upstream["new_residual"].abs().max())
+    return {"x": size, "residual": size}
+
+
+def _bytes(dims, size, direction):
+    tensors = (2 if direction == "forward" else 3) + (2 * bool(dims.get("residual")) if direction == "forward" else 0)
+    tensors += int(bool(dims.get("residual")) and direction == "backward")
+    return tensors * dims["rows"] * dims["cols"] * size + 4 * dims["rows"]
+
+
+RMS_NORM = Op(
+    name="rms_norm",
+    source="arXiv:1910.07467 eq. 4",
+    summary="RMS normalization, with residual addition in the same pass",
+    reference=reference,
+    public=lambda *args, **kwargs: rms_norm(*args, **kwargs),
+    schemas={
+        "fwd": "(Tensor x, Tensor weight, float eps, bool hf) -> (Tensor y, Tensor rstd)",
+        "add_fwd": "(Tensor x, Tensor residual, Tensor weight, float eps, bool hf) -> (Tensor y, Tensor h, Tensor rstd)",
+        "bwd": "(Tensor dy, Tensor? dresidual, Tensor h, Tensor weight, Tensor rstd, bool hf, bool needs_dweight)"
+               " -> (Tensor dx, Tensor dweight)",
+    },
+    fakes={"fwd": _fake_fwd, "add_fwd": _fake_add_fwd, "bwd": _fake_bwd},
+    outputs=("y", "new_residual"),
+    sample=_sample,
+    cases=(
+        Case("smoke", {"rows": 4, "cols": 64}),
+        Case("smoke", {"rows": 33, "cols": 129, "residual": True}),
+        Case("smoke", {"rows": 9, "cols": 96, "rounding": "hf"}),
+        Case("smoke", {"rows": 70, "cols": 256, "residual": True, "weight": "float32"}),
+        Case("edge", {"rows": 0, "cols": 64, "residual": True}),
+        Case("edge", {"rows": 1, "cols": 1}),
+        Case("edge", {"rows": 13, "cols": 1, "residual": True, "rounding": "hf"}),
+        Case("edge", {"rows": 1, "cols": 1023}),
+        Case("edge", {"rows": 65, "cols": 17}),
+        Case("edge", {"rows": 131, "cols": 31, "rounding": "hf", "weight": "float32"}),
+        Case("edge", {"rows": 3, "cols": 2053}),
+        *(Case("model", {"rows": 4096, "cols": cols, "residual": residual})
+          for residual in (False, True) for cols in (2048, 4096, 6144)),
+    ),
+    eager={"F.rms_norm": _eager_functional, "explicit": _eager_explicit},
+    bytes=_bytes,
+    flops=lambda dims, direction: (4 if direction == "forward" else 9) * dims["rows"] * dims["cols"],
+    backends=("reference", "cpp", "triton", "cuda"),
+    magnitude=_magnitude,
+)
+_FWD, _ADD_FWD, _BWD = (RMS_NORM.overloads[name] for name in ("fwd", "add_fwd", "bwd"))
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, residual, hf, backend):
+        if residual is None:
+            y, rstd = _FWD[backend](x, weight, eps, hf)
+            h = x
+        else:
+            y, h, rstd = _ADD_FWD[backend](x, residual, weight, eps, hf)
+        ctx.save_for_backward(h, weight, rstd)
+        ctx.hf, ctx.backend, ctx.has_residual = hf, backend, residual is not None
+        ctx.set_materialize_grads(False)
+        return y if residual is None else (y, h)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dresidual=None):
+        h, weight, rstd = ctx.saved_tensors
+        needs_x = ctx.needs_input_grad[0] or (ctx.has_residual and ctx.needs_input_grad[3])
+        if dy is None:  # y was not used: only the residual branch carries a gradient
+            dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+            return dresidual, dweight, None, dresidual if ctx.has_residual else None, None, None
+        dx, dweight = _BWD[ctx.backend](as_rows(dy), None if dresidual is None else as_rows(dresidual), h, weight, rstd,
+                                        ctx.hf, ctx.needs_input_grad[1])
+        dx = dx if needs_x else None
+        return dx, dweight if ctx.needs_input_grad[1] else None, None, dx if ctx.has_residual else None, None, None
+
+
+def rms_norm(x, weight, eps=1e-5, residual=None, *, rounding="once", backend=None):
+    """RMS normalization over the last dimension: y = h * rsqrt(mean(h^2) + eps) * weight, h = x (+ residual).
+
+    Shapes:   x [..., D], weight [D], residual as x -> y as x, or (y, new_residual) where residual is given
+    Dtypes:   x float32 | bfloat16 | float16 | float64, residual the same; weight x's dtype or float32; sums in float32
+              (float64 for float64). h is rounded to x's dtype, y is computed from the rounded h and rounded once;
+              rounding="hf" rounds h * rsqrt(...) to x's dtype before multiplying with weight, as the released model does
+    Backward: saves h (x itself where no residual is given), weight, rstd [...] float32: 4 bytes a row beyond h.
+              Deterministic: yes; a row of y and dx depends on nothing but that row
+    Errors:   ValueError for a shape, device, rounding or backend; TypeError for a dtype
+    Cost:     memory-bound. Forward reads x, writes y (with residual reads two, writes two); backward reads dy, h
+              (and d new_residual), writes dx.   Source: arXiv:1910.07467 eq. 4
+    """
+    check_float("rms_norm", "x", x)
+    if not isinstance(weight, torch.Tensor):
+        fail(TypeError, "rms_norm", "weight", "a tensor", type(weight).__name__)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        fail(ValueError, "rms_norm", "x", "a last dimension of at least 1", list(x.shape))
+    if weight.dtype != x.dtype and (weight.dtype != torch.float32 or x.dtype == torch.float64):
+        fail(TypeError, "rms_norm", "weight", f"float32 or the dtype of x, {x.dtype}", weight.dtype)
+    check_shape("rms_norm", "weight", weight, (x.shape[-1],), "the last dimension of x")
+    check_device("rms_norm", "weight", weight, x, "x")
+    if not isinstance(eps, float) or not 0.0 <= eps < float("inf"):
+        fail(ValueError, "rms_norm", "eps", "a finite float >= 0", repr(eps))
+    if residual is not None:
+        check_same("rms_norm", "residual", residual, x, "x")
+        check_shape("rms_norm", "residual", residual, x.shape, "the shape of x")
+    check_choice("rms_norm", "rounding", rounding, ("once", "hf"))
+    chosen = RMS_NORM.select(x, backend)
+    if chosen == "reference":
+        return reference(x, weight, eps, residual, rounding=rounding)
+    x, weight = as_rows(x), weight.contiguous()
+    residual = None if residual is None else as_rows(residual)
+    hf = rounding == "hf"
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad
+                                    or (residual is not None and residual.requires_grad)):
+        return _RMSNorm.apply(x, weight, eps, residual, hf, chosen)
+    if residual is None:
+        return _FWD[chosen](x, weight, eps, hf)[0]
+    return _ADD_FWD[chosen](x, residual, weight, eps, hf)[:2]

@@ -1,0 +1,157 @@
+"""What tests and benchmarks share: running an operator by name, its error ladder, paired timing, measured peaks.
+
+Error ladder (`ladder`): gold is `op.reference` in float64. The error of every output and gradient is taken twice, as
+maximum and as root mean square; each must be at most 1.25 times that of PyTorch's own composition (the first of
+`op.eager`) in the sample's dtype, plus 2 eps x scale, with scale = max |gold| or the operator's declared magnitude of
+cancelling terms where that is larger. No tolerance is set by hand.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ._registry import Op, Sample
+
+SLACK = 1.25  # how much of the baseline's error is allowed
+EPS_TERMS = 2  # and how many eps x scale beside it
+
+
+@dataclass(frozen=True)
+class Rung:
+    """The errors of one tensor against gold, beside the baseline's and what they may be."""
+
+    name: str
+    max_err: float
+    max_base: float
+    max_bound: float
+    rms_err: float
+    rms_base: float
+    rms_bound: float
+    problem: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """The larger of error / bound: at most 1 passes."""
+        pairs = ((self.max_err, self.max_bound), (self.rms_err, self.rms_bound))
+        return math.inf if self.problem else max(0.0 if e == 0 else e / b if b else math.inf for e, b in pairs)
+
+    @property
+    def ok(self) -> bool:
+        return self.ratio <= 1
+
+
+def call(op: Op, sample: Sample, backend: str | Callable | None) -> dict[str, torch.Tensor]:
+    """The outputs by name. `backend` is a backend's name (None: the automatic choice) or a function to call instead."""
+    if callable(backend):
+        result = backend(**sample.inputs)
+    else:
+        result = op.public(**sample.inputs, backend=backend)
+    outputs = (result,) if isinstance(result, torch.Tensor) else tuple(result)
+    return dict(zip(op.outputs, outputs, strict=False))
+
+
+def with_leaves(sample: Sample) -> Sample:
+    """The same tensors, strides kept, as leaves that require a gradient where `sample.grad` names them."""
+    inputs = {name: value.detach().requires_grad_() if name in sample.grad else value
+              for name, value in sample.inputs.items()}
+    return Sample(inputs, sample.grad)
+
+
+def run(op: Op, sample: Sample, backend: str | Callable | None,
+        upstream: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Outputs by name and, with `upstream` (gradients by output name), the gradients as `d_<argument>`."""
+    if not upstream:
+        with torch.no_grad():
+            return call(op, sample, backend)
+    leaves = with_leaves(sample)
+    outputs = call(op, leaves, backend)
+    used = [name for name in upstream if outputs[name].requires_grad]
+    if not used:
+        raise AssertionError(f"{op.name}: no output requires a gradient, though {', '.join(sample.grad)} do")
+    grads = torch.autograd.grad([outputs[name] for name in used], [leaves.inputs[name] for name in sample.grad],
+                                [upstream[name] for name in used], allow_unused=True, materialize_grads=True)
+    named = {f"d_{name}": grad for name, grad in zip(sample.grad, grads, strict=True)}
+    return {name: value.detach() for name, value in outputs.items()} | named
+
+
+def draw_upstream(op: Op, sample: Sample, scale: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Normal gradients of size `scale` for every floating-point output, in its dtype; none where nothing takes one."""
+    if not sample.grad or "backward" not in op.directions:
+        return {}
+    shapes = {name: value for name, value in run(op, sample, op.reference).items() if value.is_floating_point()}
+    return {name: (torch.randn(value.shape, generator=generator, device=value.device) * scale).to(value.dtype)
+            for name, value in shapes.items()}
+
+
+def _errors(got: torch.Tensor, gold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """|got - gold| in float64, infinite where either is not finite and they differ; and where `got` is finite."""
+    wide = got.double()
+    error = (wide - gold).abs()
+    error = torch.where(wide == gold, 0.0, torch.where(error.isfinite(), error, math.inf))
+    return error, wide.isfinite()
+
+
+def _max_rms(error: torch.Tensor) -> tuple[float, float]:
+    if error.numel() == 0:
+        return 0.0, 0.0
+    return float(error.max()), float(error.square().mean().sqrt())
+
+
+def _rung(name: str, got: torch.Tensor | None, base: torch.Tensor, gold: torch.Tensor, size: float) -> Rung:
+    finite = gold.isfinite()
+    scale = max(float(gold[finite].abs().max()) if finite.any() else 0.0, size)
+    # A baseline that overflows must not excuse everything, so it counts where it is finite.
+    base_error, base_finite = _errors(base, gold)
+    max_base, rms_base = _max_rms(base_error[base_finite & finite])
+    floor = EPS_TERMS * (torch.finfo(base.dtype).eps if base.is_floating_point() else 0.0) * scale
+    bounds = (SLACK * max_base + floor, SLACK * rms_base + floor)
+    problem = ("missing" if got is None else
+               f"shape {list(got.shape)} for {list(gold.shape)}" if got.shape != gold.shape else
+               f"{got.dtype} for {base.dtype}" if got.dtype != base.dtype else "")
+    max_err, rms_err = (math.inf, math.inf) if problem else _max_rms(_errors(got, gold)[0])
+    return Rung(name, max_err, max_base, bounds[0], rms_err, rms_base, bounds[1], problem)
+
+
+def ladder(op: Op, sample: Sample, got: dict[str, torch.Tensor],
+           upstream: dict[str, torch.Tensor] | None = None) -> list[Rung]:
+    """One `Rung` for every output and gradient in `got`, as `run(op, sample, backend, upstream)` returned them.
+
+    For the low-precision dtypes: at float64 there is nothing more exact to compare with (gradcheck's business).
+    A tensor that is missing, has another shape or dtype than the baseline's, or is not finite where gold is, fails.
+    """
+    wide = sample.to(torch.float64)
+    wide_upstream = {name: value.double() for name, value in (upstream or {}).items()}
+    gold = run(op, wide, op.reference, wide_upstream)
+    base = run(op, sample, next(iter(op.eager.values())), upstream)
+    sizes = op.magnitude(wide, wide_upstream) if op.magnitude and (wide_upstream or not sample.grad) else {}
+    rungs = []
+    for name in {**gold, **got}:
+        if name not in gold:
+            rungs.append(Rung(name, *[math.inf] * 6, problem="unexpected"))
+            continue
+        argument = name.removeprefix("d_")  # a gradient's magnitude may go by the argument's name
+        bare = sizes.get(argument, 0.0) if name != argument and argument not in op.outputs else 0.0
+        rungs.append(_rung(name, got.get(name), base[name], gold[name], max(sizes.get(name, 0.0), bare)))
+    return rungs
+
+
+def ladder_table(rungs: list[Rung]) -> str:
+    """The rungs as text: error, the baseline's error and the bound, as maximum and as root mean square."""
+    head = f"{'tensor':<16}{'max error':>11}{'eager':>11}{'bound':>11}   {'rms error':>11}{'eager':>11}{'bound':>11}"
+    lines = [head + f"{'error/bound':>13}"]
+    for r in rungs:
+        numbers = [f"{v:11.3g}" for v in (r.max_err, r.max_base, r.max_bound, r.rms_err, r.rms_base, r.rms_bound)]
+        verdict = "" if r.ok else f"  RED {r.problem}"
+        lines.append(f"{r.name:<16}{''.join(numbers[:3])}   {''.join(numbers[3:])}{r.ratio:13.3f}{verdict}")
+    return "\n".join(lines)
+
+
+def assert_ladder(op: Op, sample: Sample, got: dict[str, torch.Tensor],
+                  upstream: dict[str, torch.Tensor] | None = None, label: str = "") -> list[Rung]:
+    """`ladder`, raising `AssertionError` with its table where a rung is red."""
+    rungs = ladder(op, sample, got, upstream)
+    if not all(r.ok for r in rungs):
+        raise AssertionError(f"error ladder of {op.name} {label}\n{ladder_table(rungs)}")
+    return rungs

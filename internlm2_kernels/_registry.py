@@ -150,19 +150,24 @@ def why_not(op: Op, backend: str, device: str) -> str | None:
     if backend == "cpp":
         if device != "cpu":
             return f"it runs on CPU tensors, not on {device}"
-        return NATIVE_ERROR or (None if _C.cpu_isa() else "this processor has no AVX2")
+        return NATIVE_ERROR or (_not_compiled(op, backend) if _C.cpu_isa() else "this processor has no AVX2")
     if backend == "cuda":
         if device != "cuda":
             return f"it runs on CUDA tensors, not on {device}"
         if NATIVE_ERROR:
             return NATIVE_ERROR
-        return None if _C.build_info()["cuda"] else "the compiled library was built without nvcc"
+        return _not_compiled(op, backend) if _C.build_info()["cuda"] else "the compiled library was built without nvcc"
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed"
         if device == "cpu" and not INTERPRETED:
             return "it runs on CUDA tensors (on CPU only under TRITON_INTERPRET=1, for tests)"
     return None
+
+
+def _not_compiled(op: Op, backend: str) -> str | None:
+    missing = [f"{op.name}_{p}.{backend}" for p in op.schemas if f"{op.name}_{p}.{backend}" not in _C.signatures()]
+    return f"the compiled library is older than this source and lacks {', '.join(missing)}" if missing else None
 
 
 def raise_unusable(op: Op, backend: str, device: str) -> None:

@@ -1,0 +1,228 @@
+"""Split of InternLM2's packed projection, rotary embedding and the write to the paged cache, in one pass."""
+
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .._checks import as_rows, check_device, check_float, check_shape, fail
+from .._registry import Op, Sample
+from .apply_rope import (
+    _eager_rotate_half,
+    check_range,
+    check_tables,
+    native,
+    rope_case,
+    rotate,
+    rows_of_table,
+    sample_tables,
+)
+
+
+class KVCache(NamedTuple):
+    """Where `qkv_rope` writes the new keys and values: a paged cache and, for every token, its place in it.
+
+    k, v [blocks, block_size, G, d] in the activation's dtype or int8; slots int64 [T], block * block_size + offset, -1 for
+    a token that is not written, no slot twice; k_scale, v_scale float32 [blocks, block_size, G], with int8 only:
+    scale = max |x| / 127 over a token's head, stored value = x / scale rounded half to even.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    slots: torch.Tensor
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+
+
+def _split(qkv, num_heads, num_kv_heads):
+    group = num_heads // num_kv_heads
+    x = qkv.reshape(-1, num_kv_heads, group + 2, qkv.shape[-1] // (num_heads + 2 * num_kv_heads))
+    return x[:, :, :group].flatten(1, 2), x[:, :, group], x[:, :, group + 1].clone()
+
+
+def reference(qkv, cos, sin, positions=None, *, num_heads, num_kv_heads, cache=None):
+    q, k, v = _split(qkv, num_heads, num_kv_heads)
+    cos, sin = rows_of_table(cos, sin, positions, torch.promote_types(qkv.dtype, torch.float32))
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    if cache is not None:
+        _write(cache.k, cache.k_scale, cache.slots, k)
+        _write(cache.v, cache.v_scale, cache.slots, v)
+    lead = qkv.shape[:-1]
+    return tuple(t.view(*lead, *t.shape[1:]) for t in (q, k, v))
+
+
+def _write(target, scale, slots, x):
+    slots = slots.flatten()
+    written = (slots >= 0) & (slots < target.shape[0] * target.shape[1])
+    x, slots = x.detach()[written], slots[written]
+    if scale is not None:
+        size = x.float().abs().amax(-1) / 127
+        scale.view(-1, scale.shape[-1])[slots] = size
+        x = (x.float() / torch.where(size == 0, 1, size)[..., None]).round().clamp(-127, 127).to(torch.int8)
+    target.view(-1, *target.shape[2:])[slots] = x
+
+
+def _eager_composition(qkv, cos, sin, positions=None, *, num_heads, num_kv_heads, cache=None):
+    q, k, v = _split(qkv, num_heads, num_kv_heads)
+    return (*_eager_rotate_half(q, k, cos, sin, positions), v)
+
+
+def _fake_fwd(qkv, cos, sin, positions, num_heads, num_kv_heads):
+    head_dim = qkv.shape[-1] // (num_heads + 2 * num_kv_heads)
+    tokens = qkv.shape[0]
+    return (qkv.new_empty((tokens, num_heads, head_dim)), qkv.new_empty((tokens, num_kv_heads, head_dim)),
+            qkv.new_empty((tokens, num_kv_heads, head_dim)))
+
+
+def _fake_cache_fwd(qkv, cos, sin, positions, num_heads, num_kv_heads, k_cache, v_cache, k_scale, v_scale, slots):
+    return _fake_fwd(qkv, cos, sin, positions, num_heads, num_kv_heads)
+
+
+def _fake_bwd(dq, dk, dv, cos, sin, positions):
+    return dq.new_empty((dq.shape[0], (dq.shape[1] + 2 * dk.shape[1]) * dq.shape[2]))
+
+
+def _sample(case, dtype, device, generator):
+    dims = case.dims
+    cos, sin, positions = sample_tables(dims, dtype, device, generator)
+    width = (dims["heads"] + 2 * dims["kv_heads"]) * dims["head_dim"]
+    qkv = torch.randn(dims["tokens"], width, generator=generator, device=device).to(dtype)
+    return Sample({"qkv": qkv, "cos": cos, "sin": sin, "positions": positions, "num_heads": dims["heads"],
+                   "num_kv_heads": dims["kv_heads"]}, ("qkv",))
+
+
+def _bytes(dims, size, direction):
+    return 2 * dims["tokens"] * (dims["heads"] + 2 * dims["kv_heads"]) * dims["head_dim"] * size + (
+        dims["tokens"] * dims["head_dim"] * 4)
+
+
+QKV_ROPE = Op(
+    name="qkv_rope",
+    source="arXiv:2403.17297 section 2.2 (layout), arXiv:2104.09864 (rotation)",
+    summary="split of the packed qkv projection, rotary embedding, paged cache write",
+    reference=reference,
+    public=lambda *args, **kwargs: qkv_rope(*args, **kwargs),
+    schemas={
+        "fwd": "(Tensor qkv, Tensor cos, Tensor sin, Tensor? positions, int num_heads, int num_kv_heads)"
+               " -> (Tensor q, Tensor k, Tensor v)",
+        "bwd": "(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin, Tensor? positions) -> Tensor",
+        "cache_fwd": "(Tensor qkv, Tensor cos, Tensor sin, Tensor? positions, int num_heads, int num_kv_heads,"
+                     " Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale, Tensor slots)"
+                     " -> (Tensor q, Tensor k, Tensor v)",
+    },
+    fakes={"fwd": _fake_fwd, "bwd": _fake_bwd, "cache_fwd": _fake_cache_fwd},
+    outputs=("q", "k", "v"),
+    sample=_sample,
+    cases=(
+        rope_case("smoke", 5, 4, 2, 64),
+        rope_case("smoke", 33, 6, 1, 96, positions="int32"),
+        rope_case("smoke", 17, 4, 4, 128, positions="int64"),
+        rope_case("edge", 0, 2, 1, 32, positions="int64"),
+        rope_case("edge", 1, 1, 1, 2),
+        rope_case("edge", 65, 12, 2, 34, positions="int64"),
+        *(rope_case("model", 4096, heads, 8, 128, positions="int64") for heads in (16, 32, 48)),
+    ),
+    eager={"float32 halves": reference, "rotate_half": _eager_composition},
+    bytes=_bytes,
+    flops=lambda dims, direction: 3 * dims["tokens"] * (dims["heads"] + dims["kv_heads"]) * dims["head_dim"],
+    backends=("reference", "cpp", "triton", "cuda"),
+)
+_FWD, _BWD, _CACHE_FWD = (QKV_ROPE.overloads[name] for name in ("fwd", "bwd", "cache_fwd"))
+
+
+class _QKVRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, positions, num_heads, num_kv_heads, backend):
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.backend = backend
+        return native(_FWD[backend], qkv, cos, sin, positions, num_heads, num_kv_heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq, dk, dv):
+        cos, sin, positions = ctx.saved_tensors
+        dqkv = _BWD[ctx.backend](as_rows(dq), as_rows(dk), as_rows(dv), cos, sin, positions)
+        return dqkv, None, None, None, None, None, None
+
+
+def _check_heads(qkv, num_heads, num_kv_heads):
+    for name, value in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            fail(ValueError, "qkv_rope", name, "a positive int", repr(value))
+    if num_heads % num_kv_heads:
+        fail(ValueError, "qkv_rope", "num_heads", f"a multiple of num_kv_heads, {num_kv_heads}", num_heads)
+    parts = num_heads + 2 * num_kv_heads
+    if qkv.dim() < 1 or qkv.shape[-1] == 0 or qkv.shape[-1] % (2 * parts):
+        fail(ValueError, "qkv_rope", "qkv", f"a last dimension of (num_heads + 2 num_kv_heads) * head_dim = {parts} * d "
+             "with an even d", list(qkv.shape))
+    return qkv.shape[-1] // parts
+
+
+def _check_cache(qkv, cache, num_kv_heads, head_dim, tokens):
+    if not isinstance(cache, KVCache):
+        fail(TypeError, "qkv_rope", "cache", "a KVCache", type(cache).__name__)
+    if torch.is_grad_enabled() and qkv.requires_grad:
+        fail(ValueError, "qkv_rope", "cache", "None where gradients are recorded (the write is not differentiable)",
+             "a cache")
+    for name, target, scale in (("k", cache.k, cache.k_scale), ("v", cache.v, cache.v_scale)):
+        if target.dtype not in (qkv.dtype, torch.int8) or target.dtype != cache.k.dtype:
+            fail(TypeError, "qkv_rope", f"cache.{name}", f"{qkv.dtype} or int8, k and v alike", target.dtype)
+        if target.dim() != 4 or tuple(target.shape[2:]) != (num_kv_heads, head_dim) or target.shape != cache.k.shape:
+            fail(ValueError, "qkv_rope", f"cache.{name}", f"shape [blocks, block_size, {num_kv_heads}, {head_dim}]",
+                 list(target.shape))
+        if not target.is_contiguous():
+            fail(ValueError, "qkv_rope", f"cache.{name}", "a contiguous tensor", f"strides {target.stride()}")
+        check_device("qkv_rope", f"cache.{name}", target, qkv, "qkv")
+        if (scale is not None) != (target.dtype == torch.int8):
+            fail(ValueError, "qkv_rope", f"cache.{name}_scale", "a tensor with an int8 cache and None otherwise",
+                 "None" if scale is None else "a tensor")
+        if scale is not None:
+            check_shape("qkv_rope", f"cache.{name}_scale", scale, target.shape[:3], "the cache's first three dimensions")
+            check_device("qkv_rope", f"cache.{name}_scale", scale, qkv, "qkv")
+            if scale.dtype != torch.float32 or not scale.is_contiguous():
+                fail(TypeError, "qkv_rope", f"cache.{name}_scale", "a contiguous float32 tensor", scale.dtype)
+    if cache.slots.dtype != torch.int64 or cache.slots.numel() != tokens:
+        fail(ValueError, "qkv_rope", "cache.slots", f"int64, one slot a token ({tokens})",
+             f"{cache.slots.dtype} {list(cache.slots.shape)}")
+    check_device("qkv_rope", "cache.slots", cache.slots, qkv, "qkv")
+
+
+def qkv_rope(qkv, cos, sin, positions=None, *, num_heads, num_kv_heads, cache=None, backend=None):
+    """Packed projection to rotated q and k, and v; at inference also straight into the paged cache. One read, one write.
+
+    Shapes:   qkv [..., G * (H/G + 2) * d]: each of the G = num_kv_heads groups holds its H/G query heads, then its key,
+              then its value. cos, sin [P, d/2] and positions as for `apply_rope` -> q [..., H, d], k, v [..., G, d]
+    Cache:    `cache=KVCache(k, v, slots, k_scale, v_scale)` also writes the rotated k and v to their slots, as int8 with
+              one scale a token and head where the cache is int8. Inference only
+    Dtypes:   float32 | bfloat16 | float16 | float64, tables float32; computed in float32, rounded once
+    Backward: saves cos, sin and positions only; writes one packed gradient. Deterministic: yes
+    Errors:   ValueError, TypeError; a position or slot out of range raises on CPU before anything is written; on CUDA that
+              token becomes NaN, is not cached, and is reported by `internlm2_kernels.check()`
+    Cost:     memory-bound: reads qkv once, writes q, k, v once.
+              Source: layout arXiv:2403.17297 section 2.2; rotation arXiv:2104.09864
+    """
+    check_float("qkv_rope", "qkv", qkv)
+    head_dim = _check_heads(qkv, num_heads, num_kv_heads)
+    tokens = qkv.shape[:-1].numel()
+    check_tables("qkv_rope", qkv, cos, sin, positions, tokens, head_dim, "qkv")
+    if cache is not None:
+        _check_cache(qkv, cache, num_kv_heads, head_dim, tokens)
+    chosen = QKV_ROPE.select(qkv, backend)
+    if chosen == "reference":
+        check_range("qkv_rope", "positions", positions, 0, cos.shape[0])
+        if cache is not None:
+            check_range("qkv_rope", "cache.slots", cache.slots, -1, cache.k.shape[0] * cache.k.shape[1])
+        return reference(qkv, cos, sin, positions, num_heads=num_heads, num_kv_heads=num_kv_heads, cache=cache)
+    lead = qkv.shape[:-1]
+    flat = qkv if qkv.dim() == 2 else qkv.reshape(-1, qkv.shape[-1])
+    flat = flat if flat.stride(-1) == 1 else flat.contiguous()
+    cos, sin = cos.contiguous(), sin.contiguous()
+    positions = None if positions is None else positions.reshape(-1).contiguous()
+    if cache is not None:
+        out = native(_CACHE_FWD[chosen], flat, cos, sin, positions, num_heads, num_kv_heads, cache.k, cache.v,
+                     cache.k_scale, cache.v_scale, cache.slots.reshape(-1).contiguous())
+    elif torch.is_grad_enabled() and qkv.requires_grad:
+        out = _QKVRope.apply(flat, cos, sin, positions, num_heads, num_kv_heads, chosen)
+    else:
+        out = native(_FWD[chosen], flat, cos, sin, positions, num_heads, num_kv_heads)
+    return out if qkv.dim() == 2 else tuple(t.view(*lead, *t.shape[1:]) for t in out)

@@ -1,0 +1,145 @@
+"""SwiGLU: the gated activation of the feed-forward block."""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from .._checks import as_rows, check_float, check_same, check_shape, fail
+from .._registry import Case, Op, Sample
+
+
+def reference(gate, up=None):
+    if up is None:
+        gate, up = gate.chunk(2, -1)
+    acc = torch.promote_types(gate.dtype, torch.float32)
+    g = gate.to(acc)
+    return (g * torch.sigmoid(g) * up.to(acc)).to(gate.dtype)
+
+
+def _eager(gate, up=None):
+    if up is None:
+        gate, up = gate.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def _fake_fwd(gate, up):
+    return gate.new_empty(gate.shape)
+
+
+def _fake_bwd(dy, gate, up, packed):
+    if packed:
+        return gate.new_empty((*gate.shape[:-1], 2 * gate.shape[-1])), gate.new_empty((0,))
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+
+
+def _sample(case, dtype, device, generator):
+    rows, cols = case.dims["rows"], case.dims["cols"]
+    draw = lambda *shape: torch.randn(*shape, generator=generator, device=device).to(dtype)  # noqa: E731
+    if case.dims.get("packed"):
+        return Sample({"gate": 3 * draw(rows, 2 * cols)}, ("gate",))
+    return Sample({"gate": 3 * draw(rows, cols), "up": draw(rows, cols)}, ("gate", "up"))
+
+
+SWIGLU = Op(
+    name="swiglu",
+    source="arXiv:2002.05202 section 2",
+    summary="silu(gate) * up, on two tensors or one packed one",
+    reference=reference,
+    public=lambda *args, **kwargs: swiglu(*args, **kwargs),
+    schemas={
+        "fwd": "(Tensor gate, Tensor up) -> Tensor",
+        "bwd": "(Tensor dy, Tensor gate, Tensor up, bool packed) -> (Tensor dgate, Tensor dup)",
+    },
+    fakes={"fwd": _fake_fwd, "bwd": _fake_bwd},
+    outputs=("y",),
+    sample=_sample,
+    cases=(
+        Case("smoke", {"rows": 5, "cols": 64}),
+        Case("smoke", {"rows": 33, "cols": 129, "packed": True}),
+        Case("edge", {"rows": 0, "cols": 64}),
+        Case("edge", {"rows": 0, "cols": 8, "packed": True}),
+        Case("edge", {"rows": 1, "cols": 1, "packed": True}),
+        Case("edge", {"rows": 65, "cols": 31}),
+        Case("edge", {"rows": 3, "cols": 1025, "packed": True}),
+        *(Case("model", {"rows": 4096, "cols": cols}) for cols in (8192, 14336)),
+        Case("model", {"rows": 4096, "cols": 8192, "packed": True}),
+    ),
+    eager={"F.silu(gate) * up": _eager},
+    bytes=lambda dims, size, direction: (3 if direction == "forward" else 5) * dims["rows"] * dims["cols"] * size,
+    flops=lambda dims, direction: (5 if direction == "forward" else 12) * dims["rows"] * dims["cols"],
+)
+_FWD, _BWD = SWIGLU.overloads["fwd"], SWIGLU.overloads["bwd"]
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, backend):
+        ctx.save_for_backward(gate, up)
+        ctx.backend = backend
+        return _FWD[backend](gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        dgate, dup = _BWD[ctx.backend](as_rows(dy), gate, up, False)
+        return dgate, dup, None
+
+
+class _PackedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, packed, backend):
+        ctx.save_for_backward(packed)
+        ctx.backend = backend
+        half = packed.shape[-1] // 2
+        return _FWD[backend](packed[..., :half], packed[..., half:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (packed,) = ctx.saved_tensors
+        half = packed.shape[-1] // 2
+        dpacked, _ = _BWD[ctx.backend](as_rows(dy), packed[..., :half], packed[..., half:], True)
+        return dpacked, None
+
+
+def _as_packed_rows(x):
+    """Halves of a contiguous tensor of more than three dimensions have strides that kernels cannot walk: fold first."""
+    return as_rows(x) if x.dim() <= 3 else as_rows(x.reshape(-1, x.shape[-2], x.shape[-1]))
+
+
+def swiglu(gate, up=None, *, backend=None):
+    """Gated activation: y = silu(gate) * up, silu(g) = g / (1 + exp(-g)).
+
+    Shapes:   gate [..., F], up [..., F] -> y [..., F]; without `up`, gate is packed [..., 2F], the gate half first
+    Dtypes:   float32 | bfloat16 | float16 | float64, both equal; computed in float32 (float64 for float64), rounded once
+    Backward: saves its inputs, which it never writes: 0 bytes beyond them; silu is recomputed. One gradient tensor
+              [..., 2F] for a packed input. Deterministic: yes
+    Errors:   ValueError for a shape, a device or an odd packed size; TypeError for a dtype
+    Cost:     memory-bound: forward reads two, writes one; backward reads three, writes two.
+              Source: arXiv:2002.05202 section 2
+    """
+    check_float("swiglu", "gate", gate)
+    if gate.dim() == 0:
+        fail(ValueError, "swiglu", "gate", "at least one dimension", list(gate.shape))
+    if up is None:
+        if gate.shape[-1] % 2:
+            fail(ValueError, "swiglu", "gate", "an even last dimension (packed gate and up)", gate.shape[-1])
+    else:
+        check_same("swiglu", "up", up, gate, "gate")
+        check_shape("swiglu", "up", up, gate.shape, "the shape of gate")
+    chosen = SWIGLU.select(gate, backend)
+    if chosen == "reference":
+        return reference(gate, up)
+    if up is not None:
+        gate, up = as_rows(gate), as_rows(up)
+        if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+            return _SwiGLU.apply(gate, up, chosen)
+        return _FWD[chosen](gate, up)
+    packed = _as_packed_rows(gate)
+    half = packed.shape[-1] // 2
+    if torch.is_grad_enabled() and gate.requires_grad:
+        y = _PackedSwiGLU.apply(packed, chosen)
+    else:
+        y = _FWD[chosen](packed[..., :half], packed[..., half:])
+    return y if gate.dim() <= 3 else y.view(*gate.shape[:-1], half)

@@ -1,0 +1,311 @@
+"""InternLM2: a decoder of pre-norm blocks with grouped-query attention, rotary positions and SwiGLU (arXiv:2403.17297).
+
+Everything is packed: the tokens [T] of all sequences end to end, and cu_seqlens int32 [sequences + 1], which starts at 0
+and ends at T. A sequence sees nothing of its neighbours. Parameters carry the names of the released checkpoints. Every
+operator that is not a matrix product, an embedding or attention comes from `operators`.
+
+Sizes: T tokens, D hidden_size, H num_heads, G num_kv_heads, d head_dim, V vocab_size.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import internlm2_kernels
+from internlm2.config import ModelConfig
+
+_TABLES_KEPT = 16
+
+
+@dataclass(frozen=True)
+class Operators:
+    """The operators that a model calls, as functions: a model stays picklable, which a reference to a module would end."""
+
+    rms_norm: Callable
+    swiglu: Callable
+    rope_table: Callable
+    qkv_rope: Callable
+
+    @classmethod
+    def of(cls, module: Any) -> "Operators":
+        names = cls.__dataclass_fields__
+        missing = [name for name in names if not hasattr(module, name)]
+        if missing:
+            raise TypeError(f"operators must offer {', '.join(names)}; {module!r} lacks {', '.join(missing)}")
+        return cls(**{name: getattr(module, name) for name in names})
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What every block needs to know of a batch: the sequences' lengths (on the host) and each token's rotation."""
+
+    lengths: list[int]
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor | None
+
+
+class Linear(nn.Module):
+    """x @ weight^T with the weight [out, in] cast to x's dtype, so float32 parameters compute in bfloat16."""
+
+    def __init__(self, in_features: int, out_features: int, **factory):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Module):
+    """Rows of weight [V, D]. No padding index: pad and end-of-sequence share an id, and the latter must learn."""
+
+    def __init__(self, config: ModelConfig, **factory):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, **factory))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
+class Norm(nn.Module):
+    """weight [D] of an rms_norm; called with a residual it adds first and returns the sum too."""
+
+    def __init__(self, config: ModelConfig, operators: Operators, **factory):
+        super().__init__()
+        self.eps, self.op = config.rms_norm_eps, operators.rms_norm
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, **factory))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return (self.op(x, self.weight, self.eps), x) if residual is None else self.op(x, self.weight, self.eps, residual)
+
+
+class Attention(nn.Module):
+    """Causal attention of each sequence to itself. Each of the G groups of wqkv's rows: H/G queries, a key, a value."""
+
+    def __init__(self, config: ModelConfig, operators: Operators, **factory):
+        super().__init__()
+        self.heads = dict(num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
+        self.op = operators.qkv_rope
+        self.wqkv = Linear(config.hidden_size, config.qkv_size, **factory)
+        self.wo = Linear(config.num_heads * config.head_dim, config.hidden_size, **factory)
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        q, k, v = self.op(self.wqkv(x), packing.cos, packing.sin, packing.positions, **self.heads)
+        return self.wo(causal_attention(q, k, v, packing.lengths).flatten(1))
+
+
+class FeedForward(nn.Module):
+    """w2(silu(w1 x) * w3 x): w1 is the gate, w3 the up projection."""
+
+    def __init__(self, config: ModelConfig, operators: Operators, **factory):
+        super().__init__()
+        self.op = operators.swiglu
+        self.w1 = Linear(config.hidden_size, config.intermediate_size, **factory)
+        self.w3 = Linear(config.hidden_size, config.intermediate_size, **factory)
+        self.w2 = Linear(config.intermediate_size, config.hidden_size, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(self.op(self.w1(x), self.w3(x)))
+
+
+class Block(nn.Module):
+    """One layer. The sum of the residual stream is left to the next norm, which adds and normalises in one pass."""
+
+    def __init__(self, config: ModelConfig, operators: Operators, **factory):
+        super().__init__()
+        self.attention_norm = Norm(config, operators, **factory)
+        self.attention = Attention(config, operators, **factory)
+        self.ffn_norm = Norm(config, operators, **factory)
+        self.feed_forward = FeedForward(config, operators, **factory)
+
+    def forward(self, x: Tensor, residual: Tensor | None, packing: Packing) -> tuple[Tensor, Tensor]:
+        y, residual = self.attention_norm(x, residual)
+        y, residual = self.ffn_norm(self.attention(y, packing), residual)
+        return self.feed_forward(y), residual
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and final norm: the `model.` of the parameter names."""
+
+    def __init__(self, config: ModelConfig, operators: Operators, **factory):
+        super().__init__()
+        self.tok_embeddings = Embedding(config, **factory)
+        self.layers = nn.ModuleList(Block(config, operators, **factory) for _ in range(config.num_layers))
+        self.norm = Norm(config, operators, **factory)
+
+
+class InternLM2(nn.Module):
+    """A causal language model.
+
+    config:            sizes
+    operators:         a module with rms_norm, swiglu, rope_table, qkv_rope; default internlm2_kernels
+    compute_dtype:     dtype of activations and matrix products; default the parameters'. Norms keep their weights' dtype
+    device, dtype:     of the parameters; device "meta" allocates and initialises nothing
+    seed:              of the initial weights: normal, standard deviation initializer_range; wo and w2 of layer i divided
+                       by sqrt(2 (i + 1)); norms 1. Equal for equal seeds on one kind of device
+    checkpoint_layers: keep only each block's input for backward and compute the rest again
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, operators: Any = None, compute_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype = torch.float32, seed: int = 0,
+        checkpoint_layers: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        if not isinstance(config, ModelConfig):
+            raise TypeError(f"config must be a ModelConfig, got {type(config).__name__}")
+        self.config, self.operators = config, Operators.of(internlm2_kernels if operators is None else operators)
+        self.compute_dtype, self.checkpoint_layers = compute_dtype or dtype, checkpoint_layers
+        if self.compute_dtype != dtype and (dtype != torch.float32 or self.compute_dtype == torch.float64):
+            raise ValueError(f"compute_dtype must be dtype, or narrower than float32, got {compute_dtype} with {dtype}")
+        self.model = Backbone(config, self.operators, device=device, dtype=dtype)
+        self.output = Linear(config.hidden_size, config.vocab_size, device=device, dtype=dtype)
+        self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+        if self.output.weight.device.type != "meta":
+            self.init_weights(seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Draws all parameters afresh, as the class says."""
+        generator = torch.Generator(self.output.weight.device).manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+                continue
+            std = self.config.initializer_range
+            if name.endswith(("attention.wo.weight", "feed_forward.w2.weight")):
+                std /= math.sqrt(2 * (int(name.split(".")[2]) + 1))
+            parameter.normal_(0.0, std, generator=generator)
+
+    def hidden_states(self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """[T, D] after the final norm, in compute_dtype.
+
+        tokens:     int64 or int32 [T], values in [0, V)
+        cu_seqlens: int32 [sequences + 1]; on the CPU it costs no synchronisation, on another device one
+        positions:  int [T], default 0, 1, ... in every sequence; given on a device, they must be below
+                    max_position_embeddings, since nothing is read back to look
+        Errors: TypeError, ValueError; values of tensors are looked at on the CPU only.
+        """
+        lengths = _check_packing(tokens, cu_seqlens, positions, self.config.vocab_size)
+        packing = self._packing(lengths, positions, tokens.device)
+        x, residual = self.model.tok_embeddings(tokens).to(self.compute_dtype), None
+        for layer in self.model.layers:
+            if self.checkpoint_layers and torch.is_grad_enabled():
+                x, residual = checkpoint(layer, x, residual, packing, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, residual = layer(x, residual, packing)
+        return self.model.norm(x, residual)[0]
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Logits [T, V] in compute_dtype; arguments and errors as in hidden_states."""
+        return self.output(self.hidden_states(tokens, cu_seqlens, positions))
+
+    def loss(
+        self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None, *,
+        reduction: str = "mean",
+    ) -> Tensor:  # fmt: skip
+        """Cross-entropy in nats, float32, of labels int64 [T] (the next token of each; -100 does not count).
+
+        reduction "mean" divides by the number of labels that count (0 if none does), "sum" does not.
+        """
+        if labels.shape != tokens.shape or labels.dtype != torch.int64:
+            raise ValueError(f"labels must be int64 {list(tokens.shape)}, got {labels.dtype} {list(labels.shape)}")
+        if labels.device.type == "cpu" and labels.numel():
+            low, high = int(labels.min()), int(labels.max())
+            if low < -100 or high >= self.config.vocab_size or bool(((labels < 0) & (labels != -100)).any()):
+                raise ValueError(f"labels must be -100 or in [0, {self.config.vocab_size}), got {low} to {high}")
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        logits = self(tokens, cu_seqlens, positions)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        total = F.cross_entropy(logits.to(wide), labels, ignore_index=-100, reduction="sum")
+        return total if reduction == "sum" else total / (labels != -100).sum().clamp(min=1)
+
+    def _packing(self, lengths: list[int], positions: Tensor | None, device: torch.device) -> Packing:
+        longest = self.config.max_position_embeddings
+        if positions is None:
+            counts = torch.tensor(lengths, dtype=torch.int32)
+            starts = (counts.cumsum(0) - counts).to(torch.int32)
+            positions = torch.arange(sum(lengths), dtype=torch.int32) - starts.repeat_interleave(counts)
+            ends = lengths
+        elif positions.device.type == "cpu":
+            ends = [int(p.max()) + 1 if p.numel() else 0 for p in positions.split(lengths)]
+        else:
+            ends = [longest] * len(lengths)
+        scaling = self.config.rope_scaling
+        dynamic = scaling is not None and scaling.get("rope_type", scaling.get("type")) == "dynamic"
+        if not dynamic or max(ends, default=0) <= longest:
+            # Powers of two: a few tables serve all lengths.
+            rows = 1 << (max(ends, default=1) - 1).bit_length() if ends else 1
+            cos, sin = self._table(rows if not dynamic else min(rows, longest), device)
+            return Packing(lengths, cos, sin, positions.to(device, non_blocking=True))
+        # Dynamic NTK beyond the trained length: each sequence has the base of its own length, whatever is beside it.
+        tables = [self._table(max(end, 1) if end > longest else longest, device) for end in ends]
+        where = [p.to(device, torch.int64, non_blocking=True) for p in positions.split(lengths)]
+        cos, sin = (torch.cat([table[i][p] for table, p in zip(tables, where, strict=True)]) for i in (0, 1))
+        return Packing(lengths, cos, sin, None)
+
+    def _table(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin [rows, d/2], computed once for a length and never changed afterwards."""
+        key = (rows, device)
+        if key not in self._tables:
+            config, scaling = self.config, self.config.rope_scaling
+            if scaling is not None:
+                # For dynamic scaling, whose length is that of the table.
+                scaling = {"max_position_embeddings": config.max_position_embeddings} | scaling | {"seq_len": rows}
+            table = self.operators.rope_table(
+                rows, config.head_dim, base=config.rope_theta, scaling=scaling, angles=config.rope_angles
+            )
+            if len(self._tables) >= _TABLES_KEPT:
+                self._tables.pop(next(iter(self._tables)))
+            self._tables[key] = tuple(t.to(device) for t in table)
+        return self._tables[key]
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v within each sequence, causal: q [T, H, d], k and v [T, G, d] -> [T, H, d]."""
+    lengths = [n for n in lengths if n]
+    if not lengths:
+        return q * 1
+    outputs = []
+    for one in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+        q_HSd, k_GSd, v_GSd = (t.transpose(0, 1).unsqueeze(0) for t in one)
+        out = F.scaled_dot_product_attention(q_HSd, k_GSd, v_GSd, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        outputs.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def _check_packing(tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None, vocab_size: int) -> list[int]:
+    """The sequences' lengths, after looking at everything that can be looked at without waiting for a device."""
+    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32) or tokens.ndim != 1:
+        raise _error("tokens", "an int64 or int32 tensor [T]", tokens)
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1:
+        raise _error("cu_seqlens", "an int32 tensor [sequences + 1]", cu_seqlens)
+    total, bounds = tokens.shape[0], cu_seqlens.tolist()
+    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    if not bounds or bounds[0] != 0 or bounds[-1] != total or any(n < 0 for n in lengths):
+        shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
+        raise ValueError(f"cu_seqlens must start at 0, never fall and end at the number of tokens {total}, got {shown}")
+    if tokens.device.type == "cpu" and total:
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"tokens must lie in [0, vocab_size = {vocab_size}), got values from {low} to {high}")
+    if positions is None:
+        return lengths
+    if not isinstance(positions, Tensor) or positions.dtype not in (torch.int64, torch.int32) or positions.shape != (total,):
+        raise _error("positions", f"an int64 or int32 tensor [{total}]", positions)
+    if positions.device.type == "cpu" and total and int(positions.min()) < 0:
+        raise ValueError(f"positions must be 0 or more, got {int(positions.min())}")
+    return lengths
+
+
+def _error(name: str, expected: str, got: Any) -> Exception:
+    if not isinstance(got, Tensor):
+        return TypeError(f"{name} must be {expected}, got {type(got).__name__}")
+    return ValueError(f"{name} must be {expected}, got {got.dtype} {list(got.shape)}")

@@ -1,0 +1,15 @@
+"""Text to packed training batches: corpus.py reads documents, tokens.py stores ids, packing.py cuts exact batches."""
+
+from internlm2.data.corpus import Document, read_documents, split_validation
+from internlm2.data.packing import IGNORE_INDEX, PackedBatch, PackedBatches
+from internlm2.data.tokens import TokenStore
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Document",
+    "PackedBatch",
+    "PackedBatches",
+    "TokenStore",
+    "read_documents",
+    "split_validation",
+]

@@ -1,0 +1,113 @@
+"""Documents to train on: text files, JSON lines, or the source of the Python standard library.
+
+The standard library is text that every machine with Python has, so a first training run needs no download.
+Which document is held out for validation depends on its name alone: adding a file moves no other one.
+"""
+
+import hashlib
+import json
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+STDLIB = "stdlib"
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
+
+# Other people's packages, test suites, and generated tables (code pages, the help topics) teach little Python.
+STDLIB_SKIPPED = frozenset(
+    "site-packages dist-packages test tests idle_test __pycache__ encodings pydoc_data lib2to3 turtledemo".split()
+)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text with the name it is known by: a path relative to its source, with the line for JSON lines."""
+
+    name: str
+    text: str
+
+
+def read_documents(source: str, max_bytes: int) -> list[Document]:
+    """Reads the documents of a source in an order that depends on their names alone, up to max_bytes of UTF-8.
+
+    source:    "stdlib", a text file (.txt .md .rst .py), a .jsonl file whose lines hold a "text" (or "content")
+               string, or a folder of such files
+    max_bytes: the first document that would go beyond it ends the reading; names are ordered by their hash, so a
+               bounded selection is spread over the whole source
+    Errors:    ValueError when the source does not exist, holds no document, or a JSON line has no text. Files that
+               are not UTF-8 are left out.
+    """
+    if max_bytes <= 0:
+        raise ValueError(f"max_bytes must be positive, got {max_bytes}")
+    if source == STDLIB:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = [f for f in root.rglob("*.py") if not STDLIB_SKIPPED.intersection(f.relative_to(root).parts[:-1])]
+    else:
+        root = Path(source)
+        if root.is_file():
+            root, files = root.parent, [root]
+        else:
+            files = [f for f in root.rglob("*") if f.suffix in TEXT_SUFFIXES and f.is_file()]
+    files.sort(key=lambda f: _name_hash(f.relative_to(root).as_posix()))
+
+    documents, size = [], 0
+    for document in _documents(root, files):
+        size += len(document.text.encode())
+        if size > max_bytes:
+            break
+        documents.append(document)
+    if not documents:
+        raise ValueError(
+            f"source must hold text: {STDLIB!r}, or a file or folder of {' '.join(TEXT_SUFFIXES)} with a first document"
+            f" of at most {max_bytes} bytes; got {source!r}"
+        )
+    return documents
+
+
+def split_validation(documents: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
+    """Splits documents into (training, validation); each side keeps its order and gets at least one document.
+
+    fraction: the expected share of validation documents, in (0, 1), chosen by a hash of each document's name
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction must lie between 0 and 1, got {fraction}")
+    if len(documents) < 2:
+        raise ValueError(f"documents must be two or more to hold one out, got {len(documents)}")
+    # "held out" decorrelates this hash from the one that orders and bounds the corpus.
+    ranks = [int.from_bytes(_name_hash("held out " + d.name)[:8], "big") / 2**64 for d in documents]
+    threshold = min(max(fraction, min(ranks)), sorted(ranks)[-2])
+    train = [d for d, rank in zip(documents, ranks, strict=True) if rank > threshold]
+    return train, [d for d, rank in zip(documents, ranks, strict=True) if rank <= threshold]
+
+
+def _name_hash(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
+
+
+def _documents(root: Path, files: list[Path]) -> Iterator[Document]:
+    for file in files:
+        name = file.relative_to(root).as_posix()
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        if file.suffix == ".jsonl":
+            yield from _json_lines(name, text)
+        elif text.strip():
+            yield Document(name, text)
+
+
+def _json_lines(name: str, text: str) -> Iterator[Document]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"source {name}, line {number}: expected a JSON object, got {error}") from None
+        body = record.get("text", record.get("content")) if isinstance(record, dict) else None
+        if not isinstance(body, str):
+            raise ValueError(f'source {name}, line {number}: expected an object with a "text" string, got {line[:60]}')
+        if body.strip():
+            yield Document(f"{name}:{number}", body)

@@ -1,0 +1,126 @@
+"""PackedBatches: documents laid end to end and cut into batches of exactly T tokens, with no padding.
+
+A document that does not fit is cut; its rest opens the next piece. Every piece is one sequence: one cu_seqlens entry,
+attention within it only, positions from 0. Labels are shifted already: label i is the token after token i in its
+document, also where a cut lies between them, so a cut loses no target; only a document's own last token has none.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from internlm2.data.tokens import TokenStore
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One batch of T tokens in n sequences.
+
+    tokens, labels, positions: int64 [T]; positions restart at 0 in every sequence; label -100 has no target
+    cu_seqlens:                int32 [n + 1] on the CPU, from 0 to T, strictly increasing
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_targets(self) -> int:
+        """How many labels count in the loss (one host synchronisation where the labels are on a GPU)."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """The batch on a device; cu_seqlens stays on the CPU, where its values are checked without a copy back."""
+        if torch.device(device).type == "cpu":
+            return self
+        moved = (t.pin_memory().to(device, non_blocking=True) for t in (self.tokens, self.labels, self.positions))
+        return PackedBatch(*moved, self.cu_seqlens)
+
+
+class PackedBatches:
+    """An endless, resumable stream of packed batches; epoch after epoch, a batch may span the border of two.
+
+    store:            the documents
+    tokens_per_batch: T, the tokens of every batch
+    max_seqlen:       longer pieces are cut
+    seed:             the order of the documents in epoch e is a permutation drawn from (seed, e); None keeps theirs
+
+    The stream is a pure function of these arguments: `state_dict()` is a position in it, and loading one continues with
+    exactly the batches that would have come.
+    """
+
+    def __init__(self, store: TokenStore, tokens_per_batch: int, max_seqlen: int, seed: int | None = 0):
+        for name, value in (("tokens_per_batch", tokens_per_batch), ("max_seqlen", max_seqlen)):
+            if value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+        self.store, self.tokens_per_batch, self.max_seqlen, self.seed = store, tokens_per_batch, max_seqlen, seed
+        self._move_to(epoch=0, document=0, offset=0)
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        return self
+
+    def __next__(self) -> PackedBatch:
+        total = self.tokens_per_batch
+        tokens, labels = np.empty(total, np.int64), np.empty(total, np.int64)
+        positions, ends, filled = np.empty(total, np.int64), [0], 0
+        while filled < total:
+            document = self._order[self._document]
+            start = self.store.offsets[document] + self._offset
+            document_end = self.store.offsets[document + 1]
+            end = min(document_end, start + self.max_seqlen, start + total - filled)
+            piece = slice(filled, filled + int(end - start))
+            following = self.store.tokens[start : min(end + 1, document_end)]
+            tokens[piece] = following[: end - start]
+            positions[piece] = np.arange(end - start)
+            labels[piece] = IGNORE_INDEX
+            labels[piece.start : piece.start + len(following) - 1] = following[1:]
+            filled = piece.stop
+            ends.append(filled)
+            self._advance(int(end - start), finished=end == document_end)
+        cu_seqlens = torch.tensor(ends, dtype=torch.int32)
+        return PackedBatch(*(torch.from_numpy(a) for a in (tokens, labels, positions)), cu_seqlens)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch the next token comes from, counted from 0."""
+        return self._epoch
+
+    def state_dict(self) -> dict[str, int | str | None]:
+        """The position in the stream, a few numbers that JSON holds, and what the stream was made of."""
+        return {"epoch": self._epoch, "document": self._document, "offset": self._offset} | self._identity()
+
+    def load_state_dict(self, state: dict[str, int | str | None]) -> None:
+        """Continues from a position; ValueError where it was taken from other documents, sizes or another seed."""
+        for key, here in self._identity().items():
+            if state.get(key) != here:
+                raise ValueError(f"data state must have {key} = {here!r}, as this stream has, got {state.get(key)!r}")
+        self._move_to(state["epoch"], state["document"], state["offset"])
+
+    def _identity(self) -> dict[str, int | str | None]:
+        sizes = {"tokens_per_batch": self.tokens_per_batch, "max_seqlen": self.max_seqlen}
+        return {"documents": self.store.fingerprint, "seed": self.seed} | sizes
+
+    def _move_to(self, epoch: int, document: int, offset: int) -> None:
+        self._epoch, self._document, self._offset = epoch, document, offset
+        count = self.store.num_documents
+        self._order = np.arange(count)
+        if self.seed is not None:
+            # numpy promises a bit generator's raw stream for good, but not what Generator.permutation makes of it.
+            keys = np.random.PCG64([self.seed, epoch]).random_raw(count)
+            self._order = np.argsort(keys, kind="stable")
+
+    def _advance(self, count: int, finished: bool) -> None:
+        self._offset += count
+        if finished:
+            self._document, self._offset = self._document + 1, 0
+            if self._document == self.store.num_documents:
+                self._move_to(self._epoch + 1, 0, 0)

@@ -1,0 +1,90 @@
+"""The folder of a run: one process at a time, one configuration for good."""
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from internlm2.config import dump_config, load_config
+from internlm2.training.config import TrainConfig
+
+
+class RunLock:
+    """Holds a run's folder for this process; the system lets go of it when the process ends, however it ends."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(folder / "lock", "a+")  # noqa: SIM115  (held open for as long as the lock is)
+        try:
+            import fcntl
+        except ImportError:  # Windows: two processes in one folder are the user's to avoid
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise RuntimeError(f"another process is training in {folder}; stop it or choose another out") from None
+
+    def release(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self.release()
+
+
+def usable_cpus() -> int:
+    """CPUs this process may use: its affinity, and the quota of its control group (cgroup v2)."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            count = min(count, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(1, count)
+
+
+def saved_config(out: str | Path) -> TrainConfig | None:
+    """The configuration of the run in a folder; None where there is none."""
+    path = Path(out) / "config.toml"
+    return load_config(TrainConfig, path) if path.exists() else None
+
+
+def resolve_config(config: TrainConfig) -> TrainConfig:
+    """Fills what depends on the machine, and holds the configuration against the one saved in config.out.
+
+    A new run's configuration is saved there; a continued run must have the saved one: ValueError names what differs.
+    """
+    saved = saved_config(config.out)
+    if config.threads == 0:
+        # torch counts physical cores, since hyper-threads slow matrix products down.
+        threads = saved.threads if saved else min(torch.get_num_threads(), usable_cpus())
+        config = dataclasses.replace(config, threads=threads)
+    if saved is None:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        dump_config(config, Path(config.out) / "config.toml")
+        return config
+    # A run's folder may have been moved.
+    differing = _differences(dataclasses.asdict(saved), dataclasses.asdict(config) | {"out": saved.out})
+    if differing:
+        raise ValueError(
+            f"config must be the one that {config.out} was started with, to continue it; differing: "
+            + ", ".join(differing)
+            + ". Choose another out for a new run."
+        )
+    return config
+
+
+def _differences(saved: dict, given: dict, prefix: str = "") -> list[str]:
+    lines = []
+    for key, value in saved.items():
+        if isinstance(value, dict) and isinstance(given[key], dict):
+            lines += _differences(value, given[key], f"{prefix}{key}.")
+        elif value != given[key]:
+            lines.append(f"{prefix}{key} (saved {value!r}, given {given[key]!r})")
+    return lines

@@ -1,5 +1,7 @@
 """Deterministic, batch-invariant operators for InternLM2-style language models, on CPU and GPU. See `OPS` and README."""
 
+from . import nn
+from ._device_errors import check, validate
 from ._registry import OPS, use_backend
 from .ops.apply_rope import apply_rope
 from .ops.qkv_rope import KVCache, qkv_rope
@@ -8,4 +10,5 @@ from .ops.rope_table import rope_table
 from .ops.swiglu import swiglu
 
 __version__ = "0.1.0"
-__all__ = ["OPS", "KVCache", "apply_rope", "qkv_rope", "rms_norm", "rope_table", "swiglu", "use_backend"]
+__all__ = ["OPS", "KVCache", "apply_rope", "check", "nn", "qkv_rope", "rms_norm", "rope_table", "swiglu", "use_backend",
+           "validate"]

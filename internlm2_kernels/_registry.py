@@ -61,12 +61,14 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """Everything that is known of one operator. See `architecture` in CONTRIBUTING.md for how each field is used.
+    """Everything that is known of one operator; CONTRIBUTING.md walks through adding one.
 
     `schemas` and `fakes` are keyed by pass. `eager` holds the PyTorch compositions that users would write: the first
     is what the error ladder compares with, all are what the benchmark measures. `bytes` and `flops` take
     `(dims, element_size, direction)` with direction `forward` or `backward` and count each input and output once.
-    `magnitude` gives the size of cancelling terms, by output or gradient name, where the gold itself cancels.
+    `batched` names the arguments whose first dimension counts rows or tokens, each computed by itself (`cos` and `sin` only
+    where they have one row a token); `magnitude` gives the size of cancelling terms, by output or argument name, where
+    the gold itself cancels.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Op:
     sample: Callable[[Case, torch.dtype, torch.device, torch.Generator], Sample]
     cases: tuple[Case, ...]
     eager: dict[str, Callable]
+    batched: tuple[str, ...]
     bytes: Callable[[dict, int, str], int]
     flops: Callable[[dict, str], int]
     backends: tuple[str, ...] = ("reference", "cpp", "triton")

@@ -108,6 +108,7 @@ APPLY_ROPE = Op(
         *(rope_case("model", 4096, heads, 8, 128, positions="int64") for heads in (16, 32, 48)),
     ),
     eager={"float32 halves": reference, "rotate_half": _eager_rotate_half},
+    batched=("q", "k", "positions", "cos", "sin"),
     bytes=_bytes,
     flops=lambda dims, direction: 3 * dims["tokens"] * (dims["heads"] + dims["kv_heads"]) * dims["head_dim"],
 )

@@ -67,7 +67,8 @@ def _sample(case, dtype, device, generator):
 
 
 def _magnitude(sample, upstream):
-    """dx is a difference of two terms of size rstd * |dy * weight| that cancel when D is small."""
+    """dx is a difference of two terms of size rstd * |dy * weight| that cancel when D is small; dweight is a sum over rows
+    of terms of both signs, of the size of their root sum square."""
     x, weight = sample.inputs["x"], sample.inputs["weight"]
     h = x + sample.inputs["residual"] if "residual" in sample.inputs else x
     if h.numel() == 0:
@@ -76,7 +77,8 @@ def _magnitude(sample, upstream):
     size = float((rstd * upstream["y"] * weight).abs().max())
     if "new_residual" in upstream:
         size += float(upstream["new_residual"].abs().max())
-    return {"x": size, "residual": size}
+    terms = (upstream["y"] * h * rstd).flatten(0, -2)
+    return {"x": size, "residual": size, "weight": float(terms.square().sum(0).sqrt().max())}
 
 
 def _bytes(dims, size, direction):
@@ -116,6 +118,7 @@ RMS_NORM = Op(
           for residual in (False, True) for cols in (2048, 4096, 6144)),
     ),
     eager={"F.rms_norm": _eager_functional, "explicit": _eager_explicit},
+    batched=("x", "residual"),
     bytes=_bytes,
     flops=lambda dims, direction: (4 if direction == "forward" else 9) * dims["rows"] * dims["cols"],
     backends=("reference", "cpp", "triton", "cuda"),

@@ -143,6 +143,7 @@ ROPE_TABLE = Op(
         Case("model", {"rows": 32768, "head_dim": 128}),
     ),
     eager={"torch": _eager},
+    batched=("length_or_positions",),
     bytes=lambda dims, size, direction: dims["rows"] * (8 + 4 * dims["head_dim"]),
     flops=lambda dims, direction: 3 * dims["rows"] * dims["head_dim"],
     dtypes=(torch.float32,),

@@ -65,6 +65,7 @@ SWIGLU = Op(
         Case("model", {"rows": 4096, "cols": 8192, "packed": True}),
     ),
     eager={"F.silu(gate) * up": _eager},
+    batched=("gate", "up"),
     bytes=lambda dims, size, direction: (3 if direction == "forward" else 5) * dims["rows"] * dims["cols"] * size,
     flops=lambda dims, direction: (5 if direction == "forward" else 12) * dims["rows"] * dims["cols"],
 )

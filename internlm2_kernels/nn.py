@@ -1,0 +1,68 @@
+"""Module forms of the operators, with the parameter names of the usual checkpoints."""
+
+import torch
+
+from .ops.apply_rope import apply_rope
+from .ops.rms_norm import rms_norm
+from .ops.rope_table import rope_table
+from .ops.swiglu import swiglu
+
+
+class RMSNorm(torch.nn.Module):
+    """`rms_norm` with its weight [hidden_size]: drop-in for `torch.nn.RMSNorm` and Hugging Face's RMSNorm classes.
+
+    `forward(x)` -> y; `forward(x, residual)` -> (y, x + residual). Options and errors: `internlm2_kernels.rms_norm`.
+    """
+
+    def __init__(self, hidden_size, eps=1e-5, *, rounding="once", device=None, dtype=None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        self.eps, self.rounding = eps, rounding
+
+    def forward(self, x, residual=None):
+        return rms_norm(x, self.weight, self.eps, residual, rounding=self.rounding)
+
+    def extra_repr(self):
+        return f"{self.weight.shape[0]}, eps={self.eps}, rounding={self.rounding!r}"
+
+
+class SwiGLU(torch.nn.Module):
+    """The feed-forward block w2(silu(w1 x) * w3 x) without biases; w1 is the gate, w3 the up projection, w2 the way down."""
+
+    def __init__(self, hidden_size, intermediate_size, *, device=None, dtype=None):
+        super().__init__()
+        options = {"bias": False, "device": device, "dtype": dtype}
+        self.w1 = torch.nn.Linear(hidden_size, intermediate_size, **options)
+        self.w3 = torch.nn.Linear(hidden_size, intermediate_size, **options)
+        self.w2 = torch.nn.Linear(intermediate_size, hidden_size, **options)
+
+    def forward(self, x):
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
+
+
+class RotaryEmbedding(torch.nn.Module):
+    """Rotary tables for `max_length` positions and their application: `forward(q, k, positions)` -> q, k.
+
+    The tables are float32 buffers outside the state dict, made from float64 angles; `.to(bfloat16)` and `.half()` leave them
+    float32, since a bfloat16 table is wrong from position 256 on. Options: `rope_table`, `apply_rope`.
+    """
+
+    def __init__(self, head_dim, max_length, *, base=1e6, scaling=None, angles="float64", interleaved=False, device=None):
+        super().__init__()
+        cos, sin = rope_table(max_length, head_dim, base=base, scaling=scaling, angles=angles, device=device)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.interleaved = interleaved
+
+    def _apply(self, fn, recurse=True):
+        tables = {name: getattr(self, name) for name in ("cos", "sin")}
+        super()._apply(fn, recurse)
+        for name, table in tables.items():  # moved to the new device, never rounded
+            setattr(self, name, table.to(getattr(self, name).device))
+        return self
+
+    def forward(self, q, k, positions=None):
+        """q [..., S, H, d], k [..., S, G, d]; without positions every sequence counts from 0 along S."""
+        if positions is None:
+            positions = torch.arange(q.shape[-3], device=q.device).expand(q.shape[:-2])
+        return apply_rope(q, k, self.cos, self.sin, positions, interleaved=self.interleaved)

@@ -1,0 +1,36 @@
+"""The cells of the shared checks, from the registry alone: operator / backend / direction / dtype / instruction set."""
+
+import torch
+
+from internlm2_kernels import OPS
+from internlm2_kernels._registry import _C
+
+SETS = ("avx2", "avx512")
+
+
+def variants(device: str) -> list[tuple[str, str]]:
+    """(backend, instruction set) pairs that run on this device; on CPU every compiled check runs for each set."""
+    if device == "cuda":
+        return [("reference", ""), ("triton", ""), ("cuda", "")]
+    best = _C.best_cpu_isa() if _C else ""
+    sets = SETS[: SETS.index(best) + 1 if best else 0]
+    return [("reference", ""), *(("cpp", isa) for isa in sets), ("triton", "interpreted")]
+
+
+def expected(device: str) -> tuple[set[str], set[str]]:
+    """The cells that must run on this device, and those of backends that belong to another."""
+    here, elsewhere = set(), set()
+    runnable = {backend for backend, _ in variants(device)} | ({"cpp"} if device == "cpu" else set())
+    for op in OPS.values():
+        for direction in op.directions:
+            for dtype in op.dtypes:
+                for backend, isa in variants(device):
+                    if backend in op.backends:
+                        here.add(name(op, backend, direction, dtype, isa))
+                for backend in set(op.backends) - runnable:
+                    elsewhere.add(name(op, backend, direction, dtype, ""))
+    return here, elsewhere
+
+
+def name(op, backend: str, direction: str, dtype: torch.dtype, isa: str) -> str:
+    return "/".join((op.name, backend, direction, str(dtype).removeprefix("torch."), isa or "-"))

@@ -1,0 +1,74 @@
+"""Shared set-up: Triton's interpreter where there is no GPU, poisoned memory, seeds from the test's name, counted cells."""
+
+import os
+import zlib
+
+import pytest
+
+CELLS = pytest.StashKey[set]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the shared operator checks run")
+    parser.addoption("--require-cells", action="store_true",
+                     help="fail unless every operator x backend x direction x dtype x instruction set of the registry ran")
+
+
+def pytest_configure(config):
+    config.stash[CELLS] = set()
+    if config.getoption("--device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton or internlm2_kernels
+        import interpreter
+
+        interpreter.install()
+    import torch
+
+    torch.set_num_threads(2)
+    # Fresh memory is filled with NaN, torch's and the extension's: an output element that nobody writes turns tests red.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture
+def device(request):
+    import torch
+
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture
+def generator(request, device):
+    """Random numbers that are the same at every run of this test and differ between tests."""
+    import torch
+
+    return torch.Generator(device=device).manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" and report.passed:
+        _RAN.update(value for name, value in report.user_properties if name == "cell")
+
+
+_RAN: set = set()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("--require-cells"):
+        return
+    import cells
+
+    expected, elsewhere = cells.expected(config.getoption("--device"))
+    terminalreporter.write_line(
+        f"operator x backend x direction x dtype x instruction set: {len(_RAN & expected)} of {len(expected)} cells ran"
+        f" and passed; {len(elsewhere)} more need another device ({', '.join(sorted({c.split('/')[1] for c in elsewhere}))})")
+    for cell in sorted(expected - _RAN)[:20]:
+        terminalreporter.write_line(f"  missing: {cell}", red=True)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if session.config.getoption("--require-cells") and not hasattr(session.config, "workerinput"):
+        import cells
+
+        expected, _ = cells.expected(session.config.getoption("--device"))
+        if not expected <= _RAN and exitstatus == 0:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,0 +1,97 @@
+"""What the shared checks have in common: samples by case, the choice of backend and instruction set, derived inputs."""
+
+import contextlib
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from internlm2_kernels._registry import _C, OPS, Case, Op, Sample
+from internlm2_kernels.testing import draw_upstream, run
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@contextlib.contextmanager
+def instruction_set(isa: str):
+    """Force the AVX2 or AVX-512 build inside the block; other values change nothing."""
+    if isa not in ("avx2", "avx512"):
+        yield
+        return
+    previous = _C.cpu_isa()
+    _C.set_cpu_isa(isa)
+    try:
+        yield
+    finally:
+        _C.set_cpu_isa(previous)
+
+
+def small_cases(op: Op) -> list[Case]:
+    return [case for case in op.cases if case.kind in ("smoke", "edge")]
+
+
+def smoke_cases(op: Op) -> list[Case]:
+    return [case for case in op.cases if case.kind == "smoke"]
+
+
+def sample_of(op: Op, case: Case, dtype: torch.dtype, device, generator) -> Sample:
+    return op.sample(case, dtype, torch.device(device), generator)
+
+
+def forward_backward(op: Op, sample: Sample, backend: str, generator) -> dict[str, torch.Tensor]:
+    return run(op, sample, backend, draw_upstream(op, sample, 1.0, generator))
+
+
+def assert_bitwise(got: dict, want: dict, label: str = "") -> None:
+    assert got.keys() == want.keys(), (label, got.keys(), want.keys())
+    for name in want:
+        assert got[name].shape == want[name].shape and got[name].dtype == want[name].dtype, (label, name)
+        same = torch.equal(torch.nan_to_num(got[name].double(), 1e300), torch.nan_to_num(want[name].double(), 1e300))
+        assert same, f"{label}: {name} differs in {int((got[name] != want[name]).sum())} of {got[name].numel()} elements"
+
+
+def replaced(sample: Sample, **inputs) -> Sample:
+    return Sample({**sample.inputs, **inputs}, sample.grad)
+
+
+def rows_between(op: Op, sample: Sample, count: int, begin: int, end: int) -> Sample:
+    """The sample's rows [begin, end): what a smaller batch holds."""
+    part = {name: value[begin:end] for name, value in sample.inputs.items()
+            if name in op.batched and isinstance(value, torch.Tensor) and value.shape[0] == count}
+    return replaced(sample, **part)
+
+
+def row_count(case: Case) -> int:
+    return case.dims.get("rows", case.dims.get("tokens"))
+
+
+class Recorder(TorchDispatchMode):
+    """Records every operator that is dispatched, with detached copies of its tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        copy = lambda v: v.detach().clone() if isinstance(v, torch.Tensor) else v
+        if func.namespace == "internlm2":
+            self.calls.append((func, tuple(copy(a) for a in args)))
+        else:
+            self.calls.append((func, ()))
+        return func(*args, **(kwargs or {}))
+
+
+def strided_copies(x: torch.Tensor):
+    """(name, tensor equal to x with other strides): sliced from something larger, transposed, with a stride above 1."""
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + 13), float("nan") if x.is_floating_point() else -1,
+                      dtype=x.dtype, device=x.device)
+    wide[..., 5: 5 + x.shape[-1]] = x
+    yield "sliced", wide[..., 5: 5 + x.shape[-1]]
+    if x.dim() >= 2:
+        yield "transposed", x.transpose(-1, -2).contiguous().transpose(-1, -2)
+        rows = torch.stack((x, torch.full_like(x, 7)), 1)
+        yield "every other row", rows[:, 0]
+    double = torch.stack((x, torch.full_like(x, 7)), -1)
+    yield "last stride 2", double[..., 0]
+
+
+__all__ = [name for name in dir() if not name.startswith("_")] + ["OPS"]

@@ -1,0 +1,414 @@
+"""The shared checks: every operator x backend x dtype x direction keeps the contract. Nothing here lists operators."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from cells import name as cell_name
+from cells import variants
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from shared import (
+    DTYPES,
+    OPS,
+    Recorder,
+    assert_bitwise,
+    forward_backward,
+    instruction_set,
+    replaced,
+    row_count,
+    rows_between,
+    sample_of,
+    small_cases,
+    smoke_cases,
+    strided_copies,
+)
+
+from internlm2_kernels._registry import Case
+from internlm2_kernels.testing import assert_ladder, draw_upstream, ladder, run, with_leaves
+
+
+def pytest_generate_tests(metafunc):
+    """`op` and `variant` (backend, instruction set) from the registry; tests that take `native` see cpp and triton only."""
+    if "variant" in metafunc.fixturenames:
+        pairs = [(op, variant) for op in OPS.values() for variant in variants(metafunc.config.getoption("--device"))
+                 if variant[0] in op.backends and (variant[0] != "reference" or "native" not in metafunc.fixturenames)]
+        metafunc.parametrize("op,variant", pairs, ids=[f"{op.name}-{'-'.join(filter(None, v))}" for op, v in pairs])
+    elif "op" in metafunc.fixturenames:
+        metafunc.parametrize("op", OPS.values(), ids=list(OPS))
+
+
+@pytest.fixture
+def native():
+    """Marks a test as one of compiled backends: `reference` is PyTorch's own composition."""
+
+
+@pytest.fixture
+def backend(variant):
+    with instruction_set(variant[1]):
+        yield variant[0]
+
+
+# --------------------------------------------------------------------------------------------------- right values
+@pytest.mark.parametrize("direction", ("forward", "backward"))
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_ladder(op, variant, backend, dtype, direction, device, generator, record_property):
+    if dtype not in op.dtypes or direction not in op.directions:
+        pytest.skip(f"{op.name} has no {direction} in {dtype}")
+    for case in small_cases(op):
+        sample = sample_of(op, case, dtype, device, generator)
+        for scale in (1.0, 1e-4) if direction == "backward" else (0.0,):
+            upstream = draw_upstream(op, sample, scale, generator) if scale else {}
+            assert_ladder(op, sample, run(op, sample, backend, upstream), upstream, f"{case} upstream {scale} {backend}")
+    record_property("cell", cell_name(op, backend, direction, dtype, variant[1]))
+
+
+def _spoilt(x):
+    """(what is wrong, tensor): what a kernel with a forgotten edge would return."""
+    yield "zeros", torch.zeros_like(x)
+    for what, index in (("last row", (-1,)), ("last column", (..., -1)), ("first row", (0,))):
+        wrong = x.clone()
+        wrong[index] = 0
+        yield f"{what} zero", wrong
+    wrong = x.clone().flatten()
+    wrong[-16:] = wrong[-32:-16]
+    yield "last tile shifted", wrong.view(x.shape)
+    wrong = x.clone().flatten()
+    wrong[x.numel() // 2] = float("nan")
+    yield "one NaN", wrong.view(x.shape)
+
+
+@pytest.mark.parametrize("scale", (1.0, 1e-4))
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_the_ladder_turns_red(op, dtype, scale, device, generator):
+    """An implementation that returns zeros, or whose last row, column or tile is wrong, fails in every dtype."""
+    if dtype not in op.dtypes:
+        pytest.skip(f"{op.name} has no {dtype}")
+    case = max(smoke_cases(op), key=row_count)
+    sample = sample_of(op, case, dtype, device, generator)
+    upstream = draw_upstream(op, sample, scale, generator)
+    right = run(op, sample, "reference", upstream)
+    assert all(rung.ok for rung in ladder(op, sample, right, upstream))
+    for tensor, value in right.items():
+        for what, wrong in _spoilt(value):
+            red = [rung.name for rung in ladder(op, sample, {**right, tensor: wrong}, upstream) if not rung.ok]
+            assert red == [tensor], f"{op.name} {tensor} {what}: red {red}"
+
+
+def test_gradcheck(op, variant, backend, device, generator):
+    """In float64, where finite differences mean something; Triton and CUDA do not take float64."""
+    if backend not in ("reference", "cpp") or "backward" not in op.directions:
+        pytest.skip(f"{backend} of {op.name} has no float64 backward")
+    for case in small_cases(op):
+        sample = with_leaves(sample_of(op, case, torch.float64, device, generator))
+        leaves = [sample.inputs[n] for n in sample.grad]
+        if not 0 < sum(leaf.numel() for leaf in leaves) < 3000:
+            continue
+
+        def function(*tensors, sample=sample):
+            return op.public(**{**sample.inputs, **dict(zip(sample.grad, tensors, strict=True))}, backend=backend)
+
+        assert torch.autograd.gradcheck(function, leaves, fast_mode=sum(leaf.numel() for leaf in leaves) > 300)
+
+
+def _dims(op):
+    """Sizes around the edges of vectors and tiles, for the keys that this operator's cases have."""
+    keys = {key: {case.dims.get(key) for case in small_cases(op)} for case in small_cases(op) for key in case.dims}
+    ranges = {"rows": st.integers(0, 40), "tokens": st.integers(0, 40), "cols": st.integers(1, 150),
+              "kv_heads": st.integers(1, 3), "heads": st.integers(1, 6), "head_dim": st.integers(1, 70).map(lambda d: 2 * d)}
+    drawn = {key: ranges[key] if key in ranges else st.sampled_from(sorted(values, key=str)) for key, values in keys.items()}
+    return st.fixed_dictionaries(drawn).map(
+        lambda d: {**d, "heads": d["heads"] * d["kv_heads"]} if "kv_heads" in d else d)
+
+
+def test_property(op, variant, backend, device, request):
+    """Any shape that Hypothesis can think of keeps the ladder, forward and backward."""
+    quick = variant[1] == "interpreted"
+
+    @settings(max_examples=6 if quick else 40, deadline=None, derandomize=True, database=None,
+              suppress_health_check=list(HealthCheck))
+    @given(dims=_dims(op), dtype=st.sampled_from(op.dtypes), seed=st.integers(0, 2**31))
+    def check(dims, dtype, seed):
+        generator = torch.Generator(device=device).manual_seed(seed)
+        sample = sample_of(op, Case("drawn", {k: v for k, v in dims.items() if v is not None}), dtype, device, generator)
+        upstream = draw_upstream(op, sample, 1.0, generator)
+        assert_ladder(op, sample, run(op, sample, backend, upstream), upstream, f"{dims} {dtype}")
+
+    check()
+
+
+# ------------------------------------------------------------------------------- registered, compiled, exported
+def test_opcheck(op, variant, backend, native, device, generator):
+    """Schema, fakes and strides of every pass, on the arguments that the public function itself hands over."""
+    seen = set()
+    for case in smoke_cases(op):
+        sample = sample_of(op, case, torch.float32, device, generator)
+        upstream = draw_upstream(op, sample, 1.0, generator)
+        with Recorder() as recorder:
+            run(op, sample, backend, upstream)
+        for overload, args in [c for c in recorder.calls if c[0].namespace == "internlm2"]:
+            seen.add(overload._schema.name.removeprefix(f"internlm2::{op.name}_"))
+            torch.library.opcheck(overload, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+            strided = args if not args[0].is_floating_point() else (next(strided_copies(args[0]))[1], *args[1:])
+            torch.library.opcheck(overload, strided, test_utils=("test_schema", "test_faketensor"))
+    assert seen >= {p for p in op.schemas if p != "cache_fwd"}, seen
+
+
+def _compiled_equals_eager(op, sample, backend, upstream, compiler):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **inputs: op.public(**inputs, backend=backend), fullgraph=True, backend=compiler)
+    assert_bitwise(run(op, sample, lambda **inputs: compiled(**inputs), upstream), run(op, sample, backend, upstream), compiler)
+
+
+def test_fullgraph(op, variant, backend, native, device, generator):
+    """Without a graph break, equal to the bit; the grid under aot_eager, one case under inductor."""
+    cases = smoke_cases(op)
+    for case in cases[:1] if variant[1] == "interpreted" else cases:
+        sample = sample_of(op, case, torch.bfloat16 if torch.bfloat16 in op.dtypes else torch.float32, device, generator)
+        upstream = draw_upstream(op, sample, 1.0, generator)
+        _compiled_equals_eager(op, sample, backend, upstream, "aot_eager")
+    if variant[1] != "avx2":
+        _compiled_equals_eager(op, sample, backend, upstream, "inductor")
+
+
+def test_export(op, variant, backend, native, device, generator):
+    """torch.export gives a program with our operator in it and the same bits."""
+    sample = sample_of(op, smoke_cases(op)[0], torch.float32, device, generator)
+    tensors = {n: v for n, v in sample.inputs.items() if isinstance(v, torch.Tensor)}
+    fixed = {n: v for n, v in sample.inputs.items() if n not in tensors}
+
+    class Module(torch.nn.Module):
+        def forward(self, **inputs):
+            return op.public(**inputs, **fixed, backend=backend)
+
+    with torch.no_grad():
+        program = torch.export.export(Module(), (), tensors)
+        assert any("internlm2" in str(node.target) for node in program.graph.nodes)
+        got, want = program.module()(**tensors), op.public(**sample.inputs, backend=backend)
+    as_tuple = lambda v: (v,) if isinstance(v, torch.Tensor) else tuple(v)
+    assert_bitwise(dict(enumerate(as_tuple(got))), dict(enumerate(as_tuple(want))), "export")
+
+
+def test_switching_the_backend_recompiles(op, device, generator):
+    """A compiled function follows `use_backend`: a stale choice would be silent."""
+    from internlm2_kernels import use_backend
+
+    called = []
+
+    def compiler(graph, example_inputs):
+        overloads = [str(node.target) for node in graph.graph.nodes if "internlm2" in str(node.target)]
+        return lambda *args: (called.append(overloads), graph(*args))[1]
+
+    sample = sample_of(op, smoke_cases(op)[0], torch.float32, device, generator)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **inputs: op.public(**inputs), fullgraph=True, backend=compiler)
+    native = "cpp" if device.type == "cpu" else "triton"
+    for backend in (native, "reference", native):
+        with use_backend(backend), torch.no_grad():
+            compiled(**sample.inputs)
+    assert [[name.endswith(native) for name in names] for names in called] == [[True], [], [True]], called
+
+
+# --------------------------------------------------------------------------------- deterministic, batch-invariant
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+def test_bitwise_repeatable(op, variant, backend, native, dtype, device, generator):
+    """Equal bits over repeats and for 1 and 2 threads, at a size that does run in parallel."""
+    if dtype not in op.dtypes:
+        pytest.skip(f"{op.name} has no {dtype}")
+    case = max(smoke_cases(op), key=row_count)
+    if variant[1] != "interpreted":
+        case = Case("wide", {**case.dims, "rows" if "rows" in case.dims else "tokens": 1031})
+    sample = sample_of(op, case, dtype, device, generator)
+    upstream = draw_upstream(op, sample, 1.0, generator)
+    want = run(op, sample, backend, upstream)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, threads):
+            torch.set_num_threads(count)
+            assert_bitwise(run(op, sample, backend, upstream), want, f"{count} threads")
+    finally:
+        torch.set_num_threads(threads)
+
+
+_DIGEST = """
+import hashlib, sys, torch
+sys.path.insert(0, sys.argv[1])
+import shared
+torch.set_num_threads(int(sys.argv[2]))
+for op in shared.OPS.values():
+    for case in shared.smoke_cases(op):
+        generator = torch.Generator().manual_seed(11)
+        sample = shared.sample_of(op, case, torch.float32, "cpu", generator)
+        result = shared.forward_backward(op, sample, "cpp", generator)
+        bits = b"".join(t.contiguous().numpy().tobytes() for t in result.values())
+        print(op.name, case, hashlib.sha256(bits).hexdigest())
+"""
+
+
+def test_bitwise_in_another_process(device):
+    if device.type != "cpu":
+        pytest.skip("the digest runs the cpp backend")
+    import pathlib
+
+    folder = str(pathlib.Path(__file__).parent)
+    digests = {subprocess.run([sys.executable, "-c", _DIGEST, folder, threads], capture_output=True, text=True,
+                              check=True).stdout for threads in ("1", "2")}
+    assert len(digests) == 1 and len(digests.pop().splitlines()) >= len(OPS)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+def test_batch_invariant(op, variant, backend, native, dtype, device, generator):
+    """A row's bits do not change with what else is in the batch: alone, in front, in the middle, at the end."""
+    if dtype not in op.dtypes:
+        pytest.skip(f"{op.name} has no {dtype}")
+    for case in smoke_cases(op):
+        count = row_count(case)
+        sample = sample_of(op, case, dtype, device, generator)
+        whole = run(op, sample, backend)
+        for begin, end in ((0, 1), (count - 1, count), (1, count - 1), (count // 2, count // 2 + 2)):
+            part = run(op, rows_between(op, sample, count, begin, end), backend)
+            assert_bitwise(part, {n: v[begin:end] for n, v in whole.items()}, f"{case} rows {begin}:{end}")
+
+
+# ------------------------------------------------------------------------------------------------ memory and strides
+def test_fresh_memory_is_poisoned():
+    assert torch.empty(1000).isnan().all() and torch.empty_like(torch.ones(3, dtype=torch.bfloat16)).isnan().all()
+
+
+def test_strides(op, variant, backend, native, device, generator):
+    """Sliced, transposed and expanded inputs and upstream gradients give the contiguous result to the bit."""
+    for case in smoke_cases(op)[:2]:
+        sample = sample_of(op, case, torch.float32, device, generator)
+        upstream = draw_upstream(op, sample, 1.0, generator)
+        want = run(op, sample, backend, upstream)
+        for argument, value in sample.inputs.items():
+            if not isinstance(value, torch.Tensor) or value.dim() == 0:
+                continue
+            for what, strided in strided_copies(value):
+                assert_bitwise(run(op, replaced(sample, **{argument: strided}), backend, upstream), want, f"{argument} {what}")
+            if value.dim() > 1:
+                expanded = value[:1].expand_as(value)
+                got, flat = (run(op, replaced(sample, **{argument: e}), backend, upstream)
+                             for e in (expanded, expanded.contiguous()))
+                assert_bitwise(got, flat, f"{argument} expanded")
+        for output, gradient in upstream.items():
+            for what, strided in strided_copies(gradient):
+                assert_bitwise(run(op, sample, backend, {**upstream, output: strided}), want, f"d {output} {what}")
+            ones = torch.ones((), device=device).expand_as(gradient)
+            assert_bitwise(run(op, sample, backend, {**upstream, output: ones}),
+                           run(op, sample, backend, {**upstream, output: ones.contiguous()}), f"d {output} expanded")
+
+
+def test_leading_dimensions(op, variant, backend, native, device, generator):
+    """Four leading dimensions give the rows of the flat call; what the first dimension counts is split in three."""
+    case = smoke_cases(op)[0]
+    if op.name == "rope_table":
+        pytest.skip("positions have one dimension")
+    case = Case("lead", {**case.dims, "rows" if "rows" in case.dims else "tokens": 12, "positions": "int64"})
+    sample = sample_of(op, case, torch.float32, device, generator)
+    want = run(op, sample, backend)
+    lead = {n: v.view(2, 3, 2, *v.shape[1:]) for n, v in sample.inputs.items()
+            if n in op.batched and isinstance(v, torch.Tensor) and v.shape[0] == 12}
+    got = run(op, replaced(sample, **lead), backend)
+    assert_bitwise({n: v.flatten(0, 2) for n, v in got.items()}, want)
+
+
+def test_inputs_are_never_written(op, variant, backend, native, device, generator):
+    sample = sample_of(op, smoke_cases(op)[0], torch.float32, device, generator)
+    before = {n: v.clone() for n, v in sample.inputs.items() if isinstance(v, torch.Tensor)}
+    forward_backward(op, sample, backend, generator)
+    assert_bitwise({n: sample.inputs[n] for n in before}, before)
+
+
+def test_native_calls_run_no_aten_compute(op, variant, backend, device, generator):
+    """A cpp call does its work itself: besides our operators only allocation and views are dispatched."""
+    if backend != "cpp":
+        pytest.skip("the rule is cpp's")
+    allowed = {"empty", "new_empty", "empty_like", "view", "_unsafe_view", "slice", "detach", "alias", "reshape", "arange",
+               "scalar_tensor", "lift_fresh", "_to_copy", "empty_strided"}
+    for case in smoke_cases(op):
+        sample = sample_of(op, case, torch.bfloat16 if torch.bfloat16 in op.dtypes else torch.float32, device, generator)
+        upstream = draw_upstream(op, sample, 1.0, generator)
+        with Recorder() as recorder:
+            run(op, sample, backend, upstream)
+        names = [call[0]._schema.name for call in recorder.calls]
+        assert any(n.startswith("internlm2::") for n in names)
+        foreign = {n for n in names if not n.startswith("internlm2::") and n.removeprefix("aten::") not in allowed}
+        assert not foreign, f"{case}: {foreign}"
+
+
+# --------------------------------------------------------------------------------------------- autograd's other uses
+def _first(op, device, generator):
+    return sample_of(op, smoke_cases(op)[0], torch.float32, device, generator)
+
+
+def test_activation_checkpointing(op, variant, backend, native, device, generator):
+    if "backward" not in op.directions:
+        pytest.skip("no backward")
+    sample = _first(op, device, generator)
+    upstream = draw_upstream(op, sample, 1.0, generator)
+    again = lambda **inputs: torch.utils.checkpoint.checkpoint(
+        lambda: op.public(**inputs, backend=backend), use_reentrant=False)
+    assert_bitwise(run(op, sample, again, upstream), run(op, sample, backend, upstream))
+
+
+def test_only_wanted_gradients(op, variant, backend, native, device, generator):
+    """Each differentiable argument alone gets the gradient that it gets among all."""
+    if "backward" not in op.directions:
+        pytest.skip("no backward")
+    for case in smoke_cases(op)[:2]:
+        sample = sample_of(op, case, torch.float32, device, generator)
+        upstream = draw_upstream(op, sample, 1.0, generator)
+        want = run(op, sample, backend, upstream)
+        for argument in sample.grad:
+            got = run(op, type(sample)(sample.inputs, (argument,)), backend, upstream)
+            assert_bitwise({f"d_{argument}": got[f"d_{argument}"]}, {f"d_{argument}": want[f"d_{argument}"]}, argument)
+
+
+def test_each_output_alone(op, variant, backend, native, device, generator):
+    """A loss that uses one output only: the others' gradients are absent, not garbage."""
+    if "backward" not in op.directions:
+        pytest.skip("no backward")
+    for case in smoke_cases(op)[:2]:
+        sample = sample_of(op, case, torch.float32, device, generator)
+        for output, gradient in draw_upstream(op, sample, 1.0, generator).items():
+            got, want = (run(op, sample, b, {output: gradient}) for b in (backend, "reference"))
+            for name in want:
+                if name.startswith("d_"):
+                    torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-4)
+
+
+def test_double_backward_and_vmap_say_no(op, variant, backend, native, device, generator):
+    if "backward" not in op.directions:
+        pytest.skip("no backward")
+    sample = with_leaves(_first(op, device, generator))
+    output = op.public(**sample.inputs, backend=backend)
+    output = output if isinstance(output, torch.Tensor) else output[0]
+    leaf = sample.inputs[sample.grad[0]]
+    (grad,) = torch.autograd.grad(output.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice|once_differentiable"):
+        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="functorch|vmap"):
+        torch.vmap(lambda x: op.public(**{**sample.inputs, sample.grad[0]: x}, backend=backend))(leaf[None])
+
+
+def test_autocast_keeps_the_dtype(op, variant, backend, native, device, generator):
+    sample = _first(op, device, generator)
+    want = run(op, sample, backend)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert_bitwise(run(op, sample, backend), want)
+
+
+# ----------------------------------------------------------------------------------------------------- choice of backend
+def test_unusable_backends_say_why(op, device, generator):
+    from internlm2_kernels import use_backend
+
+    sample = _first(op, device, generator)
+    with pytest.raises(ValueError, match=rf"{op.name}: backend='metal' cannot run here: there is no such backend"):
+        op.public(**sample.inputs, backend="metal")
+    wrong = "cuda" if device.type == "cpu" else "cpp"
+    with pytest.raises(ValueError, match=rf"{op.name}: backend='{wrong}' cannot run here: "):
+        op.public(**sample.inputs, backend=wrong)
+    with pytest.raises(ValueError, match="backend: expected one of"), use_backend("metal"):
+        pass

@@ -59,11 +59,14 @@ class ModelConfig:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
-        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size",
-                     "vocab_size", "rms_norm_eps", "rope_theta", "max_position_embeddings", "initializer_range"):  # fmt: skip
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        counts = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size",
+                  "max_position_embeddings")  # fmt: skip
+        for kind, names in ((int, counts), (int | float, ("rms_norm_eps", "rope_theta", "initializer_range"))):
+            for name in names:
+                value = getattr(self, name)
+                if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < float("inf"):
+                    noun = "int" if kind is int else "number"
+                    raise ValueError(f"{name} must be a positive {noun}, got {value!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads = {self.num_kv_heads}, got {self.num_heads}")
         if self.head_dim % 2:
@@ -216,7 +219,9 @@ def load_toml(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[st
             raise ValueError(f"an override must look like a.b=c, got {override!r}")
         at = table
         for key in keys[:-1]:
-            at = at.setdefault(key, {})
+            value = at.get(key, {})
+            at[key] = _read_text(value, dict) if isinstance(value, _Text) else value
+            at = at[key]
             if not isinstance(at, dict):
                 raise ValueError(f"override {override!r}: {key} is a value, not a table")
         at[keys[-1]] = _Text(text.strip())
@@ -260,10 +265,10 @@ def _build(cls: type, table: Any, where: str) -> Any:
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """`value` as the type `hint`, or a TypeError that names the key."""
-    if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else _build(hint, value, where + ".")
     if isinstance(value, _Text):
         value = _read_text(value, hint)
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else _build(hint, value, where + ".")
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None or value == "none":

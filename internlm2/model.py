@@ -214,12 +214,12 @@ class InternLM2(nn.Module):
 
         reduction "mean" divides by the number of labels that count (0 if none does), "sum" does not.
         """
-        if labels.shape != tokens.shape or labels.dtype != torch.int64:
-            raise ValueError(f"labels must be int64 {list(tokens.shape)}, got {labels.dtype} {list(labels.shape)}")
-        if labels.device.type == "cpu" and labels.numel():
-            low, high = int(labels.min()), int(labels.max())
-            if low < -100 or high >= self.config.vocab_size or bool(((labels < 0) & (labels != -100)).any()):
-                raise ValueError(f"labels must be -100 or in [0, {self.config.vocab_size}), got {low} to {high}")
+        _check_integers("tokens", tokens)
+        _check_integers("labels", labels, tokens.shape[0], (torch.int64,))
+        if labels.device.type == "cpu":
+            wrong = labels[((labels < 0) & (labels != -100)) | (labels >= self.config.vocab_size)]
+            if wrong.numel():
+                raise ValueError(f"labels must be -100 or in [0, {self.config.vocab_size}), got {int(wrong[0])}")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
         logits = self(tokens, cu_seqlens, positions)
@@ -283,10 +283,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) ->
 
 def _check_packing(tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None, vocab_size: int) -> list[int]:
     """The sequences' lengths, after looking at everything that can be looked at without waiting for a device."""
-    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32) or tokens.ndim != 1:
-        raise _error("tokens", "an int64 or int32 tensor [T]", tokens)
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1:
-        raise _error("cu_seqlens", "an int32 tensor [sequences + 1]", cu_seqlens)
+    _check_integers("tokens", tokens)
+    _check_integers("cu_seqlens", cu_seqlens, dtypes=(torch.int32,))
     total, bounds = tokens.shape[0], cu_seqlens.tolist()
     lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
     if not bounds or bounds[0] != 0 or bounds[-1] != total or any(n < 0 for n in lengths):
@@ -298,14 +296,16 @@ def _check_packing(tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None,
             raise ValueError(f"tokens must lie in [0, vocab_size = {vocab_size}), got values from {low} to {high}")
     if positions is None:
         return lengths
-    if not isinstance(positions, Tensor) or positions.dtype not in (torch.int64, torch.int32) or positions.shape != (total,):
-        raise _error("positions", f"an int64 or int32 tensor [{total}]", positions)
+    _check_integers("positions", positions, total)
     if positions.device.type == "cpu" and total and int(positions.min()) < 0:
         raise ValueError(f"positions must be 0 or more, got {int(positions.min())}")
     return lengths
 
 
-def _error(name: str, expected: str, got: Any) -> Exception:
-    if not isinstance(got, Tensor):
-        return TypeError(f"{name} must be {expected}, got {type(got).__name__}")
-    return ValueError(f"{name} must be {expected}, got {got.dtype} {list(got.shape)}")
+def _check_integers(name: str, value: Any, length: int | None = None, dtypes: tuple = (torch.int64, torch.int32)) -> None:
+    size = "one dimension" if length is None else f"shape [{length}]"
+    expected = f"a tensor of {' or '.join(str(d).removeprefix('torch.') for d in dtypes)} with {size}"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+    if value.dtype not in dtypes or value.ndim != 1 or (length is not None and value.shape[0] != length):
+        raise ValueError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')} {list(value.shape)}")

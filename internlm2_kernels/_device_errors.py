@@ -1,0 +1,80 @@
+"""Index errors found on a device: one int32 word a device, a bit for every operator and argument.
+
+A kernel that meets an index outside its range touches no memory with it, writes NaN to that row and sets its bit. Nothing
+waits for the device until `check()` or `validate()` asks.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+# The bit of each argument is part of the contract with csrc/cuda: append, never renumber.
+CODES = {
+    ("apply_rope", "positions"): 1 << 0,
+    ("qkv_rope", "positions"): 1 << 1,
+    ("qkv_rope", "cache.slots"): 1 << 2,
+}
+_EXPECTED = {
+    ("apply_rope", "positions"): "values from 0 to the rows of cos minus 1",
+    ("qkv_rope", "positions"): "values from 0 to the rows of cos minus 1",
+    ("qkv_rope", "cache.slots"): "values from -1 to blocks * block_size - 1",
+}
+_CONSEQUENCE = {
+    "positions": "the outputs of those tokens are NaN and were not cached",
+    "cache.slots": "those tokens were not cached",
+}
+_words: dict[torch.device, torch.Tensor] = {}
+
+
+def error_word(device: torch.device) -> torch.Tensor:
+    """The word that kernels on `device` set; it lives as long as the process, since recorded CUDA graphs keep its address."""
+    if device.type == "meta":
+        return torch.empty(1, dtype=torch.int32, device=device)
+    word = _words.get(device)
+    if word is None:
+        with torch.inference_mode(False):  # an inference tensor could not be reset outside inference mode
+            word = _words[device] = torch.zeros(1, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            _tell_compiled_library(device, word)
+    return word
+
+
+def _tell_compiled_library(device: torch.device, word: torch.Tensor) -> None:
+    from ._registry import _C  # at the first call: the registry is loaded by then, and this module needs nothing of it
+
+    if _C is not None and hasattr(_C, "set_error_word"):
+        torch.cuda.synchronize(device)  # the compiled kernels may run on a stream that knows nothing of the zeroing
+        _C.set_error_word(device.index, word.data_ptr())
+
+
+def check() -> None:
+    """Raises `ValueError` if a kernel has met an index out of range since the last check, naming operator and argument.
+
+    Waits for every CUDA device that ran such a kernel, and forgets what it reports. CPU tensors are checked at the call.
+    """
+    found = []
+    for device, word in _words.items():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        bits = int(word)
+        if bits:
+            word.zero_()
+            found += [(device, key) for key, code in CODES.items() if bits & code]
+    if found:
+        raise ValueError("; ".join(
+            f"{op}: {argument}: expected {_EXPECTED[op, argument]}, got others on {device} ({_CONSEQUENCE[argument]})"
+            for device, (op, argument) in found))
+
+
+@contextlib.contextmanager
+def validate() -> Iterator[None]:
+    """Raises at its end what kernels inside the block found, as `check()` does; at its start, what came before it.
+
+    An exception of the block itself passes unchanged. Costs one synchronisation a device at either end.
+    """
+    if torch.cuda.is_initialized():  # so that every CUDA kernel of the block has a word to report to
+        error_word(torch.device("cuda", torch.cuda.current_device()))
+    check()
+    yield
+    check()

@@ -1,0 +1,144 @@
+"""Wrong inputs: each gets the error that names operator, argument, what is expected and what came, on every backend."""
+
+import pytest
+import torch
+
+import internlm2_kernels as ik
+from internlm2_kernels import KVCache
+
+X, W = torch.randn(4, 8), torch.ones(8)
+NAN = float("nan")
+Q, K = torch.randn(6, 4, 8), torch.randn(6, 2, 8)
+COS, SIN = ik.rope_table(6, 8)
+QKV = torch.randn(6, 64)
+POSITIONS = torch.arange(6)
+HEADS = {"num_heads": 4, "num_kv_heads": 2}
+
+
+def cache(dtype=torch.float32, **changes):
+    blocks = {"k": torch.zeros(2, 4, 2, 8, dtype=dtype), "v": torch.zeros(2, 4, 2, 8, dtype=dtype),
+              "slots": torch.arange(6)}
+    return KVCache(**{**blocks, **changes})
+
+
+def qkv(*args, **kwargs):
+    return lambda: ik.qkv_rope(*args, **{**HEADS, **kwargs})
+
+
+CASES = [
+    (lambda: ik.rms_norm([1.0], W), TypeError, "rms_norm: x: expected a tensor, got list"),
+    (lambda: ik.rms_norm(X.long(), W), TypeError,
+     "rms_norm: x: expected float32, bfloat16, float16 or float64, got torch.int64"),
+    (lambda: ik.rms_norm(X, None), TypeError, "rms_norm: weight: expected a tensor, got NoneType"),
+    (lambda: ik.rms_norm(torch.tensor(1.0), W), ValueError, "rms_norm: x: expected a last dimension of at least 1, got []"),
+    (lambda: ik.rms_norm(torch.randn(3, 0), torch.ones(0)), ValueError,
+     "rms_norm: x: expected a last dimension of at least 1, got [3, 0]"),
+    (lambda: ik.rms_norm(X, torch.ones(9)), ValueError,
+     "rms_norm: weight: expected shape [8] (the last dimension of x), got [9]"),
+    (lambda: ik.rms_norm(X, W.half()), TypeError,
+     "rms_norm: weight: expected float32 or the dtype of x, torch.float32, got torch.float16"),
+    (lambda: ik.rms_norm(X.double(), W), TypeError,
+     "rms_norm: weight: expected float32 or the dtype of x, torch.float64, got torch.float32"),
+    (lambda: ik.rms_norm(X, W.to("meta")), ValueError,
+     "rms_norm: weight: expected a tensor on the device of x, cpu, got meta"),
+    (lambda: ik.rms_norm(X, W, NAN), ValueError, "rms_norm: eps: expected a finite float >= 0, got nan"),
+    (lambda: ik.rms_norm(X, W, -1e-5), ValueError, "rms_norm: eps: expected a finite float >= 0, got -1e-05"),
+    (lambda: ik.rms_norm(X, W, "small"), ValueError, "rms_norm: eps: expected a finite float >= 0, got 'small'"),
+    (lambda: ik.rms_norm(X, W, residual=X.half()), TypeError,
+     "rms_norm: residual: expected the dtype of x, torch.float32, got torch.float16"),
+    (lambda: ik.rms_norm(X, W, residual=X[:2]), ValueError,
+     "rms_norm: residual: expected shape [4, 8] (the shape of x), got [2, 8]"),
+    (lambda: ik.rms_norm(X, W, rounding="twice"), ValueError,
+     "rms_norm: rounding: expected 'once' or 'hf', got 'twice'"),
+    (lambda: ik.swiglu(X, X[:2]), ValueError, "swiglu: up: expected shape [4, 8] (the shape of gate), got [2, 8]"),
+    (lambda: ik.swiglu(X, X.bfloat16()), TypeError,
+     "swiglu: up: expected the dtype of gate, torch.float32, got torch.bfloat16"),
+    (lambda: ik.swiglu(X[:, :7]), ValueError, "swiglu: gate: expected an even last dimension (packed gate and up), got 7"),
+    (lambda: ik.swiglu(torch.tensor(1.0)), ValueError, "swiglu: gate: expected at least one dimension, got []"),
+    (lambda: ik.swiglu(X, 3), TypeError, "swiglu: up: expected a tensor, got int"),
+    (lambda: ik.rope_table(8, 7), ValueError, "rope_table: head_dim: expected an even int >= 2, got 7"),
+    (lambda: ik.rope_table(-1, 8), ValueError, "rope_table: length_or_positions: expected a length >= 0, got -1"),
+    (lambda: ik.rope_table(8.5, 8), TypeError, "rope_table: length_or_positions: expected an int or a tensor, got float"),
+    (lambda: ik.rope_table(X, 8), TypeError,
+     "rope_table: length_or_positions: expected int32 or int64 positions, got torch.float32"),
+    (lambda: ik.rope_table(POSITIONS[None], 8), ValueError,
+     "rope_table: length_or_positions: expected one dimension, got [1, 6]"),
+    (lambda: ik.rope_table(8, 8, base=0), ValueError, "rope_table: base: expected a positive number, got 0"),
+    (lambda: ik.rope_table(8, 8, angles="bf16"), ValueError,
+     "rope_table: angles: expected 'float64' or 'float32', got 'bf16'"),
+    (lambda: ik.rope_table(8, 8, scaling={"type": "ntk"}), ValueError,
+     "rope_table: scaling['rope_type']: expected 'default' or 'linear' or 'dynamic' or 'yarn' or 'llama3', got 'ntk'"),
+    (lambda: ik.rope_table(8, 8, scaling={"type": "linear"}), ValueError,
+     "rope_table: scaling['factor']: expected a positive number, got None"),
+    (lambda: ik.rope_table(8, 8, scaling={"type": "dynamic", "factor": 2.0, "max_position_embeddings": 4}), ValueError,
+     "rope_table: scaling['seq_len']: expected a positive number, got None"),
+    (lambda: ik.rope_table(8, 8, scaling=2.0), TypeError, "rope_table: scaling: expected a dictionary or None, got float"),
+    (lambda: ik.apply_rope(Q, K[:5], COS, SIN), ValueError,
+     "apply_rope: k: expected the shape of q, [6, 4, 8], but for the number of heads, got [5, 2, 8]"),
+    (lambda: ik.apply_rope(Q[..., :7], K[..., :7], COS, SIN), ValueError,
+     "apply_rope: q: expected shape [..., heads, head_dim] with an even head_dim, got [6, 4, 7]"),
+    (lambda: ik.apply_rope(Q, K.half(), COS, SIN), TypeError,
+     "apply_rope: k: expected the dtype of q, torch.float32, got torch.float16"),
+    (lambda: ik.apply_rope(Q, K, COS.half(), SIN), TypeError, "apply_rope: cos: expected float32, got torch.float16"),
+    (lambda: ik.apply_rope(Q, K, COS[:, :3], SIN), ValueError,
+     "apply_rope: cos: expected shape [P, 4] (half the head size), got [6, 3]"),
+    (lambda: ik.apply_rope(Q, K, COS, SIN[:5]), ValueError,
+     "apply_rope: sin: expected shape and dtype of cos, [6, 4] torch.float32, got [5, 4] torch.float32"),
+    (lambda: ik.apply_rope(Q, K, COS[:5], SIN[:5]), ValueError,
+     "apply_rope: cos: expected one row a token, 6, where positions are not given, got 5"),
+    (lambda: ik.apply_rope(Q, K, COS.clone().requires_grad_(), SIN), ValueError,
+     "apply_rope: cos: expected a tensor that requires no gradient, got requires_grad=True"),
+    (lambda: ik.apply_rope(Q, K, COS, SIN, POSITIONS.float()), TypeError,
+     "apply_rope: positions: expected an int32 or int64 tensor, got torch.float32"),
+    (lambda: ik.apply_rope(Q, K, COS, SIN, POSITIONS[:5]), ValueError,
+     "apply_rope: positions: expected one position a token, the leading shape of q, got [5]"),
+    (lambda: ik.apply_rope(Q, K, COS, SIN, POSITIONS + 1), ValueError,
+     "apply_rope: positions: expected values from 0 to 5, got 6"),
+    (lambda: ik.apply_rope(Q, K, COS, SIN, (POSITIONS - 1).int()), ValueError,
+     "apply_rope: positions: expected values from 0 to 5, got -1"),
+    (lambda: ik.apply_rope(Q, K, COS[:0], SIN[:0], POSITIONS), ValueError,
+     "apply_rope: cos: expected at least one row, got 0"),
+    (qkv(QKV, COS, SIN, POSITIONS * 2), ValueError, "qkv_rope: positions: expected values from 0 to 5, got 10"),
+    (qkv(QKV, COS, SIN, num_kv_heads=3), ValueError, "qkv_rope: num_heads: expected a multiple of num_kv_heads, 3, got 4"),
+    (qkv(QKV, COS, SIN, num_heads=0), ValueError, "qkv_rope: num_heads: expected a positive int, got 0"),
+    (qkv(QKV[:, :60], COS, SIN), ValueError,
+     "qkv_rope: qkv: expected a last dimension of (num_heads + 2 num_kv_heads) * head_dim = 8 * d with an even d, got [6, 60]"),
+    (qkv(QKV, COS, SIN, cache=(1, 2)), TypeError, "qkv_rope: cache: expected a KVCache, got tuple"),
+    (qkv(QKV, COS, SIN, cache=cache(torch.float16)), TypeError,
+     "qkv_rope: cache.k: expected torch.float32 or int8, k and v alike, got torch.float16"),
+    (qkv(QKV, COS, SIN, cache=cache(k=torch.zeros(2, 4, 2, 6))), ValueError,
+     "qkv_rope: cache.k: expected shape [blocks, block_size, 2, 8], got [2, 4, 2, 6]"),
+    (qkv(QKV, COS, SIN, cache=cache(torch.int8)), ValueError,
+     "qkv_rope: cache.k_scale: expected a tensor with an int8 cache and None otherwise, got None"),
+    (qkv(QKV, COS, SIN, cache=cache(k_scale=torch.zeros(2, 4, 2))), ValueError,
+     "qkv_rope: cache.k_scale: expected a tensor with an int8 cache and None otherwise, got a tensor"),
+    (qkv(QKV, COS, SIN, cache=cache(slots=torch.arange(5))), ValueError,
+     "qkv_rope: cache.slots: expected int64, one slot a token (6), got torch.int64 [5]"),
+    (qkv(QKV, COS, SIN, cache=cache(slots=torch.arange(6) + 3)), ValueError,
+     "qkv_rope: cache.slots: expected values from -1 to 7, got 8"),
+    (qkv(QKV.clone().requires_grad_(), COS, SIN, cache=cache()), ValueError,
+     "qkv_rope: cache: expected None where gradients are recorded (the write is not differentiable), got a cache"),
+]
+
+
+@pytest.mark.parametrize("backend", ("reference", "cpp"))
+@pytest.mark.parametrize("call,kind,message", CASES, ids=[message for *_, message in CASES])
+def test_wrong_input(call, kind, message, backend):
+    with ik.use_backend(backend), pytest.raises(kind) as caught:
+        call()
+    assert type(caught.value) is kind and str(caught.value) == message
+
+
+@pytest.mark.parametrize("backend", ("reference", "cpp"))
+def test_nothing_is_written_on_an_error(backend):
+    """A bad position or slot is found before the cache is touched."""
+    for bad in ({"positions": torch.tensor([0, 1, 2, 3, 4, 6])}, {"slots": torch.tensor([0, 1, 2, 3, 4, 8])}):
+        target = cache(slots=bad.get("slots", torch.arange(6)))
+        with pytest.raises(ValueError):
+            ik.qkv_rope(QKV, COS, SIN, bad.get("positions"), **HEADS, cache=target, backend=backend)
+        assert not target.k.any() and not target.v.any()
+
+
+def test_float64_is_refused_by_triton():
+    with pytest.raises(TypeError, match="float64"):
+        ik.rms_norm(X.double(), W.double(), backend="triton")

@@ -1,0 +1,61 @@
+"""The roofline plot: for every row the share of the roof that we, eager PyTorch and torch.compile reach."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from .record import rows_of
+from .report import DTYPES, WAYS, describe
+from .suite import size_of
+
+LOOKS = {"ours": ("o", "#0b6e4f"), "compile": ("s", "#d17a00"), "eager": ("D", "#9a9a9a"), "liger": ("^", "#5b4ab8")}
+
+
+def roofline(data: dict[str, Any], path: Path) -> None:
+    """Write the PNG: one line a size and direction, one panel a dtype; 1 is the copy (or matrix) rate of the machine."""
+    rows = [row for row in rows_of(data) if not row["red"] and row["roof_fraction"] is not None]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    lines = list(dict.fromkeys((row["op"], row["backend"], row["direction"], size_of(row["dims"])) for row in rows))
+    if not lines:
+        return
+    figure = Figure(figsize=(5.5 + 4.6 * len(dtypes), 2.2 + 0.27 * len(lines)), layout="constrained")
+    panels = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
+    for panel, dtype in zip(panels, dtypes, strict=True):
+        for row in rows:
+            if row["dtype"] == dtype:
+                _draw(panel, row, lines.index((row["op"], row["backend"], row["direction"], size_of(row["dims"]))))
+        panel.axvline(1.0, color="#c0392b", linewidth=1.2)
+        panel.set_title(DTYPES[dtype])
+        panel.set_xscale("log")
+        panel.set_xlim(0.01, 2.0)
+        panel.set_xticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0], ["1 %", "2 %", "5 %", "10 %", "20 %", "50 %", "100 %"])
+        panel.minorticks_off()
+        panel.grid(axis="x", color="#dddddd", linewidth=0.6)
+        panel.set_xlabel("share of the roof (bytes moved / time, over the copy rate)")
+        for index in range(1, len(lines)):
+            if lines[index][:3] != lines[index - 1][:3]:
+                panel.axhline(index - 0.5, color="#bbbbbb", linewidth=0.8)
+        for side in ("top", "right"):
+            panel.spines[side].set_visible(False)
+    several = len({line[:2] for line in lines}) > len({line[0] for line in lines})
+    labels = [f"{op}{f' ({backend})' if several else ''}  {size}  {WAYS[direction]}" for op, backend, direction, size in lines]
+    panels[0].set_yticks(range(len(lines)), labels, fontsize=8.5)
+    panels[0].set_ylim(len(lines) - 0.5, -0.5)
+    present = ["ours", *[f for f in LOOKS if any(f in row["against"] for row in rows)]]
+    handles = [Line2D([], [], marker=LOOKS[f][0], color=LOOKS[f][1], linestyle="", label=f) for f in present]
+    handles.append(Line2D([], [], color="#c0392b", label="clone() of as many bytes"))
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False)
+    figure.suptitle(describe(data).split("; commit")[0], x=0.01, ha="left", fontsize=9, wrap=True)
+    figure.savefig(path, dpi=120)
+
+
+def _draw(panel: Any, row: dict[str, Any], y: int) -> None:
+    ours = row["roof_fraction"]
+    shares = {"ours": ours} | {family: ours / peer["ratio"][0] for family, peer in row["against"].items()}
+    panel.plot([min(shares.values()), max(shares.values())], [y, y], color="#cccccc", linewidth=1, zorder=1)
+    for family, share in shares.items():
+        marker, color = LOOKS.get(family, ("v", "#444444"))
+        filled = {"color": color} if family == "ours" else {"facecolors": "white", "edgecolors": color}
+        panel.scatter([share], [y], marker=marker, s=34 if family == "ours" else 26, zorder=3, **filled)

@@ -1,0 +1,183 @@
+"""A run on disk: one pytest-benchmark file, rewritten after every pass, so that a kill loses nothing.
+
+`pytest-benchmark --storage=file://benchmarks/results compare --group-by=group` reads it. Beside what pytest-benchmark
+stores, `machine_info` holds device, threads, allocator and versions, `run` the options, peaks and whether the run is
+complete, and every entry of ours has its `Row` in `extra_info`.
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytest_benchmark import __version__ as pytest_benchmark_version
+from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info
+from pytest_benchmark.stats import Stats
+from pytest_benchmark.utils import get_commit_info
+
+import internlm2_kernels
+from internlm2_kernels import _registry
+from internlm2_kernels.testing import Paired, Peaks
+
+from .suite import STAGES, Pass, Row, short
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def allocator() -> str:
+    """What hands out CPU memory here: timings of large fresh tensors depend on it more than on the kernels."""
+    libc = " ".join(platform.libc_ver()) or platform.system()
+    huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    mode = re.search(r"\[(\w+)\]", huge.read_text()) if huge.exists() else None
+    changed = [f"{k}={os.environ[k]}" for k in ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_CONF") if os.environ.get(k)]
+    changed += [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_") and k != "MALLOC_CONF"]
+    malloc = f"{libc} malloc, {', '.join(changed)}" if changed else f"default malloc ({libc})"
+    return (f"{malloc}, THP_MEM_ALLOC_ENABLE={os.environ.get('THP_MEM_ALLOC_ENABLE', '0')}, "
+            f"huge pages {mode.group(1) if mode else 'unknown'}")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """pytest-benchmark's machine_info, without the host's name, with what our numbers depend on."""
+    info = pytest_benchmark_generate_machine_info()
+    cpu = {key: info["cpu"].get(key) for key in ("brand_raw", "arch", "count", "l2_cache_size", "l3_cache_size")}
+    name = cpu["brand_raw"] or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    keep = ("machine", "system", "python_version", "python_implementation", "python_implementation_version",
+            "python_compiler")
+    return {key: info[key] for key in keep} | {
+        "node": slug(name if device.type == "cuda" else f"{name} {torch.get_num_threads()} threads"),
+        "cpu": cpu,
+        "device": name,
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "allocator": allocator(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "liger": _version("liger_kernel"),
+        "internlm2_kernels": internlm2_kernels.__version__,
+        "build": _registry._C.build_info() if _registry._C else {},
+        "cpu_isa": _registry._C.cpu_isa() if _registry._C else "",
+        "gpu_state": gpu_state() if device.type == "cuda" else "",
+    }
+
+
+def _version(package: str) -> str:
+    from importlib import metadata
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def gpu_state() -> str:
+    """Clocks, power and temperature as nvidia-smi sees them now; read, never set."""
+    fields = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu,driver_version"
+    try:
+        return subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv"], capture_output=True, text=True,
+                              timeout=20, check=True).stdout.strip().replace("\n", " | ")
+    except (OSError, subprocess.SubprocessError):
+        return "nvidia-smi did not answer"
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _plain(value: Any) -> Any:
+    """Floats at six digits: times are not known better, and the file is read by people too."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+class Record:
+    """The file of one run. `add` puts a pass in and writes; `finish` marks it complete."""
+
+    def __init__(self, folder: Path, device: torch.device, peaks: Peaks, options: dict[str, Any]) -> None:
+        here = os.getcwd()
+        os.chdir(ROOT)  # pytest-benchmark asks git in the current directory
+        commit = get_commit_info("internlm2_kernels")
+        os.chdir(here)
+        info = machine(device)
+        self.head = {"machine_info": info, "commit_info": commit, "datetime": datetime.now(timezone.utc).isoformat(),
+                     "version": pytest_benchmark_version,
+                     "run": {"peaks": asdict(peaks), "options": options, "complete": False, "notes": [], "red": []}}
+        self.entries: list[dict[str, Any]] = []
+        folder = folder / info["node"]
+        folder.mkdir(parents=True, exist_ok=True)
+        numbers = [int(p.name[:4]) for p in folder.glob("[0-9][0-9][0-9][0-9]_*.json")]
+        self.path = folder / f"{max(numbers, default=0) + 1:04d}_{commit['id'][:7]}.json"
+
+    def add(self, job: Pass, rows: list[Row], paired: Paired | None) -> None:
+        for row in rows:
+            stage = STAGES.get(row.direction, row.direction)
+            for name, times in (paired.times.get(stage, {}) if paired else {}).items():
+                if name.startswith("ours ") and name != f"ours {row.backend}":
+                    continue  # it has a row of its own
+                ours = name == f"ours {row.backend}"
+                if not ours and not row.chosen:
+                    continue  # the peers are stored once, beside the automatic choice
+                self._entry(job, row, name, times, {"row": asdict(row)} if ours else {})
+            if row.red:
+                self.head["run"]["red"].append(asdict(row))
+        for name, times in (paired.screened if paired else {}).items():
+            self._entry(job, rows[-1], name, times, {"screened": "slower than its family's fastest form in the warm-up"})
+        self.write()
+
+    def _entry(self, job: Pass, row: Row, name: str, times: list[float], extra: dict[str, Any]) -> None:
+        stats = Stats()
+        stats.data = times
+        group = f"{job.op.name}-{job.case}-{short(job.dtype)}-{row.direction}"
+        self.entries.append(_plain({
+            "group": group, "name": f"{group}[{name}]", "fullname": f"benchmarks::{group}[{name}]", "param": name,
+            "params": job.case.dims | {"op": job.op.name, "dtype": short(job.dtype), "direction": row.direction,
+                                       "contender": name},
+            "options": {"warmup": True, "disable_gc": True, "timer": row.method}, "extra_info": extra,
+            "stats": stats.as_dict() | {"iterations": 100 if job.small else 1}}))
+
+    def note(self, notes: list[str]) -> None:
+        self.head["run"]["notes"] = list(notes)
+
+    def finish(self, complete: bool, state: str = "") -> None:
+        self.head["run"] |= {"complete": complete, "gpu_state_after": state,
+                             "finished": datetime.now(timezone.utc).isoformat()}
+        self.write()
+
+    def write(self) -> None:
+        head = json.dumps(self.head, indent=1)[:-2]
+        entries = ",\n".join(json.dumps(entry) for entry in self.entries)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(f'{head},\n "benchmarks": [\n{entries}\n ]\n}}\n')
+        os.replace(partial, self.path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    data = json.loads(path.read_text())
+    data["path"] = path
+    return data
+
+
+def rows_of(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a run, as dicts of `Row`."""
+    timed = [entry["extra_info"]["row"] for entry in data["benchmarks"] if "row" in entry["extra_info"]]
+    return timed + data["run"]["red"]
+
+
+def newest(results: Path = RESULTS) -> list[dict[str, Any]]:
+    """For every device the latest complete run."""
+    latest = {}
+    for path in sorted(results.glob("*/[0-9][0-9][0-9][0-9]_*.json")):
+        data = load(path)
+        if data["run"]["complete"]:
+            latest[path.parent.name] = data
+    return list(latest.values())

@@ -1,0 +1,296 @@
+"""From the registry to rows: what to time, against whom, and what a timed pass says.
+
+A pass is one operator at one size and dtype, all contenders interleaved: `forward` without gradients, `training`
+(forward and backward in turn, giving the rows backward and both), `call` and `call_grad` (host time of a small call).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from internlm2_kernels import OPS
+from internlm2_kernels._registry import Case, Op, Sample
+from internlm2_kernels.testing import (
+    Contender,
+    Paired,
+    Peaks,
+    cold_sets,
+    draw_upstream,
+    interleave,
+    ladder,
+    ladder_table,
+    quantiles,
+    run,
+    with_leaves,
+)
+
+from .peers import PEERS
+
+PASSES = {"forward": ("forward",), "training": ("backward", "both"), "call": ("call",), "call_grad": ("call_grad",)}
+STAGES = {"call": "forward", "call_grad": "forward"}  # the stage of `Paired` a direction is read from, else its own name
+SEED = 20240326
+
+
+@dataclass(frozen=True)
+class Pass:
+    op: Op
+    case: Case
+    dtype: torch.dtype
+    kind: str
+
+    @property
+    def training(self) -> bool:
+        return self.kind in ("training", "call_grad")
+
+    @property
+    def small(self) -> bool:
+        return self.kind in ("call", "call_grad")
+
+    def __str__(self) -> str:
+        return f"{self.op.name} {size_of(self.case.dims)} {short(self.dtype)} {self.kind}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result: our backend's time at one size, dtype and direction, and the ratios to each peer.
+
+    Times in seconds as [median, 20 % quantile, 80 % quantile]; `against` maps a family of peers to its fastest `form`
+    and the paired `ratio`. `copy_fraction` is bytes / time over the copy rate, `roof_fraction` the time that the larger
+    of bytes over copy rate and flops over matrix rate allows, over the time taken.
+    """
+
+    op: str
+    dims: dict[str, Any]
+    dtype: str
+    direction: str
+    device: str
+    backend: str
+    chosen: bool  # what the automatic choice takes
+    method: str
+    rounds: int
+    seconds: tuple[float, float, float] | None = None
+    against: dict[str, dict[str, Any]] = field(default_factory=dict)
+    bytes: int = 0
+    flops: int = 0
+    bytes_per_s: float = 0.0
+    copy_fraction: float | None = None
+    roof_fraction: float | None = None
+    red: str = ""
+
+    @property
+    def worst(self) -> float:
+        return min((a["ratio"][0] for a in self.against.values()), default=math.inf)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to measure. `quick` is for looking whether it works: its numbers are noise and are not recorded."""
+
+    seconds: float = 1.0
+    rounds: tuple[int, int] = (11, 101)
+    compiled: bool = True
+    quick: bool = False
+
+
+QUICK = Settings(seconds=0.2, rounds=(3, 11), quick=True)
+
+
+def size_of(dims: dict[str, Any]) -> str:
+    """A size as people write it: numbers with x between, true flags and words by name."""
+    numbers = [str(v) for v in dims.values() if isinstance(v, int) and not isinstance(v, bool)]
+    words = [str(k) if v is True else f"{k}={v}" for k, v in dims.items() if v and (v is True or isinstance(v, str))]
+    return " ".join(["x".join(numbers), *words])
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def plan(ops: list[str], directions: list[str], dtypes: list[torch.dtype], quick: bool) -> list[Pass]:
+    """Every pass that `directions` (forward, backward, both, call) needs; `quick` takes an operator's first model size."""
+    passes = []
+    for name in ops:
+        op = OPS[name]
+        trains = "backward" in op.directions
+        kinds = ["forward"] if "forward" in directions else []
+        kinds += ["training"] if trains and {"backward", "both"} & set(directions) else []
+        cases = [case for case in op.cases if case.kind == "model"][:1 if quick else None]
+        chosen = [dtype for dtype in dtypes if dtype in op.dtypes]
+        passes += [Pass(op, case, dtype, kind) for case in cases for dtype in chosen for kind in kinds]
+        if "call" in directions:
+            smoke = next(case for case in op.cases if case.kind == "smoke")
+            passes += [Pass(op, smoke, dtype, kind) for dtype in chosen for kind in ["call", "call_grad"][:1 + trains]]
+    return passes
+
+
+def check(op: Op, dtype: torch.dtype, device: torch.device, implementations: dict[str, str | Callable]) -> dict[str, str]:
+    """The error ladder over the smoke cases; for each implementation that is red, its table."""
+    red: dict[str, str] = {}
+    for case in op.cases:
+        if case.kind != "smoke":
+            continue
+        for scale in (1.0, 1e-4):
+            generator = torch.Generator(device).manual_seed(SEED)
+            sample = op.sample(case, dtype, device, generator)
+            upstream = draw_upstream(op, sample, scale, generator)
+            for name, implementation in implementations.items():
+                if name in red:
+                    continue
+                try:  # copies: some peers write into their inputs
+                    rungs = ladder(op, sample, run(op, _copy(sample), implementation, _clones(upstream)), upstream)
+                except Exception as error:  # whatever a peer raises, it is not timed, and the run says why
+                    red[name] = f"{type(error).__name__}: {error}"
+                    continue
+                if not all(rung.ok for rung in rungs):
+                    red[name] = f"{size_of(case.dims)}, upstream {scale:g}\n{ladder_table(rungs)}"
+    return red
+
+
+def _clones(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in tensors.items()}
+
+
+def _copy(sample: Sample) -> Sample:
+    inputs = {name: v.detach().clone() if isinstance(v, torch.Tensor) else v for name, v in sample.inputs.items()}
+    return Sample(inputs, sample.grad)
+
+
+class Bench:
+    """Runs passes on one device; remembers which operators are green (checked once per dtype) and what was left out."""
+
+    def __init__(self, device: torch.device, peaks: Peaks, settings: Settings) -> None:
+        self.device, self.peaks, self.settings = device, peaks, settings
+        self.checked: dict[tuple[str, torch.dtype], dict[str, str]] = {}
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def backends(self, op: Op) -> list[str]:
+        """What is ours and worth timing: the reference only where there is nothing else."""
+        usable = op.usable[self.device.type]
+        interpreted = "triton" if self.device.type == "cpu" else None
+        return [b for b in usable if b not in ("reference", interpreted)] or [usable[0]]
+
+    def run(self, job: Pass) -> tuple[list[Row], Paired | None]:
+        """The rows of one pass; a red operator's rows carry the reason and no number."""
+        op, case = job.op, job.case
+        functions: dict[str, tuple[str, Callable]] = {
+            f"ours {b}": ("", partial(op.public, backend=b)) for b in self.backends(op)}
+        functions |= {f"eager {name}": ("eager", form) for name, form in op.eager.items()}
+        if self.device.type == "cuda":
+            functions |= {name: (name, form) for name, form in PEERS.get(op.name, {}).items()}
+        red = self._red(job, {name: function for name, (_, function) in functions.items()})
+        rows = [Row(op.name, case.dims, short(job.dtype), direction, self.device.type, b, self._chosen(op) == b, "", 0,
+                    red=red.get(f"ours {b}", "")) for b in self.backends(op) for direction in PASSES[job.kind]]
+        if any(row.red for row in rows):
+            return rows, None
+        functions = {name: value for name, value in functions.items() if name not in red}
+        torch._dynamo.reset()  # else the recompile limit turns later compiled rows into eager ones
+        if self.settings.compiled and not job.small:
+            forms = list(op.eager.items())[:1 if self.settings.quick else None]
+            functions |= {f"compile {name}": ("compile", torch.compile(form, dynamic=False)) for name, form in forms}
+        with torch.set_grad_enabled(job.training):
+            paired = self._time(job, functions)
+        return [self._row(row, job, paired) for row in rows], paired
+
+    def _red(self, job: Pass, implementations: dict[str, Callable]) -> dict[str, str]:
+        key = (job.op.name, job.dtype)
+        if key not in self.checked:
+            self.checked[key] = check(job.op, job.dtype, self.device, implementations)
+            for name, table in self.checked[key].items():
+                self.note(f"{job.op.name} {short(job.dtype)}: {name} is red and is not timed: {table}")
+        return self.checked[key]
+
+    def _chosen(self, op: Op) -> str:
+        return op.select(torch.empty(0, device=self.device), None)
+
+    def _time(self, job: Pass, functions: dict[str, tuple[str, Callable]]) -> Paired:
+        generator = torch.Generator(self.device).manual_seed(SEED)
+        sample = job.op.sample(job.case, job.dtype, self.device, generator)
+        upstream = draw_upstream(job.op, sample, 1.0, generator) if job.training else {}
+        tensors = [v for v in [*sample.inputs.values(), *upstream.values()] if isinstance(v, torch.Tensor)]
+        sets = 1 if job.small else cold_sets(sum(v.numel() * v.element_size() for v in tensors), self.device)
+        make_sets = lambda: [(with_leaves(_copy(sample)) if job.training else _copy(sample), _clones(upstream))
+                             for _ in range(sets)]
+        shared, contenders = make_sets(), []
+        for name, (family, function) in functions.items():
+            own = make_sets() if family in PEERS.get(job.op.name, {}) else shared
+            contender = self._contender(name, family, function, own, job)
+            if contender is not None:
+                contenders.append(contender)
+        if job.small:
+            return interleave(contenders, 1, self.device, seconds=0.3, rounds=(31, 101), repeat=100, host=True)
+        contenders.append(self._clone(job, sets))
+        return interleave(contenders, sets, self.device, seconds=self.settings.seconds, rounds=self.settings.rounds)
+
+    def _contender(self, name: str, family: str, function: Callable, sets: list, job: Pass) -> Contender | None:
+        calls = [partial(function, **sample.inputs) for sample, _ in sets]
+        leaves = [[sample.inputs[name] for name in sample.grad] for sample, _ in sets]
+        upstreams = [list(upstream.values()) for _, upstream in sets]
+        retain = self.device.type == "cuda"  # a graph is captured from a backward that must be able to run again
+
+        def backward(i: int, outputs: Any) -> Any:
+            outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+            return torch.autograd.grad(outputs, leaves[i], upstreams[i], retain_graph=retain)
+
+        contender = Contender(name, lambda i: calls[i](), backward if job.kind == "training" else None, family)
+        if family not in ("", "eager"):
+            try:
+                outputs = contender.forward(0)
+                if contender.backward:
+                    contender.backward(0, outputs)
+            except Exception as error:  # no compiler, an unsupported shape: the family is missing, and the run says so
+                self.note(f"{job}: {name} cannot run: {type(error).__name__}: {str(error).splitlines()[0]}")
+                return None
+        return contender
+
+    def _clone(self, job: Pass, sets: int) -> Contender:
+        """A copy that moves as many bytes as the forward: the bandwidth yardstick of this very row."""
+        size = torch.empty((), dtype=job.dtype).element_size()
+        count = max(1, job.op.bytes(job.case.dims, size, "forward") // 2 // size)
+        sources = [torch.randn(count, device=self.device).to(job.dtype) for _ in range(sets)]
+        return Contender("clone", lambda i: sources[i].clone())
+
+    def _row(self, row: Row, job: Pass, paired: Paired) -> Row:
+        stage, ours = STAGES.get(row.direction, row.direction), f"ours {row.backend}"
+        times = paired.times[stage]
+        seconds = quantiles(times[ours])
+        against = {}
+        for family in ("eager", "compile", *PEERS.get(job.op.name, {})):
+            forms = [name for name in times if name == family or name.startswith(family + " ")]
+            if forms:
+                fastest = min(forms, key=lambda name: paired.median(stage, name))
+                against[family] = {"form": fastest.removeprefix(family + " "),
+                                   "ratio": paired.ratio(stage, fastest, ours),
+                                   "seconds": quantiles(times[fastest])}
+        done = asdict(row) | {"seconds": seconds, "against": against, "method": paired.method,
+                              "rounds": len(times[ours])}
+        return Row(**done | ({} if job.small else self._roof(row, job, paired, stage, seconds[0])))
+
+    def _roof(self, row: Row, job: Pass, paired: Paired, stage: str, seconds: float) -> dict[str, Any]:
+        size = torch.empty((), dtype=job.dtype).element_size()
+        ways = ("forward", "backward") if row.direction == "both" else (row.direction,)
+        count = sum(job.op.bytes(job.case.dims, size, way) for way in ways)
+        flops = sum(job.op.flops(job.case.dims, way) for way in ways)
+        copied = paired.times["forward"]["clone"]
+        moved = 2 * (job.op.bytes(job.case.dims, size, "forward") // 2 // size) * size
+        if self.device.type == "cpu" and moved:
+            pairs = zip(copied, paired.times[stage][f"ours {row.backend}"], strict=True)
+            copy_fraction = quantiles([count / ours / (moved / clone) for clone, ours in pairs])[0]
+        else:
+            copy_fraction = count / seconds / self.peaks.copy_bytes_per_s
+        matrix_fraction = flops / seconds / self.peaks.matmul_flops_per_s
+        return {"bytes": count, "flops": flops, "bytes_per_s": count / seconds, "copy_fraction": copy_fraction,
+                "roof_fraction": max(copy_fraction, matrix_fraction)}
+
+
+def all_rows(bench: Bench, passes: list[Pass]) -> Iterator[tuple[Pass, list[Row], Paired | None]]:
+    """Run `passes` one after the other; each result is yielded as soon as it is there."""
+    for job in passes:
+        yield job, *bench.run(job)

@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 NATIVE = sys.platform == "linux" and platform.machine() == "x86_64" and os.environ.get("USE_CPP", "1") != "0"
 CXX = ("-O2 -fPIC -std=c++17 -fvisibility=hidden -fvisibility-inlines-hidden -fno-math-errno -fno-trapping-math "
-       "-Wall -Wno-unknown-pragmas -Wno-attributes")
+       "-ffp-contract=off -Wall -Wno-unknown-pragmas -Wno-attributes")  # fma only where the source says so
 AVX2 = "-mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX2 -DCPU_CAPABILITY_AVX2"
 AVX512 = ("-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -DCPU_CAPABILITY=AVX512 "
           "-DCPU_CAPABILITY_AVX512 -Wno-maybe-uninitialized -Wno-uninitialized")  # gcc 12's intrinsics warn falsely

@@ -13,6 +13,7 @@
 #include <string>
 #include <tuple>
 
+#include "rope_table.h"
 #include "runtime.h"
 #include "types.h"
 
@@ -46,7 +47,10 @@ inline Rows rows_of(const Tensor& t) {
   STD_TORCH_CHECK(dim >= 1 && (t.size(dim - 1) <= 1 || t.stride(dim - 1) == 1), "internlm2_kernels: rows are strided");
   if (dim == 1) return {1, 1, 0, 0};
   if (dim == 2) return {t.size(0), 1, t.stride(0), 0};
-  if (dim == 3) return {t.size(0), t.size(1), t.stride(0), t.stride(1)};
+  if (dim == 3) {
+    if (t.stride(0) == t.size(1) * t.stride(1)) return {t.size(0) * t.size(1), 1, t.stride(1), 0};
+    return {t.size(0), t.size(1), t.stride(0), t.stride(1)};
+  }
   STD_TORCH_CHECK(t.is_contiguous(), "internlm2_kernels: more than two leading strides");
   int64_t rows = 1;
   for (int64_t i = 0; i + 1 < dim; ++i) rows *= t.size(i);
@@ -70,6 +74,40 @@ inline void for_rows(int64_t n, int64_t grain, const F& f) {
   if (n <= grain || in_forked_child()) return f(0, n);
   torch::stable::parallel_for(0, n, grain, f);
 }
+
+// Every index value of a CPU tensor (int32 or int64, contiguous) within [low, high), before anything is written; Python's
+// `native` turns the message behind the marker into a ValueError.
+inline void check_range(const char* argument, const Tensor& values, int64_t low, int64_t high) {
+  const int64_t n = values.numel();
+  const bool narrow = values.scalar_type() == torch::headeronly::ScalarType::Int;
+  int64_t smallest = low, largest = high - 1;
+  const auto scan = [&](const auto* p) {
+    auto least = p[0], most = p[0];
+    for (int64_t i = 1; i < n; ++i) {
+      least = p[i] < least ? p[i] : least;
+      most = p[i] > most ? p[i] : most;
+    }
+    smallest = least;
+    largest = most;
+  };
+  if (n == 0) return;
+  narrow ? scan(static_cast<const int32_t*>(cdata(values))) : scan(static_cast<const int64_t*>(cdata(values)));
+  STD_TORCH_CHECK(smallest >= low && largest < high, "internlm2_value_error: ", argument, ": expected values from ", low,
+                  " to ", high - 1, ", got ", smallest < low ? smallest : largest);
+}
+
+// Positions outside the tables are refused in the name of `argument`; null: left to the kernel, on a GPU.
+inline RopeAngles angles_of(const char* argument, const Tensor& cos, const Tensor& sin, const OptTensor& positions) {
+  RopeAngles a{dtype_of(cos), Dtype::i64, cdata(cos), cdata(sin), nullptr, cos.size(0), cos.size(1)};
+  if (positions.has_value()) {
+    a.positions_dtype = dtype_of(*positions);
+    a.positions = cdata(*positions);
+    if (argument != nullptr) check_range(argument, *positions, 0, a.length);
+  }
+  return a;
+}
+
+inline Heads heads_of(const Tensor& t) { return {cdata(t), t.size(1), t.stride(0), t.stride(1)}; }
 
 // ---- registration: the dispatcher never compares a schema's types with C++'s, so each registration records its own.
 template <typename T> struct TypeName;

@@ -19,6 +19,7 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
 template <typename Acc> struct Vec;
+struct All {};  // "every lane", where an int says how many
 
 // The accumulator of a storage type: float for the 16- and 32-bit types, double for double.
 template <typename T> struct AccOf { using type = float; };
@@ -99,6 +100,8 @@ template <> struct Vec<double> {
   static VEC_INLINE __mmask8 first(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
   static VEC_INLINE Vec load(const double* p) { return _mm512_loadu_pd(p); }
   static VEC_INLINE Vec load(const double* p, int n) { return _mm512_maskz_loadu_pd(first(n), p); }
+  static VEC_INLINE Vec load(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+  static VEC_INLINE Vec load(const float* p, int n) { return _mm512_cvtps_pd(_mm256_maskz_loadu_ps(first(n), p)); }
   VEC_INLINE void store(double* p) const { _mm512_storeu_pd(p, v); }
   VEC_INLINE void store(double* p, int n) const { _mm512_mask_storeu_pd(p, first(n), v); }
   template <typename T> VEC_INLINE Vec rounded_to() const { return *this; }
@@ -114,6 +117,47 @@ template <> struct Vec<double> {
 };
 VEC_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
 VEC_INLINE Vec<double> fnma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fnmadd_pd(a.v, b.v, c.v); }
+VEC_INLINE Vec<double> max(Vec<double> a, Vec<double> b) { return _mm512_max_pd(a.v, b.v); }
+VEC_INLINE Vec<double> min(Vec<double> a, Vec<double> b) { return _mm512_min_pd(a.v, b.v); }
+VEC_INLINE Vec<double> round(Vec<double> a) { return _mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+VEC_INLINE Vec<double> scale2(Vec<double> a, Vec<double> n) { return _mm512_scalef_pd(a.v, n.v); }
+
+// Adjacent pairs (x0, x1) as (x1, x0); negation of every lane in `odd` (0 or 1) position; a table entry for each pair.
+VEC_INLINE Vec<float> swap_pairs(Vec<float> a) { return _mm512_permute_ps(a.v, 0xb1); }
+VEC_INLINE Vec<double> swap_pairs(Vec<double> a) { return _mm512_permute_pd(a.v, 0x55); }
+template <int odd> VEC_INLINE Vec<float> negate_lanes(Vec<float> a) {
+  return _mm512_mask_xor_ps(a.v, odd ? 0xaaaa : 0x5555, a.v, _mm512_set1_ps(-0.0f));
+}
+template <int odd> VEC_INLINE Vec<double> negate_lanes(Vec<double> a) {
+  return _mm512_mask_xor_pd(a.v, odd ? 0xaa : 0x55, a.v, _mm512_set1_pd(-0.0));
+}
+VEC_INLINE Vec<float> doubled(__m256 half) {
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7), _mm512_castps256_ps512(half));
+}
+VEC_INLINE Vec<double> doubled(__m256d half) {
+  return _mm512_permutexvar_pd(_mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3), _mm512_castpd256_pd512(half));
+}
+VEC_INLINE void load_doubled(Vec<float>& out, const float* p, int pairs) {
+  out = doubled(_mm256_maskz_loadu_ps(static_cast<__mmask8>((1u << pairs) - 1u), p));
+}
+VEC_INLINE void load_doubled(Vec<double>& out, const double* p, int pairs) {
+  out = doubled(_mm256_maskz_loadu_pd(static_cast<__mmask8>((1u << pairs) - 1u), p));
+}
+VEC_INLINE void load_doubled(Vec<double>& out, const float* p, int pairs) {
+  out = doubled(_mm256_cvtps_pd(_mm_maskz_loadu_ps(static_cast<__mmask8>((1u << pairs) - 1u), p)));
+}
+
+// Round half to even, NaN to 0; lanes beyond [-128, 127] saturate.
+VEC_INLINE __m128i to_i8(Vec<float> a) {
+  return _mm512_cvtsepi32_epi8(_mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q), a.v));
+}
+VEC_INLINE void store_i8(int8_t* p, Vec<float> a, All) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_i8(a)); }
+VEC_INLINE void store_i8(int8_t* p, Vec<float> a, int n) { _mm_mask_storeu_epi8(p, Vec<float>::first(n), to_i8(a)); }
+// The larger of `most` (not negative) and |a|, a NaN being the largest: float's order is that of its bits.
+VEC_INLINE Vec<float> max_abs(Vec<float> most, Vec<float> a) {
+  const __m512i bits = _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff));
+  return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(most.v), bits));
+}
 #else
 // ---------------------------------------------------------------------------------------------------------- AVX2
 template <> struct Vec<float> {
@@ -197,6 +241,10 @@ template <> struct Vec<double> {
   }
   static VEC_INLINE Vec load(const double* p) { return _mm256_loadu_pd(p); }
   static VEC_INLINE Vec load(const double* p, int n) { return _mm256_maskload_pd(p, first(n)); }
+  static VEC_INLINE Vec load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+  static VEC_INLINE Vec load(const float* p, int n) {
+    return _mm256_cvtps_pd(_mm_maskload_ps(p, _mm_cmpgt_epi32(_mm_set1_epi32(n), _mm_setr_epi32(0, 1, 2, 3))));
+  }
   VEC_INLINE void store(double* p) const { _mm256_storeu_pd(p, v); }
   VEC_INLINE void store(double* p, int n) const { _mm256_maskstore_pd(p, first(n), v); }
   template <typename T> VEC_INLINE Vec rounded_to() const { return *this; }
@@ -211,6 +259,58 @@ template <> struct Vec<double> {
 };
 VEC_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a.v, b.v, c.v); }
 VEC_INLINE Vec<double> fnma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fnmadd_pd(a.v, b.v, c.v); }
+VEC_INLINE Vec<double> max(Vec<double> a, Vec<double> b) { return _mm256_max_pd(a.v, b.v); }
+VEC_INLINE Vec<double> min(Vec<double> a, Vec<double> b) { return _mm256_min_pd(a.v, b.v); }
+VEC_INLINE Vec<double> round(Vec<double> a) { return _mm256_round_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+VEC_INLINE Vec<double> scale2(Vec<double> a, Vec<double> n) {
+  const __m128i whole = _mm256_cvtpd_epi32(n.v);
+  const __m128i half = _mm_srai_epi32(whole, 1);
+  const auto power = [](__m128i e) {
+    return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_add_epi64(_mm256_cvtepi32_epi64(e), _mm256_set1_epi64x(1023)), 52));
+  };
+  return _mm256_mul_pd(_mm256_mul_pd(a.v, power(half)), power(_mm_sub_epi32(whole, half)));
+}
+
+// Adjacent pairs (x0, x1) as (x1, x0); negation of every lane in `odd` (0 or 1) position; a table entry for each pair.
+VEC_INLINE Vec<float> swap_pairs(Vec<float> a) { return _mm256_permute_ps(a.v, 0xb1); }
+VEC_INLINE Vec<double> swap_pairs(Vec<double> a) { return _mm256_permute_pd(a.v, 0x5); }
+template <int odd> VEC_INLINE Vec<float> negate_lanes(Vec<float> a) {
+  return _mm256_xor_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi64x(static_cast<long long>(odd ? 0x8000000000000000ull : 0x80000000ull))));
+}
+template <int odd> VEC_INLINE Vec<double> negate_lanes(Vec<double> a) {
+  return _mm256_xor_pd(a.v, odd ? _mm256_setr_pd(0.0, -0.0, 0.0, -0.0) : _mm256_setr_pd(-0.0, 0.0, -0.0, 0.0));
+}
+VEC_INLINE __m128i first4(int n) { return _mm_cmpgt_epi32(_mm_set1_epi32(n), _mm_setr_epi32(0, 1, 2, 3)); }
+VEC_INLINE Vec<double> doubled(__m128d half) { return _mm256_permute4x64_pd(_mm256_castpd128_pd256(half), 0x50); }
+VEC_INLINE void load_doubled(Vec<float>& out, const float* p, int pairs) {
+  out = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_maskload_ps(p, first4(pairs))),
+                                 _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+}
+VEC_INLINE void load_doubled(Vec<double>& out, const double* p, int pairs) {
+  out = doubled(pairs == 2 ? _mm_loadu_pd(p) : _mm_load_sd(p));
+}
+VEC_INLINE void load_doubled(Vec<double>& out, const float* p, int pairs) {
+  out = doubled(_mm_cvtps_pd(_mm_maskload_ps(p, first4(pairs))));
+}
+
+// Round half to even, NaN to 0; lanes beyond [-128, 127] saturate.
+VEC_INLINE __m128i to_i8(Vec<float> a) {
+  const __m256i number = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_ORD_Q));
+  const __m256i wide = _mm256_and_si256(_mm256_cvtps_epi32(a.v), number);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  return _mm_packs_epi16(words, words);
+}
+VEC_INLINE void store_i8(int8_t* p, Vec<float> a, All) { _mm_storel_epi64(reinterpret_cast<__m128i*>(p), to_i8(a)); }
+VEC_INLINE void store_i8(int8_t* p, Vec<float> a, int n) {
+  alignas(16) int8_t lanes[16];
+  _mm_store_si128(reinterpret_cast<__m128i*>(lanes), to_i8(a));
+  std::memcpy(p, lanes, static_cast<size_t>(n));
+}
+// The larger of `most` (not negative) and |a|, a NaN being the largest: float's order is that of its bits.
+VEC_INLINE Vec<float> max_abs(Vec<float> most, Vec<float> a) {
+  const __m256i bits = _mm256_and_si256(_mm256_castps_si256(a.v), _mm256_set1_epi32(0x7fffffff));
+  return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(most.v), bits));
+}
 #endif
 
 template <> VEC_INLINE Vec<float> Vec<float>::rounded_to<float>() const { return *this; }
@@ -223,9 +323,18 @@ template <> VEC_INLINE Vec<float> Vec<float>::rounded_to<f16>() const {
 #endif
 }
 
+// The largest lane in the order of max_abs.
+VEC_INLINE float largest_abs(Vec<float> most) {
+  int32_t lanes[Vec<float>::size], top = 0;
+  most.store(reinterpret_cast<float*>(lanes));
+  for (int32_t lane : lanes) top = lane > top ? lane : top;
+  float out;
+  std::memcpy(&out, &top, 4);
+  return out;
+}
+
 // Runs body(i, n) over [0, cols): whole vectors with n = All, then one partial vector with n = the lanes left. The two are
 // different types so that a whole vector never takes a masked access: Zen 4 microcodes masked 16-bit stores.
-struct All {};
 template <typename V, typename F> VEC_INLINE void for_vectors(int64_t cols, const F& body) {
   int64_t i = 0;
   for (; i + V::size <= cols; i += V::size) body(i, All{});

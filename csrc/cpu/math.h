@@ -1,0 +1,45 @@
+// Elementary functions on Vec, written here so that no library symbol with its own accuracy or ABI stands between.
+#pragma once
+#include "vec.h"
+
+namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
+
+// exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln 2 / 2. Within 1 ulp; NaN stays NaN, overflow is inf, underflow
+// goes through the subnormals to 0. ln 2 is split in two so that n * (upper part) is exact.
+// Polynomial: 1 + r + r^2 q(r), q fitted for least maximum relative error (3.1e-9).
+VEC_INLINE Vec<float> exp(Vec<float> x) {
+  using V = Vec<float>;
+  x = min(V(89.0f), max(V(-104.0f), x));  // in this order min and max pass a NaN on
+  const V n = round(x * V(1.44269504f));
+  V r = fnma(n, V(0.693359375f), x);
+  r = fnma(n, V(-2.12194440e-4f), r);
+  V q = fma(V(0x1.6a2434p-10f), r, V(0x1.1239e2p-7f));
+  q = fma(q, r, V(0x1.5558f2p-5f));
+  q = fma(q, r, V(0x1.555492p-3f));
+  q = fma(q, r, V(0x1.fffffcp-2f));
+  return scale2(fma(q * r, r, r) + V(1.0f), n);
+}
+
+// The same in double; Taylor's polynomial of degree 13 is exact to 5e-18 on this interval.
+VEC_INLINE Vec<double> exp(Vec<double> x) {
+  using V = Vec<double>;
+  x = min(V(710.0), max(V(-746.0), x));
+  const V n = round(x * V(1.4426950408889634));
+  V r = fnma(n, V(0x1.62e42feep-1), x);
+  r = fnma(n, V(0x1.a39ef35793c76p-33), r);
+  V q = V(1.0 / 6227020800.0);
+  q = fma(q, r, V(1.0 / 479001600.0));
+  q = fma(q, r, V(1.0 / 39916800.0));
+  q = fma(q, r, V(1.0 / 3628800.0));
+  q = fma(q, r, V(1.0 / 362880.0));
+  q = fma(q, r, V(1.0 / 40320.0));
+  q = fma(q, r, V(1.0 / 5040.0));
+  q = fma(q, r, V(1.0 / 720.0));
+  q = fma(q, r, V(1.0 / 120.0));
+  q = fma(q, r, V(1.0 / 24.0));
+  q = fma(q, r, V(1.0 / 6.0));
+  q = fma(q, r, V(0.5));
+  return scale2(fma(q * r, r, r) + V(1.0), n);
+}
+
+}}}}  // namespace internlm2::cpu::CPU_CAPABILITY::(unnamed)

@@ -1,0 +1,92 @@
+#include "../qkv_rope.h"
+
+#include "rope.h"
+
+namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
+namespace {
+
+template <typename T, typename N> VEC_INLINE Vec<float> load_float(const T* p, N n) { return load<Vec<float>>(p, n); }
+VEC_INLINE Vec<float> load_float(const double* p, int n) {
+  float lanes[Vec<float>::size] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = static_cast<float>(p[i]);
+  return Vec<float>::load(lanes);
+}
+VEC_INLINE Vec<float> load_float(const double* p, All) { return load_float(p, Vec<float>::size); }
+
+// scale = max |x| / 127 in float, 0 counting as 1; stored: x / scale rounded half to even. A NaN makes the scale NaN.
+template <typename T> void quantize(const T* x, int8_t* out, float* scale, int64_t d) {
+  using V = Vec<float>;
+  V most;
+  for_vectors<V>(d, [&](int64_t i, auto n) { most = max_abs(most, load_float(x + i, n)); });
+  const float size = largest_abs(most) / 127.0f;
+  *scale = size;
+  const V divisor(size == 0.0f ? 1.0f : size);
+  for_vectors<V>(d, [&](int64_t i, auto n) { store_i8(out + i, max(V(-127.0f), load_float(x + i, n) / divisor), n); });
+}
+
+// A rotated key or a value to its slot of the cache.
+template <typename T>
+void write_cache(const QkvRopeFwd& a, const T* x, void* cache, float* scale, int64_t slot, int64_t group, int64_t d) {
+  const int64_t place = slot * a.groups + group;
+  if (a.quantized) return quantize(x, static_cast<int8_t*>(cache) + place * d, scale + place, d);
+  std::memcpy(static_cast<T*>(cache) + place * d, x, sizeof(T) * static_cast<size_t>(d));
+}
+
+template <typename T, typename C> void fwd_tokens(const QkvRopeFwd& a, int64_t begin, int64_t end) {
+  const int64_t half = a.angles.half, d = 2 * half;
+  for (int64_t token = begin; token < end; ++token) {
+    const int64_t row = table_offset(a.angles, token);
+    const C *cos = static_cast<const C*>(a.angles.cos) + row, *sin = static_cast<const C*>(a.angles.sin) + row;
+    const T* x = static_cast<const T*>(a.qkv) + token * a.token_stride;
+    T* q = static_cast<T*>(a.q) + token * a.groups * a.group * d;
+    T* k = static_cast<T*>(a.k) + token * a.groups * d;
+    T* v = static_cast<T*>(a.v) + token * a.groups * d;
+    const int64_t slot = a.slots ? a.slots[token] : -1;
+    for (int64_t group = 0; group < a.groups; ++group, k += d, v += d, x += 2 * d) {
+      for (int64_t head = 0; head < a.group; ++head, x += d, q += d) rotate_halves<false>(x, q, cos, sin, half);
+      rotate_halves<false>(x, k, cos, sin, half);
+      std::memcpy(v, x + d, sizeof(T) * static_cast<size_t>(d));
+      if (slot >= 0) {
+        write_cache(a, k, a.k_cache, a.k_scale, slot, group, d);
+        write_cache(a, v, a.v_cache, a.v_scale, slot, group, d);
+      }
+    }
+  }
+}
+
+template <typename T, typename C> void bwd_tokens(const QkvRopeBwd& a, int64_t begin, int64_t end) {
+  const int64_t half = a.angles.half, d = 2 * half, groups = a.dk.heads, group = a.dq.heads / groups;
+  for (int64_t token = begin; token < end; ++token) {
+    const int64_t row = table_offset(a.angles, token);
+    const C *cos = static_cast<const C*>(a.angles.cos) + row, *sin = static_cast<const C*>(a.angles.sin) + row;
+    const T* dq = static_cast<const T*>(a.dq.data) + token * a.dq.token_stride;
+    const T* dk = static_cast<const T*>(a.dk.data) + token * a.dk.token_stride;
+    const T* dv = static_cast<const T*>(a.dv.data) + token * a.dv.token_stride;
+    T* dx = static_cast<T*>(a.dqkv) + token * groups * (group + 2) * d;
+    for (int64_t i = 0; i < groups; ++i, dk += a.dk.head_stride, dv += a.dv.head_stride, dx += 2 * d) {
+      for (int64_t head = 0; head < group; ++head, dq += a.dq.head_stride, dx += d) {
+        rotate_halves<true>(dq, dx, cos, sin, half);
+      }
+      rotate_halves<true>(dk, dx, cos, sin, half);
+      std::memcpy(dx + d, dv, sizeof(T) * static_cast<size_t>(d));
+    }
+  }
+}
+
+}  // namespace
+
+void qkv_rope_fwd(const QkvRopeFwd& a, int64_t begin, int64_t end) {
+  WITH_STORAGE(a.dtype, T, {
+    if (a.angles.dtype == Dtype::f32) return fwd_tokens<T, float>(a, begin, end);
+    if constexpr (sizeof(T) == 8) return fwd_tokens<T, double>(a, begin, end);
+  })
+}
+
+void qkv_rope_bwd(const QkvRopeBwd& a, int64_t begin, int64_t end) {
+  WITH_STORAGE(a.dtype, T, {
+    if (a.angles.dtype == Dtype::f32) return bwd_tokens<T, float>(a, begin, end);
+    if constexpr (sizeof(T) == 8) return bwd_tokens<T, double>(a, begin, end);
+  })
+}
+
+}}}  // namespace internlm2::cpu::CPU_CAPABILITY

@@ -1,0 +1,69 @@
+#include "../swiglu.h"
+
+#include "dispatch.h"
+#include "math.h"
+
+namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
+namespace {
+
+// Runs body(row, first column, columns) over the parts of rows that elements [begin, end) cover.
+template <typename F> VEC_INLINE void for_row_parts(int64_t cols, int64_t begin, int64_t end, const F& body) {
+  int64_t row = begin / cols, col = begin % cols;
+  while (begin < end) {
+    const int64_t n = end - begin < cols - col ? end - begin : cols - col;
+    body(row, col, n);
+    begin += n;
+    ++row;
+    col = 0;
+  }
+}
+
+template <typename T> void fwd_part(const T* gate, const T* up, T* y, int64_t cols) {
+  using V = Vec<acc_t<T>>;
+  for_vectors<V>(cols, [&](int64_t i, auto n) {
+    const V g = load<V>(gate + i, n), u = load<V>(up + i, n);
+    store(y + i, g / (V(1) + exp(V(0) - g)) * u, n);
+  });
+}
+
+// s = 1 / (1 + e), e = exp(-g): dup = dy * g * s, dgate = dy * up * s * (1 + g * (1 - s)), and 1 - s = e * s, which
+// loses nothing where s is close to 1. e is inf where s is 0; bounded there, so that 1 - s is 0 and not NaN.
+template <typename T> void bwd_part(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t cols) {
+  using Acc = acc_t<T>;
+  using V = Vec<Acc>;
+  const V most(sizeof(Acc) == 4 ? Acc(3.40282347e38) : Acc(1.7976931348623157e308));
+  for_vectors<V>(cols, [&](int64_t i, auto n) {
+    const V d = load<V>(dy + i, n), g = load<V>(gate + i, n), u = load<V>(up + i, n);
+    const V e = exp(V(0) - g);
+    const V s = V(1) / (V(1) + e);
+    const V ds = d * s;
+    store(dup + i, ds * g, n);
+    store(dgate + i, ds * u * fma(g, min(most, e) * s, V(1)), n);
+  });
+}
+
+}  // namespace
+
+void swiglu_fwd(const SwigluFwd& a, int64_t begin, int64_t end) {
+  WITH_STORAGE(a.dtype, T, {
+    for_row_parts(a.cols, begin, end, [&](int64_t row, int64_t col, int64_t n) {
+      fwd_part(static_cast<const T*>(a.gate) + a.gate_rows.offset(row) + col,
+               static_cast<const T*>(a.up) + a.up_rows.offset(row) + col,
+               static_cast<T*>(a.y) + row * a.cols + col, n);
+    });
+  })
+}
+
+void swiglu_bwd(const SwigluBwd& a, int64_t begin, int64_t end) {
+  WITH_STORAGE(a.dtype, T, {
+    for_row_parts(a.cols, begin, end, [&](int64_t row, int64_t col, int64_t n) {
+      bwd_part(static_cast<const T*>(a.dy) + a.dy_rows.offset(row) + col,
+               static_cast<const T*>(a.gate) + a.gate_rows.offset(row) + col,
+               static_cast<const T*>(a.up) + a.up_rows.offset(row) + col,
+               static_cast<T*>(a.dgate) + row * a.out_stride + col,
+               static_cast<T*>(a.dup) + row * a.out_stride + col, n);
+    });
+  })
+}
+
+}}}  // namespace internlm2::cpu::CPU_CAPABILITY

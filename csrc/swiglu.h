@@ -1,0 +1,34 @@
+// Gated activation: the raw-pointer contract between binding and kernels. Formulas: internlm2_kernels/ops/swiglu.py.
+#pragma once
+#include "types.h"
+
+namespace internlm2 {
+
+struct SwigluFwd {
+  Dtype dtype;
+  Rows gate_rows, up_rows;
+  const void *gate, *up;
+  void* y;  // contiguous [rows, cols]
+  int64_t cols;
+};
+
+struct SwigluBwd {
+  Dtype dtype;
+  Rows dy_rows, gate_rows, up_rows;
+  const void *dy, *gate, *up;
+  void *dgate, *dup;   // row i of each begins at i * out_stride
+  int64_t out_stride;  // cols, or 2 * cols where both are halves of one tensor
+  int64_t cols;
+};
+
+// Elements [begin, end), counted row after row: one long row is shared between threads like many short ones.
+#define INTERNLM2_SWIGLU_CPU                                           \
+  void swiglu_fwd(const SwigluFwd& a, int64_t begin, int64_t end);     \
+  void swiglu_bwd(const SwigluBwd& a, int64_t begin, int64_t end);
+
+namespace cpu {
+namespace AVX2 { INTERNLM2_SWIGLU_CPU }
+namespace AVX512 { INTERNLM2_SWIGLU_CPU }
+}  // namespace cpu
+
+}  // namespace internlm2

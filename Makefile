@@ -51,6 +51,7 @@ lint: $(ENVIRONMENT)  ## ruff
 	$(PY) -m ruff check .
 
 docs: build  ## rewrites the generated parts of README.md
+	$(PY) -m internlm2_kernels table --write
 	$(PY) -m benchmarks report
 
 doctor: build  ## what is installed, what loaded or why not, a self-test of each operator

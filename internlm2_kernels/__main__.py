@@ -1,4 +1,4 @@
-"""python -m internlm2_kernels doctor | ops [NAME ...] [--explain] | aot
+"""python -m internlm2_kernels doctor | ops [NAME ...] [--explain] | aot | table
 
   python -m internlm2_kernels doctor                  what is installed, what loaded or why not, a self-test of each operator
   python -m internlm2_kernels ops                     operators and the backends that can run here
@@ -7,6 +7,7 @@
 """
 
 import argparse
+import importlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -135,11 +136,10 @@ def main(argv: list[str] | None = None) -> int:
     ops.add_argument("names", nargs="*", metavar="NAME")
     ops.add_argument("--explain", action="store_true", help="why each backend is or is not chosen")
     commands.add_parser("aot", help="static audit of the GPU kernels; `aot --help`", add_help=False)
+    commands.add_parser("table", help="the README's operator table; --write puts it there", add_help=False)
     args, rest = parser.parse_known_args(argv)
-    if args.command == "aot":
-        from ._aot import main as aot
-
-        return aot(rest)
+    if args.command in ("aot", "table"):
+        return importlib.import_module("._aot" if args.command == "aot" else "._docs", __package__).main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.command == "ops":

@@ -1,0 +1,49 @@
+"""The generated part of README.md that comes from the registry: the operator table, between its two markers."""
+
+import inspect
+import re
+from pathlib import Path
+
+from ._registry import OPS, Op
+
+BEGIN, END = "<!-- operators: begin (python -m internlm2_kernels table --write) -->", "<!-- operators: end -->"
+
+
+def section(op: Op, title: str) -> str:
+    """One section of the public docstring as a line: `Shapes:`, `Backward:`, ..."""
+    import internlm2_kernels
+
+    text = inspect.getdoc(getattr(internlm2_kernels, op.name))
+    found = re.search(rf"^{title}:\s+(.*?)(?=\n\S|\Z)", text, re.S | re.M)
+    if found is None:
+        raise ValueError(f"{op.name}: docstring: expected a section {title!r}, got none")
+    return re.sub(r"\s+", " ", found.group(1)).strip()
+
+
+def operator_table() -> str:
+    """Markdown: a row an operator, nothing of it written by hand."""
+    rows = ["| operator | what it does | backends | dtypes | backward |", "|---|---|---|---|---|"]
+    for op in sorted(OPS.values(), key=lambda op: op.name):
+        dtypes = ", ".join(str(d).removeprefix("torch.") for d in op.dtypes)
+        backward = section(op, "Backward").split(". ")[0].split(": ")[0].rstrip(".")
+        rows.append(f"| `{op.name}` | {op.summary} ({op.source}) | {', '.join(op.backends)} | {dtypes} | {backward} |")
+    return "\n".join(rows)
+
+
+def with_table(readme: str) -> str:
+    """`readme` with the table between its markers replaced."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"README.md: expected the markers {BEGIN!r} and {END!r} once each")
+    head, rest = readme.split(BEGIN)
+    return f"{head}{BEGIN}\n{operator_table()}\n{END}{rest.split(END)[1]}"
+
+
+def main(argv: list[str]) -> int:
+    if argv == ["--write"]:
+        path = Path("README.md")
+        path.write_text(with_table(path.read_text()))
+    elif argv:
+        raise SystemExit("usage: python -m internlm2_kernels table [--write]   (--write: into ./README.md)")
+    else:
+        print(operator_table())
+    return 0

@@ -55,16 +55,19 @@ def saved_config(out: str | Path) -> TrainConfig | None:
     return load_config(TrainConfig, path) if path.exists() else None
 
 
+def resolve_threads(config: TrainConfig) -> TrainConfig:
+    """The configuration with threads = 0 replaced by what this process may use."""
+    # torch counts physical cores, since hyper-threads slow matrix products down.
+    return config if config.threads else dataclasses.replace(config, threads=min(torch.get_num_threads(), usable_cpus()))
+
+
 def resolve_config(config: TrainConfig) -> TrainConfig:
     """Fills what depends on the machine, and holds the configuration against the one saved in config.out.
 
     A new run's configuration is saved there; a continued run must have the saved one: ValueError names what differs.
     """
     saved = saved_config(config.out)
-    if config.threads == 0:
-        # torch counts physical cores, since hyper-threads slow matrix products down.
-        threads = saved.threads if saved else min(torch.get_num_threads(), usable_cpus())
-        config = dataclasses.replace(config, threads=threads)
+    config = dataclasses.replace(config, threads=saved.threads) if saved and not config.threads else resolve_threads(config)
     if saved is None:
         Path(config.out).mkdir(parents=True, exist_ok=True)
         dump_config(config, Path(config.out) / "config.toml")

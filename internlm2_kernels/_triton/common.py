@@ -1,0 +1,60 @@
+"""What the launchers share: strided rows, the dtypes Triton takes, the launch itself."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Set by the static audit only: receives (kernel, arguments, options) instead of a launch.
+record: Callable[[Any, dict, dict], None] | None = None
+
+
+class Rows(NamedTuple):
+    """Row i of a tensor begins at (i // inner) * outer_stride + (i % inner) * inner_stride; strides in elements."""
+
+    count: int
+    inner: int
+    outer_stride: int
+    inner_stride: int
+
+    def named(self, name: str) -> dict[str, int]:
+        """The three kernel arguments of the tensor `name`."""
+        return {f"{name}_inner": self.inner, f"{name}_outer_stride": self.outer_stride,
+                f"{name}_inner_stride": self.inner_stride}
+
+
+def rows_of(x: torch.Tensor) -> Rows:
+    """The rows of `x` along its last dimension (stride 1): any shape if contiguous, else up to three dimensions."""
+    cols = x.shape[-1]
+    if x.is_contiguous():
+        return Rows(x.numel() // cols if cols else 0, 1, cols, 0)
+    if x.dim() == 1:
+        return Rows(1, 1, 0, 0)
+    if x.dim() == 2:
+        return Rows(x.shape[0], 1, x.stride(0), 0)
+    if x.stride(0) == x.shape[1] * x.stride(1):
+        return Rows(x.shape[0] * x.shape[1], 1, x.stride(1), 0)
+    return Rows(x.shape[0] * x.shape[1], x.shape[1], x.stride(0), x.stride(1))
+
+
+def check_dtype(op: str, argument: str, x: torch.Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{op}: {argument}: expected float32, bfloat16 or float16 for backend 'triton', got {x.dtype}")
+
+
+def launch(kernel: Any, programs: int, device: torch.device, arguments: dict, *, num_warps: int, num_stages: int = 1) -> None:
+    """Runs `programs` programs of `kernel` on `device`.
+
+    Contraction to fused multiply-adds is off: an operation rounds where it is written, so that results do not change with
+    the compiler's default, and equal the interpreter's. The kernels here are bound by memory and lose nothing.
+    """
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
+    if record is not None:
+        record(kernel, arguments, options)
+    elif device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel[(programs,)](**arguments, **options)
+    else:
+        with torch.cuda.device(device):
+            kernel[(programs,)](**arguments, **options)

@@ -1,0 +1,106 @@
+"""SwiGLU. Contract: ops/swiglu.py. A program takes one tile of 2048 elements: many rows of few columns, or part of a row."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import check_dtype, launch, rows_of
+
+
+class Tile(NamedTuple):
+    rows: int
+    block: int
+    num_warps: int
+
+
+def tile_config(cols: int) -> Tile:
+    """16 elements a thread and tensor: two (2-byte) or four (4-byte) 16-byte loads in flight from each."""
+    block = min(triton.next_power_of_2(cols), 2048)
+    return Tile(min(64, 2048 // block), block, max(1, min(64, 2048 // block) * block // 512))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def swiglu_fwd_kernel(gate_ptr, up_ptr, y_ptr, rows, cols, tiles,
+                      gate_inner, gate_outer_stride, gate_inner_stride, up_inner, up_outer_stride, up_inner_stride,
+                      ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    row = program // tiles * ROWS + tl.arange(0, ROWS)
+    col = program % tiles * BLOCK + tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (col < cols)[None, :]
+    gate_row = (row // gate_inner) * gate_outer_stride + (row % gate_inner) * gate_inner_stride
+    up_row = (row // up_inner) * up_outer_stride + (row % up_inner) * up_inner_stride
+    gate = tl.load(gate_ptr + gate_row[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + up_row[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    y = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(y_ptr + (row * cols)[:, None] + col[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def swiglu_bwd_kernel(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, rows, cols, tiles, out_stride,
+                      dy_inner, dy_outer_stride, dy_inner_stride, gate_inner, gate_outer_stride, gate_inner_stride,
+                      up_inner, up_outer_stride, up_inner_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """With s = sigmoid(gate): dgate = dy * up * s * (1 + gate * (1 - s)), dup = dy * gate * s."""
+    program = tl.program_id(0).to(tl.int64)
+    row = program // tiles * ROWS + tl.arange(0, ROWS)
+    col = program % tiles * BLOCK + tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (col < cols)[None, :]
+    dy_row = (row // dy_inner) * dy_outer_stride + (row % dy_inner) * dy_inner_stride
+    gate_row = (row // gate_inner) * gate_outer_stride + (row % gate_inner) * gate_inner_stride
+    up_row = (row // up_inner) * up_outer_stride + (row % up_inner) * up_inner_stride
+    dy = tl.load(dy_ptr + dy_row[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + gate_row[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + up_row[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    s = 1.0 / (1.0 + tl.exp(-gate))
+    out = (row * out_stride)[:, None] + col[None, :]
+    dgate = dy * up * s * (1.0 + gate * (1.0 - s))
+    tl.store(dgate_ptr + out, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
+    tl.store(dup_ptr + out, (dy * gate * s).to(dup_ptr.dtype.element_ty), mask=mask)
+
+
+def _grid(rows, cols):
+    tile = tile_config(cols)
+    tiles = triton.cdiv(cols, tile.block)
+    return tile, triton.cdiv(rows, tile.rows) * tiles, dict(rows=rows, cols=cols, tiles=tiles, ROWS=tile.rows,
+                                                            BLOCK=tile.block)
+
+
+def swiglu_fwd(gate, up):
+    check_dtype("swiglu", "gate", gate)
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if y.numel():
+        rows = rows_of(gate)
+        tile, programs, sizes = _grid(rows.count, gate.shape[-1])
+        launch(swiglu_fwd_kernel, programs, gate.device,
+               dict(gate_ptr=gate, up_ptr=up, y_ptr=y, **sizes, **rows.named("gate"), **rows_of(up).named("up")),
+               num_warps=tile.num_warps)
+    return y
+
+
+def swiglu_bwd(dy, gate, up, packed):
+    check_dtype("swiglu", "gate", gate)
+    cols = gate.shape[-1]
+    out_stride = 2 * cols if packed else cols
+    dgate = torch.empty((*gate.shape[:-1], out_stride), dtype=gate.dtype, device=gate.device)
+    dup = torch.empty(0 if packed else gate.shape, dtype=gate.dtype, device=gate.device)
+    if gate.numel():
+        rows = rows_of(gate)
+        tile, programs, sizes = _grid(rows.count, cols)
+        launch(swiglu_bwd_kernel, programs, gate.device,
+               dict(dy_ptr=dy, gate_ptr=gate, up_ptr=up, dgate_ptr=dgate, dup_ptr=dgate[..., cols:] if packed else dup,
+                    out_stride=out_stride, **sizes, **rows_of(dy).named("dy"), **rows.named("gate"),
+                    **rows_of(up).named("up")),
+               num_warps=tile.num_warps)
+    return dgate, dup
+
+
+def audit(dtype, meta):
+    """Launches whose kernels the static audit compiles."""
+    for cols in (64, 8192, 14336):
+        x = meta(4096, cols, dtype=dtype)
+        yield f"cols {cols}", lambda x=x: swiglu_fwd(x, x)
+        yield f"cols {cols}", lambda x=x: swiglu_bwd(x, x, x, False)
+    packed = meta(4096, 2 * 8192, dtype=dtype)
+    dy = meta(4096, 8192, dtype=dtype)
+    yield "cols 8192, packed", lambda: swiglu_bwd(dy, packed[:, :8192], packed[:, 8192:], True)

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 EXAMPLES = """examples:
@@ -75,7 +76,7 @@ def measure(args: argparse.Namespace) -> int:
     if device.type == "cuda":
         torch._functorch.config.donated_buffer = False  # a captured backward must be able to run again
     started, peaks = time.perf_counter(), measure_peaks(device)
-    settings = suite.QUICK if args.quick else suite.Settings(compiled=not args.no_compile)
+    settings = replace(suite.QUICK if args.quick else suite.Settings(), compiled=not args.no_compile)
     bench = suite.Bench(device, peaks, settings)
     run = record.Record(out, device, peaks, {"ops": ops, "directions": directions, "quick": args.quick,
                                              "dtypes": [suite.short(d) for d in dtypes], "seconds": settings.seconds,
@@ -107,8 +108,6 @@ def measure(args: argparse.Namespace) -> int:
 
 
 def one_line(row) -> str:
-    from dataclasses import asdict
-
     from . import report
     data = asdict(row)
     peers = "  ".join(f"{family} x{peer['ratio'][0]:.2f}" for family, peer in data["against"].items())
@@ -118,8 +117,6 @@ def one_line(row) -> str:
 
 def finish(console, run, rows, notes: list[str], seconds: float) -> None:
     """Tables, plot and Markdown of what was measured."""
-    from dataclasses import asdict
-
     from . import plot, record, report
     if rows:
         report.print_tables(console, [asdict(row) for row in rows])

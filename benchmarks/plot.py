@@ -17,7 +17,9 @@ def roofline(data: dict[str, Any], path: Path) -> None:
     """Write the PNG: one line a size and direction, one panel a dtype; 1 is the copy (or matrix) rate of the machine."""
     rows = [row for row in rows_of(data) if not row["red"] and row["roof_fraction"] is not None]
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    lines = list(dict.fromkeys((row["op"], row["backend"], row["direction"], size_of(row["dims"])) for row in rows))
+    lines = list(dict.fromkeys(_line(row) for row in rows))
+    places = [list(dict.fromkeys(line[i] for line in lines)) for i in range(3)]
+    lines.sort(key=lambda line: [place.index(value) for place, value in zip(places, line, strict=False)])
     if not lines:
         return
     figure = Figure(figsize=(5.5 + 4.6 * len(dtypes), 2.2 + 0.27 * len(lines)), layout="constrained")
@@ -25,7 +27,7 @@ def roofline(data: dict[str, Any], path: Path) -> None:
     for panel, dtype in zip(panels, dtypes, strict=True):
         for row in rows:
             if row["dtype"] == dtype:
-                _draw(panel, row, lines.index((row["op"], row["backend"], row["direction"], size_of(row["dims"]))))
+                _draw(panel, row, lines.index(_line(row)))
         panel.axvline(1.0, color="#c0392b", linewidth=1.2)
         panel.set_title(DTYPES[dtype])
         panel.set_xscale("log")
@@ -49,6 +51,10 @@ def roofline(data: dict[str, Any], path: Path) -> None:
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False)
     figure.suptitle(describe(data).split("; commit")[0], x=0.01, ha="left", fontsize=9, wrap=True)
     figure.savefig(path, dpi=120)
+
+
+def _line(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    return row["op"], row["backend"], row["direction"], size_of(row["dims"])
 
 
 def _draw(panel: Any, row: dict[str, Any], y: int) -> None:

@@ -103,7 +103,8 @@ def print_tables(console: Console, rows: list[dict[str, Any]]) -> None:
     peers, pairs = families(rows), judged(rows)
     table = Table(title="Worst first: paired ratio = peer's time / ours, median [20 %-80 %]", title_justify="left")
     for column in columns(peers):
-        table.add_column(column, justify="left" if column in ("operator", "size", "gate") else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column in ("operator", "size", "gate") else "right",
+                         no_wrap=column != "gate")
     for row, verdicts in pairs:
         style = "red" if row["red"] or any(not v.met for v in verdicts) else "green" if verdicts else None
         table.add_row(*cells(row, verdicts, peers), style=style)

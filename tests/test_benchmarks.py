@@ -1,0 +1,365 @@
+"""The benchmark suite: fair turns, verdicts, what is stored, what is printed, and that a red operator has no number."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from internlm2_kernels import OPS, testing
+from internlm2_kernels._registry import Case
+from internlm2_kernels.testing import Contender, Peaks, interleave, ladder, quantiles, run, turns
+
+for needed in ("pytest_benchmark", "matplotlib", "rich"):
+    pytest.importorskip(needed, reason="the benchmark suite needs the extra `bench`")
+
+from benchmarks import gates, plot, record, report, suite  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+PEAKS = Peaks(1e10, 2e10, 1e12)
+SMALL = Case("model", {"rows": 64, "cols": 64})
+
+
+class Clock:
+    """A clock that only contenders move, so that what timing computes is known exactly."""
+
+    def __init__(self, monkeypatch):
+        self.ns = 0
+        monkeypatch.setattr(testing.time, "perf_counter", lambda: self.ns * 1e-9)
+        monkeypatch.setattr(testing.time, "perf_counter_ns", lambda: self.ns)
+
+    def contender(self, name, ms, family="", back=0.0, drift=lambda: 1.0):
+        def spend(ms):
+            self.ns += int(ms * drift() * 1e6)
+        backward = (lambda i, outputs: spend(back)) if back else None
+        return Contender(name, lambda i: spend(ms), backward, family)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_turns_are_balanced(count):
+    """Over 2 x count rounds every contender has every place equally often, and nobody always follows the same one."""
+    places = [(who, place) for r in range(2 * count) for place, who in enumerate(turns(count, r))]
+    assert {places.count(p) for p in places} == {2}
+    assert sorted(turns(count, 3)) == list(range(count))
+
+
+def test_paired_ratios_cancel_the_machines_drift(monkeypatch):
+    """A machine that gets 3 times slower half-way leaves the ratio and its spread untouched."""
+    clock, calls = Clock(monkeypatch), []
+    drift = lambda: 3.0 if len(calls) > 60 else 1.0
+    ours, peer = clock.contender("ours", 2, back=4, drift=drift), clock.contender("peer", 5, back=10, drift=drift)
+    counted = replace(ours, forward=lambda i: (calls.append(i), ours.forward(i))[1])
+    paired = interleave([counted, peer], 4, CPU, seconds=0.0, rounds=(40, 40))
+    for stage, expected in (("forward", 2.5), ("backward", 2.5), ("both", 2.5)):
+        median, low, high = paired.ratio(stage, "peer", "ours")
+        assert median == pytest.approx(expected, rel=1e-6) and low == pytest.approx(expected, rel=0.3)
+        assert high == pytest.approx(expected, rel=0.3)
+    assert paired.times["both"]["ours"][0] == pytest.approx(0.006)
+    assert set(calls) == {0, 1, 2, 3}  # the input sets rotate
+
+
+def test_rounds_end_with_the_time_but_never_before_the_minimum(monkeypatch):
+    clock = Clock(monkeypatch)
+    slow = interleave([clock.contender("a", 1000)], 1, CPU, seconds=1.0, rounds=(5, 100))
+    assert len(slow.times["forward"]["a"]) == 5
+    fast = interleave([clock.contender("a", 100)], 1, CPU, seconds=1.0, rounds=(5, 100))
+    assert 10 <= len(fast.times["forward"]["a"]) <= 12
+
+
+def test_slow_forms_are_screened_within_their_family_only(monkeypatch):
+    clock = Clock(monkeypatch)
+    contenders = [clock.contender("ours", 50), clock.contender("fast", 1, "eager"), clock.contender("near", 1.9, "eager"),
+                  clock.contender("slow", 2.5, "eager")]
+    paired = interleave(contenders, 1, CPU, seconds=0.0, rounds=(3, 3))
+    assert set(paired.times["forward"]) == {"ours", "fast", "near"}
+    assert paired.screened["slow"][0] == pytest.approx(0.0025)
+
+
+def test_quantiles_and_cold_sets():
+    assert quantiles([float(i) for i in range(11)]) == (5.0, 2.0, 8.0)
+    cache = testing.cache_bytes(CPU)
+    assert cache > 0 and testing.cold_sets(4 * cache, CPU) == 1 and testing.cold_sets(cache // 2, CPU) == 6
+
+
+def test_same_name_twice_and_too_many_threads_are_errors():
+    same = Contender("a", lambda i: None)
+    with pytest.raises(ValueError, match="contenders: expected distinct names"):
+        interleave([same, same], 1, CPU)
+    if hasattr(os, "sched_setaffinity"):
+        with pytest.raises(ValueError, match="threads: expected at most"):
+            testing.pin(len(os.sched_getaffinity(0)) + 1)
+
+
+@pytest.fixture
+def laddered(generator):
+    op = OPS["rms_norm"]
+    sample = op.sample(Case("smoke", {"rows": 9, "cols": 40, "residual": True}), torch.bfloat16, CPU, generator)
+    upstream = testing.draw_upstream(op, sample, 1.0, generator)
+    return op, sample, run(op, sample, "reference", upstream), upstream
+
+
+def _last(tensor, value):
+    broken = tensor.clone()
+    broken.view(-1)[-1] = value
+    return broken
+
+
+@pytest.mark.parametrize("broken", [
+    torch.zeros_like,
+    lambda t: _last(t, math.nan),
+    lambda t: _last(t, math.inf),
+    lambda t: torch.roll(t, 1, 0),
+    lambda t: t * 1.05,
+    lambda t: t.float(),
+    lambda t: t[..., :-1],
+], ids=["zeros", "nan", "inf", "rolled", "5 % off", "dtype", "shape"])
+def test_ladder_turns_red(laddered, broken):
+    op, sample, right, upstream = laddered
+    assert all(r.ok for r in ladder(op, sample, right, upstream))
+    for name, tensor in right.items():
+        rungs = {r.name: r for r in ladder(op, sample, {**right, name: broken(tensor)}, upstream)}
+        assert not rungs.pop(name).ok and all(r.ok for r in rungs.values()), name
+    with pytest.raises(AssertionError, match="RED"):
+        testing.assert_ladder(op, sample, {**right, "y": broken(right["y"])}, upstream)
+
+
+def test_ladder_wants_every_tensor_and_no_other(laddered):
+    op, sample, right, upstream = laddered
+    missing = ladder(op, sample, {n: t for n, t in right.items() if n != "d_x"}, upstream)
+    assert [r.problem for r in missing if not r.ok] == ["missing"]
+    extra = ladder(op, sample, {**right, "d_eps": right["y"]}, upstream)
+    assert [r.problem for r in extra if not r.ok] == ["unexpected"]
+
+
+def test_a_baseline_that_overflows_excuses_nothing():
+    gold, base = torch.ones(4, dtype=torch.float64), torch.tensor([1.0, 1.0, 1.0, math.inf])
+    assert testing._rung("y", torch.ones(4), base, gold, 0.0).ok
+    assert not testing._rung("y", base, base, gold, 0.0).ok
+    gold[0] = -math.inf  # an infinity of gold must be met exactly
+    assert not testing._rung("y", torch.ones(4), base, gold, 0.0).ok
+    assert testing._rung("y", torch.tensor([-math.inf, 1.0, 1.0, 1.0]), base, gold, 0.0).ok
+
+
+def test_plan_covers_the_registry_and_every_gate_is_measured():
+    every = suite.plan(list(OPS), ["forward", "backward", "both", "call"], [torch.bfloat16, torch.float32], quick=False)
+    for op in OPS.values():
+        planned = {(str(p.case), p.dtype, p.kind) for p in every if p.op is op}
+        for case in op.cases:
+            if case.kind == "model":
+                dtypes = {torch.bfloat16, torch.float32} & set(op.dtypes)
+                kinds = {"forward", "training"} if "backward" in op.directions else {"forward"}
+                assert {(str(case), dtype, kind) for dtype in dtypes for kind in kinds} <= planned
+    rows = {(p.op.name, direction, suite.short(p.dtype)) for p in every for direction in suite.PASSES[p.kind]}
+    for gate in gates.load():
+        assert any(gate["op"] == op and gate["direction"] == direction and gate.get("dtype", dtype) == dtype
+                   for op, direction, dtype in rows), gate
+    first = suite.plan(["rms_norm"], ["forward"], [torch.float32], quick=True)
+    assert len(first) == 1
+
+
+def bench():
+    return suite.Bench(CPU, PEAKS, suite.Settings(seconds=0.0, rounds=(3, 3), compiled=False))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A small real run, recorded: rms_norm forward and training, two dtypes, and a small call."""
+    run = record.Record(tmp_path_factory.mktemp("results"), CPU, PEAKS, {"quick": True})
+    timer, rows = bench(), []
+    for kind in ("forward", "training", "call"):
+        for dtype in (torch.bfloat16, torch.float32):
+            job = suite.Pass(OPS["rms_norm"], SMALL, dtype, kind)
+            found, paired = timer.run(job)
+            run.add(job, found, paired)
+            rows += found
+            on_disk = record.rows_of(record.load(run.path))
+            assert len(on_disk) == len(rows), "a pass must be on disk as soon as it is measured"
+    assert not record.load(run.path)["run"]["complete"]
+    assert record.newest(run.path.parents[1]) == []
+    run.finish(complete=True)
+    return run, rows
+
+
+def test_rows_of_a_real_run(measured):
+    _, rows = measured
+    assert [(r.direction, r.dtype) for r in rows] == [
+        ("forward", "bfloat16"), ("forward", "float32"), ("backward", "bfloat16"), ("both", "bfloat16"),
+        ("backward", "float32"), ("both", "float32"), ("call", "bfloat16"), ("call", "float32")]
+    for row in rows:
+        low, high = row.seconds[1:]
+        assert 0 < low <= row.seconds[0] <= high and set(row.against) == {"eager"} and row.red == ""
+        assert row.against["eager"]["form"] in OPS["rms_norm"].eager
+    forward = rows[1]
+    assert forward.bytes == OPS["rms_norm"].bytes(SMALL.dims, 4, "forward")
+    assert forward.bytes_per_s == pytest.approx(forward.bytes / forward.seconds[0])
+    assert rows[5].bytes == forward.bytes + OPS["rms_norm"].bytes(SMALL.dims, 4, "backward")
+
+
+def test_record_is_a_pytest_benchmark_file(measured):
+    run, rows = measured
+    from pytest_benchmark.logger import Logger
+    from pytest_benchmark.storage.file import FileStorage
+    storage = FileStorage(run.path.parents[1], Logger(Logger.QUIET))
+    stored = list(storage.load_benchmarks())
+    assert {b["param"] for b in stored} >= {"ours cpp" if "cpp" in OPS["rms_norm"].usable["cpu"] else "ours reference"}
+    assert all(b["median"] > 0 and b["rounds"] >= 3 for b in stored if "screened" not in b["extra_info"])
+    shown = subprocess.run([sys.executable, "-m", "pytest_benchmark", f"--storage=file://{run.path.parents[1]}", "compare",
+                            "--group-by=group", "--columns=median"], capture_output=True, text=True, cwd=run.path.parent)
+    assert shown.returncode == 0 and "rms_norm-rows64-cols64-bfloat16-forward" in shown.stdout, shown.stderr
+    data = record.load(run.path)
+    info = data["machine_info"]
+    assert info["threads"] >= 1 and "malloc" in info["allocator"] and info["torch"] == torch.__version__
+    assert {"id", "dirty"} <= set(data["commit_info"]) and data["run"]["peaks"] == asdict(PEAKS)
+    assert str(Path.home()) not in run.path.read_text() and str(ROOT) not in run.path.read_text()
+
+
+def test_plot_and_markdown_of_a_run(measured, tmp_path):
+    run, _ = measured
+    data = record.load(run.path)
+    plot.roofline(data, tmp_path / "roof.png")
+    png = (tmp_path / "roof.png").read_bytes()
+    assert png[:8] == b"\x89PNG\r\n\x1a\n" and len(png) > 10_000
+    text = report.markdown(data)
+    assert text.count("| rms_norm | 64x64 |") == 8 and "gated rows meet their gate" in text
+
+
+def test_red_operator_gets_no_number():
+    """An implementation that fails its ladder is not timed; the row says so and so does the table."""
+    op = OPS["rms_norm"]
+    planted = SimpleNamespace(**{f.name: getattr(op, f.name) for f in fields(op)}, select=op.select)
+    planted.public = lambda x, weight, *args, backend=None, **kwargs: op.public(x, weight * 1.5, *args, **kwargs)
+    timer = bench()
+    rows, paired = timer.run(suite.Pass(planted, SMALL, torch.float32, "forward"))
+    assert paired is None and rows[0].red and rows[0].seconds is None and not rows[0].against
+    assert "RED" in rows[0].red and any("is red and is not timed" in note for note in timer.notes)
+    assert report.cells(asdict(rows[0]), [], ["eager"])[4:] == ["RED", "-", "-", "-", "checks fail: no number"]
+
+
+def test_a_form_that_cannot_run_is_named_and_left_out(monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no compiler here\nsecond line")
+    monkeypatch.setattr(torch, "compile", lambda form, dynamic: fails)
+    timer = suite.Bench(CPU, PEAKS, suite.Settings(seconds=0.0, rounds=(3, 3)))
+    rows, _ = timer.run(suite.Pass(OPS["rms_norm"], SMALL, torch.float32, "forward"))
+    assert set(rows[0].against) == {"eager"}
+    assert any("cannot run: RuntimeError: no compiler here" in note for note in timer.notes)
+
+
+def row(**changes):
+    base = suite.Row("rms_norm", {"rows": 8, "cols": 4}, "bfloat16", "forward", "cpu", "cpp", True, "perf_counter", 11,
+                     (1e-3, 1e-3, 1e-3), {"eager": {"form": "f", "ratio": (7.0, 6.0, 8.0)},
+                                          "compile": {"form": "f", "ratio": (1.0, 0.9, 1.1)}}, 100, 100, 1e5, 0.8, 0.8)
+    return asdict(replace(base, **changes))
+
+
+def test_verdicts():
+    table = [{"device": "cpu", "op": "rms_norm", "direction": "forward", "dtype": "bfloat16", "eager": 6.0, "compile": 1.05,
+              "bw": 0.75, "liger": 1.0}]
+    verdicts = {v.what: v for v in gates.judge(row(), table)}
+    assert verdicts["eager"].met and verdicts["bw"].met and not verdicts["compile"].met
+    assert "liger" not in verdicts  # not installed: nothing to demand
+    assert report.verdict_text(list(verdicts.values())) == "missed: compile 1.00 < 1.05"
+    unmeasured = gates.judge(row(against={}, copy_fraction=None), table)
+    assert [v.met for v in unmeasured] == [False, False, False]  # what was not measured is not met
+    assert gates.judge(row(dtype="float32"), table) == [] == gates.judge(row(direction="both"), table)
+
+
+def test_unknown_gate_key_is_an_error(tmp_path):
+    path = tmp_path / "gates.toml"
+    path.write_text('[[gate]]\ndevice = "cpu"\nop = "rms_norm"\ndirection = "forward"\nspeed = 3\n')
+    with pytest.raises(ValueError, match="speed"):
+        gates.load(path)
+
+
+def test_worst_comes_first():
+    slow = row(against={"eager": {"form": "f", "ratio": (3.0, 3.0, 3.0)}})
+    red = row(red="table", seconds=None, against={})
+    ungated = row(op="rope_table")
+    order = [pair[0] for pair in report.judged([ungated, row(), slow, red])]
+    assert order[0] is not ungated and order[0]["red"] and order[1] == slow and order[-1] == ungated
+
+
+def test_readme_section_is_rewritten_between_its_markers(measured, monkeypatch):
+    run, _ = measured
+    monkeypatch.setattr(report, "ROOT", run.path.parents[1])
+    runs = record.newest(run.path.parents[1])
+    old = f"# head\n\n{report.BEGIN}\nstale\n{report.END}\n\ntail\n"
+    new = report.with_section(old, runs)
+    assert new.startswith("# head\n") and new.endswith("tail\n") and "stale" not in new
+    assert "| rms_norm | " in new and f"{run.path.stem}.png" in new
+    assert report.with_section(new, runs) == new
+    with pytest.raises(ValueError, match="expected the lines"):
+        report.with_section("# no markers\n", runs)
+
+
+def test_readme_is_up_to_date():
+    """`python -m benchmarks report` rewrites it from the newest complete run of each device."""
+    text = (ROOT / "README.md").read_text()
+    assert report.with_section(text, record.newest()) == text, "stale: run `python -m benchmarks report`"
+
+
+def test_recorded_runs_are_readable_and_complete_with_their_files():
+    for path in record.RESULTS.glob("*/*.json"):
+        data = record.load(path)
+        assert record.rows_of(data) and not data["run"]["red"], path
+        assert path.with_suffix(".png").exists() and path.with_suffix(".md").exists(), path
+
+
+def command(*args, **options):
+    env = {k: v for k, v in os.environ.items() if k not in ("THP_MEM_ALLOC_ENABLE", "TRITON_INTERPRET")}
+    return subprocess.Popen([sys.executable, "-m", *args], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **options)
+
+
+def test_help_has_examples_and_unknown_names_are_refused():
+    out, _ = command("benchmarks", "--help").communicate(timeout=120)
+    assert "examples:" in out and "--quick" in out
+    process = command("benchmarks", "--op", "rms_nrm")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and "--op: expected one of" in err and "rms_nrm" in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_run_without_a_gpu_is_one_clear_line():
+    process = command("benchmarks.gpu")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and out == "" and len(err.splitlines()) == 1
+    assert err.startswith("python -m benchmarks.gpu: no GPU to run on: torch")
+
+
+def test_command_measures_prints_and_records(tmp_path):
+    process = command("benchmarks", "--quick", "--no-compile", "--op", "rms_norm", "--dtype", "bfloat16", "--direction",
+                      "call", "--device", "cpu", "--out", str(tmp_path))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "THP_MEM_ALLOC_ENABLE=1" in out and "copy " in out and "gated rows meet their gate" in out
+    (path,) = tmp_path.glob("*/0001_*.json")
+    data = record.load(path)
+    assert "THP_MEM_ALLOC_ENABLE=1" in data["machine_info"]["allocator"] and not data["run"]["complete"]
+    assert {r["direction"] for r in record.rows_of(data)} == {"call", "call_grad"}
+    assert path.with_suffix(".md").exists()
+
+
+@pytest.mark.slow
+def test_a_kill_loses_nothing_that_was_measured(tmp_path):
+    process = command("benchmarks", "--no-compile", "--op", "rms_norm", "--dtype", "bfloat16", "--device", "cpu", "--out",
+                      str(tmp_path))
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        paths = list(tmp_path.glob("*/0001_*.json"))
+        if paths and len(record.rows_of(record.load(paths[0]))) >= 3:
+            break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    data = json.loads(paths[0].read_text())
+    assert len(record.rows_of(data)) >= 3 and not data["run"]["complete"]

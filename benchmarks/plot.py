@@ -16,7 +16,7 @@ LOOKS = {"ours": ("o", "#0b6e4f"), "compile": ("s", "#d17a00"), "eager": ("D", "
 def roofline(data: dict[str, Any], path: Path) -> None:
     """Write the PNG: one line a size and direction, one panel a dtype; 1 is the copy (or matrix) rate of the machine."""
     rows = [row for row in rows_of(data) if not row["red"] and row["roof_fraction"] is not None]
-    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    dtypes = [dtype for dtype in DTYPES if any(row["dtype"] == dtype for row in rows)]
     lines = list(dict.fromkeys(_line(row) for row in rows))
     places = [list(dict.fromkeys(line[i] for line in lines)) for i in range(3)]
     lines.sort(key=lambda line: [place.index(value) for place, value in zip(places, line, strict=False)])
@@ -64,4 +64,5 @@ def _draw(panel: Any, row: dict[str, Any], y: int) -> None:
     for family, share in shares.items():
         marker, color = LOOKS.get(family, ("v", "#444444"))
         filled = {"color": color} if family == "ours" else {"facecolors": "white", "edgecolors": color}
-        panel.scatter([share], [y], marker=marker, s=34 if family == "ours" else 26, zorder=3, **filled)
+        size, order = (34, 4) if family == "ours" else (26, 3)
+        panel.scatter([share], [y], marker=marker, s=size, zorder=order, **filled)

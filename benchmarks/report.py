@@ -74,28 +74,31 @@ def columns(peers: list[str]) -> list[str]:
     return ["operator", "size", "dtype", "direction", "time", "GB/s", "% of roof", *[f"x {peer}" for peer in peers], "gate"]
 
 
-def geometric_means(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """By operator, backend, direction and dtype: shapes, then geometric mean and worst ratio to each peer."""
-    groups = defaultdict(list)
-    for row in rows:
-        if not row["red"]:
-            groups[row["op"], row["backend"], row["direction"], row["dtype"]].append(row)
-    peers = families(rows)
+def geometric_means(rows: list[dict[str, Any]], readme: bool = False) -> list[list[str]]:
+    """By operator, backend, direction and dtype: sizes, geometric mean and worst ratio to each peer, gates; worst first.
+
+    `readme` leaves out rows without a gate that another row covers: backward alone and small calls.
+    """
+    groups, peers = defaultdict(list), families(rows)
+    for row, verdicts in judged(rows):
+        if not row["red"] and (verdicts or row["direction"] in ("forward", "both") or not readme):
+            groups[row["op"], row["backend"], row["direction"], row["dtype"]].append((row, verdicts))
     lines = []
     for (op, backend, direction, dtype), members in groups.items():
         line = [op, backend, WAYS[direction], DTYPES[dtype], str(len(members))]
         for peer in peers:
-            ratios = [row["against"][peer]["ratio"][0] for row in members if peer in row["against"]]
+            ratios = [row["against"][peer]["ratio"][0] for row, _ in members if peer in row["against"]]
             line.append(f"{statistics.geometric_mean(ratios):.2f} (worst {min(ratios):.2f})" if ratios else "-")
-        shares = [row["roof_fraction"] for row in members if row["roof_fraction"] is not None]
+        shares = [row["roof_fraction"] for row, _ in members if row["roof_fraction"] is not None]
         line.append(f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %" if shares else "-")
-        lines.append(line)
+        gated = [all(v.met for v in verdicts) for _, verdicts in members if verdicts]
+        lines.append([*line, f"{sum(gated)} of {len(gated)} met" if gated else ""])
     return lines
 
 
 def mean_columns(peers: list[str]) -> list[str]:
     return ["operator", "backend", "direction", "dtype", "sizes", *[f"x {peer}: geometric mean" for peer in peers],
-            "% of roof"]
+            "% of roof", "gate"]
 
 
 def print_tables(console: Console, rows: list[dict[str, Any]]) -> None:
@@ -164,7 +167,7 @@ def section(runs: list[dict[str, Any]]) -> str:
     for data in runs:
         rows = rows_of(data)
         stem = data["path"].relative_to(ROOT).with_suffix("").as_posix()
-        parts += [describe(data), markdown_table(mean_columns(families(rows)), geometric_means(rows)),
+        parts += [describe(data), markdown_table(mean_columns(families(rows)), geometric_means(rows, readme=True)),
                   f"{gate_count(judged(rows))} [Every size]({stem}.md), [data]({stem}.json).",
                   f"![Share of the roof that each row reaches]({stem}.png)"]
     return "\n\n".join(parts)

@@ -1,5 +1,6 @@
 """The benchmark suite: fair turns, verdicts, what is stored, what is printed, and that a red operator has no number."""
 
+import contextlib
 import json
 import math
 import os
@@ -82,6 +83,58 @@ def test_slow_forms_are_screened_within_their_family_only(monkeypatch):
     paired = interleave(contenders, 1, CPU, seconds=0.0, rounds=(3, 3))
     assert set(paired.times["forward"]) == {"ours", "fast", "near"}
     assert paired.screened["slow"][0] == pytest.approx(0.0025)
+
+
+class FakeCuda:
+    """Streams, graphs and events of a pretended device: a graph replays what was captured by moving the clock."""
+
+    def __init__(self, clock, monkeypatch, refuses=False):
+        cuda, outer = torch.cuda, self
+        self.replays, self.captured = 0, 0
+
+        class Graph:
+            def replay(self):
+                outer.replays += 1
+                clock.ns += self.cost
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+            def record(self):
+                self.at = clock.ns
+            def elapsed_time(self, end):
+                return (end.at - self.at) * 1e-6
+            synchronize = lambda self: None
+
+        @contextlib.contextmanager
+        def capture(graph, stream):
+            if refuses:
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            before = clock.ns
+            yield
+            graph.cost, outer.captured = clock.ns - before, outer.captured + 1
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        for name, fake in {"Stream": lambda device: stream, "current_stream": lambda device: stream, "Event": Event,
+                           "stream": lambda s: contextlib.nullcontext(), "CUDAGraph": Graph, "graph": capture,
+                           "synchronize": lambda device=None: None}.items():
+            monkeypatch.setattr(cuda, name, fake)
+
+
+@pytest.mark.parametrize("refuses", [False, True], ids=["graph", "launches"])
+def test_cuda_times_a_replay_of_all_input_sets(monkeypatch, refuses):
+    """The device path on a pretended device: one replay runs every set, times are per set, backward has a graph too."""
+    clock = Clock(monkeypatch)
+    cuda = FakeCuda(clock, monkeypatch, refuses)
+    contenders = [clock.contender("ours", 1, back=2), clock.contender("peer", 3, back=6), clock.contender("clone", 1)]
+    paired = interleave(contenders, 4, torch.device("cuda"), seconds=0.0, rounds=(3, 3))
+    assert paired.median("backward", "ours") == pytest.approx(2e-3) and paired.median("both", "ours") == pytest.approx(3e-3)
+    assert paired.ratio("both", "peer", "ours")[0] == pytest.approx(3.0)
+    assert paired.median("forward", "clone") == pytest.approx(1e-3)
+    if refuses:
+        assert paired.method.endswith("(no graph: operation not permitted when stream is capturing)")
+    else:
+        assert paired.method == "cuda graph replay" and cuda.captured == 5 and cuda.replays == 3 * 5
 
 
 def test_quantiles_and_cold_sets():

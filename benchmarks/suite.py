@@ -4,8 +4,7 @@ A pass is one operator at one size and dtype, all contenders interleaved: `forwa
 (forward and backward in turn, giving the rows backward and both), `call` and `call_grad` (host time of a small call).
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -80,10 +79,6 @@ class Row:
     copy_fraction: float | None = None
     roof_fraction: float | None = None
     red: str = ""
-
-    @property
-    def worst(self) -> float:
-        return min((a["ratio"][0] for a in self.against.values()), default=math.inf)
 
 
 @dataclass(frozen=True)
@@ -288,9 +283,3 @@ class Bench:
         matrix_fraction = flops / seconds / self.peaks.matmul_flops_per_s
         return {"bytes": count, "flops": flops, "bytes_per_s": count / seconds, "copy_fraction": copy_fraction,
                 "roof_fraction": max(copy_fraction, matrix_fraction)}
-
-
-def all_rows(bench: Bench, passes: list[Pass]) -> Iterator[tuple[Pass, list[Row], Paired | None]]:
-    """Run `passes` one after the other; each result is yielded as soon as it is there."""
-    for job in passes:
-        yield job, *bench.run(job)

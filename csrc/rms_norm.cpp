@@ -87,7 +87,8 @@ std::tuple<Tensor, Tensor> rms_norm_bwd_cpp(const Tensor& dy, const OptTensor& d
   for_rows(chunks, std::max<int64_t>(1, grain(cols) / a.rows_per_chunk),
            [&](int64_t b, int64_t e) { INTERNLM2_CPU(rms_norm_bwd, a, b, e); });
   if (needs_dweight) {
-    for_rows(cols, std::max<int64_t>(64, 16384 / std::max<int64_t>(chunks, 1)),
+    for_rows((cols + kDweightColumns - 1) / kDweightColumns,
+             std::max<int64_t>(1, 16384 / (std::max<int64_t>(chunks, 1) * kDweightColumns)),
              [&](int64_t b, int64_t e) { INTERNLM2_CPU(rms_norm_bwd_dweight, a, chunks, b, e); });
   }
   return {dx, dweight};

@@ -28,10 +28,12 @@ struct RmsNormBwd {
   bool hf;
 };
 
+constexpr int64_t kDweightColumns = 64;  // the unit that rms_norm_bwd_dweight counts in: whole pairs of vectors
+
 #define INTERNLM2_RMS_NORM_CPU                                             \
   void rms_norm_fwd(const RmsNormFwd& a, int64_t begin, int64_t end);      \
   void rms_norm_bwd(const RmsNormBwd& a, int64_t begin, int64_t end); /* chunks */ \
-  void rms_norm_bwd_dweight(const RmsNormBwd& a, int64_t chunks, int64_t begin, int64_t end); /* columns */
+  void rms_norm_bwd_dweight(const RmsNormBwd& a, int64_t chunks, int64_t begin, int64_t end); /* units */
 
 namespace cpu {
 namespace AVX2 { INTERNLM2_RMS_NORM_CPU }

@@ -42,4 +42,6 @@ VEC_INLINE Vec<double> exp(Vec<double> x) {
   return scale2(fma(q * r, r, r) + V(1.0), n);
 }
 
+template <typename V> VEC_INLINE Two<V> exp(Two<V> x) { return {exp(x.a), exp(x.b)}; }
+
 }}}}  // namespace internlm2::cpu::CPU_CAPABILITY::(unnamed)

@@ -17,11 +17,13 @@ VEC_INLINE Vec<float> load_float(const double* p, All) { return load_float(p, Ve
 template <typename T> void quantize(const T* x, int8_t* out, float* scale, int64_t d) {
   using V = Vec<float>;
   V most;
-  for_vectors<V>(d, [&](int64_t i, auto n) { most = max_abs(most, load_float(x + i, n)); });
+  for_vectors<V, Single>(d, [&](int64_t i, auto n) VEC_LAMBDA { most = max_abs(most, load_float(x + i, n)); });
   const float size = largest_abs(most) / 127.0f;
   *scale = size;
   const V divisor(size == 0.0f ? 1.0f : size);
-  for_vectors<V>(d, [&](int64_t i, auto n) { store_i8(out + i, max(V(-127.0f), load_float(x + i, n) / divisor), n); });
+  for_vectors<V, Single>(d, [&](int64_t i, auto n) VEC_LAMBDA { 
+    store_i8(out + i, max(V(-127.0f), load_float(x + i, n) / divisor), n);
+  });
 }
 
 // A rotated key or a value to its slot of the cache.
@@ -32,43 +34,62 @@ void write_cache(const QkvRopeFwd& a, const T* x, void* cache, float* scale, int
   std::memcpy(static_cast<T*>(cache) + place * d, x, sizeof(T) * static_cast<size_t>(d));
 }
 
-template <typename T, typename C> void fwd_tokens(const QkvRopeFwd& a, int64_t begin, int64_t end) {
+// One token, columns [first, first + n) of each half; values and the cache with the last ones.
+template <typename T>
+void fwd_token(const QkvRopeFwd& a, int64_t token, const Staged<acc_t<T>>& angles, int64_t first, int64_t n) {
   const int64_t half = a.angles.half, d = 2 * half;
-  for (int64_t token = begin; token < end; ++token) {
-    const int64_t row = table_offset(a.angles, token);
-    const C *cos = static_cast<const C*>(a.angles.cos) + row, *sin = static_cast<const C*>(a.angles.sin) + row;
-    const T* x = static_cast<const T*>(a.qkv) + token * a.token_stride;
-    T* q = static_cast<T*>(a.q) + token * a.groups * a.group * d;
-    T* k = static_cast<T*>(a.k) + token * a.groups * d;
-    T* v = static_cast<T*>(a.v) + token * a.groups * d;
-    const int64_t slot = a.slots ? a.slots[token] : -1;
-    for (int64_t group = 0; group < a.groups; ++group, k += d, v += d, x += 2 * d) {
-      for (int64_t head = 0; head < a.group; ++head, x += d, q += d) rotate_halves<false>(x, q, cos, sin, half);
-      rotate_halves<false>(x, k, cos, sin, half);
-      std::memcpy(v, x + d, sizeof(T) * static_cast<size_t>(d));
-      if (slot >= 0) {
-        write_cache(a, k, a.k_cache, a.k_scale, slot, group, d);
-        write_cache(a, v, a.v_cache, a.v_scale, slot, group, d);
-      }
+  const T* x = static_cast<const T*>(a.qkv) + token * a.token_stride;
+  T* q = static_cast<T*>(a.q) + token * a.groups * a.group * d;
+  T* k = static_cast<T*>(a.k) + token * a.groups * d;
+  T* v = static_cast<T*>(a.v) + token * a.groups * d;
+  const int64_t slot = a.slots ? a.slots[token] : -1;
+  for (int64_t group = 0; group < a.groups; ++group, k += d, v += d, x += 2 * d) {
+    for (int64_t head = 0; head < a.group; ++head, x += d, q += d) {
+      rotate_halves<T>(x + first, q + first, angles, half, n);
+    }
+    rotate_halves<T>(x + first, k + first, angles, half, n);
+    if (first + n < half) continue;
+    std::memcpy(v, x + d, sizeof(T) * static_cast<size_t>(d));
+    if (slot >= 0) {
+      write_cache(a, k, a.k_cache, a.k_scale, slot, group, d);
+      write_cache(a, v, a.v_cache, a.v_scale, slot, group, d);
     }
   }
 }
 
-template <typename T, typename C> void bwd_tokens(const QkvRopeBwd& a, int64_t begin, int64_t end) {
+template <typename T>
+void bwd_token(const QkvRopeBwd& a, int64_t token, const Staged<acc_t<T>>& angles, int64_t first, int64_t n) {
   const int64_t half = a.angles.half, d = 2 * half, groups = a.dk.heads, group = a.dq.heads / groups;
+  const T* dq = static_cast<const T*>(a.dq.data) + token * a.dq.token_stride;
+  const T* dk = static_cast<const T*>(a.dk.data) + token * a.dk.token_stride;
+  const T* dv = static_cast<const T*>(a.dv.data) + token * a.dv.token_stride;
+  T* dx = static_cast<T*>(a.dqkv) + token * groups * (group + 2) * d;
+  for (int64_t i = 0; i < groups; ++i, dk += a.dk.head_stride, dv += a.dv.head_stride, dx += 2 * d) {
+    for (int64_t head = 0; head < group; ++head, dq += a.dq.head_stride, dx += d) {
+      rotate_halves<T>(dq + first, dx + first, angles, half, n);
+    }
+    rotate_halves<T>(dk + first, dx + first, angles, half, n);
+    if (first + n == half) std::memcpy(dx + d, dv, sizeof(T) * static_cast<size_t>(d));
+  }
+}
+
+// Calls each(token, angles, first, n) for every token and every tile of columns.
+template <typename T, typename F>
+VEC_INLINE void for_tokens(const RopeAngles& a, int64_t begin, int64_t end, bool inverse, const F& each) {
+  Staged<acc_t<T>> angles;
   for (int64_t token = begin; token < end; ++token) {
-    const int64_t row = table_offset(a.angles, token);
-    const C *cos = static_cast<const C*>(a.angles.cos) + row, *sin = static_cast<const C*>(a.angles.sin) + row;
-    const T* dq = static_cast<const T*>(a.dq.data) + token * a.dq.token_stride;
-    const T* dk = static_cast<const T*>(a.dk.data) + token * a.dk.token_stride;
-    const T* dv = static_cast<const T*>(a.dv.data) + token * a.dv.token_stride;
-    T* dx = static_cast<T*>(a.dqkv) + token * groups * (group + 2) * d;
-    for (int64_t i = 0; i < groups; ++i, dk += a.dk.head_stride, dv += a.dv.head_stride, dx += 2 * d) {
-      for (int64_t head = 0; head < group; ++head, dq += a.dq.head_stride, dx += d) {
-        rotate_halves<true>(dq, dx, cos, sin, half);
+    for (int64_t first = 0; first < a.half; first += kTile) {
+      const int64_t n = a.half - first < kTile ? a.half - first : kTile;
+      if constexpr (sizeof(T) == 8) {
+        if (a.dtype == Dtype::f64) {
+          stage<T, double>(angles, a, token, first, n, inverse);
+        } else {
+          stage<T, float>(angles, a, token, first, n, inverse);
+        }
+      } else {
+        stage<T, float>(angles, a, token, first, n, inverse);
       }
-      rotate_halves<true>(dk, dx, cos, sin, half);
-      std::memcpy(dx + d, dv, sizeof(T) * static_cast<size_t>(d));
+      each(token, angles, first, n);
     }
   }
 }
@@ -77,15 +98,17 @@ template <typename T, typename C> void bwd_tokens(const QkvRopeBwd& a, int64_t b
 
 void qkv_rope_fwd(const QkvRopeFwd& a, int64_t begin, int64_t end) {
   WITH_STORAGE(a.dtype, T, {
-    if (a.angles.dtype == Dtype::f32) return fwd_tokens<T, float>(a, begin, end);
-    if constexpr (sizeof(T) == 8) return fwd_tokens<T, double>(a, begin, end);
+    for_tokens<T>(a.angles, begin, end, false, [&](int64_t token, const Staged<acc_t<T>>& angles, int64_t first, int64_t n) {
+      fwd_token<T>(a, token, angles, first, n);
+    });
   })
 }
 
 void qkv_rope_bwd(const QkvRopeBwd& a, int64_t begin, int64_t end) {
   WITH_STORAGE(a.dtype, T, {
-    if (a.angles.dtype == Dtype::f32) return bwd_tokens<T, float>(a, begin, end);
-    if constexpr (sizeof(T) == 8) return bwd_tokens<T, double>(a, begin, end);
+    for_tokens<T>(a.angles, begin, end, true, [&](int64_t token, const Staged<acc_t<T>>& angles, int64_t first, int64_t n) {
+      bwd_token<T>(a, token, angles, first, n);
+    });
   })
 }
 

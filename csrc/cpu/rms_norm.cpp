@@ -7,90 +7,94 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int kUnroll = 4;  // independent sums, to hide the latency of the additions
+// sum of h^2, for x (+ residual); h is written where there is a residual.
+template <typename T, bool kResidual>
+VEC_INLINE acc_t<T> squares(const T* x, const T* residual, T* h, int64_t cols) {
+  using V = Vec<acc_t<T>>;
+  Two<V> sums[2];  // four independent chains hide the latency of the additions
+  for_unrolled<2, V, T>(cols, [&](int64_t i, auto n, int u) VEC_LAMBDA {
+    auto value = load<V>(x + i, n);
+    if constexpr (kResidual) {  // h = round(x + residual); the sum takes the rounded h
+      value = rounded_to<T>(value + load<V>(residual + i, n));
+      store_exact(h + i, value, n);
+    }
+    add_to(sums[u], value, value);
+  });
+  const Two<V> sum = sums[0] + sums[1];
+  return (sum.a + sum.b).sum();
+}
 
 template <typename T, typename W, bool kResidual, bool kHf>
 void fwd_rows(const RmsNormFwd& a, int64_t begin, int64_t end) {
   using Acc = acc_t<T>;
   using V = Vec<Acc>;
   const auto* weight = static_cast<const W*>(a.weight);
-  const int64_t cols = a.cols, step = kUnroll * V::size, whole = cols - cols % step;
+  const int64_t cols = a.cols;
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(a.x) + a.x_rows.offset(row);
-    T* y = static_cast<T*>(a.y) + row * cols;
-    const T* h = x;
-    V sums[kUnroll];
-    if constexpr (kResidual) {
-      const T* residual = static_cast<const T*>(a.residual) + a.residual_rows.offset(row);
-      T* out = static_cast<T*>(a.h) + row * cols;
-      const auto add = [&](int64_t i, auto n, V& sum) {  // h = round(x + residual); the sum takes the rounded h
-        const V value = (load<V>(x + i, n) + load<V>(residual + i, n)).template rounded_to<T>();
-        store(out + i, value, n);
-        sum = fma(value, value, sum);
-      };
-      for (int64_t i = 0; i < whole; i += step) {
-#pragma GCC unroll 4
-        for (int u = 0; u < kUnroll; ++u) add(i + u * V::size, All{}, sums[u]);
-      }
-      for_vectors<V>(cols - whole, [&](int64_t i, auto n) { add(whole + i, n, sums[0]); });
-      h = out;
-    } else {
-      for (int64_t i = 0; i < whole; i += step) {
-#pragma GCC unroll 4
-        for (int u = 0; u < kUnroll; ++u) {
-          const V value = V::load(x + i + u * V::size);
-          sums[u] = fma(value, value, sums[u]);
-        }
-      }
-      for_vectors<V>(cols - whole, [&](int64_t i, auto n) {
-        const V value = load<V>(x + whole + i, n);
-        sums[0] = fma(value, value, sums[0]);
-      });
-    }
-    const Acc total = ((sums[0] + sums[1]) + (sums[2] + sums[3])).sum();
+    const T* residual = kResidual ? static_cast<const T*>(a.residual) + a.residual_rows.offset(row) : nullptr;
+    T* out = kResidual ? static_cast<T*>(a.h) + row * cols : nullptr;
+    const Acc total = squares<T, kResidual>(x, residual, out, cols);
     const Acc rstd = Acc(1) / std::sqrt(total / static_cast<Acc>(cols) + static_cast<Acc>(a.eps));
     static_cast<Acc*>(a.rstd)[row] = rstd;
+    const T* h = kResidual ? out : x;
+    T* y = static_cast<T*>(a.y) + row * cols;
     const V scale(rstd);
-    for_vectors<V>(cols, [&](int64_t i, auto n) {
-      V x_hat = load<V>(h + i, n) * scale;
-      if constexpr (kHf) x_hat = x_hat.template rounded_to<T>();
+    for_vectors<V, T>(cols, [&](int64_t i, auto n) VEC_LAMBDA {
+      auto x_hat = load<V>(h + i, n) * scale;
+      if constexpr (kHf) x_hat = rounded_to<T>(x_hat);
       store(y + i, x_hat * load<V>(weight + i, n), n);
     });
   }
 }
 
-// x_hat = h * rstd, g = dy * weight: dx = rstd * (g - x_hat * mean(g * x_hat)) + dresidual; dweight = sum of dy * x_hat
-template <typename T, typename W, bool kHf>
-void bwd_row(const RmsNormBwd& a, int64_t row, acc_t<T>* partial) {
+// Rows that are taken together, so that their sum goes to `partial` at once; a row's own bits do not depend on it.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kTogether = 4;
+#else
+constexpr int kTogether = 2;  // half the registers
+#endif
+
+// x_hat = h * rstd, g = dy * weight: dx = rstd * (g - x_hat * mean(g * x_hat)) + dresidual; dweight = sum of dy * x_hat.
+// Lanes of `partial` are in the order of Both<T>, which saves bringing them into another; bwd_dweight knows.
+template <int kRows, typename T, typename W, bool kHf>
+void bwd_rows(const RmsNormBwd& a, int64_t row, acc_t<T>* partial) {
   using Acc = acc_t<T>;
   using V = Vec<Acc>;
   const int64_t cols = a.cols;
-  const T* dy = static_cast<const T*>(a.dy) + a.dy_rows.offset(row);
-  const T* h = static_cast<const T*>(a.h) + a.h_rows.offset(row);
-  const T* dresidual = a.dresidual ? static_cast<const T*>(a.dresidual) + a.dresidual_rows.offset(row) : nullptr;
   const auto* weight = static_cast<const W*>(a.weight);
-  T* dx = static_cast<T*>(a.dx) + row * cols;
-  const Acc rstd = static_cast<const Acc*>(a.rstd)[row];
-  const V scale(rstd);
-  V sums[2];
-  int turn = 0;
-  for_vectors<V>(cols, [&](int64_t i, auto n) {
-    const V d = load<V>(dy + i, n), x_hat = load<V>(h + i, n) * scale;
-    const V product = d * x_hat;
-    sums[turn] = fma(product, load<V>(weight + i, n), sums[turn]);
-    turn ^= 1;
-    if (partial != nullptr) {
-      const V term = kHf ? d * x_hat.template rounded_to<T>() : product;
-      store(partial + i, load<V>(partial + i, n) + term, n);
+  const T *dy[kRows], *h[kRows];
+  V scale[kRows];
+  Two<V> sums[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    dy[r] = static_cast<const T*>(a.dy) + a.dy_rows.offset(row + r);
+    h[r] = static_cast<const T*>(a.h) + a.h_rows.offset(row + r);
+    scale[r] = V(static_cast<const Acc*>(a.rstd)[row + r]);
+  }
+  for_vectors<V, T>(cols, [&](int64_t i, auto n) VEC_LAMBDA {
+    const auto w = load<V>(weight + i, n);
+    decltype(load<V>(weight + i, n)) dweight;
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const auto d = load<V>(dy[r] + i, n), x_hat = load<V>(h[r] + i, n) * scale[r];
+      const auto product = d * x_hat;
+      add_to(sums[r], product, w);
+      const auto term = kHf ? d * rounded_to<T>(x_hat) : product;
+      dweight = r == 0 ? term : dweight + term;
     }
+    if (partial != nullptr) store_partial(partial + i, dweight + load_partial<V>(partial + i, n), n);
   });
-  const V mean((sums[0] + sums[1]).sum() / static_cast<Acc>(cols));
-  for_vectors<V>(cols, [&](int64_t i, auto n) {
-    const V g = load<V>(dy + i, n) * load<V>(weight + i, n), x_hat = load<V>(h + i, n) * scale;
-    V out = fnma(x_hat, mean, g) * scale;
-    if (dresidual != nullptr) out = out + load<V>(dresidual + i, n);
-    store(dx + i, out, n);
-  });
+  for (int r = 0; r < kRows; ++r) {
+    const V mean((sums[r].a + sums[r].b).sum() / static_cast<Acc>(cols));
+    const T* dresidual = a.dresidual ? static_cast<const T*>(a.dresidual) + a.dresidual_rows.offset(row + r) : nullptr;
+    T* dx = static_cast<T*>(a.dx) + (row + r) * cols;
+    for_vectors<V, T>(cols, [&](int64_t i, auto n) VEC_LAMBDA {
+      const auto g = load<V>(dy[r] + i, n) * load<V>(weight + i, n), x_hat = load<V>(h[r] + i, n) * scale[r];
+      auto out = fnma(x_hat, mean, g) * scale[r];
+      if (dresidual != nullptr) out = out + load<V>(dresidual + i, n);
+      store(dx + i, out, n);
+    });
+  }
 }
 
 template <typename T, typename W, bool kHf>
@@ -99,9 +103,11 @@ void bwd_chunks(const RmsNormBwd& a, int64_t begin, int64_t end) {
   const int64_t rows = a.h_rows.count();
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     Acc* partial = a.dweight ? static_cast<Acc*>(a.partial) + chunk * a.cols : nullptr;
-    if (partial != nullptr) std::memset(partial, 0, sizeof(Acc) * a.cols);
-    const int64_t first = chunk * a.rows_per_chunk, last = std::min(rows, first + a.rows_per_chunk);
-    for (int64_t row = first; row < last; ++row) bwd_row<T, W, kHf>(a, row, partial);
+    if (partial != nullptr) std::memset(partial, 0, sizeof(Acc) * static_cast<size_t>(a.cols));
+    int64_t row = chunk * a.rows_per_chunk;
+    const int64_t last = row + a.rows_per_chunk < rows ? row + a.rows_per_chunk : rows;
+    for (; row + kTogether <= last; row += kTogether) bwd_rows<kTogether, T, W, kHf>(a, row, partial);
+    for (; row < last; ++row) bwd_rows<1, T, W, kHf>(a, row, partial);
   }
 }
 
@@ -109,6 +115,18 @@ template <typename T, typename W>
 void fwd_typed(const RmsNormFwd& a, int64_t begin, int64_t end) {
   if (a.residual) return a.hf ? fwd_rows<T, W, true, true>(a, begin, end) : fwd_rows<T, W, true, false>(a, begin, end);
   return a.hf ? fwd_rows<T, W, false, true>(a, begin, end) : fwd_rows<T, W, false, false>(a, begin, end);
+}
+
+template <typename T, typename W>
+void dweight_typed(const RmsNormBwd& a, int64_t chunks, int64_t begin, int64_t end) {
+  using Acc = acc_t<T>;
+  using V = Vec<Acc>;
+  for_vectors<V, T>(end - begin, [&](int64_t i, auto n) VEC_LAMBDA {
+    const Acc* column = static_cast<const Acc*>(a.partial) + begin + i;
+    decltype(load_partial<V>(column, n)) sum;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum = sum + load_partial<V>(column + chunk * a.cols, n);
+    store(static_cast<W*>(a.dweight) + begin + i, sum, n);
+  });
 }
 
 }  // namespace
@@ -132,15 +150,11 @@ void rms_norm_bwd(const RmsNormBwd& a, int64_t begin, int64_t end) {
 }
 
 void rms_norm_bwd_dweight(const RmsNormBwd& a, int64_t chunks, int64_t begin, int64_t end) {
-  WITH_STORAGE(a.weight_dtype, W, {
-    using Acc = acc_t<W>;
-    using V = Vec<Acc>;
-    for_vectors<V>(end - begin, [&](int64_t i, auto n) {
-      const Acc* column = static_cast<const Acc*>(a.partial) + begin + i;
-      V sum;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) sum = sum + load<V>(column + chunk * a.cols, n);
-      store(static_cast<W*>(a.dweight) + begin + i, sum, n);
-    });
+  begin *= kDweightColumns;
+  end = end * kDweightColumns < a.cols ? end * kDweightColumns : a.cols;
+  WITH_STORAGE(a.dtype, T, {
+    if (a.weight_dtype == a.dtype) return dweight_typed<T, T>(a, chunks, begin, end);
+    if constexpr (sizeof(T) == 2) return dweight_typed<T, float>(a, chunks, begin, end);
   })
 }
 

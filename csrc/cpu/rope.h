@@ -1,5 +1,5 @@
-// Rotation of one head by one token's angles. Products and sums are rounded one by one, as PyTorch's own composition
-// rounds them: all processors give the same bits, and a cache written by one is the cache that another would write.
+// Rotation of heads by one token's angles. Products and sums are rounded one by one, as PyTorch's own composition rounds
+// them: all processors give the same bits, and a cache written by one is the cache that another would write.
 #pragma once
 #include "../rope_table.h"
 #include "dispatch.h"
@@ -11,40 +11,76 @@ VEC_INLINE int64_t index_at(const void* values, Dtype dtype, int64_t i) {
 }
 
 // Where the angles of a token begin in both tables.
-VEC_INLINE int64_t table_offset(const RopeAngles& a, int64_t token) {
+VEC_INLINE int64_t table_row(const RopeAngles& a, int64_t token) {
   return (a.positions ? index_at(a.positions, a.positions_dtype, token) : token) * a.half;
 }
 
-// (a, b) -> (a cos - b sin, b cos + a sin), or with -sin, for a = x[i], b = x[i + half].
-template <bool kInverse, typename T, typename C>
-VEC_INLINE void rotate_halves(const T* x, T* y, const C* cos, const C* sin, int64_t half) {
+constexpr int64_t kTile = 256;  // columns whose angles are staged at once: all of them up to this size
+
+// cos and sin of up to kTile columns of one token, converted and in the lanes' order once instead of once a head.
+template <typename Acc> struct Staged {
+  alignas(64) Acc cos[kTile], sin[kTile];
+};
+
+// Columns [first, first + n) of [0, half); sin negated for the inverse rotation.
+template <typename T, typename C>
+VEC_INLINE void stage(Staged<acc_t<T>>& out, const RopeAngles& a, int64_t token, int64_t first, int64_t n, bool inverse) {
   using V = Vec<acc_t<T>>;
-  for_vectors<V>(half, [&](int64_t i, auto n) {
-    const V a = load<V>(x + i, n), b = load<V>(x + half + i, n), c = load<V>(cos + i, n), s = load<V>(sin + i, n);
-    if constexpr (kInverse) {
-      store(y + i, a * c + b * s, n);
-      store(y + half + i, b * c - a * s, n);
-    } else {
-      store(y + i, a * c - b * s, n);
-      store(y + half + i, b * c + a * s, n);
-    }
+  const int64_t row = table_row(a, token) + first;
+  const C *cos = static_cast<const C*>(a.cos) + row, *sin = static_cast<const C*>(a.sin) + row;
+  const V sign(inverse ? -1 : 1);
+  for_vectors<V, T>(n, [&](int64_t i, auto w) VEC_LAMBDA {
+    store_partial(out.cos + i, load<V>(cos + i, w), w);
+    store_partial(out.sin + i, load<V>(sin + i, w) * sign, w);
   });
 }
 
-// The same for pairs x[2i], x[2i + 1], in place: x * cos + (x with its pairs swapped) * sin, one lane of a pair negated.
-template <bool kInverse, typename T, typename C>
-VEC_INLINE void rotate_pairs(const T* x, T* y, const C* cos, const C* sin, int64_t half) {
+// (a, b) -> (a cos - b sin, b cos + a sin) for a = x[i], b = x[i + half], i in [0, n).
+template <typename T>
+VEC_INLINE void rotate_halves(const T* x, T* y, const Staged<acc_t<T>>& angles, int64_t half, int64_t n) {
   using V = Vec<acc_t<T>>;
-  const auto turn = [&](int64_t i, auto n, int pairs) {
-    V c, s;
-    load_doubled(c, cos + i / 2, pairs);
-    load_doubled(s, sin + i / 2, pairs);
-    const V v = load<V>(x + i, n);
-    store(y + i, v * c + negate_lanes<kInverse>(swap_pairs(v) * s), n);
-  };
-  int64_t i = 0;
-  for (; i + V::size <= 2 * half; i += V::size) turn(i, All{}, V::size / 2);
-  if (i < 2 * half) turn(i, static_cast<int>(2 * half - i), static_cast<int>(half - i / 2));
+  for_vectors<V, T>(n, [&](int64_t i, auto w) VEC_LAMBDA {
+    const auto a = load<V>(x + i, w), b = load<V>(x + half + i, w);
+    const auto c = load_partial<V>(angles.cos + i, w), s = load_partial<V>(angles.sin + i, w);
+    store(y + i, a * c - b * s, w);
+    store(y + half + i, b * c + a * s, w);
+  });
+}
+
+// For pairs a = x[2i], b = x[2i + 1]: every column's own cos, and -sin for a, sin for b. Columns [first, first + n) of
+// [0, 2 * half), first and n even.
+template <typename T, typename C>
+VEC_INLINE void stage_pairs(Staged<acc_t<T>>& out, const RopeAngles& a, int64_t token, int64_t first, int64_t n,
+                            bool inverse) {
+  using Acc = acc_t<T>;
+  using V = Vec<Acc>;
+  const int64_t row = table_row(a, token) + first / 2;
+  const C *cos = static_cast<const C*>(a.cos) + row, *sin = static_cast<const C*>(a.sin) + row;
+  Staged<Acc> doubled;
+  for (int64_t i = 0; i < n / 2; ++i) {
+    doubled.cos[2 * i] = doubled.cos[2 * i + 1] = static_cast<Acc>(cos[i]);
+    const Acc s = static_cast<Acc>(inverse ? -sin[i] : sin[i]);
+    doubled.sin[2 * i] = -s;
+    doubled.sin[2 * i + 1] = s;
+  }
+  for_vectors<V, T>(n, [&](int64_t i, auto w) VEC_LAMBDA {
+    store_partial(out.cos + i, load<V>(doubled.cos + i, w), w);
+    store_partial(out.sin + i, load<V>(doubled.sin + i, w), w);
+  });
+}
+
+template <typename V, typename N> VEC_INLINE V swap_neighbours(V x, N) { return swap_pairs(x); }
+template <typename V, typename L> VEC_INLINE Two<V> swap_neighbours(Two<V> x, Both<L>) {
+  if constexpr (is_bf16<L>) return {x.b, x.a};
+  return {swap_pairs(x.a), swap_pairs(x.b)};
+}
+
+template <typename T> VEC_INLINE void rotate_pairs(const T* x, T* y, const Staged<acc_t<T>>& angles, int64_t n) {
+  using V = Vec<acc_t<T>>;
+  for_vectors<V, T>(n, [&](int64_t i, auto w) VEC_LAMBDA {
+    const auto v = load<V>(x + i, w);
+    store(y + i, v * load_partial<V>(angles.cos + i, w) + swap_neighbours(v, w) * load_partial<V>(angles.sin + i, w), w);
+  });
 }
 
 }}}}  // namespace internlm2::cpu::CPU_CAPABILITY::(unnamed)

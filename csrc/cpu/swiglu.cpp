@@ -20,8 +20,8 @@ template <typename F> VEC_INLINE void for_row_parts(int64_t cols, int64_t begin,
 
 template <typename T> void fwd_part(const T* gate, const T* up, T* y, int64_t cols) {
   using V = Vec<acc_t<T>>;
-  for_vectors<V>(cols, [&](int64_t i, auto n) {
-    const V g = load<V>(gate + i, n), u = load<V>(up + i, n);
+  for_vectors<V, T>(cols, [&](int64_t i, auto n) VEC_LAMBDA {
+    const auto g = load<V>(gate + i, n), u = load<V>(up + i, n);
     store(y + i, g / (V(1) + exp(V(0) - g)) * u, n);
   });
 }
@@ -32,11 +32,11 @@ template <typename T> void bwd_part(const T* dy, const T* gate, const T* up, T* 
   using Acc = acc_t<T>;
   using V = Vec<Acc>;
   const V most(sizeof(Acc) == 4 ? Acc(3.40282347e38) : Acc(1.7976931348623157e308));
-  for_vectors<V>(cols, [&](int64_t i, auto n) {
-    const V d = load<V>(dy + i, n), g = load<V>(gate + i, n), u = load<V>(up + i, n);
-    const V e = exp(V(0) - g);
-    const V s = V(1) / (V(1) + e);
-    const V ds = d * s;
+  for_vectors<V, T>(cols, [&](int64_t i, auto n) VEC_LAMBDA {
+    const auto d = load<V>(dy + i, n), g = load<V>(gate + i, n), u = load<V>(up + i, n);
+    const auto e = exp(V(0) - g);
+    const auto s = V(1) / (V(1) + e);
+    const auto ds = d * s;
     store(dup + i, ds * g, n);
     store(dgate + i, ds * u * fma(g, min(most, e) * s, V(1)), n);
   });

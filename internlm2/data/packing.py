@@ -1,8 +1,10 @@
 """PackedBatches: documents laid end to end and cut into batches of exactly T tokens, with no padding.
 
-A document that does not fit is cut; its rest opens the next piece. Every piece is one sequence: one cu_seqlens entry,
-attention within it only, positions from 0. Labels are shifted already: label i is the token after token i in its
-document, also where a cut lies between them, so a cut loses no target; only a document's own last token has none.
+Documents longer than max_seqlen are cut into pieces of it, and the pieces are shuffled: a batch of one long document
+would teach little else. A piece that does not fit a batch is cut too; its rest opens the next batch. Every fragment is one
+sequence: one cu_seqlens entry, attention within it only, positions from 0. Labels are shifted already: label i is the
+token after token i in its document, also where a cut lies between them, so a cut loses no target; only a document's own
+last token has none.
 """
 
 from collections.abc import Iterator
@@ -51,8 +53,8 @@ class PackedBatches:
 
     store:            the documents
     tokens_per_batch: T, the tokens of every batch
-    max_seqlen:       longer pieces are cut
-    seed:             the order of the documents in epoch e is a permutation drawn from (seed, e); None keeps theirs
+    max_seqlen:       the longest piece of a document, and so the longest sequence
+    seed:             the order of the pieces in epoch e is a permutation drawn from (seed, e); None keeps theirs
 
     The stream is a pure function of these arguments: `state_dict()` is a position in it, and loading one continues with
     exactly the batches that would have come.
@@ -63,7 +65,13 @@ class PackedBatches:
             if value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
         self.store, self.tokens_per_batch, self.max_seqlen, self.seed = store, tokens_per_batch, max_seqlen, seed
-        self._move_to(epoch=0, document=0, offset=0)
+        lengths = np.diff(store.offsets)
+        counts = -(-lengths // max_seqlen)
+        self._document_of = np.repeat(np.arange(store.num_documents), counts)
+        first_pieces = np.cumsum(counts) - counts
+        within = np.arange(len(self._document_of)) - first_pieces[self._document_of]
+        self._starts = store.offsets[self._document_of] + within * max_seqlen
+        self._move_to(epoch=0, piece=0, offset=0)
 
     def __iter__(self) -> Iterator[PackedBatch]:
         return self
@@ -73,19 +81,21 @@ class PackedBatches:
         tokens, labels = np.empty(total, np.int64), np.empty(total, np.int64)
         positions, ends, filled = np.empty(total, np.int64), [0], 0
         while filled < total:
-            document = self._order[self._document]
-            start = self.store.offsets[document] + self._offset
-            document_end = self.store.offsets[document + 1]
-            end = min(document_end, start + self.max_seqlen, start + total - filled)
-            piece = slice(filled, filled + int(end - start))
+            piece = self._order[self._piece]
+            document_end = self.store.offsets[self._document_of[piece] + 1]
+            piece_end = min(self._starts[piece] + self.max_seqlen, document_end)
+            start = self._starts[piece] + self._offset
+            end = min(piece_end, start + total - filled)
+            count = int(end - start)
+            here = slice(filled, filled + count)
             following = self.store.tokens[start : min(end + 1, document_end)]
-            tokens[piece] = following[: end - start]
-            positions[piece] = np.arange(end - start)
-            labels[piece] = IGNORE_INDEX
-            labels[piece.start : piece.start + len(following) - 1] = following[1:]
-            filled = piece.stop
+            tokens[here] = following[:count]
+            positions[here] = np.arange(count)
+            labels[here] = IGNORE_INDEX
+            labels[filled : filled + len(following) - 1] = following[1:]
+            filled += count
             ends.append(filled)
-            self._advance(int(end - start), finished=end == document_end)
+            self._advance(count, finished=end == piece_end)
         cu_seqlens = torch.tensor(ends, dtype=torch.int32)
         return PackedBatch(*(torch.from_numpy(a) for a in (tokens, labels, positions)), cu_seqlens)
 
@@ -96,22 +106,22 @@ class PackedBatches:
 
     def state_dict(self) -> dict[str, int | str | None]:
         """The position in the stream, a few numbers that JSON holds, and what the stream was made of."""
-        return {"epoch": self._epoch, "document": self._document, "offset": self._offset} | self._identity()
+        return {"epoch": self._epoch, "piece": self._piece, "offset": self._offset} | self._identity()
 
     def load_state_dict(self, state: dict[str, int | str | None]) -> None:
         """Continues from a position; ValueError where it was taken from other documents, sizes or another seed."""
         for key, here in self._identity().items():
             if state.get(key) != here:
                 raise ValueError(f"data state must have {key} = {here!r}, as this stream has, got {state.get(key)!r}")
-        self._move_to(state["epoch"], state["document"], state["offset"])
+        self._move_to(state["epoch"], state["piece"], state["offset"])
 
     def _identity(self) -> dict[str, int | str | None]:
         sizes = {"tokens_per_batch": self.tokens_per_batch, "max_seqlen": self.max_seqlen}
         return {"documents": self.store.fingerprint, "seed": self.seed} | sizes
 
-    def _move_to(self, epoch: int, document: int, offset: int) -> None:
-        self._epoch, self._document, self._offset = epoch, document, offset
-        count = self.store.num_documents
+    def _move_to(self, epoch: int, piece: int, offset: int) -> None:
+        self._epoch, self._piece, self._offset = epoch, piece, offset
+        count = len(self._starts)
         self._order = np.arange(count)
         if self.seed is not None:
             # numpy promises a bit generator's raw stream for good, but not what Generator.permutation makes of it.
@@ -121,6 +131,6 @@ class PackedBatches:
     def _advance(self, count: int, finished: bool) -> None:
         self._offset += count
         if finished:
-            self._document, self._offset = self._document + 1, 0
-            if self._document == self.store.num_documents:
+            self._piece, self._offset = self._piece + 1, 0
+            if self._piece == len(self._starts):
                 self._move_to(self._epoch + 1, 0, 0)

@@ -98,9 +98,9 @@ def build_learner(config: TrainConfig, *, operators: str | None = None, seed: in
 
 
 def build_batches(config: TrainConfig, corpus: Corpus) -> tuple[PackedBatches, list[PackedBatch]]:
-    """The training stream, and the fixed validation batches: the held-out documents from the first on, in their order."""
+    """The training stream, and the validation batches: always the same ones, spread over the held-out documents."""
     sizes = config.data.tokens_per_batch, config.data.max_seqlen
-    held_out = PackedBatches(corpus.validation, *sizes, seed=None)
+    held_out = PackedBatches(corpus.validation, *sizes, seed=0)
     # One pass at most: a small held-out part is not counted twice.
     count = min(config.validation_batches, max(1, len(corpus.validation.tokens) // config.data.tokens_per_batch))
     return PackedBatches(corpus.train, *sizes, seed=config.seed), list(itertools.islice(held_out, count))

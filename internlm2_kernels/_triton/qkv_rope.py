@@ -34,25 +34,17 @@ def _turn(a, b, cos_ptr, sin_ptr, position, table_rows, half, rotated, BLOCK: tl
 
 
 @triton.jit
-def _store_cached(cache_ptr, scale_ptr, first, second, place, here, half, BLOCK: tl.constexpr):
-    """Rows of the tile into the cache: as they are, or int8 with scale = max |x| / 127, rounded half to even."""
-    col = tl.arange(0, BLOCK)[None, :]
-    mask = here[:, None] & (col < half)
-    out = (place * (2 * half))[:, None] + col
-    if scale_ptr is not None:
-        a = tl.where(mask, first.to(tl.float32), 0.0)
-        b = tl.where(mask, second.to(tl.float32), 0.0)
-        size = tl.maximum(tl.where(a == a, tl.abs(a), float("inf")), tl.where(b == b, tl.abs(b), float("inf")))
-        scale = tl.div_rn(tl.max(size, axis=1), 127.0)  # infinite where a value is NaN: read back, the row is NaN
-        tl.store(scale_ptr + place, scale, mask=here)
-        divisor = tl.where(scale == 0.0, 1.0, scale)[:, None]
-        # Adding and taking away 1.5 * 2^23 rounds half to even.
-        first = (tl.div_rn(a, divisor) + 12582912.0) - 12582912.0
-        second = (tl.div_rn(b, divisor) + 12582912.0) - 12582912.0
-        first = tl.minimum(tl.maximum(first, -127.0), 127.0)
-        second = tl.minimum(tl.maximum(second, -127.0), 127.0)
-    tl.store(cache_ptr + out, first.to(cache_ptr.dtype.element_ty), mask=mask)
-    tl.store(cache_ptr + out + half, second.to(cache_ptr.dtype.element_ty), mask=mask)
+def _quantize(first, second, mask):
+    """Rows of the tile as whole numbers of at most 127, rounded half to even, and their scale = max |x| / 127."""
+    a = tl.where(mask, first.to(tl.float32), 0.0)
+    b = tl.where(mask, second.to(tl.float32), 0.0)
+    size = tl.maximum(tl.where(a == a, tl.abs(a), float("inf")), tl.where(b == b, tl.abs(b), float("inf")))
+    scale = tl.div_rn(tl.max(size, axis=1), 127.0)  # infinite where a value is NaN: read back, the row is NaN
+    divisor = tl.where(scale == 0.0, 1.0, scale)[:, None]
+    # Adding and taking away 1.5 * 2^23 rounds half to even. What is not finite has no quotient: any value will do.
+    a = (tl.div_rn(tl.where(tl.abs(a) < float("inf"), a, 0.0), divisor) + 12582912.0) - 12582912.0
+    b = (tl.div_rn(tl.where(tl.abs(b) < float("inf"), b, 0.0), divisor) + 12582912.0) - 12582912.0
+    return tl.minimum(tl.maximum(a, -127.0), 127.0), tl.minimum(tl.maximum(b, -127.0), 127.0), scale
 
 
 @triton.jit(do_not_specialize=["table_rows", "cache_rows"])
@@ -98,9 +90,20 @@ def qkv_rope_fwd_kernel(qkv_ptr, cos_ptr, sin_ptr, positions_ptr, q_ptr, k_ptr, 
         cache_row = tl.load(slots_ptr + token)
         tl.atomic_or(error_ptr, SLOT_ERROR, mask=(cache_row < -1) | (cache_row >= cache_rows))
         written = (slot < slots) & inside & (cache_row >= 0) & (cache_row < cache_rows)
+        is_k = written & (kind == GROUP)
+        is_v = written & (kind == GROUP + 1)
         place = cache_row * KV_HEADS + kv_head
-        _store_cached(k_cache_ptr, k_scale_ptr, first, second, place, written & (kind == GROUP), half, BLOCK)
-        _store_cached(v_cache_ptr, v_scale_ptr, first, second, place, written & (kind == GROUP + 1), half, BLOCK)
+        if k_scale_ptr is not None:
+            first, second, scale = _quantize(first, second, mask)
+            tl.store(k_scale_ptr + place, scale, mask=is_k)
+            tl.store(v_scale_ptr + place, scale, mask=is_v)
+        out = (place * (2 * half))[:, None] + col
+        first = first.to(k_cache_ptr.dtype.element_ty)
+        second = second.to(k_cache_ptr.dtype.element_ty)
+        tl.store(k_cache_ptr + out, first, mask=is_k[:, None] & (col < half))
+        tl.store(k_cache_ptr + out + half, second, mask=is_k[:, None] & (col < half))
+        tl.store(v_cache_ptr + out, first, mask=is_v[:, None] & (col < half))
+        tl.store(v_cache_ptr + out + half, second, mask=is_v[:, None] & (col < half))
 
 
 @triton.jit(do_not_specialize=["table_rows"])

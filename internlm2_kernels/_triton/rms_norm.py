@@ -118,7 +118,7 @@ def rms_norm_bwd_kernel(dy_ptr, dresidual_ptr, h_ptr, weight_ptr, rstd_ptr, dx_p
     weight = tl.load(weight_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in tl.range(first, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
-        row = start + tl.arange(0, ROWS)
+        row = tl.arange(0, ROWS).to(tl.int64) + start
         mask = (row < rows)[:, None] & (col < cols)[None, :]
         dy_row = (row // dy_inner) * dy_outer_stride + (row % dy_inner) * dy_inner_stride
         h_row = (row // h_inner) * h_outer_stride + (row % h_inner) * h_inner_stride
@@ -180,7 +180,8 @@ def rms_norm_bwd_wide_dweight_kernel(dy_ptr, h_ptr, rstd_ptr, partial_ptr, rows,
     first = tl.program_id(0).to(tl.int64) % programs
     col = tl.program_id(0).to(tl.int64) // programs * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for row in range(first, rows, programs):
+    row = first
+    while row < rows:
         dy_row = (row // dy_inner) * dy_outer_stride + (row % dy_inner) * dy_inner_stride
         h_row = (row // h_inner) * h_outer_stride + (row % h_inner) * h_inner_stride
         dy = tl.load(dy_ptr + dy_row + col, mask=col < cols, other=0.0).to(tl.float32)
@@ -188,6 +189,7 @@ def rms_norm_bwd_wide_dweight_kernel(dy_ptr, h_ptr, rstd_ptr, partial_ptr, rows,
         if HF:
             x_hat = x_hat.to(h_ptr.dtype.element_ty).to(tl.float32)
         total += dy * x_hat
+        row += programs
     tl.store(partial_ptr + first * cols + col, total, mask=col < cols)
 
 

@@ -1,0 +1,177 @@
+"""python -m internlm2_kernels aot: what every GPU kernel takes, read off its machine code without a GPU.
+
+Every Triton kernel in its shipped configurations is compiled for sm_80, sm_90 and sm_100, every CUDA C++ kernel for sm_80,
+sm_90a and sm_100a. The table says what a kernel needs and whether it spills; how fast it runs it cannot say.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ._registry import OPS
+
+TABLE = Path(__file__).with_name("static_audit.json")
+# Rows that may spill, and why. The key is the row's, without the architecture, or with it.
+ALLOWED_STACK: dict[str, str] = {}
+EXAMPLES = """examples:
+  python -m internlm2_kernels aot                compile everything and print the table
+  python -m internlm2_kernels aot --check        compare with the committed table; exit status 1 on a difference
+  python -m internlm2_kernels aot --write        rewrite the committed table
+  python -m internlm2_kernels aot --op swiglu    one operator only"""
+
+
+def main(argv: list[str]) -> int:
+    args = _parser().parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":  # kernels of this process are the interpreter's: compile in another
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        command = [sys.executable, "-m", "internlm2_kernels._aot", *argv]
+        return subprocess.run(command, env=environment).returncode
+    try:
+        import triton
+    except ImportError:
+        print("aot: Triton is not installed; its compiler is what this command runs.", file=sys.stderr)
+        return 1
+    from ._aot_compile import CSRC, nvcc_version
+
+    compilers = {"triton": triton.__version__, "nvcc": nvcc_version()}
+    sources = sorted(CSRC.glob("*.cu")) if compilers["nvcc"] and not args.op else []
+    rows = _compile_all([args.op] if args.op else _triton_ops(), [str(source) for source in sources], args.jobs)
+    if not args.op and not sources:
+        reason = "there is no nvcc on the PATH" if compilers["nvcc"] is None else f"there are no CUDA sources in {CSRC}"
+        print(f"CUDA C++ kernels are left out: {reason}.")
+    if not args.check:
+        _print_table(rows, compilers)
+    problems = find_problems(rows)
+    committed = json.loads(TABLE.read_text()) if TABLE.exists() else {"compilers": {}, "rows": {}}
+    if args.check:
+        changes, notes = compare(rows, compilers, committed, cuda=bool(sources))
+        problems += changes
+        print("\n".join(notes))
+    if args.write:
+        kept = {} if sources else {k: v for k, v in committed["rows"].items() if k.startswith("cuda/")}
+        compilers["nvcc"] = compilers["nvcc"] if sources else committed["compilers"].get("nvcc")
+        write(TABLE, compilers, rows | kept)
+    for problem in problems:
+        print(f"aot: {problem}", file=sys.stderr)
+    print(f"{len(rows)} kernels compiled, none run: {'no problem' if not problems else f'{len(problems)} problems'}.")
+    return 1 if problems else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m internlm2_kernels aot", description=__doc__, epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--check", action="store_true", help="compare with the committed table")
+    action.add_argument("--write", action="store_true", help="rewrite the committed table")
+    action.add_argument("--op", choices=_triton_ops(), metavar="NAME", help=f"one of {', '.join(_triton_ops())}")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="compile in N processes (default 2)")
+    return parser
+
+
+def _triton_ops() -> list[str]:
+    return [name for name, op in OPS.items() if "triton" in op.backends]
+
+
+def _compile_all(ops: list[str], sources: list[str], workers: int) -> dict[str, dict]:
+    """Every row of the table, sorted by key."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ._aot_compile import CUDA_ARCHS, DTYPES, TRITON_ARCHS, compile_cuda, compile_triton, launches
+
+    triton_jobs = [(op, dtype, index, arch) for op in ops for dtype in DTYPES
+                   for index in range(len(launches(op, dtype))) for arch in TRITON_ARCHS]
+    rows: dict[str, dict] = {}
+    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(max(1, workers), context) as pool, Progress(*columns) as progress:
+        futures = [pool.submit(compile_cuda, source, arch) for source in sources for arch in CUDA_ARCHS]
+        futures += [pool.submit(compile_triton, *job) for job in triton_jobs]
+        task = progress.add_task("", total=len(futures))
+        for future in concurrent.futures.as_completed(futures):
+            result = future.result()
+            for key, facts in result.items():
+                if key in rows:
+                    raise ValueError(f"aot: two launches are called {key!r}: give one another label in its audit()")
+                rows[key] = facts
+            progress.advance(task)
+    return dict(sorted(rows.items()))
+
+
+def find_problems(rows: dict[str, dict]) -> list[str]:
+    """Spills without a reason, and shared memory that the architecture does not have."""
+    from ._aot_compile import SHARED_LIMIT
+
+    problems = []
+    for key, facts in rows.items():
+        name, arch = key.rsplit("/sm_", 1)
+        if facts["stack_bytes"] and key not in ALLOWED_STACK and name not in ALLOWED_STACK:
+            problems.append(f"{key} spills: {facts['stack_bytes']} bytes of stack; change its tile, or give the reason in "
+                            "ALLOWED_STACK")
+        limit = SHARED_LIMIT[arch.rstrip("a")]
+        if facts["shared_bytes"] > limit:
+            problems.append(f"{key} needs {facts['shared_bytes']} bytes of shared memory, a block of sm_{arch} has {limit}")
+    return problems
+
+
+def compare(rows: dict[str, dict], compilers: dict, committed: dict, cuda: bool) -> tuple[list[str], list[str]]:
+    """What differs from the committed table, and remarks. Numbers are compared where the same compiler made them."""
+    changes, notes = [], []
+    for kind, compiler in (("triton", "triton"), ("cuda", "nvcc")):
+        if kind == "cuda" and not cuda:
+            continue
+        belongs = lambda key, kind=kind: key.startswith("cuda/") == (kind == "cuda")
+        old = {key: facts for key, facts in committed["rows"].items() if belongs(key)}
+        new = {key: facts for key, facts in rows.items() if belongs(key)}
+        changes += [f"{key} is not in the committed table; run aot --write" for key in new.keys() - old.keys()]
+        changes += [f"{key} is in the committed table, but is no longer compiled; run aot --write"
+                    for key in old.keys() - new.keys()]
+        was = committed["compilers"].get(compiler)
+        if was != compilers[compiler]:
+            notes.append(f"numbers of {kind} kernels not compared: made by {compiler} {was}, here is {compilers[compiler]}")
+            continue
+        for key in sorted(old.keys() & new.keys()):
+            changes += [f"{key}: {field} was {old[key].get(field)}, is {value}"
+                        for field, value in new[key].items() if old[key].get(field) != value]
+    return sorted(changes), notes
+
+
+def write(path: Path, compilers: dict, rows: dict[str, dict]) -> None:
+    """One row a line, so that a diff shows which kernels changed; replaced in one step."""
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(facts)}" for key, facts in sorted(rows.items()))
+    text = (f'{{"note": "static: compiled, not run; written by python -m internlm2_kernels aot --write",\n'
+            f' "compilers": {json.dumps(compilers)},\n "rows": {{\n{lines}\n}}}}\n')
+    temporary = path.with_suffix(".new")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _print_table(rows: dict[str, dict], compilers: dict) -> None:
+    """One line a kernel and configuration, its architectures side by side."""
+    from rich.console import Console
+    from rich.table import Table
+
+    versions = ", ".join(f"{name} {version}" for name, version in compilers.items() if version)
+    table = Table(title=f"static: compiled, not run ({versions}); numbers for sm_80 / sm_90 / sm_100")
+    for name in ("kernel", "configuration", "registers", "stack", "shared", "occupancy %", "mma", "wgmma", "loads", "stores"):
+        table.add_column(name, overflow="fold")
+    grouped: dict[str, list[dict]] = {}
+    for key, facts in rows.items():
+        grouped.setdefault(key.rsplit("/sm_", 1)[0], []).append((int(key.rsplit("/sm_", 1)[1].rstrip("a")), facts))
+    for name, entries in grouped.items():
+        facts = [entry for _, entry in sorted(entries, key=lambda pair: pair[0])]
+        _, kernel, *configuration = name.split("/")
+        beside = lambda field, facts=facts: "/".join(str(f[field]) for f in facts)
+        shortest = lambda field, facts=facts: "/".join(dict.fromkeys(str(f[field]) for f in facts))
+        table.add_row(kernel, ", ".join(configuration), beside("registers"), shortest("stack_bytes"),
+                      shortest("shared_bytes"), "/".join(f"{100 * f['occupancy']:.0f}" for f in facts), shortest("mma"),
+                      shortest("wgmma"), facts[-1]["loads"], facts[-1]["stores"])
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,163 @@
+"""The static audit of GPU kernels: complete, without spills, and able to fail."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from internlm2_kernels import OPS, _aot
+
+pytest.importorskip("triton")
+PACKAGE = Path(_aot.__file__).parent
+ROWS = json.loads(_aot.TABLE.read_text())["rows"]
+TRITON_OPS = [name for name, op in OPS.items() if "triton" in op.backends]
+
+
+def run(*command):
+    """A process whose Triton is the compiler, not the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=PACKAGE.parent)
+
+
+def kernels_of(path: Path) -> set[str]:
+    """Functions with a decorator of `triton.jit` that nothing in the file calls as a device function: the kernels."""
+    return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)
+            and any("jit" in ast.unparse(d) for d in node.decorator_list) and not node.name.startswith("_")}
+
+
+def test_every_kernel_is_in_the_table():
+    """Every @triton.jit kernel of the package, for three architectures, in every dtype that its operator takes."""
+    for path in (PACKAGE / "_triton").glob("*.py"):
+        for kernel in kernels_of(path):
+            assert kernel.endswith("_kernel"), f"{kernel}: a kernel's name ends in _kernel, a device function's begins with _"
+            dtypes = ("bfloat16", "float32") if len(OPS[path.stem].dtypes) > 1 else ("float32",)
+            for dtype in dtypes:
+                for arch in (80, 90, 100):
+                    assert any(key.startswith(f"{path.stem}/{kernel}/") and key.endswith(f"/{dtype}/sm_{arch}")
+                               for key in ROWS), f"{kernel} {dtype} sm_{arch}: give it a launch in audit(), run aot --write"
+
+
+def test_every_cuda_source_is_in_the_table():
+    for path in (PACKAGE.parent / "csrc" / "cuda").glob("*.cu"):
+        for arch in ("80", "90a", "100a"):
+            assert any(key.startswith(f"cuda/{path.name}/") and key.endswith(f"/sm_{arch}") for key in ROWS), (path.name, arch)
+
+
+def test_table_is_of_the_launches_that_are_shipped():
+    """What the launchers launch now, and nothing else; each pass of an operator launches something that is audited."""
+    code = ("import json; from internlm2_kernels import OPS, _aot_compile as a\n"
+            "found = {l.key: l.kernel.__name__ for op in OPS if 'triton' in OPS[op].backends for dtype in a.DTYPES "
+            "for l in a.launches(op, dtype)}\nprint(json.dumps(found))")
+    out = run("-c", code)
+    assert out.returncode == 0, out.stderr
+    found = json.loads(out.stdout)
+    assert set(found) == {key.rsplit("/sm_", 1)[0] for key in ROWS if not key.startswith("cuda/")}, "run aot --write"
+    for name in TRITON_OPS:
+        for pass_name in OPS[name].schemas:
+            kind = "bwd" if "bwd" in pass_name else "fwd"
+            assert any(key.startswith(f"{name}/{name}_{kind}") for key in found), (name, pass_name)
+
+
+def test_committed_table_has_no_problem():
+    assert _aot.find_problems(ROWS) == []
+
+
+def test_model_sizes_move_sixteen_bytes_at_a_time():
+    """Every bfloat16 kernel of a size that models have loads and stores 128 bits a thread; the rest are scalars and
+    statistics: a position, a slot, a scale."""
+    for key, facts in ROWS.items():
+        if "/bfloat16/" in key and not key.startswith("cuda/") and "dweight_kernel" not in key and "cols 128" not in key:
+            for access in ("loads", "stores"):
+                widths = {int(bits): int(count) for count, bits in (w.split("x") for w in facts[access].split())}
+                bulk = 128 * widths.get(128, 0) / sum(bits * count for bits, count in widths.items())
+                assert bulk > 0.7, f"{key} {access}: {facts[access]}"
+
+
+def test_problems_are_found():
+    good = next(facts for key, facts in ROWS.items() if key.endswith("sm_80"))
+    assert _aot.find_problems({"op/kernel/x/float32/sm_80": good}) == []
+    (spill,) = _aot.find_problems({"op/kernel/x/float32/sm_80": {**good, "stack_bytes": 8}})
+    assert "spills: 8 bytes" in spill
+    (shared,) = _aot.find_problems({"op/kernel/x/float32/sm_80": {**good, "shared_bytes": 170_000}})
+    assert "170000 bytes of shared memory" in shared
+    assert _aot.find_problems({"op/kernel/x/float32/sm_90": {**good, "shared_bytes": 170_000}}) == []
+
+
+def test_a_spill_with_a_reason_passes(monkeypatch):
+    monkeypatch.setitem(_aot.ALLOWED_STACK, "op/kernel/x/float32", "for this test")
+    good = next(iter(ROWS.values()))
+    assert _aot.find_problems({"op/kernel/x/float32/sm_80": {**good, "stack_bytes": 8}}) == []
+
+
+def test_differences_are_found():
+    compilers = {"triton": "1", "nvcc": "2"}
+    facts = {"registers": 40, "stack_bytes": 0}
+    committed = {"compilers": compilers, "rows": {"op/a/sm_80": facts, "cuda/f/b/sm_80": facts}}
+    same = {"op/a/sm_80": facts, "cuda/f/b/sm_80": facts}
+    assert _aot.compare(same, compilers, committed, cuda=True) == ([], [])
+    heavier = {**same, "op/a/sm_80": {**facts, "registers": 41}}
+    assert _aot.compare(heavier, compilers, committed, cuda=True)[0] == ["op/a/sm_80: registers was 40, is 41"]
+    changes, notes = _aot.compare(heavier, {**compilers, "triton": "9"}, committed, cuda=True)
+    assert changes == [] and "triton 1, here is 9" in notes[0]
+    changes, _ = _aot.compare({"op/new/sm_80": facts}, compilers, committed, cuda=True)
+    assert len(changes) == 3 and "op/new/sm_80 is not in the committed table" in changes[-1]
+    assert _aot.compare({"op/a/sm_80": facts}, compilers, committed, cuda=False)[0] == []
+
+
+def test_write_then_read(tmp_path):
+    path = tmp_path / "table.json"
+    _aot.write(path, {"triton": "1", "nvcc": None}, {"b": {"registers": 1}, "a": {"registers": 2}})
+    assert json.loads(path.read_text())["rows"] == {"a": {"registers": 2}, "b": {"registers": 1}}
+    assert [p.name for p in tmp_path.iterdir()] == ["table.json"]
+
+
+def test_command_compiles_from_an_interpreted_process():
+    """One operator for real, from a process in which kernels are the interpreter's; its rows are the committed ones."""
+    out = subprocess.run([sys.executable, "-m", "internlm2_kernels", "aot", "--op", "rope_table"], capture_output=True,
+                         text=True, cwd=PACKAGE.parent, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert out.returncode == 0, out.stderr
+    assert "static: compiled, not run" in out.stdout and "6 kernels compiled, none run: no problem" in out.stdout
+
+
+def test_specialization_is_triton_s_own():
+    """What the audit compiles is what a launch of the same arguments would compile."""
+    code = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from internlm2_kernels import OPS, _aot_compile as audit
+from internlm2_kernels._triton import common
+backend, count = make_backend(GPUTarget("cuda", 90, 32)), 0
+def compare(kernel, arguments, options):
+    global count
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    real = {n: torch.empty_strided((1,), (1,), dtype=v.dtype, device="meta") if isinstance(v, torch.Tensor) else v
+            for n, v in arguments.items()}
+    _, found, _ = binder(**real, **options)
+    signature, constants, attributes = audit.specialize(kernel, arguments)
+    assert [kind for kind, _ in found] == list(signature.values()), (kernel, found, signature)
+    aligned = {(i,) for i, (kind, value) in enumerate(found) if kind != "constexpr" and isinstance(value, str) and "D" in value}
+    assert aligned == set(attributes), (kernel, found, attributes)
+    count += 1
+common.record = compare
+for op in OPS:
+    if "triton" in OPS[op].backends:
+        module = __import__(f"internlm2_kernels._triton.{op}", fromlist=[op])
+        for _, call in module.audit(torch.bfloat16, lambda *s, dtype: torch.empty(s, dtype=dtype, device="meta")):
+            call()
+print(count)
+"""
+    out = run("-c", code)
+    assert out.returncode == 0, out.stderr[-3000:]
+    assert int(out.stdout) > 30
+
+
+@pytest.mark.slow
+def test_check():
+    out = run("-m", "internlm2_kernels", "aot", "--check")
+    assert out.returncode == 0, out.stdout + out.stderr

@@ -278,7 +278,7 @@ def test_fresh_memory_is_poisoned():
 
 def test_strides(op, variant, backend, native, device, generator):
     """Sliced, transposed and expanded inputs and upstream gradients give the contiguous result to the bit."""
-    for case in smoke_cases(op)[:2]:
+    for case in smoke_cases(op)[: 1 if variant[1] == "interpreted" else 2]:  # the interpreter takes a second a call
         sample = sample_of(op, case, torch.float32, device, generator)
         upstream = draw_upstream(op, sample, 1.0, generator)
         want = run(op, sample, backend, upstream)

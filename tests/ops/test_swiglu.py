@@ -17,7 +17,8 @@ def test_extreme_gates(backend, dtype):
     up = torch.ones_like(gate).requires_grad_()
     y = swiglu(gate, up, backend=backend)
     dgate, dup = torch.autograd.grad(y.sum(), (gate, up))
-    assert y.isfinite().all() and dgate.isfinite().all() and torch.equal(dup, y)
+    assert y.isfinite().all() and dgate.isfinite().all()
+    torch.testing.assert_close(dup, y, rtol=2 * torch.finfo(dtype).eps, atol=0)
     assert torch.equal(y[7:], gate[7:]) and (y[:2] == 0).all() and (dgate[7:] == 1).all() and (dgate[:2] == 0).all()
     assert y[5] == 0 and dgate[5] == 0.5
 

@@ -6,6 +6,7 @@ sm_90a and sm_100a. The table says what a kernel needs and whether it spills; ho
 
 import argparse
 import concurrent.futures
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -31,11 +32,13 @@ def main(argv: list[str]) -> int:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         command = [sys.executable, "-m", "internlm2_kernels._aot", *argv]
         return subprocess.run(command, env=environment).returncode
-    try:
-        import triton
-    except ImportError:
-        print("aot: Triton is not installed; its compiler is what this command runs.", file=sys.stderr)
+    missing = [name for name in ("triton", "rich") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"aot: this command needs {' and '.join(missing)}: Triton's compiler is what it runs, rich prints the table.",
+              file=sys.stderr)
         return 1
+    import triton
+
     from ._aot_compile import CSRC, nvcc_version
 
     compilers = {"triton": triton.__version__, "nvcc": nvcc_version()}

@@ -22,11 +22,11 @@ from internlm2.training.config import TrainConfig
 from internlm2.training.display import RunDisplay
 from internlm2.training.metrics import read_log
 from internlm2.training.paired import PairedTrainer, probe
-from internlm2.training.pretrain import Corpus, build_batches, build_learner, describe, prepare_corpus
+from internlm2.training.pretrain import RECIPES, Corpus, build_batches, build_learner, describe, prepare_corpus
 from internlm2.training.report import StepCost, markdown, summarize, write_report
-from internlm2.training.runfolder import RunLock, resolve_config, resolve_threads, saved_config
+from internlm2.training.runfolder import RunLock, resolve_config, resolve_machine, saved_config
 
-RECIPE = Path(__file__).parent / "recipes" / "demo.toml"
+RECIPE = RECIPES / "demo.toml"
 FINISHED = "comparison.json"
 MIN_STEPS = 30
 # A GPU needs larger batches to be busy; both stop at about one pass over the corpus.
@@ -46,8 +46,6 @@ def demo(device: str = "cpu", out: str = "runs/demo", minutes: float = 3.3) -> i
     """
     if minutes <= 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be 'cpu' here, got 'cuda': torch sees no GPU")
     started = time.perf_counter()
     folder = Path(out)
     if (folder / FINISHED).exists():
@@ -61,7 +59,7 @@ def _demo(device: str, folder: Path, deadline: float, console: Console) -> int:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     saved = saved_config(folder)
-    config = resolve_threads(saved or load_config(TrainConfig, RECIPE, [f"device={device}", *FOR_DEVICE[device]]))
+    config = resolve_machine(saved or load_config(TrainConfig, RECIPE, [f"device={device}", *FOR_DEVICE[device]]))
     config = dataclasses.replace(config, out=str(folder))
     torch.set_num_threads(config.threads)
     with console.status("preparing text and tokenizer"):

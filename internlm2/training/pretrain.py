@@ -25,6 +25,7 @@ from internlm2.training.learner import Learner
 from internlm2.training.runfolder import RunLock, resolve_config
 from internlm2.training.trainer import FitResult, Trainer
 
+RECIPES = Path(internlm2.__file__).parent / "recipes"
 TOKENIZER_CHARACTERS = 3_000_000
 OPERATORS = {"kernels": internlm2_kernels, "plain": internlm2.plain}
 

@@ -55,8 +55,10 @@ def saved_config(out: str | Path) -> TrainConfig | None:
     return load_config(TrainConfig, path) if path.exists() else None
 
 
-def resolve_threads(config: TrainConfig) -> TrainConfig:
-    """The configuration with threads = 0 replaced by what this process may use."""
+def resolve_machine(config: TrainConfig) -> TrainConfig:
+    """The configuration with threads = 0 replaced by what this process may use; ValueError where the device is not here."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be 'cpu' here, got 'cuda': torch sees no GPU")
     # torch counts physical cores, since hyper-threads slow matrix products down.
     return config if config.threads else dataclasses.replace(config, threads=min(torch.get_num_threads(), usable_cpus()))
 
@@ -67,7 +69,9 @@ def resolve_config(config: TrainConfig) -> TrainConfig:
     A new run's configuration is saved there; a continued run must have the saved one: ValueError names what differs.
     """
     saved = saved_config(config.out)
-    config = dataclasses.replace(config, threads=saved.threads) if saved and not config.threads else resolve_threads(config)
+    if saved and not config.threads:
+        config = dataclasses.replace(config, threads=saved.threads)
+    config = resolve_machine(config)
     if saved is None:
         Path(config.out).mkdir(parents=True, exist_ok=True)
         dump_config(config, Path(config.out) / "config.toml")

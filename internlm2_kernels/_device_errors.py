@@ -41,9 +41,9 @@ def error_word(device: torch.device) -> torch.Tensor:
 
 
 def _tell_compiled_library(device: torch.device, word: torch.Tensor) -> None:
-    from ._registry import _C  # at the first call: the registry is loaded by then, and this module needs nothing of it
+    from ._registry import _C  # here, because the registry imports this module
 
-    if _C is not None and hasattr(_C, "set_error_word"):
+    if hasattr(_C, "set_error_word"):
         torch.cuda.synchronize(device)  # the compiled kernels may run on a stream that knows nothing of the zeroing
         _C.set_error_word(device.index, word.data_ptr())
 
@@ -73,8 +73,6 @@ def validate() -> Iterator[None]:
 
     An exception of the block itself passes unchanged. Costs one synchronisation a device at either end.
     """
-    if torch.cuda.is_initialized():  # so that every CUDA kernel of the block has a word to report to
-        error_word(torch.device("cuda", torch.cuda.current_device()))
     check()
     yield
     check()

@@ -10,7 +10,7 @@ import torch
 
 import internlm2_kernels as ik
 from internlm2_kernels._device_errors import CODES, error_word
-from internlm2_kernels._registry import OPS, Case
+from internlm2_kernels._registry import _C, OPS, Case
 from internlm2_kernels.testing import assert_ladder, draw_upstream, run
 
 pytest.importorskip("triton")
@@ -229,6 +229,13 @@ def test_error_word_of_inference_mode_can_be_reset(monkeypatch):
     with pytest.raises(ValueError, match="apply_rope: positions"):
         ik.check()
     assert int(word) == 0
+
+
+def test_compiled_kernels_set_the_same_bits():
+    if _C is None:
+        pytest.skip("no compiled library")
+    bits = _C.device_errors()
+    assert bits and all(CODES[tuple(name.split(": "))] == bit for name, bit in bits.items())
 
 
 # ------------------------------------------------------------------------------------------------- beyond 2^31

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "runtime.h"
+#include "types.h"
 
 namespace py = pybind11;
 using namespace internlm2;
@@ -28,5 +29,17 @@ PYBIND11_MODULE(_C, m) {
                             std::string(isa_name(best_isa())) + "'), got '" + name + "'");
     }
   }, py::arg("name"), "Forces the AVX2 or the AVX-512 build of every kernel in this process.");
+  m.def("set_error_word", [](int device, uintptr_t word) { set_error_word(device, reinterpret_cast<int*>(word)); },
+        py::arg("device"), py::arg("word"), "Address of the int32 on a CUDA device in which kernels note a bad index.");
+  m.def("set_error_word_maker", [](py::function maker) {
+    auto* kept = new py::function(std::move(maker));  // for good: at exit the interpreter is gone before this library
+    set_error_word_maker([kept](int device) {
+      py::gil_scoped_acquire gil;
+      (*kept)(device);
+    });
+  }, py::arg("maker"), "maker(device) is called when a kernel needs the error word of a device that has none; it sets one.");
+  m.def("device_errors", [] {
+    return std::map<std::string, int>{{"qkv_rope: positions", kQkvRopePositions}, {"qkv_rope: cache.slots", kQkvRopeSlots}};
+  }, "The bits of the error word that the compiled kernels set.");
   m.def("signatures", [] { return signatures(); }, "C++ signature of every registered overload, to test against schemas.");
 }

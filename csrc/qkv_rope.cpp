@@ -73,6 +73,43 @@ Tensor qkv_rope_bwd_cpp(const Tensor& dq, const Tensor& dk, const Tensor& dv, co
   return dqkv;
 }
 
+#ifdef INTERNLM2_CUDA
+Outputs qkv_rope_fwd_cuda(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const OptTensor& positions,
+                          int64_t num_heads, int64_t num_kv_heads) {
+  check_cuda_dtype(qkv);
+  const CudaScope scope(qkv);
+  QkvRopeFwd a{};
+  a.angles = angles_of(nullptr, cos, sin, positions);
+  Outputs out = prepare(a, qkv, num_heads, num_kv_heads);
+  check_launch(cuda::qkv_rope_fwd(a, qkv.size(0), error_word(scope.device()), scope.stream()));
+  return out;
+}
+
+Outputs qkv_rope_cache_fwd_cuda(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const OptTensor& positions,
+                                int64_t num_heads, int64_t num_kv_heads, const Tensor& k_cache, const Tensor& v_cache,
+                                const OptTensor& k_scale, const OptTensor& v_scale, const Tensor& slots) {
+  check_cuda_dtype(qkv);
+  const CudaScope scope(qkv);
+  QkvRopeFwd a{};
+  a.angles = angles_of(nullptr, cos, sin, positions);
+  add_cache(a, k_cache, v_cache, k_scale, v_scale, slots);
+  Outputs out = prepare(a, qkv, num_heads, num_kv_heads);
+  check_launch(cuda::qkv_rope_fwd(a, qkv.size(0), error_word(scope.device()), scope.stream()));
+  return out;
+}
+
+Tensor qkv_rope_bwd_cuda(const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& cos, const Tensor& sin,
+                         const OptTensor& positions) {
+  check_cuda_dtype(dq);
+  const CudaScope scope(dq);
+  QkvRopeBwd a{dtype_of(dq), angles_of(nullptr, cos, sin, positions), heads_of(dq), heads_of(dk), heads_of(dv), nullptr};
+  Tensor dqkv = torch::stable::new_empty(dq, {dq.size(0), (a.dq.heads + 2 * a.dk.heads) * dq.size(2)});
+  a.dqkv = data(dqkv);
+  check_launch(cuda::qkv_rope_bwd(a, dq.size(0), error_word(scope.device()), scope.stream()));
+  return dqkv;
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(internlm2, CPU, m) {
@@ -80,5 +117,13 @@ STABLE_TORCH_LIBRARY_IMPL(internlm2, CPU, m) {
   INTERNLM2_IMPL(m, "qkv_rope_cache_fwd.cpp", qkv_rope_cache_fwd_cpp);
   INTERNLM2_IMPL(m, "qkv_rope_bwd.cpp", qkv_rope_bwd_cpp);
 }
+
+#ifdef INTERNLM2_CUDA
+STABLE_TORCH_LIBRARY_IMPL(internlm2, CUDA, m) {
+  INTERNLM2_IMPL(m, "qkv_rope_fwd.cuda", qkv_rope_fwd_cuda);
+  INTERNLM2_IMPL(m, "qkv_rope_cache_fwd.cuda", qkv_rope_cache_fwd_cuda);
+  INTERNLM2_IMPL(m, "qkv_rope_bwd.cuda", qkv_rope_bwd_cuda);
+}
+#endif
 
 }  // namespace internlm2

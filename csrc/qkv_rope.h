@@ -35,9 +35,11 @@ namespace AVX2 { INTERNLM2_QKV_ROPE_CPU }
 namespace AVX512 { INTERNLM2_QKV_ROPE_CPU }
 }  // namespace cpu
 
+// No f64, tables f32; an index out of range sets its bit in *error, makes its token NaN and touches nothing else. Returns
+// what went wrong at the launch, or null.
 namespace cuda {
-void qkv_rope_fwd(const QkvRopeFwd& a, int64_t tokens, int* error, void* stream);
-void qkv_rope_bwd(const QkvRopeBwd& a, int64_t tokens, int* error, void* stream);
+const char* qkv_rope_fwd(const QkvRopeFwd& a, int64_t tokens, int* error, void* stream);
+const char* qkv_rope_bwd(const QkvRopeBwd& a, int64_t tokens, int* error, void* stream);
 }  // namespace cuda
 
 }  // namespace internlm2

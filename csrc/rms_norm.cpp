@@ -55,12 +55,9 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_add_fwd_cpp(const Tensor& x, const T
   return {y, h, rstd};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_bwd_cpp(const Tensor& dy, const OptTensor& dresidual, const Tensor& h,
-                                            const Tensor& weight, const Tensor& rstd, bool hf, bool needs_dweight) {
-  check_cpu();
-  const int64_t cols = weight.size(0), rows = rows_of(h).count();
-  Tensor dx = empty_as(h);
-  Tensor dweight = torch::stable::new_empty(weight, {needs_dweight ? cols : 0});
+// Everything but the sums of dweight.
+RmsNormBwd backward_args(const Tensor& dy, const OptTensor& dresidual, const Tensor& h, const Tensor& weight,
+                         const Tensor& rstd, const Tensor& dx, bool hf) {
   RmsNormBwd a{};
   a.dtype = dtype_of(h);
   a.weight_dtype = dtype_of(weight);
@@ -75,8 +72,18 @@ std::tuple<Tensor, Tensor> rms_norm_bwd_cpp(const Tensor& dy, const OptTensor& d
   a.weight = cdata(weight);
   a.rstd = cdata(rstd);
   a.dx = data(dx);
-  a.cols = cols;
+  a.cols = weight.size(0);
   a.hf = hf;
+  return a;
+}
+
+std::tuple<Tensor, Tensor> rms_norm_bwd_cpp(const Tensor& dy, const OptTensor& dresidual, const Tensor& h,
+                                            const Tensor& weight, const Tensor& rstd, bool hf, bool needs_dweight) {
+  check_cpu();
+  const int64_t cols = weight.size(0), rows = rows_of(h).count();
+  Tensor dx = empty_as(h);
+  Tensor dweight = torch::stable::new_empty(weight, {needs_dweight ? cols : 0});
+  RmsNormBwd a = backward_args(dy, dresidual, h, weight, rstd, dx, hf);
   a.rows_per_chunk = std::max<int64_t>(1, (rows + kChunks - 1) / kChunks);
   const int64_t chunks = (rows + a.rows_per_chunk - 1) / a.rows_per_chunk;
   Tensor partial = torch::stable::new_empty(rstd, {needs_dweight ? chunks : 0, cols});
@@ -94,6 +101,44 @@ std::tuple<Tensor, Tensor> rms_norm_bwd_cpp(const Tensor& dy, const OptTensor& d
   return {dx, dweight};
 }
 
+#ifdef INTERNLM2_CUDA
+std::tuple<Tensor, Tensor> rms_norm_fwd_cuda(const Tensor& x, const Tensor& weight, double eps, bool hf) {
+  check_cuda_dtype(x);
+  const CudaScope scope(x);
+  Tensor y = empty_as(x), rstd = new_rstd(x);
+  check_launch(cuda::rms_norm_fwd(forward_args(x, nullptr, weight, y, nullptr, rstd, eps, hf), scope.stream()));
+  return {y, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rms_norm_add_fwd_cuda(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                                         double eps, bool hf) {
+  check_cuda_dtype(x);
+  const CudaScope scope(x);
+  Tensor y = empty_as(x), h = empty_as(x), rstd = new_rstd(x);
+  check_launch(cuda::rms_norm_fwd(forward_args(x, &residual, weight, y, &h, rstd, eps, hf), scope.stream()));
+  return {y, h, rstd};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_bwd_cuda(const Tensor& dy, const OptTensor& dresidual, const Tensor& h,
+                                             const Tensor& weight, const Tensor& rstd, bool hf, bool needs_dweight) {
+  check_cuda_dtype(h);
+  const CudaScope scope(h);
+  const int64_t cols = weight.size(0), rows = rows_of(h).count();
+  Tensor dx = empty_as(h);
+  Tensor dweight = torch::stable::new_empty(weight, {needs_dweight ? cols : 0});
+  RmsNormBwd a = backward_args(dy, dresidual, h, weight, rstd, dx, hf);
+  a.rows_per_chunk = cuda::rms_norm_bwd_rows_per_chunk(a.dtype, rows, cols);
+  const int64_t chunks = (rows + a.rows_per_chunk - 1) / a.rows_per_chunk;
+  Tensor partial = torch::stable::new_empty(rstd, {needs_dweight ? chunks : 0, cols});
+  if (needs_dweight) {
+    a.dweight = data(dweight);
+    a.partial = data(partial);
+  }
+  check_launch(cuda::rms_norm_bwd(a, chunks, scope.stream()));
+  return {dx, dweight};
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(internlm2, CPU, m) {
@@ -101,5 +146,13 @@ STABLE_TORCH_LIBRARY_IMPL(internlm2, CPU, m) {
   INTERNLM2_IMPL(m, "rms_norm_add_fwd.cpp", rms_norm_add_fwd_cpp);
   INTERNLM2_IMPL(m, "rms_norm_bwd.cpp", rms_norm_bwd_cpp);
 }
+
+#ifdef INTERNLM2_CUDA
+STABLE_TORCH_LIBRARY_IMPL(internlm2, CUDA, m) {
+  INTERNLM2_IMPL(m, "rms_norm_fwd.cuda", rms_norm_fwd_cuda);
+  INTERNLM2_IMPL(m, "rms_norm_add_fwd.cuda", rms_norm_add_fwd_cuda);
+  INTERNLM2_IMPL(m, "rms_norm_bwd.cuda", rms_norm_bwd_cuda);
+}
+#endif
 
 }  // namespace internlm2

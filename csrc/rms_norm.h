@@ -40,9 +40,10 @@ namespace AVX2 { INTERNLM2_RMS_NORM_CPU }
 namespace AVX512 { INTERNLM2_RMS_NORM_CPU }
 }  // namespace cpu
 
-namespace cuda {
-void rms_norm_fwd(const RmsNormFwd& a, void* stream);
-void rms_norm_bwd(const RmsNormBwd& a, int64_t chunks, void* stream);
+namespace cuda {  // no f64; returns what went wrong at the launch, or null
+const char* rms_norm_fwd(const RmsNormFwd& a, void* stream);
+int64_t rms_norm_bwd_rows_per_chunk(Dtype dtype, int64_t rows, int64_t cols);
+const char* rms_norm_bwd(const RmsNormBwd& a, int64_t chunks, void* stream);
 }  // namespace cuda
 
 }  // namespace internlm2

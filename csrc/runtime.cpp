@@ -2,9 +2,12 @@
 
 #include <pthread.h>
 
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <utility>
 
 namespace internlm2 {
 namespace {
@@ -44,6 +47,18 @@ std::map<std::string, std::string>& signature_map() {
   return map;
 }
 
+constexpr int kDevices = 64;
+
+std::array<std::atomic<int*>, kDevices>& error_words() {
+  static std::array<std::atomic<int*>, kDevices> words{};
+  return words;
+}
+
+std::function<void(int)>& error_word_maker() {
+  static std::function<void(int)> maker;
+  return maker;
+}
+
 const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
 
 }  // namespace
@@ -70,6 +85,20 @@ const char* isa_name(Isa value) { return value == Isa::avx512 ? "avx512" : value
 bool in_forked_child() {
   (void)fork_handler;
   return forked.load(std::memory_order_relaxed);
+}
+
+void set_error_word(int device, int* word) {
+  if (device >= 0 && device < kDevices) error_words()[device].store(word);
+}
+
+void set_error_word_maker(std::function<void(int)> maker) { error_word_maker() = std::move(maker); }
+
+int* error_word(int device) {
+  if (device < 0 || device >= kDevices) throw std::runtime_error("internlm2_kernels: more CUDA devices than are known");
+  if (error_words()[device].load() == nullptr && error_word_maker()) error_word_maker()(device);
+  int* word = error_words()[device].load();
+  if (word == nullptr) throw std::runtime_error("internlm2_kernels: this device has no error word");
+  return word;
 }
 
 void record_signature(const std::string& overload, const std::string& signature) { signature_map()[overload] = signature; }

@@ -1,5 +1,6 @@
 // Facts of the running process: the instruction set in use, whether this is a forked child, what was registered.
 #pragma once
+#include <functional>
 #include <map>
 #include <string>
 
@@ -13,6 +14,11 @@ bool set_isa(const std::string& name);    // false where the processor lacks it
 const char* isa_name(Isa value);          // "", "avx2", "avx512"
 
 bool in_forked_child();
+
+// The word in a device's memory in which kernels note an index out of range; `maker` is asked for it at the first use.
+void set_error_word(int device, int* word);
+void set_error_word_maker(std::function<void(int)> maker);
+int* error_word(int device);  // throws where nobody makes one
 
 void record_signature(const std::string& overload, const std::string& signature);
 const std::map<std::string, std::string>& signatures();

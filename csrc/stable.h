@@ -4,6 +4,7 @@
 #ifndef TORCH_TARGET_VERSION
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 10) << 48))
 #endif
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -16,6 +17,8 @@
 #include "rope_table.h"
 #include "runtime.h"
 #include "types.h"
+
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 namespace internlm2 {
 
@@ -108,6 +111,32 @@ inline RopeAngles angles_of(const char* argument, const Tensor& cos, const Tenso
 }
 
 inline Heads heads_of(const Tensor& t) { return {cdata(t), t.size(1), t.stride(0), t.stride(1)}; }
+
+#ifdef INTERNLM2_CUDA
+// Makes the tensor's device current for a scope and knows its stream. The stable ABI hands out a stream's handle from 2.13
+// on; before, a CUDA torch has the function below, and without one it is null.
+class CudaScope {
+ public:
+  explicit CudaScope(const Tensor& t) : device_(t.get_device_index()), guard_(device_) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "internlm2_kernels: this torch was built without CUDA");
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream_) == 0, "internlm2_kernels: no current CUDA stream");
+  }
+  int device() const { return device_; }
+  void* stream() const { return stream_; }
+
+ private:
+  int32_t device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+inline void check_cuda_dtype(const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() != torch::headeronly::ScalarType::Double,
+                  "internlm2_kernels: the cuda backend takes float32, bfloat16 and float16, not float64");
+}
+
+inline void check_launch(const char* error) { STD_TORCH_CHECK(error == nullptr, "internlm2_kernels: CUDA: ", error); }
+#endif
 
 // ---- registration: the dispatcher never compares a schema's types with C++'s, so each registration records its own.
 template <typename T> struct TypeName;

@@ -6,6 +6,9 @@ namespace internlm2 {
 
 enum class Dtype : int { f32, bf16, f16, f64, i32, i64, i8 };
 
+// Bits of a device's error word, which internlm2_kernels/_device_errors.py names: append, never renumber.
+enum DeviceError : int { kQkvRopePositions = 1 << 1, kQkvRopeSlots = 1 << 2 };
+
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
 

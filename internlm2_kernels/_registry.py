@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from ._device_errors import error_word
+
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OPS: dict[str, "Op"] = {}
@@ -31,6 +33,9 @@ try:
 except ImportError as error:
     _C = None
     NATIVE_ERROR = f"the compiled library is not here ({error}); see `python -m internlm2_kernels doctor`"
+
+if hasattr(_C, "set_error_word_maker"):  # a CUDA kernel that is the first to need its device's word asks for it
+    _C.set_error_word_maker(lambda index: error_word(torch.device("cuda", index)))
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

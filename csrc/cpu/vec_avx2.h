@@ -73,6 +73,8 @@ VEC_INLINE Vec<float> scale2(Vec<float> a, Vec<float> n) {  // two factors, so t
   return _mm256_mul_ps(_mm256_mul_ps(a.v, power(half)), power(_mm256_sub_epi32(whole, half)));
 }
 
+VEC_INLINE __m128i first4(int n) { return _mm_cmpgt_epi32(_mm_set1_epi32(n), _mm_setr_epi32(0, 1, 2, 3)); }
+
 template <> struct Vec<double> {
   static constexpr int size = 4;
   __m256d v;
@@ -86,7 +88,7 @@ template <> struct Vec<double> {
   static VEC_INLINE Vec load(const double* p, int n) { return _mm256_maskload_pd(p, first(n)); }
   static VEC_INLINE Vec load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
   static VEC_INLINE Vec load(const float* p, int n) {
-    return _mm256_cvtps_pd(_mm_maskload_ps(p, _mm_cmpgt_epi32(_mm_set1_epi32(n), _mm_setr_epi32(0, 1, 2, 3))));
+    return _mm256_cvtps_pd(_mm_maskload_ps(p, first4(n)));
   }
   VEC_INLINE void store(double* p) const { _mm256_storeu_pd(p, v); }
   VEC_INLINE void store(double* p, int n) const { _mm256_maskstore_pd(p, first(n), v); }

@@ -18,11 +18,18 @@ template <typename F> VEC_INLINE void for_row_parts(int64_t cols, int64_t begin,
   }
 }
 
+// exp(-g), as exactly as a result of type T can show.
+template <typename T, typename G> VEC_INLINE G exp_minus(G g) {
+  using V = Vec<acc_t<T>>;
+  if constexpr (sizeof(T) == 2) return exp2_for_16_bits(g * V(-1.44269504f));
+  return exp(V(0) - g);
+}
+
 template <typename T> void fwd_part(const T* gate, const T* up, T* y, int64_t cols) {
   using V = Vec<acc_t<T>>;
   for_vectors<V, T>(cols, [&](int64_t i, auto n) VEC_LAMBDA {
     const auto g = load<V>(gate + i, n), u = load<V>(up + i, n);
-    store(y + i, g / (V(1) + exp(V(0) - g)) * u, n);
+    store(y + i, g / (V(1) + exp_minus<T>(g)) * u, n);
   });
 }
 
@@ -34,7 +41,7 @@ template <typename T> void bwd_part(const T* dy, const T* gate, const T* up, T* 
   const V most(sizeof(Acc) == 4 ? Acc(3.40282347e38) : Acc(1.7976931348623157e308));
   for_vectors<V, T>(cols, [&](int64_t i, auto n) VEC_LAMBDA {
     const auto d = load<V>(dy + i, n), g = load<V>(gate + i, n), u = load<V>(up + i, n);
-    const auto e = exp(V(0) - g);
+    const auto e = exp_minus<T>(g);
     const auto s = V(1) / (V(1) + e);
     const auto ds = d * s;
     store(dup + i, ds * g, n);

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kChunks = 64;  // partial sums of dweight: a function of the number of rows alone, hence deterministic
 
-int64_t grain(int64_t cols) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1)); }
+int64_t grain(int64_t cols) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(cols, 1)); }
 
 Tensor new_rstd(const Tensor& x) {
   const auto sizes = x.sizes();

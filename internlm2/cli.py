@@ -24,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="train a small model beside plain PyTorch, and report")
     demo.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     demo.add_argument("--out", default="runs/demo", help="folder of the run (default %(default)s)")
-    demo.add_argument("--minutes", type=float, default=3.3, help="time to spend in all (default %(default)s)")
+    demo.add_argument("--minutes", type=float, default=3.4, help="time to spend in all (default %(default)s)")
 
     train = commands.add_parser("train", help="train from a recipe; continues a run that was stopped")
     train.add_argument("recipe", help="a TOML file, for instance internlm2/recipes/tiny.toml")

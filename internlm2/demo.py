@@ -30,14 +30,14 @@ RECIPE = RECIPES / "demo.toml"
 FINISHED = "comparison.json"
 MIN_STEPS = 30
 # A GPU needs larger batches to be busy; both stop at about one pass over the corpus.
-FOR_DEVICE = {"cpu": ("steps=1200",), "cuda": ("steps=300", "data.tokens_per_batch=8192")}
+FOR_DEVICE = {"cpu": ("steps=600",), "cuda": ("steps=300", "data.tokens_per_batch=8192")}
 # Checkpoints, validation, the report, and steps slower than the probed ones take a share of the time too.
 SHARE_FOR_STEPS, REPORT_S = 0.88, 12.0
 PROMPT = 'def read_lines(path):\n    """'
 SAMPLE_TOKENS, TEMPERATURE = 200, 0.7
 
 
-def demo(device: str = "cpu", out: str = "runs/demo", minutes: float = 3.3) -> int:
+def demo(device: str = "cpu", out: str = "runs/demo", minutes: float = 3.4) -> int:
     """Runs the demo; returns the exit status.
 
     device:  "cpu" or "cuda"

@@ -67,7 +67,7 @@ def timed_step(learner: Learner, batches: Sequence[PackedBatch], lr: float, devi
 
 
 def probe(
-    learner: Learner, batches: Sequence[PackedBatch], lr: float, device: torch.device, repeats: int = 3
+    learner: Learner, batches: Sequence[PackedBatch], lr: float, device: torch.device, repeats: int = 2
 ) -> tuple[float, int | None]:
     """(median seconds of a step, bytes a step needs beyond weights and optimizer state; None where the system cannot say).
 

@@ -122,6 +122,7 @@ class Trainer:
                 self._one_step()
                 if self.step % self.config.checkpoint_every == 0:
                     self.save()
+            # Also after a save that just failed: the end is worth a second try.
             if self._saved_step != self.step:
                 self.save()
         return FitResult(self.step, stop.received, self._saved_step == self.step)

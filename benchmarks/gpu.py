@@ -72,8 +72,8 @@ def build(args: argparse.Namespace) -> int:
 
 
 def checks(args: argparse.Namespace) -> int:
-    chosen = ["-k", " or ".join(args.op)] if args.op else []
-    tests = ["tests/test_ops.py", *(["tests/ops"] if (ROOT / "tests" / "ops").is_dir() else [])]
+    chosen = ["-k", " or ".join(args.op)] if args.op else ["--require-cells"]
+    tests = ["tests/test_ops.py", "tests/ops"]
     return stream([sys.executable, "-u", "-m", "pytest", *tests, "--device", "cuda", *chosen], args.out / "checks.log")
 
 

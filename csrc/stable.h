@@ -47,7 +47,9 @@ inline torch::headeronly::ScalarType accumulator_of(const Tensor& t) {
 // A tensor seen as rows along its last dimension: at most two leading strides, which the public functions guarantee.
 inline Rows rows_of(const Tensor& t) {
   const int64_t dim = t.dim();
-  STD_TORCH_CHECK(dim >= 1 && (t.size(dim - 1) <= 1 || t.stride(dim - 1) == 1), "internlm2_kernels: rows are strided");
+  STD_TORCH_CHECK(dim >= 1 && (t.size(dim - 1) <= 1 || t.stride(dim - 1) == 1 || t.numel() == 0),
+                  "internlm2_kernels: rows are strided");
+  if (t.numel() == 0) return {0, 1, 0, 0};
   if (dim == 1) return {1, 1, 0, 0};
   if (dim == 2) return {t.size(0), 1, t.stride(0), 0};
   if (dim == 3) {
@@ -95,7 +97,7 @@ inline void check_range(const char* argument, const Tensor& values, int64_t low,
   };
   if (n == 0) return;
   narrow ? scan(static_cast<const int32_t*>(cdata(values))) : scan(static_cast<const int64_t*>(cdata(values)));
-  STD_TORCH_CHECK(smallest >= low && largest < high, "internlm2_value_error: ", argument, ": expected values from ", low,
+  STD_TORCH_CHECK(smallest >= low && largest < high, "ValueError: ", argument, ": expected values from ", low,
                   " to ", high - 1, ", got ", smallest < low ? smallest : largest);
 }
 

@@ -21,6 +21,7 @@ import internlm2_kernels
 from internlm2.config import ModelConfig
 
 _TABLES_KEPT = 16
+_LARGEST_TABLE = 1 << 22  # rows: 2 GiB of cos and sin at a head size of 128; far beyond any trained length
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,8 @@ class InternLM2(nn.Module):
             ends = lengths
         elif positions.device.type == "cpu":
             ends = [int(p.max()) + 1 if p.numel() else 0 for p in positions.split(lengths)]
+            if max(ends, default=0) > _LARGEST_TABLE:
+                raise ValueError(f"positions must be below {_LARGEST_TABLE}, got {max(ends) - 1}")
         else:
             ends = [longest] * len(lengths)
         scaling = self.config.rope_scaling
@@ -259,9 +262,10 @@ class InternLM2(nn.Module):
             if scaling is not None:
                 # For dynamic scaling, whose length is that of the table.
                 scaling = {"max_position_embeddings": config.max_position_embeddings} | scaling | {"seq_len": rows}
-            table = self.operators.rope_table(
-                rows, config.head_dim, base=config.rope_theta, scaling=scaling, angles=config.rope_angles
-            )
+            with torch.inference_mode(False):  # kept for later steps, which may save it for their backward
+                table = self.operators.rope_table(
+                    rows, config.head_dim, base=config.rope_theta, scaling=scaling, angles=config.rope_angles
+                )
             if len(self._tables) >= _TABLES_KEPT:
                 self._tables.pop(next(iter(self._tables)))
             self._tables[key] = tuple(t.to(device) for t in table)

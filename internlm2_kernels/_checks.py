@@ -15,6 +15,8 @@ def check_float(op: str, argument: str, tensor: object) -> None:
         fail(TypeError, op, argument, "a tensor", type(tensor).__name__)
     if tensor.dtype not in FLOAT_DTYPES:
         fail(TypeError, op, argument, "float32, bfloat16, float16 or float64", tensor.dtype)
+    if tensor.layout != torch.strided:
+        fail(TypeError, op, argument, "a dense (strided) tensor", tensor.layout)
 
 
 def check_same(op: str, argument: str, tensor: object, like: torch.Tensor, of: str) -> None:

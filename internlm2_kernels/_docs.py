@@ -43,7 +43,10 @@ def main(argv: list[str]) -> int:
         path = Path("README.md")
         path.write_text(with_table(path.read_text()))
     elif argv:
-        raise SystemExit("usage: python -m internlm2_kernels table [--write]   (--write: into ./README.md)")
+        print("usage: python -m internlm2_kernels table [--write]\n\n"
+              "Prints the operator table, made from the registry and the docstrings. --write puts it between its markers in\n"
+              "./README.md. Example: python -m internlm2_kernels table --write && git diff README.md")
+        return 0 if argv in (["-h"], ["--help"]) else 2
     else:
         print(operator_table())
     return 0

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad as _forward_ad
 
 from ._device_errors import error_word
 
@@ -124,12 +125,20 @@ class Op:
     def select(self, tensor: torch.Tensor, backend: str | None) -> str:
         """The backend for this call: `backend`, else `use_backend`'s, else the best measured one for the device."""
         wanted = backend if backend is not None else _forced
-        usable = self.usable.get(tensor.device.type, ("reference",))
+        device = tensor.device.type
+        usable = self.usable.get(device, ("reference",))
         if wanted is None:
-            return usable[0] if self.prefer is None or tensor.device.type == "cpu" else self.prefer(tensor)
-        if wanted in usable:
-            return wanted
-        raise_unusable(self, wanted, tensor.device.type)
+            wanted = usable[0]
+            if device == "cuda":
+                if tensor.dtype == torch.float64:  # the GPU kernels have none
+                    return "reference"
+                wanted = wanted if self.prefer is None else self.prefer(tensor)
+        elif wanted not in usable:
+            raise_unusable(self, wanted, device)
+        if _forward_ad._current_level >= 0 and wanted != "reference":
+            raise RuntimeError(f"{self.name}: backend={wanted!r} has no forward-mode derivative (jvp, jacfwd); "
+                               "inside a dual level use backend='reference'")
+        return wanted
 
 
 # What the automatic choice tries, best first, until a recorded run says otherwise (`Op.prefer`).

@@ -49,16 +49,22 @@ class RotaryEmbedding(torch.nn.Module):
 
     def __init__(self, head_dim, max_length, *, base=1e6, scaling=None, angles="float64", interleaved=False, device=None):
         super().__init__()
-        cos, sin = rope_table(max_length, head_dim, base=base, scaling=scaling, angles=angles, device=device)
+        self.make = lambda device: self._tables(max_length, head_dim, device, base=base, scaling=scaling, angles=angles)
+        cos, sin = self.make(device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.interleaved = interleaved
 
+    @staticmethod
+    @torch.inference_mode(False)  # tables made under inference mode could not be saved for a later backward
+    def _tables(max_length, head_dim, device, **options):
+        return rope_table(max_length, head_dim, device=device, **options)
+
     def _apply(self, fn, recurse=True):
-        tables = {name: getattr(self, name) for name in ("cos", "sin")}
+        tables = self.cos, self.sin
         super()._apply(fn, recurse)
-        for name, table in tables.items():  # moved to the new device, never rounded
-            setattr(self, name, table.to(getattr(self, name).device))
+        device = self.cos.device  # moved, never rounded; made anew where there was nothing to move
+        self.cos, self.sin = self.make(device) if tables[0].is_meta else (table.to(device) for table in tables)
         return self
 
     def forward(self, q, k, positions=None):

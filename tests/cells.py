@@ -1,5 +1,9 @@
 """The cells of the shared checks, from the registry alone: operator / backend / direction / dtype / instruction set."""
 
+import os
+import platform
+import sys
+
 import torch
 
 from internlm2_kernels import OPS
@@ -12,7 +16,8 @@ def variants(device: str) -> list[tuple[str, str]]:
     """(backend, instruction set) pairs that run on this device; on CPU every compiled check runs for each set."""
     if device == "cuda":
         return [("reference", ""), ("triton", ""), ("cuda", "")]
-    best = _C.best_cpu_isa() if _C else ""
+    native = sys.platform == "linux" and platform.machine() == "x86_64" and os.environ.get("USE_CPP", "1") != "0"
+    best = _C.best_cpu_isa() if _C else "avx2" if native else ""  # a missing library is missing cells, not fewer
     sets = SETS[: SETS.index(best) + 1 if best else 0]
     return [("reference", ""), *(("cpp", isa) for isa in sets), ("triton", "interpreted")]
 

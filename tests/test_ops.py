@@ -314,6 +314,47 @@ def test_leading_dimensions(op, variant, backend, native, device, generator):
     assert_bitwise({n: v.flatten(0, 2) for n, v in got.items()}, want)
 
 
+def test_leading_dimensions_backward(op, variant, backend, native, device, generator):
+    """Gradients through four leading dimensions, of a contiguous and of a transposed input."""
+    if "backward" not in op.directions or op.name == "rope_table":
+        pytest.skip("no backward")
+    case = smoke_cases(op)[0]
+    case = Case("lead", {**case.dims, "rows" if "rows" in case.dims else "tokens": 12, "positions": "int64"})
+    sample = sample_of(op, case, torch.float32, device, generator)
+    upstream = draw_upstream(op, sample, 1.0, generator)
+    want = run(op, sample, backend, upstream)
+    shaped = {n: v.view(2, 3, 2, *v.shape[1:]) for n, v in sample.inputs.items()
+              if n in op.batched and isinstance(v, torch.Tensor) and v.shape[0] == 12}
+    up = {n: v.view(2, 3, 2, *v.shape[1:]) for n, v in upstream.items()}
+    turned = {n: v.transpose(0, 1).contiguous().transpose(0, 1) for n, v in shaped.items()}
+    for inputs in (shaped, turned):
+        got = run(op, replaced(sample, **inputs), backend, up)
+        for name, value in got.items():
+            value = value.flatten(0, 2) if value.dim() > want[name].dim() else value
+            assert_bitwise({name: value}, {name: want[name]}, name)
+
+
+@pytest.mark.parametrize("shape", ((0,), (0, 3), (2, 0, 3), (2, 3, 0)), ids=str)
+def test_nothing_in_any_dimension(op, variant, backend, native, shape, device, generator):
+    """Empty leading dimensions of every rank, and the expanded gradient that `.sum().backward()` brings."""
+    case = smoke_cases(op)[0]
+    case = Case("empty", {**case.dims, "rows" if "rows" in case.dims else "tokens": 0, "positions": "int64"})
+    sample = sample_of(op, case, torch.float32, device, generator)
+    if op.name == "rope_table" and len(shape) > 1:
+        pytest.skip("positions have one dimension")
+    empty = {n: v.reshape(*shape, *v.shape[1:]) for n, v in sample.inputs.items()
+             if n in op.batched and isinstance(v, torch.Tensor) and v.shape[0] == 0}
+    sample = with_leaves(replaced(sample, **empty))
+    outputs = op.public(**sample.inputs, backend=backend)
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    assert all(o.shape[: len(shape)] == shape for o in outputs)
+    if sample.grad:
+        sum(o.sum() for o in outputs).backward()
+        for name in sample.grad:
+            grad = sample.inputs[name].grad
+            assert grad.shape == sample.inputs[name].shape and not grad.any()
+
+
 def test_inputs_are_never_written(op, variant, backend, native, device, generator):
     sample = sample_of(op, smoke_cases(op)[0], torch.float32, device, generator)
     before = {n: v.clone() for n, v in sample.inputs.items() if isinstance(v, torch.Tensor)}
@@ -392,6 +433,19 @@ def test_double_backward_and_functorch_say_no(op, variant, backend, native, devi
     one = lambda x: op.public(**{**sample.inputs, sample.grad[0]: x}, backend=backend)
     with pytest.raises(RuntimeError, match="functorch transforms"):
         torch.func.grad(lambda x: (lambda y: y if isinstance(y, torch.Tensor) else y[0])(one(x)).sum())(leaf.detach())
+
+
+def test_forward_mode_says_no(op, variant, backend, native, device, generator):
+    """A dropped tangent would be a wrong derivative without a word."""
+    if not (sample := _first(op, device, generator)).grad:
+        pytest.skip("nothing to differentiate")
+    name = sample.grad[0]
+    call = lambda chosen: torch.func.jvp(lambda x: op.public(**{**sample.inputs, name: x}, backend=chosen),
+                                         (sample.inputs[name],), (torch.ones_like(sample.inputs[name]),))
+    with pytest.raises(RuntimeError, match=f"{op.name}: backend='{backend}' has no forward-mode derivative"):
+        call(backend)
+    _, tangent = call("reference")
+    assert (tangent if isinstance(tangent, torch.Tensor) else tangent[0]).any()
 
 
 def test_autocast_keeps_the_dtype(op, variant, backend, native, device, generator):

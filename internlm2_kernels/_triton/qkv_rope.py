@@ -36,14 +36,17 @@ def _turn(a, b, cos_ptr, sin_ptr, position, table_rows, half, rotated, BLOCK: tl
 @triton.jit
 def _quantize(first, second, mask):
     """Rows of the tile as whole numbers of at most 127, rounded half to even, and their scale = max |x| / 127."""
-    a = tl.where(mask, first.to(tl.float32), 0.0)
-    b = tl.where(mask, second.to(tl.float32), 0.0)
+    a_in = tl.where(mask, first.to(tl.float32), 0.0)
+    b_in = tl.where(mask, second.to(tl.float32), 0.0)
+    a, b = a_in, b_in
     size = tl.maximum(tl.where(a == a, tl.abs(a), float("inf")), tl.where(b == b, tl.abs(b), float("inf")))
-    scale = tl.div_rn(tl.max(size, axis=1), 127.0)  # infinite where a value is NaN: read back, the row is NaN
+    scale = tl.div_rn(tl.max(size, axis=1), 127.0)
     divisor = tl.where(scale == 0.0, 1.0, scale)[:, None]
     # Adding and taking away 1.5 * 2^23 rounds half to even. What is not finite has no quotient: any value will do.
     a = (tl.div_rn(tl.where(tl.abs(a) < float("inf"), a, 0.0), divisor) + 12582912.0) - 12582912.0
     b = (tl.div_rn(tl.where(tl.abs(b) < float("inf"), b, 0.0), divisor) + 12582912.0) - 12582912.0
+    nan = tl.max(((a_in != a_in) | (b_in != b_in)).to(tl.int32), axis=1) != 0  # a maximum may lose a NaN
+    scale = tl.where(nan, float("nan"), scale)
     return tl.minimum(tl.maximum(a, -127.0), 127.0), tl.minimum(tl.maximum(b, -127.0), 127.0), scale
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from .._checks import check_device, check_float, check_same, fail
+from .._checks import check_choice, check_device, check_float, check_same, fail
 from .._registry import Case, Op, Sample
 from .rope_table import rope_table
 
@@ -32,7 +32,7 @@ def rotate(x, cos, sin, interleaved=False):
 def reference(q, k, cos, sin, positions=None, *, interleaved=False):
     acc = torch.promote_types(q.dtype, torch.float32)
     cos, sin = rows_of_table(cos, sin, positions, acc)
-    turn = lambda x: rotate(x.reshape(-1, *x.shape[-2:]), cos, sin, interleaved).view(x.shape)
+    turn = lambda x: rotate(_as_heads(x), cos, sin, interleaved).view(x.shape)
     return turn(q), turn(k)
 
 
@@ -131,21 +131,25 @@ class _ApplyRope(torch.autograd.Function):
 
 
 def native(overload, *args):
-    """Calls an overload whose C++ checks index values; those arrive as RuntimeError and leave as the ValueError they are."""
+    """Calls an overload whose C++ checks index values; those arrive as RuntimeError and leave as the ValueError they are.
+
+    Inside a compiled graph nothing can catch them: there they stay a RuntimeError whose text begins with ValueError.
+    """
     if torch.compiler.is_compiling():
         return overload(*args)
     try:
         return overload(*args)
     except RuntimeError as error:
         message = str(error)
-        if "internlm2_value_error: " not in message:
+        if "ValueError: " not in message:
             raise
-        raise ValueError(message.split("internlm2_value_error: ")[1].splitlines()[0]) from None
+        raise ValueError(message.split("ValueError: ")[1].splitlines()[0]) from None
 
 
 def _as_heads(x):
     """[T, H, d] with a last stride of 1; a copy only where that cannot be a view."""
-    x = x.reshape(-1, x.shape[-2], x.shape[-1])
+    if x.dim() != 3:
+        x = x.flatten(0, -3) if x.dim() > 3 else x[None]
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -206,6 +210,7 @@ def apply_rope(q, k, cos, sin, positions=None, *, interleaved=False, backend=Non
         fail(ValueError, "apply_rope", "q", "shape [..., heads, head_dim] with an even head_dim", list(q.shape))
     if k.dim() != q.dim() or k.shape[:-2] != q.shape[:-2] or k.shape[-1] != q.shape[-1]:
         fail(ValueError, "apply_rope", "k", f"the shape of q, {list(q.shape)}, but for the number of heads", list(k.shape))
+    check_choice("apply_rope", "interleaved", interleaved, (False, True))
     head_dim = q.shape[-1]
     tokens = q.shape[:-2].numel()
     check_tables("apply_rope", q, cos, sin, positions, tokens, head_dim, "q")
@@ -217,7 +222,7 @@ def apply_rope(q, k, cos, sin, positions=None, *, interleaved=False, backend=Non
     cos, sin = cos.contiguous(), sin.contiguous()
     positions = None if positions is None else positions.reshape(-1).contiguous()
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        out_q, out_k = _ApplyRope.apply(flat_q, flat_k, cos, sin, positions, bool(interleaved), chosen)
+        out_q, out_k = _ApplyRope.apply(flat_q, flat_k, cos, sin, positions, interleaved, chosen)
     else:
-        out_q, out_k = native(_FWD[chosen], flat_q, flat_k, cos, sin, positions, bool(interleaved), False)
+        out_q, out_k = native(_FWD[chosen], flat_q, flat_k, cos, sin, positions, interleaved, False)
     return (out_q, out_k) if q.dim() == 3 else (out_q.view(q.shape), out_k.view(k.shape))

@@ -165,6 +165,11 @@ def _check_cache(qkv, cache, num_kv_heads, head_dim, tokens):
     if torch.is_grad_enabled() and qkv.requires_grad:
         fail(ValueError, "qkv_rope", "cache", "None where gradients are recorded (the write is not differentiable)",
              "a cache")
+    for name, value in zip(cache._fields, cache, strict=True):
+        if not isinstance(value, torch.Tensor) and (value is not None or not name.endswith("_scale")):
+            fail(TypeError, "qkv_rope", f"cache.{name}", "a tensor", type(value).__name__)
+        if value is not None and value.requires_grad:
+            fail(ValueError, "qkv_rope", f"cache.{name}", "a tensor that requires no gradient", "requires_grad=True")
     for name, target, scale in (("k", cache.k, cache.k_scale), ("v", cache.v, cache.v_scale)):
         if target.dtype not in (qkv.dtype, torch.int8) or target.dtype != cache.k.dtype:
             fail(TypeError, "qkv_rope", f"cache.{name}", f"{qkv.dtype} or int8, k and v alike", target.dtype)

@@ -146,8 +146,7 @@ class _RMSNorm(torch.autograd.Function):
         h, weight, rstd = ctx.saved_tensors
         needs_x = ctx.needs_input_grad[0] or (ctx.has_residual and ctx.needs_input_grad[3])
         if dy is None:  # y was not used: only the residual branch carries a gradient
-            dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-            return dresidual, dweight, None, dresidual if ctx.has_residual else None, None, None
+            return dresidual, None, None, dresidual, None, None
         dx, dweight = _BWD[ctx.backend](as_rows(dy), None if dresidual is None else as_rows(dresidual), h, weight, rstd,
                                         ctx.hf, ctx.needs_input_grad[1])
         dx = dx if needs_x else None

@@ -59,6 +59,8 @@ def _dynamic(head_dim, base, factor, scaling):
 def _llama3(plain, factor, scaling):
     """Long wavelengths are divided by factor, short ones kept, those between interpolated (Llama 3.1 model card)."""
     low, high = _positive(scaling, "low_freq_factor"), _positive(scaling, "high_freq_factor")
+    if high <= low:
+        fail(ValueError, "rope_table", "scaling['high_freq_factor']", f"more than low_freq_factor, {low}", high)
     trained = _positive(scaling, "original_max_position_embeddings")
     out = []
     for f in plain:
@@ -71,7 +73,10 @@ def _llama3(plain, factor, scaling):
 def _yarn(plain, head_dim, base, factor, scaling):
     """YaRN (arXiv:2309.00071): a ramp over dimensions between interpolated and kept; cos and sin times 0.1 ln(factor) + 1."""
     trained = _positive(scaling, "original_max_position_embeddings")
-    fast, slow = float(scaling.get("beta_fast", 32)), float(scaling.get("beta_slow", 1))
+    scaling = {"beta_fast": 32, "beta_slow": 1, **scaling}
+    fast, slow = _positive(scaling, "beta_fast"), _positive(scaling, "beta_slow")
+    if base <= 1:
+        fail(ValueError, "rope_table", "base", "more than 1 for yarn scaling", base)
 
     def dimension(turns):
         return head_dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(base))
@@ -85,8 +90,9 @@ def _yarn(plain, head_dim, base, factor, scaling):
     for i, f in enumerate(plain):
         stretched = min(1.0, max(0.0, (i - first) / (last - first)))
         out.append(stretched * f / factor + (1 - stretched) * f)
-    magnitude = scaling.get("attention_factor")
-    return out, float(magnitude) if magnitude is not None else (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
+    if scaling.get("attention_factor") is not None:
+        return out, float(_positive(scaling, "attention_factor"))
+    return out, 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _positive(scaling, key):
@@ -188,6 +194,10 @@ def rope_table(length_or_positions, head_dim, *, base=1e6, scaling=None, angles=
     return _FWD[chosen](positions.contiguous(), inv_freq, magnitude, angles == "float32")
 
 
+_KEYS = {"default": set(), "linear": set(), "dynamic": set(), "llama3": {"low_freq_factor", "high_freq_factor"},
+         "yarn": {"beta_fast", "beta_slow", "attention_factor", "truncate"}}
+
+
 def _check_scaling(head_dim, scaling):
     if scaling is None:
         return
@@ -195,5 +205,10 @@ def _check_scaling(head_dim, scaling):
         fail(TypeError, "rope_table", "scaling", "a dictionary or None", type(scaling).__name__)
     kind = scaling.get("rope_type", scaling.get("type"))
     check_choice("rope_table", "scaling['rope_type']", kind, ("default", "linear", "dynamic", "yarn", "llama3"))
+    known = _KEYS[kind] | {"type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings",
+                           "max_position_embeddings", "seq_len"}
+    for key in scaling:
+        if key not in known:
+            fail(ValueError, "rope_table", "scaling", f"keys among {', '.join(sorted(known))}", repr(key))
     if kind == "dynamic" and head_dim < 4:
         fail(ValueError, "rope_table", "head_dim", "at least 4 for dynamic scaling", head_dim)

@@ -106,7 +106,7 @@ class _PackedSwiGLU(torch.autograd.Function):
 
 def _as_packed_rows(x):
     """Halves of a contiguous tensor of more than three dimensions have strides that kernels cannot walk: fold first."""
-    return as_rows(x) if x.dim() <= 3 else as_rows(x.reshape(-1, x.shape[-2], x.shape[-1]))
+    return as_rows(x) if x.dim() <= 3 else as_rows(x.flatten(0, -3))
 
 
 def swiglu(gate, up=None, *, backend=None):

@@ -64,6 +64,16 @@ def test_a_frozen_weight_gets_no_work(generator):
     assert call[-1] is False
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_residual_alone_gives_the_weight_no_gradient(backend, generator):
+    """An optimizer would decay a weight whose gradient is zero instead of absent."""
+    x = torch.randn(4, 16, generator=generator, requires_grad=True)
+    weight = torch.ones(16, requires_grad=True)
+    _, h = rms_norm(x, weight, 1e-5, x.detach(), backend=backend)
+    h.sum().backward()
+    assert weight.grad is None and (x.grad == 1).all()
+
+
 def test_module_is_a_drop_in(generator):
     ours, theirs = nn.RMSNorm(48), torch.nn.RMSNorm(48, eps=1e-5)
     theirs.load_state_dict(ours.state_dict())

@@ -144,6 +144,27 @@ def test_cache_write(backend, dtype, kind, positions, generator):
         assert_bitwise({0: got[6]}, {0: want[6]})
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_reaches_the_int8_scale(backend):
+    qkv = torch.randn(2, 4 * 8)
+    qkv[1, 20] = float("nan")  # inside token 1's key
+    cos, sin = rope_table(2, 8)
+    k, v = (torch.zeros(1, 2, 1, 8, dtype=torch.int8) for _ in range(2))
+    scales = [torch.zeros(1, 2, 1) for _ in range(2)]
+    qkv_rope(qkv, cos, sin, num_heads=2, num_kv_heads=1, cache=KVCache(k, v, torch.arange(2), *scales), backend=backend)
+    assert scales[0].isnan().flatten().tolist() == [False, True] and not scales[1].isnan().any()
+
+
+def test_tables_outlive_inference_mode_and_the_meta_device(generator):
+    with torch.inference_mode():
+        rotary = nn.RotaryEmbedding(8, 16)
+        rotary(torch.randn(4, 2, 8), torch.randn(4, 1, 8))
+    q = torch.randn(4, 2, 8, generator=generator, requires_grad=True)
+    rotary(q, q)[0].sum().backward()
+    empty = nn.RotaryEmbedding(8, 16, device="meta").to_empty(device="cpu")
+    assert_bitwise({0: empty.cos, 1: empty.sin}, {0: rotary.cos, 1: rotary.sin})
+
+
 def test_module_counts_along_the_sequence(generator):
     rotary = nn.RotaryEmbedding(16, 64)
     q, k = torch.randn(2, 10, 4, 16, generator=generator), torch.randn(2, 10, 2, 16, generator=generator)

@@ -62,7 +62,8 @@ class RunCheckpoints:
         """(tensors, record) of the newest sound checkpoint; None where there are none at all.
 
         A damaged one is told to `warn`, with the file and its fault, and set aside as step-N.damaged.
-        Errors: CheckpointError where there are checkpoints, but no sound one: starting afresh is for the user to choose
+        Errors: CheckpointError where there are checkpoints, but no sound one: starting afresh is for the user to choose;
+                OSError where one cannot be read at present (permissions, open files): nothing is set aside then
         """
         self._clean_up()
         faults = []
@@ -72,7 +73,7 @@ class RunCheckpoints:
                 verify_manifest(path)
                 tensors = {p.name: load_file(p) for p in sorted(path.glob("*.safetensors"))}
                 return tensors, json.loads((path / RECORD).read_text())
-            except (CheckpointError, SafetensorError, OSError) as error:
+            except (CheckpointError, SafetensorError) as error:  # an OSError says nothing of the bytes: it is raised
                 faults.append(str(error))
                 aside = path.with_name(path.name + ".damaged")
                 warn(f"checkpoint {path.name} refused: {error}; set aside as {aside.name}")

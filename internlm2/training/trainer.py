@@ -145,7 +145,7 @@ class Trainer:
             "optimizer.safetensors": self.learner.optimizer_tensors(),
             "rng.safetensors": rng,
         }
-        return tensors, {"step": self.step, "data": self.batches.state_dict()}
+        return tensors, {"step": self.step, "skipped": self._skipped, "data": self.batches.state_dict()}
 
     def load_state(self, tensors: dict[str, dict[str, torch.Tensor]], record: dict) -> None:
         """Restores what state gave."""
@@ -156,7 +156,7 @@ class Trainer:
         torch.set_rng_state(rng["cpu"].clone())
         if "cuda" in rng and self.device.type == "cuda":
             torch.cuda.set_rng_state(rng["cuda"].clone(), self.device)
-        self.step = record["step"]
+        self.step, self._skipped = record["step"], record["skipped"]
 
     def save(self) -> bool:
         """Writes a checkpoint. A failure (a full disk) is shown and costs nothing but this checkpoint: the ones before

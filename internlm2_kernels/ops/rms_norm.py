@@ -136,21 +136,24 @@ class _RMSNorm(torch.autograd.Function):
         else:
             y, h, rstd = _ADD_FWD[backend](x, residual, weight, eps, hf)
         ctx.save_for_backward(h, weight, rstd)
-        ctx.hf, ctx.backend, ctx.has_residual = hf, backend, residual is not None
+        ctx.options = hf, backend, residual is not None
+        if residual is None:
+            return y
         ctx.set_materialize_grads(False)
-        return y if residual is None else (y, h)
+        return y, h
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dresidual=None):
         h, weight, rstd = ctx.saved_tensors
-        needs_x = ctx.needs_input_grad[0] or (ctx.has_residual and ctx.needs_input_grad[3])
+        hf, backend, has_residual = ctx.options
+        needs_x = ctx.needs_input_grad[0] or (has_residual and ctx.needs_input_grad[3])
         if dy is None:  # y was not used: only the residual branch carries a gradient
             return dresidual, None, None, dresidual, None, None
-        dx, dweight = _BWD[ctx.backend](as_rows(dy), None if dresidual is None else as_rows(dresidual), h, weight, rstd,
-                                        ctx.hf, ctx.needs_input_grad[1])
+        dx, dweight = _BWD[backend](as_rows(dy), None if dresidual is None else as_rows(dresidual), h, weight, rstd,
+                                    hf, ctx.needs_input_grad[1])
         dx = dx if needs_x else None
-        return dx, dweight if ctx.needs_input_grad[1] else None, None, dx if ctx.has_residual else None, None, None
+        return dx, dweight if ctx.needs_input_grad[1] else None, None, dx if has_residual else None, None, None
 
 
 def rms_norm(x, weight, eps=1e-5, residual=None, *, rounding="once", backend=None):
@@ -169,24 +172,30 @@ def rms_norm(x, weight, eps=1e-5, residual=None, *, rounding="once", backend=Non
     check_float("rms_norm", "x", x)
     if not isinstance(weight, torch.Tensor):
         fail(TypeError, "rms_norm", "weight", "a tensor", type(weight).__name__)
-    if x.dim() == 0 or x.shape[-1] == 0:
+    cols = x.shape[-1:]
+    if not cols or cols[0] == 0:
         fail(ValueError, "rms_norm", "x", "a last dimension of at least 1", list(x.shape))
     if weight.dtype != x.dtype and (weight.dtype != torch.float32 or x.dtype == torch.float64):
         fail(TypeError, "rms_norm", "weight", f"float32 or the dtype of x, {x.dtype}", weight.dtype)
-    check_shape("rms_norm", "weight", weight, (x.shape[-1],), "the last dimension of x")
+    if weight.shape != cols:
+        check_shape("rms_norm", "weight", weight, cols, "the last dimension of x")
     check_device("rms_norm", "weight", weight, x, "x")
     if not isinstance(eps, float) or not 0.0 <= eps < float("inf"):
         fail(ValueError, "rms_norm", "eps", "a finite float >= 0", repr(eps))
     if residual is not None:
         check_same("rms_norm", "residual", residual, x, "x")
         check_shape("rms_norm", "residual", residual, x.shape, "the shape of x")
-    check_choice("rms_norm", "rounding", rounding, ("once", "hf"))
+    hf = rounding == "hf"
+    if not hf:
+        check_choice("rms_norm", "rounding", rounding, ("once", "hf"))
     chosen = RMS_NORM.select(x, backend)
     if chosen == "reference":
         return reference(x, weight, eps, residual, rounding=rounding)
-    x, weight = as_rows(x), weight.contiguous()
-    residual = None if residual is None else as_rows(residual)
-    hf = rounding == "hf"
+    x = as_rows(x)
+    if not weight.is_contiguous():
+        weight = weight.contiguous()
+    if residual is not None:
+        residual = as_rows(residual)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad
                                     or (residual is not None and residual.requires_grad)):
         return _RMSNorm.apply(x, weight, eps, residual, hf, chosen)

@@ -104,7 +104,7 @@ def _fit_into(config: TrainConfig, seconds: float, step_s: float) -> TrainConfig
     """The configuration with as many steps as the time leaves room for, and a warm-up in proportion."""
     steps = int((seconds - REPORT_S) * SHARE_FOR_STEPS / step_s)
     steps = min(max(steps, MIN_STEPS), config.steps)
-    optimizer = dataclasses.replace(config.optimizer, warmup_steps=max(5, steps // 15))
+    optimizer = dataclasses.replace(config.optimizer, warmup_steps=max(5, steps // 5))
     return dataclasses.replace(config, steps=steps, optimizer=optimizer)
 
 

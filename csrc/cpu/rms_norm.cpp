@@ -38,9 +38,14 @@ void fwd_rows(const RmsNormFwd& a, int64_t begin, int64_t end) {
     const Acc rstd = Acc(1) / std::sqrt(total / static_cast<Acc>(cols) + static_cast<Acc>(a.eps));
     static_cast<Acc*>(a.rstd)[row] = rstd;
     const T* h = kResidual ? out : x;
+    const int64_t next = row + 1 < end ? row + 1 : row;
+    const T* next_x = static_cast<const T*>(a.x) + a.x_rows.offset(next);
+    const T* next_residual = kResidual ? static_cast<const T*>(a.residual) + a.residual_rows.offset(next) : nullptr;
     T* y = static_cast<T*>(a.y) + row * cols;
     const V scale(rstd);
     for_vectors<V, T>(cols, [&](int64_t i, auto n) VEC_LAMBDA {
+      prefetch<V>(next_x + i, n);  // so that this row's writes and the next one's reads are under way together
+      if constexpr (kResidual) prefetch<V>(next_residual + i, n);
       auto x_hat = load<V>(h + i, n) * scale;
       if constexpr (kHf) x_hat = rounded_to<T>(x_hat);
       store(y + i, x_hat * load<V>(weight + i, n), n);
@@ -88,7 +93,12 @@ void bwd_rows(const RmsNormBwd& a, int64_t row, acc_t<T>* partial) {
     const V mean((sums[r].a + sums[r].b).sum() / static_cast<Acc>(cols));
     const T* dresidual = a.dresidual ? static_cast<const T*>(a.dresidual) + a.dresidual_rows.offset(row + r) : nullptr;
     T* dx = static_cast<T*>(a.dx) + (row + r) * cols;
+    const int64_t next = row + r + kRows < a.h_rows.count() ? row + r + kRows : row + r;
+    const T* next_dy = static_cast<const T*>(a.dy) + a.dy_rows.offset(next);
+    const T* next_h = static_cast<const T*>(a.h) + a.h_rows.offset(next);
     for_vectors<V, T>(cols, [&](int64_t i, auto n) VEC_LAMBDA {
+      prefetch<V>(next_dy + i, n);
+      prefetch<V>(next_h + i, n);
       const auto g = load<V>(dy[r] + i, n) * load<V>(weight + i, n), x_hat = load<V>(h[r] + i, n) * scale[r];
       auto out = fnma(x_hat, mean, g) * scale[r];
       if (dresidual != nullptr) out = out + load<V>(dresidual + i, n);

@@ -144,6 +144,14 @@ template <typename V, typename Acc, typename L> VEC_INLINE void store_partial(Ac
   x.b.store(p + V::size);
 }
 
+// Asks for the cache lines of the elements that load(p, n) would read, into the second-level cache.
+template <typename V, typename T, typename L> VEC_INLINE void prefetch(const T* p, Both<L>) {
+  for (int i = 0; i < 2 * V::size * static_cast<int>(sizeof(T)); i += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(p) + i, _MM_HINT_T1);
+  }
+}
+template <typename V, typename T, typename N> VEC_INLINE void prefetch(const T*, N) {}
+
 // Runs body(i, n, u) over [0, cols): pairs of vectors in turns of kUnroll (u: the place in the turn, for independent sums),
 // pairs, a whole vector, and one partial vector with n = the lanes left. Their types differ, so that a whole vector never
 // takes a masked access: Zen 4 microcodes masked 16-bit stores.

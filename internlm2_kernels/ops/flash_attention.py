@@ -1,0 +1,311 @@
+"""Grouped-query attention without the matrix of scores, on dense and packed sequences, forward and backward."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .._checks import check_float, check_same, fail
+from .._registry import Case, Op, Sample
+from ._attention import (
+    attend,
+    autocast,
+    check_boundaries,
+    check_bound,
+    check_cu_seqlens,
+    check_heads,
+    check_options,
+    pairs_of,
+    sdpa,
+)
+from .apply_rope import native
+
+
+def _sequences(q, k, v, cu_q, cu_k):
+    """(q [S_q, H, d], k, v [S_k, G, d]) of every sequence."""
+    if cu_q is None:
+        return list(zip(q, k, v, strict=True))
+    split = lambda t, cu: t.split((cu[1:] - cu[:-1]).tolist())
+    return list(zip(split(q, cu_q), split(k, cu_k), split(v, cu_k), strict=True))
+
+
+def _on_sequences(one, q, k, v, cu_q, cu_k, return_lse):
+    """`one(q, k, v)` -> (out, lse) of every sequence, laid out as the operator returns them."""
+    results = [one(*sequence) for sequence in _sequences(q, k, v, cu_q, cu_k)]
+    if not results:
+        out, lse = q * 1, q[..., 0].transpose(-1, -2).float()
+    elif cu_q is None:
+        out, lse = (torch.stack(part) for part in zip(*results, strict=True))
+    else:
+        out, lse = torch.cat([o for o, _ in results]), torch.cat([x for _, x in results], 1)
+    return (out, lse) if return_lse else out
+
+
+def reference(q, k, v, *, causal=False, scale=None, window=None, softcap=0.0, cu_seqlens_q=None, cu_seqlens_k=None,
+              max_seqlen_q=None, max_seqlen_k=None, return_lse=False):
+    scale, left, right, softcap = check_options("flash_attention", q.shape[-1], scale, window, softcap)
+    wide = torch.promote_types(q.dtype, torch.float32)
+
+    def one(*sequence):
+        out, lse = attend(*(t.to(wide) for t in sequence), left, 0 if causal else right, scale, softcap)
+        return out.to(q.dtype), lse
+
+    return _on_sequences(one, q, k, v, cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, return_lse)
+
+
+def _eager(enable_gqa):
+    """SDPA a sequence; softmax written out in the given dtype where SDPA has no such option (soft-cap, lse)."""
+    def composition(q, k, v, *, causal=False, scale=None, window=None, softcap=0.0, cu_seqlens_q=None, cu_seqlens_k=None,
+                    max_seqlen_q=None, max_seqlen_k=None, return_lse=False):
+        scale, left, right, softcap = check_options("flash_attention", q.shape[-1], scale, window, softcap)
+        right = 0 if causal else right
+        cu_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        if softcap or return_lse:
+            one = lambda *sequence: (lambda out, lse: (out, lse.to(torch.promote_types(lse.dtype, torch.float32))))(
+                *attend(*sequence, left, right, scale, softcap))
+            return _on_sequences(one, q, k, v, cu_seqlens_q, cu_k, return_lse)
+        if cu_seqlens_q is None:
+            return sdpa(q, k, v, left, right, scale, enable_gqa)
+        parts = [sdpa(*(t[None] for t in sequence), left, right, scale, enable_gqa)[0]
+                 for sequence in _sequences(q, k, v, cu_seqlens_q, cu_k) if sequence[0].shape[0]]
+        return torch.cat(parts) if parts else q * 1
+
+    return composition
+
+
+def _fake_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_left, window_right, scale, softcap):
+    lse = q.shape[:-3] + (q.shape[-2], q.shape[-3])
+    return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _fake_bwd(dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_left,
+              window_right, scale, softcap):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _lengths(dims):
+    """(S_q, S_k) of every sequence of a case."""
+    if "lengths" in dims:
+        return list(zip(dims["lengths"], dims.get("key_lengths", dims["lengths"]), strict=True))
+    return [(dims["queries"], dims["keys"])] * dims["batch"]
+
+
+_OPTIONS = ("causal", "window", "softcap", "scale", "return_lse")
+
+
+def _sample(case, dtype, device, generator):
+    dims = case.dims
+    draw = lambda *shape: torch.randn(*shape, generator=generator, device=device).to(dtype)
+    inputs = {name: dims[name] for name in _OPTIONS if dims.get(name)}
+    lengths = _lengths(dims)
+    if "lengths" in dims:
+        ends = lambda values: torch.tensor([0, *values], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+        inputs["cu_seqlens_q"], inputs["cu_seqlens_k"] = (ends(part) for part in zip(*lengths, strict=True))
+        lead_q, lead_k = ((sum(part),) for part in zip(*lengths, strict=True))
+    else:
+        lead_q, lead_k = (dims["batch"], dims["queries"]), (dims["batch"], dims["keys"])
+    q = draw(*lead_q, dims["heads"], dims["head_dim"])
+    k, v = (draw(*lead_k, dims["kv_heads"], dims["head_dim"]) for _ in range(2))
+    return Sample({"q": q, "k": k, "v": v, **inputs}, ("q", "k", "v"))
+
+
+def _magnitude(sample, upstream):
+    """dq and dk are sums of p (dp - delta) times keys or queries, whose two parts cancel; lse is a logarithm of a sum of
+    exponentials as large as the largest score."""
+    inputs = dict(sample.inputs)
+    q, k, v = (inputs.pop(name) for name in "qkv")
+    causal, scale = inputs.get("causal", False), inputs.get("scale")
+    scale, left, right, softcap = check_options("flash_attention", q.shape[-1], scale, inputs.get("window"),
+                                                inputs.get("softcap", 0.0))
+    cu_q, cu_k = inputs.get("cu_seqlens_q"), inputs.get("cu_seqlens_k")
+    sizes = {"q": 0.0, "k": 0.0, "lse": 0.0}
+    douts = upstream.get("out")
+    douts = [None] * 10**6 if douts is None else _sequences(douts, k, v, cu_q, cu_k)
+    for (q1, k1, v1), dout in zip(_sequences(q, k, v, cu_q, cu_k), douts, strict=False):
+        if 0 in (q1.shape[0], k1.shape[0]):
+            continue
+        group = q1.shape[1] // k1.shape[1]
+        ke, ve = (t.repeat_interleave(group, 1) for t in (k1, v1))
+        s = torch.einsum("ihd,jhd->hij", q1, ke) * scale
+        sizes["lse"] = max(sizes["lse"], float(s.abs().max()))
+        if dout is None:
+            continue
+        out, lse = attend(q1, k1, v1, left, 0 if causal else right, scale, softcap)
+        s = softcap * torch.tanh(s / softcap) if softcap else s
+        p = torch.exp(s - lse.masked_fill(lse.isinf(), float("inf"))[..., None]).clamp(max=1)
+        dp = torch.einsum("ihd,jhd->hij", dout[0], ve).abs() + (dout[0] * out).sum(-1).T[..., None].abs()
+        terms = p * dp * scale
+        sizes["q"] = max(sizes["q"], float(torch.einsum("hij,jhd->ihd", terms, ke.abs()).max()))
+        sizes["k"] = max(sizes["k"], float(torch.einsum("hij,ihd->jhd", terms.square(), q1.square()).sqrt().max()))
+    return sizes
+
+
+def _bytes(dims, size, direction):
+    queries, keys = (sum(part) for part in zip(*_lengths(dims), strict=True))
+    rows = 2 * queries * dims["heads"] + 2 * keys * dims["kv_heads"]
+    return (rows if direction == "forward" else 2 * rows) * dims["head_dim"] * size + 4 * queries * dims["heads"]
+
+
+def _flops(dims, direction):
+    """Two products forward, five backward (the recomputed scores count), on the pairs that the mask allows."""
+    left, right = dims.get("window") or (-1, -1)
+    pairs = sum(pairs_of(a, b, left, 0 if dims.get("causal") else right) for a, b in _lengths(dims))
+    return (4 if direction == "forward" else 10) * pairs * dims["heads"] * dims["head_dim"]
+
+
+def _dense(kind, batch, queries, keys, heads, kv_heads, head_dim, **options):
+    return Case(kind, {"batch": batch, "queries": queries, "keys": keys, "heads": heads, "kv_heads": kv_heads,
+                       "head_dim": head_dim, **options})
+
+
+def _packed(kind, lengths, heads, kv_heads, head_dim, **options):
+    return Case(kind, {"lengths": tuple(lengths), "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, **options})
+
+
+FLASH_ATTENTION = Op(
+    name="flash_attention",
+    source="arXiv:2205.14135 algorithm 1, arXiv:2307.08691 (FlashAttention-2)",
+    summary="grouped-query attention, dense and packed, without the matrix of scores",
+    reference=reference,
+    public=lambda *args, **kwargs: flash_attention(*args, **kwargs),
+    schemas={
+        "fwd": "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int max_seqlen_q,"
+               " int max_seqlen_k, int window_left, int window_right, float scale, float softcap)"
+               " -> (Tensor out, Tensor lse)",
+        "bwd": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, Tensor? cu_seqlens_q,"
+               " Tensor? cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, int window_left, int window_right, float scale,"
+               " float softcap) -> (Tensor dq, Tensor dk, Tensor dv)",
+    },
+    fakes={"fwd": _fake_fwd, "bwd": _fake_bwd},
+    outputs=("out", "lse"),
+    sample=_sample,
+    cases=(
+        _dense("smoke", 3, 17, 17, 4, 2, 64, causal=True),
+        _dense("smoke", 2, 9, 33, 6, 1, 32, causal=True, return_lse=True),
+        _dense("smoke", 2, 37, 20, 2, 2, 40, window=(7, 3), softcap=5.0),
+        _packed("smoke", (5, 0, 33, 1), 4, 2, 64, causal=True, return_lse=True),
+        _dense("edge", 1, 1, 1, 1, 1, 32, causal=True),
+        _dense("edge", 0, 5, 5, 2, 1, 32),
+        _dense("edge", 1, 0, 5, 2, 1, 32),
+        _dense("edge", 1, 5, 0, 2, 1, 32, return_lse=True),
+        _dense("edge", 2, 65, 131, 3, 1, 96, window=(20, -1)),
+        _dense("edge", 1, 70, 70, 2, 1, 256, causal=True, scale=0.3),
+        Case("edge", {"lengths": (4, 0, 7), "key_lengths": (2, 3, 40), "heads": 2, "kv_heads": 2, "head_dim": 56,
+                      "causal": True, "return_lse": True}),
+        *(_dense("model", 1, length, length, heads, kv_heads, head_dim, causal=True)
+          for heads, kv_heads, head_dim in ((16, 8, 128), (32, 8, 128), (12, 2, 128), (32, 8, 64))
+          for length in (2048, 4096)),
+        _dense("model", 1, 16384, 16384, 16, 8, 128, causal=True),
+        *(_packed("model", lengths, 32, 8, 128, causal=True)
+          for lengths in ((512,) * 8, (256,) * 16, (64,) * 64, (256, 2816, 512, 1024, 384, 768, 1536, 896),
+                          (8192, *(64,) * 7))),
+    ),
+    eager={"SDPA enable_gqa": _eager(True), "SDPA expanded keys": _eager(False)},
+    batched=("q", "k", "v"),
+    bytes=_bytes,
+    flops=_flops,
+    magnitude=_magnitude,
+    rowwise=False,
+    autocast=True,
+    isas=("avx2", "avx512", "avx512_bf16"),
+    domain={"batch": (0, 2, 1), "queries": (0, 70, 1), "keys": (0, 70, 1), "head_dim": (32, 136, 8)},
+)
+_FWD, _BWD = FLASH_ATTENTION.overloads["fwd"], FLASH_ATTENTION.overloads["bwd"]
+
+
+class _FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_q, cu_k, options, backend):
+        out, lse = native(_FWD[backend], q, k, v, cu_q, cu_k, *options)
+        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
+        ctx.options, ctx.backend = options, backend
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dlse):
+        if dout is None and dlse is None:
+            return None, None, None, None, None, None, None
+        q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else _last_stride_1(dout)
+        dlse = None if dlse is None else dlse.contiguous()
+        dq, dk, dv = _BWD[ctx.backend](dout, q, k, v, out, lse, dlse, cu_q, cu_k, *ctx.options)
+        return dq, dk, dv, None, None, None, None
+
+
+def _last_stride_1(x):
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _check_layout(q, k, v, cu_q, cu_k):
+    """Packed with cu_seqlens, dense without."""
+    if cu_q is None:
+        if cu_k is not None:
+            fail(ValueError, "flash_attention", "cu_seqlens_k", "None where cu_seqlens_q is None", "a tensor")
+        layout, shape = "dense (no cu_seqlens_q)", "[B, S, heads, head_dim]"
+    else:
+        cu_q = check_cu_seqlens("flash_attention", "cu_seqlens_q", cu_q, q)
+        cu_k = cu_q if cu_k is None else check_cu_seqlens("flash_attention", "cu_seqlens_k", cu_k, q)
+        if cu_k.shape != cu_q.shape:
+            fail(ValueError, "flash_attention", "cu_seqlens_k", f"as many entries as cu_seqlens_q, {cu_q.shape[0]}",
+                 cu_k.shape[0])
+        layout, shape = "packed (with cu_seqlens_q)", "[T, heads, head_dim]"
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != (4 if cu_q is None else 3):
+            fail(ValueError, "flash_attention", name, f"{layout}: {shape}", list(tensor.shape))
+    if v.shape != k.shape:
+        fail(ValueError, "flash_attention", "v", f"the shape of k, {list(k.shape)}", list(v.shape))
+    if cu_q is None and q.shape[0] != k.shape[0]:
+        fail(ValueError, "flash_attention", "k", f"the batch size of q, {q.shape[0]}", k.shape[0])
+    return cu_q, cu_k
+
+
+def flash_attention(q, k, v, *, causal=False, scale=None, window=None, softcap=0.0, cu_seqlens_q=None, cu_seqlens_k=None,
+                    max_seqlen_q=None, max_seqlen_k=None, return_lse=False, backend=None):
+    """Attention: out_i = sum_j p_ij v_j, p = softmax over the allowed keys j of s_ij = scale q_i . k_j.
+
+    Shapes:   dense: q [B, S_q, H, d], k, v [B, S_k, G, d] -> out as q, lse [B, H, S_q];
+              packed: q [T_q, H, d], k, v [T_k, G, d], cu_seqlens_q, cu_seqlens_k int32 [sequences + 1] (the second defaults
+              to the first) -> out as q, lse [H, T_q]. H is a multiple of G; query head h reads key head h // (H / G).
+              d is a multiple of 8 from 32 to 256. Any strides but the last, so slices of a packed projection are read in
+              place
+    Mask:     query i of a sequence stands at position i + S_k - S_q. causal: keys up to its position; window=(left, right):
+              keys from position - left to position + right, -1 for no limit, causal makes right 0. A row with no key gives
+              out 0, lse -inf and no gradient
+    Options:  scale (default d^-0.5); softcap c > 0: s = c tanh(s / c); return_lse: also lse_i = log sum_j exp(s_ij)
+              (natural logarithm, float32, differentiable)
+    Dtypes:   float32 | bfloat16 | float16 | float64, all equal; scores, softmax and sums in float32 (float64 for float64),
+              probabilities enter the second product in the inputs' dtype; out and each gradient are rounded once. Under
+              autocast the inputs are cast to its dtype
+    Backward: saves q, k, v, out and lse (4 bytes a query and head) and computes the scores again; dq in one pass, dk and dv
+              in another, both accumulated in float32. Extra memory O(T). Deterministic: yes; forward is batch-invariant: a
+              sequence's bits do not change with what else is in the batch
+    Errors:   ValueError, TypeError. cu_seqlens that fall or overrun raise on CPU before memory is touched; on CUDA the rows
+              of such a sequence become NaN and `internlm2_kernels.check()` reports them
+    Cost:     4 d H flops a pair (query, allowed key) forward, 10 backward (of which 14 are spent). On CUDA with cu_seqlens,
+              max_seqlen_q or max_seqlen_k None costs one synchronisation: give both.
+              Source: arXiv:2205.14135, arXiv:2307.08691
+    """
+    check_float("flash_attention", "q", q)
+    check_same("flash_attention", "k", k, q, "q")
+    check_same("flash_attention", "v", v, q, "q")
+    cu_q, cu_k = _check_layout(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    check_heads("flash_attention", q, k, "k")
+    scale, left, right, softcap = check_options("flash_attention", q.shape[-1], scale, window, softcap)
+    right = 0 if causal else right
+    max_q = check_bound("flash_attention", "max_seqlen_q", max_seqlen_q)
+    max_k = check_bound("flash_attention", "max_seqlen_k", max_seqlen_k)
+    chosen = FLASH_ATTENTION.select(q, backend)
+    q, k, v = autocast(q, k, v)
+    if chosen == "reference":
+        if cu_q is not None:
+            check_boundaries("flash_attention", "cu_seqlens_q", cu_q, q.shape[0], max_q)
+            check_boundaries("flash_attention", "cu_seqlens_k", cu_k, k.shape[0], max_k)
+        return reference(q, k, v, scale=scale, window=(left, right), softcap=softcap, cu_seqlens_q=cu_q,
+                         cu_seqlens_k=cu_k, return_lse=return_lse)
+    q, k, v = _last_stride_1(q), _last_stride_1(k), _last_stride_1(v)
+    options = max_q, max_k, left, right, scale, softcap
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        out, lse = _FlashAttention.apply(q, k, v, cu_q, cu_k, options, chosen)
+    else:
+        out, lse = native(_FWD[chosen], q, k, v, cu_q, cu_k, *options)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,318 @@
+"""Attention of new tokens to a paged key/value cache: decode, chunked prefill, reuse of a prefix."""
+
+import torch
+
+from .._checks import check_device, check_float, check_shape, fail
+from .._registry import Case, Op, Sample
+from ._attention import (
+    attend,
+    check_boundaries,
+    check_bound,
+    check_cu_seqlens,
+    check_heads,
+    check_options,
+    pairs_of,
+    sdpa,
+)
+from .apply_rope import native
+
+
+def _gather(cache, scale, blocks, length, dtype):
+    """The keys or values [length, G, d] of one sequence from its blocks, in `dtype`; int8 times its scale, 0 counting as 1."""
+    x = cache[blocks.long()].flatten(0, 1)[:length].to(dtype)
+    if scale is None:
+        return x
+    s = scale[blocks.long()].flatten(0, 1)[:length].to(dtype)
+    return x * torch.where(s == 0, 1, s)[..., None]
+
+
+def _rows(q, seq_lens, cu_q):
+    """(first row, number of rows) of every sequence."""
+    bounds = list(range(seq_lens.shape[0] + 1)) if cu_q is None else cu_q.tolist()
+    return [(a, b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def _each(q, k_cache, v_cache, block_table, seq_lens, cu_q, k_scale, v_scale, dtype):
+    """(q [n, H, d], k, v [S, G, d]) of every sequence, gathered in `dtype`."""
+    size = k_cache.shape[1]
+    for (first, count), length, table in zip(_rows(q, seq_lens, cu_q), seq_lens.tolist(), block_table, strict=True):
+        blocks = table[: -(-length // size)]
+        yield (q[first: first + count].to(dtype), _gather(k_cache, k_scale, blocks, length, dtype),
+               _gather(v_cache, v_scale, blocks, length, dtype))
+
+
+def reference(q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=None, scale=None, window=None, softcap=0.0,
+              k_scale=None, v_scale=None, return_lse=False, max_seqlen_q=None):
+    scale, left, right, softcap = check_options("paged_attention", q.shape[-1], scale, window, softcap)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    results = [attend(*one, left, 0, scale, softcap) for one in
+               _each(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, k_scale, v_scale, wide)]
+    out = torch.cat([o for o, _ in results]).to(q.dtype) if results else q.clone()
+    lse = torch.cat([x for _, x in results], 1) if results else q.new_empty((q.shape[1], 0), dtype=wide)
+    return (out, lse) if return_lse else out
+
+
+class _Contiguous:
+    """What PyTorch has for decoding: SDPA on each sequence's keys laid end to end, which `prepare` gathers beforehand.
+
+    `folded` puts the query heads of a group in the rows of one product, which shares each key read but takes a mask where
+    there are several new tokens.
+    """
+
+    def __init__(self, enable_gqa, folded=False):
+        self.enable_gqa, self.folded = enable_gqa, folded
+
+    def __call__(self, *args, **kwargs):
+        return self.run(**self.prepare(*args, **kwargs))
+
+    def prepare(self, q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=None, scale=None, window=None, softcap=0.0,
+                k_scale=None, v_scale=None, return_lse=False, max_seqlen_q=None):
+        scale, left, right, softcap = check_options("paged_attention", q.shape[-1], scale, window, softcap)
+        parts = list(_each(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, k_scale, v_scale, q.dtype))
+        if len({(one[0].shape, one[1].shape) for one in parts}) == 1:  # equal lengths: one batched call
+            parts = [tuple(torch.stack(t) for t in zip(*parts, strict=True))]
+        else:
+            parts = [tuple(t[None] for t in one) for one in parts]
+        return dict(parts=parts, q=q, scale=scale, left=left, softcap=softcap, return_lse=return_lse)
+
+    def run(self, parts, q, scale, left, softcap, return_lse):
+        if softcap or return_lse:
+            results = [attend(*one, left, 0, scale, softcap) for part in parts for one in zip(*part, strict=True)]
+            out = torch.cat([o for o, _ in results]) if results else q.clone()
+            lse = torch.cat([x for _, x in results], 1).float() if results else q.new_empty((q.shape[1], 0)).float()
+            return (out, lse) if return_lse else out
+        outs = [self._one(part, left, scale).flatten(0, 1) for part in parts]
+        return torch.cat(outs) if outs else q.clone()
+
+    def _one(self, part, left, scale):
+        q, k, v = part
+        if not self.folded or q.shape[1] != 1:
+            return sdpa(q, k, v, left, 0, scale, self.enable_gqa)
+        group = q.shape[2] // k.shape[2]
+        rows = q.view(q.shape[0], k.shape[2], group, -1)  # one new token: its group's heads become the rows
+        if left >= 0:
+            k, v = k[:, -left - 1:], v[:, -left - 1:]
+        out = torch.nn.functional.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+        return out.reshape(q.shape)
+
+
+def _fake_fwd(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, max_seqlen_q, k_scale, v_scale, window_left, scale,
+              softcap):
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]),
+                                             dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _lengths(dims):
+    """(new tokens, length with them) of every sequence."""
+    return [(new, old + new) for new, old in zip(dims["new"], dims["cached"], strict=True)]
+
+
+def _sample(case, dtype, device, generator):
+    dims, size = case.dims, case.dims["block_size"]
+    heads, kv_heads, head_dim = dims["heads"], dims["kv_heads"], dims["head_dim"]
+    lengths = _lengths(dims)
+    used = [-(-length // size) for _, length in lengths]
+    spare, widest = 2, max(used, default=0) + 1
+    blocks = sum(used) + spare
+    order = torch.randperm(blocks, generator=generator, device=device).int()
+    table = torch.full((len(lengths), widest), -(2**30), dtype=torch.int32, device=device)  # garbage behind the last block
+    first = 0
+    for row, count in enumerate(used):
+        table[row, :count] = order[first: first + count]
+        first += count
+    draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)
+    inputs = {"q": draw(sum(new for new, _ in lengths), heads, head_dim).to(dtype)}
+    for name in ("k", "v"):
+        x = draw(blocks, size, kv_heads, head_dim)
+        if dims.get("int8"):
+            scale = x.abs().amax(-1) / 127
+            inputs[f"{name}_cache"] = (x / scale[..., None]).round().to(torch.int8)
+            inputs[f"{name}_scale"] = scale
+        else:
+            inputs[f"{name}_cache"] = x.to(dtype)
+    if not dims.get("int8"):
+        _poison(inputs, table, lengths, size)
+    inputs |= {"block_table": table,
+               "seq_lens": torch.tensor([length for _, length in lengths], dtype=torch.int32, device=device)}
+    if any(new != 1 for new, _ in lengths):
+        inputs["cu_seqlens_q"] = torch.tensor([0, *(new for new, _ in lengths)], dtype=torch.int32).cumsum(
+            0, dtype=torch.int32).to(device)
+    inputs |= {name: dims[name] for name in ("window", "softcap", "scale", "return_lse") if dims.get(name)}
+    return Sample(inputs)
+
+
+def _poison(inputs, table, lengths, size):
+    """Slots behind a sequence's end and blocks of nobody hold NaN, which must not be seen."""
+    for name in ("k_cache", "v_cache"):
+        kept = torch.zeros(inputs[name].shape[:2], dtype=torch.bool, device=table.device)
+        for row, (_, length) in enumerate(lengths):
+            slots = torch.arange(length, device=table.device)
+            kept[table[row, slots // size].long(), slots % size] = True
+        inputs[name][~kept] = float("nan")
+
+
+def _bytes(dims, size, direction):
+    keys = sum(length for _, length in _lengths(dims)) * dims["kv_heads"]
+    cache = 2 * keys * (dims["head_dim"] + 4 if dims.get("int8") else dims["head_dim"] * size)
+    return cache + 2 * sum(dims["new"]) * dims["heads"] * dims["head_dim"] * size
+
+
+def _flops(dims, direction):
+    left = (dims.get("window") or (-1, 0))[0]
+    pairs = sum(pairs_of(new, length, left, 0) for new, length in _lengths(dims))
+    return 4 * pairs * dims["heads"] * dims["head_dim"]
+
+
+def _case(kind, new, cached, heads, kv_heads, head_dim, block_size, **options):
+    return Case(kind, {"new": tuple(new), "cached": tuple(cached), "heads": heads, "kv_heads": kv_heads,
+                       "head_dim": head_dim, "block_size": block_size, **options})
+
+
+PAGED_ATTENTION = Op(
+    name="paged_attention",
+    source="arXiv:2309.06180 section 4.1 (paging), arXiv:2205.14135 (attention)",
+    summary="attention of new tokens to a paged key/value cache, float or int8",
+    reference=reference,
+    public=lambda *args, **kwargs: paged_attention(*args, **kwargs),
+    schemas={
+        "fwd": "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor? cu_seqlens_q,"
+               " int max_seqlen_q, Tensor? k_scale, Tensor? v_scale, int window_left, float scale, float softcap)"
+               " -> (Tensor out, Tensor lse)",
+    },
+    fakes={"fwd": _fake_fwd},
+    outputs=("out", "lse"),
+    sample=_sample,
+    cases=(
+        _case("smoke", (1, 1, 1), (0, 33, 70), 4, 2, 64, 16),
+        _case("smoke", (1, 7, 3), (64, 0, 20), 6, 1, 32, 5, return_lse=True),
+        _case("smoke", (1, 5), (40, 9), 4, 4, 64, 8, int8=True),
+        _case("smoke", (4, 1), (21, 50), 2, 1, 40, 1, window=(11, 0), softcap=4.0),
+        _case("edge", (), (), 2, 1, 32, 4),
+        _case("edge", (0, 2), (3, 0), 2, 1, 32, 4, return_lse=True),
+        _case("edge", (1,), (255,), 8, 1, 128, 256, int8=True),
+        *(_case("model", (1,) * batch, (keys - 1,) * batch, heads, kv_heads, 128, 64, **options)
+          for heads, kv_heads in ((16, 8), (32, 8), (48, 8)) for batch, keys in ((1, 32768), (8, 8192))
+          for options in ({}, {"int8": True})),
+    ),
+    eager={"SDPA enable_gqa, contiguous keys": _Contiguous(True), "SDPA expanded keys": _Contiguous(False),
+           "SDPA queries in rows, contiguous keys": _Contiguous(True, folded=True)},
+    batched=(),
+    bytes=_bytes,
+    flops=_flops,
+    directions=("forward",),
+    rowwise=False,
+    isas=("avx2", "avx512", "avx512_bf16"),
+    domain={"head_dim": (32, 136, 8), "block_size": (1, 20, 1)},
+)
+_FWD = PAGED_ATTENTION.overloads["fwd"]
+
+
+def _check_cache(q, k_cache, v_cache, k_scale, v_scale):
+    for name, cache, scale in (("k", k_cache, k_scale), ("v", v_cache, v_scale)):
+        argument = f"{name}_cache"
+        if not isinstance(cache, torch.Tensor):
+            fail(TypeError, "paged_attention", argument, "a tensor", type(cache).__name__)
+        if cache.dtype not in (q.dtype, torch.int8) or cache.dtype != k_cache.dtype:
+            fail(TypeError, "paged_attention", argument, f"{q.dtype} or int8, k_cache and v_cache alike", cache.dtype)
+        if cache.dim() != 4 or cache.shape != k_cache.shape or cache.shape[1] == 0:
+            fail(ValueError, "paged_attention", argument, "shape [blocks, block_size, kv_heads, head_dim], both alike",
+                 list(cache.shape))
+        if not cache.is_contiguous():
+            fail(ValueError, "paged_attention", argument, "a contiguous tensor", f"strides {cache.stride()}")
+        check_device("paged_attention", argument, cache, q, "q")
+        if (scale is not None) != (cache.dtype == torch.int8):
+            fail(ValueError, "paged_attention", f"{name}_scale", "a tensor with an int8 cache and None otherwise",
+                 "None" if scale is None else "a tensor")
+        if scale is not None:
+            if not isinstance(scale, torch.Tensor) or scale.dtype != torch.float32 or not scale.is_contiguous():
+                fail(TypeError, "paged_attention", f"{name}_scale", "a contiguous float32 tensor",
+                     getattr(scale, "dtype", type(scale).__name__))
+            check_shape("paged_attention", f"{name}_scale", scale, cache.shape[:3], "the cache's first three dimensions")
+            check_device("paged_attention", f"{name}_scale", scale, q, "q")
+
+
+def _check_integers(argument, value, shape, meaning, q):
+    if not isinstance(value, torch.Tensor):
+        fail(TypeError, "paged_attention", argument, "an int32 tensor", type(value).__name__)
+    if value.dtype != torch.int32:
+        fail(TypeError, "paged_attention", argument, "torch.int32", value.dtype)
+    if value.dim() != len(shape) or any(want is not None and got != want for got, want in zip(value.shape, shape, strict=True)):
+        fail(ValueError, "paged_attention", argument, meaning, list(value.shape))
+    check_device("paged_attention", argument, value, q, "q")
+    return value.contiguous()
+
+
+def _check_values(k_cache, block_table, seq_lens, rows):
+    """Lengths within the table and not shorter than the new tokens; entries of used blocks within the cache."""
+    if seq_lens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    size, blocks = k_cache.shape[1], k_cache.shape[0]
+    for index, (length, (_, new)) in enumerate(zip(seq_lens.tolist(), rows, strict=True)):
+        if not new <= length <= block_table.shape[1] * size:
+            fail(ValueError, "paged_attention", "seq_lens", f"values from the new tokens of a sequence, {new} in sequence "
+                 f"{index}, to max_blocks * block_size = {block_table.shape[1] * size}", length)
+        used = block_table[index, : -(-length // size)]
+        if used.numel() and (int(used.min()) < 0 or int(used.max()) >= blocks):
+            fail(ValueError, "paged_attention", "block_table", f"values from 0 to {blocks - 1} in the blocks in use",
+                 int(used.min()) if int(used.min()) < 0 else int(used.max()))
+
+
+def paged_attention(q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=None, scale=None, window=None, softcap=0.0,
+                    k_scale=None, v_scale=None, return_lse=False, max_seqlen_q=None, backend=None):
+    """Causal attention of each sequence's last tokens to all its keys in a paged cache.
+
+    Shapes:   q [T, H, d]: the new tokens of all sequences end to end, cu_seqlens_q int32 [sequences + 1] their bounds (None:
+              one token a sequence, T = sequences); k_cache, v_cache [blocks, block_size, G, d]; block_table int32
+              [sequences, max_blocks]: the block of keys 0 to block_size - 1, of the next, ...; seq_lens int32 [sequences]:
+              the keys of a sequence, the new tokens' included, which are in the cache already -> out [T, H, d], lse [H, T].
+              H is a multiple of G, d a multiple of 8 from 32 to 256. The caches are contiguous
+    Mask:     causal: new token i of n stands at position seq_len - n + i. window=(left, right): keys from position - left
+              on; right counts as 0
+    Cache:    q's dtype, or int8 with k_scale, v_scale float32 [blocks, block_size, G], a scale of 0 counting as 1: what
+              `qkv_rope` writes. Entries of block_table behind a sequence's last block, and slots behind its end, are never
+              used: they may hold anything
+    Options:  scale, softcap, return_lse as for `flash_attention`; max_seqlen_q bounds the new tokens of a sequence (on CUDA,
+              with cu_seqlens_q, None costs one synchronisation)
+    Dtypes:   float32 | bfloat16 | float16 | float64; float32 accumulation. A token's result is bit for bit what
+              `flash_attention` gives it in one packed prefill with the same backend and an unquantised cache. The keys
+              are split at fixed places and merged in order, so neither the batch nor the number of threads plays a part
+    Backward: none (inference): an argument that requires a gradient is an error. Deterministic: yes
+    Errors:   ValueError, TypeError; a length or a used block-table entry out of range raises on CPU before memory is
+              touched, on CUDA it makes the sequence's rows NaN and is reported by `internlm2_kernels.check()`
+    Cost:     memory-bound: reads the used part of the cache once for each group of H / G heads.
+              Source: arXiv:2309.06180 section 4.1
+    """
+    check_float("paged_attention", "q", q)
+    if q.dim() != 3:
+        fail(ValueError, "paged_attention", "q", "shape [T, heads, head_dim]", list(q.shape))
+    _check_cache(q, k_cache, v_cache, k_scale, v_scale)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k_cache, v_cache, k_scale, v_scale)):
+        fail(ValueError, "paged_attention", "q, k_cache, v_cache", "tensors that require no gradient (there is no backward)",
+             "requires_grad=True")
+    check_heads("paged_attention", q, k_cache, "k_cache")
+    scale, left, _, softcap = check_options("paged_attention", q.shape[-1], scale, window, softcap)
+    max_q = check_bound("paged_attention", "max_seqlen_q", max_seqlen_q)
+    seq_lens = _check_integers("seq_lens", seq_lens, (None,), "shape [sequences]", q)
+    sequences = seq_lens.shape[0]
+    block_table = _check_integers("block_table", block_table, (sequences, None), f"shape [{sequences}, max_blocks]", q)
+    if cu_seqlens_q is None:
+        if q.shape[0] != sequences:
+            fail(ValueError, "paged_attention", "cu_seqlens_q", "a tensor, unless q has one token a sequence "
+                 f"({sequences})", f"None with {q.shape[0]} tokens")
+        max_q = 1
+    else:
+        cu_seqlens_q = check_cu_seqlens("paged_attention", "cu_seqlens_q", cu_seqlens_q, q)
+        if cu_seqlens_q.shape[0] != sequences + 1:
+            fail(ValueError, "paged_attention", "cu_seqlens_q", f"shape [{sequences + 1}] (sequences + 1)",
+                 list(cu_seqlens_q.shape))
+    chosen = PAGED_ATTENTION.select(q, backend)
+    if chosen == "reference":
+        if cu_seqlens_q is not None:
+            check_boundaries("paged_attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0], max_q)
+        _check_values(k_cache, block_table, seq_lens, _rows(q, seq_lens, cu_seqlens_q))
+        return reference(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q=cu_seqlens_q, scale=scale,
+                         window=(left, 0), softcap=softcap, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    out, lse = native(_FWD[chosen], q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, max_q, k_scale, v_scale, left,
+                      scale, softcap)
+    return (out, lse) if return_lse else out

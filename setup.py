@@ -24,14 +24,14 @@ CXX = ("-O2 -fPIC -std=c++17 -fvisibility=hidden -fvisibility-inlines-hidden -fn
 AVX2 = "-mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX2 -DCPU_CAPABILITY_AVX2"
 AVX512 = ("-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -DCPU_CAPABILITY=AVX512 "
           "-DCPU_CAPABILITY_AVX512 -Wno-maybe-uninitialized -Wno-uninitialized")  # gcc 12's intrinsics warn falsely
+AVX512_BF16 = AVX512.replace("=AVX512", "=AVX512_BF16 -DCPU_CAPABILITY_AVX512_BF16 -mavx512bf16")
 
 
 def cuda_home():
     """The toolkit behind nvcc (which may be a wrapper), or None."""
-    wanted = os.environ.get("USE_CUDA")
-    nvcc = None if wanted == "0" else shutil.which("nvcc")
+    nvcc = None if os.environ.get("USE_CUDA") == "0" else shutil.which("nvcc")
     if nvcc is None:
-        if wanted == "1":
+        if os.environ.get("USE_CUDA") == "1":
             raise SystemExit("USE_CUDA=1, but there is no nvcc on the PATH.")
         return None
     dry = subprocess.run([nvcc, "-dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
@@ -39,7 +39,7 @@ def cuda_home():
 
 
 def ninja_file(torch_dir, torch_version, build):
-    """The text of build.ninja: baseline, AVX2, AVX-512, CUDA objects, linked in this order."""
+    """The text of build.ninja: baseline, AVX2, AVX-512, AVX-512 with bfloat16, CUDA objects, linked in this order."""
     home = cuda_home()
     archs = [a for a in re.split("[; ,]+", os.environ.get("CUDA_ARCHS", "80;90a;100a")) if a] if home else []
     facts = f'-DINTERNLM2_BUILD_TORCH=\\"{torch_version}\\"' + (
@@ -63,8 +63,8 @@ def ninja_file(torch_dir, torch_version, build):
 
     for source in sorted((ROOT / "csrc").glob("*.cpp")):
         add("cxx", source, flags=facts if source.name == "module.cpp" else "-DINTERNLM2_CUDA" if archs else "")
-    for tag, flags in ((".avx2", AVX2), (".avx512", AVX512)):
-        for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+    for tag, flags, names in ((".avx2", AVX2, "*"), (".avx512", AVX512, "*"), (".avx512_bf16", AVX512_BF16, "*attention*")):
+        for source in sorted((ROOT / "csrc/cpu").glob(f"{names}.cpp")):
             add("cxx", source, tag, flags)
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) if archs else ():
         add("cuda", source)
@@ -88,8 +88,8 @@ class Build(build_ext):
                            ("build.ninja", ninja_file(torch_dir, version, build))):
             if not (build / name).exists() or (build / name).read_text() != text:
                 (build / name).write_text(text)
-        command = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
-        subprocess.run([*command, "-C", str(build)], check=True)
+        ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
+        subprocess.run([*ninja, "-C", str(build)], check=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(build / "_C.so", target.with_suffix(".new"))

@@ -21,14 +21,14 @@ PYBIND11_MODULE(_C, m) {
 #endif
     return info;
   }, "Compiler, torch version at build time, and the CUDA architectures (empty: built without nvcc).");
-  m.def("cpu_isa", [] { return std::string(isa_name(isa())); }, "Instruction set in use: avx512, avx2 or '' (none).");
+  m.def("cpu_isa", [] { return std::string(isa_name(isa())); }, "Instruction set in use: avx512_bf16, avx512, avx2 or '' (none).");
   m.def("best_cpu_isa", [] { return std::string(isa_name(best_isa())); }, "The most this processor offers.");
   m.def("set_cpu_isa", [](const std::string& name) {
     if (!set_isa(name)) {
       throw py::value_error("set_cpu_isa: name: expected an instruction set of this processor (best: '" +
                             std::string(isa_name(best_isa())) + "'), got '" + name + "'");
     }
-  }, py::arg("name"), "Forces the AVX2 or the AVX-512 build of every kernel in this process.");
+  }, py::arg("name"), "Forces one build of every kernel in this process (those without bfloat16 products: AVX-512's).");
   m.def("set_error_word", [](int device, uintptr_t word) { set_error_word(device, reinterpret_cast<int*>(word)); },
         py::arg("device"), py::arg("word"), "Address of the int32 on a CUDA device in which kernels note a bad index.");
   m.def("set_error_word_maker", [](py::function maker) {

@@ -20,7 +20,8 @@ Isa detect() {
   }
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return avx512 ? Isa::avx512 : Isa::avx2;
+  if (!avx512) return Isa::avx2;
+  return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
 #else
   return Isa::none;
 #endif
@@ -29,7 +30,7 @@ Isa detect() {
 Isa initial() {  // torch's own switch is honoured, so that one variable forces the whole process
   const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
   const Isa best = best_isa();
-  if (wanted != nullptr && best == Isa::avx512 && (!std::strcmp(wanted, "avx2") || !std::strcmp(wanted, "default"))) {
+  if (wanted != nullptr && best >= Isa::avx512 && (!std::strcmp(wanted, "avx2") || !std::strcmp(wanted, "default"))) {
     return Isa::avx2;
   }
   return best;
@@ -71,7 +72,7 @@ Isa best_isa() {
 }
 
 bool set_isa(const std::string& name) {
-  for (Isa value : {Isa::avx2, Isa::avx512}) {
+  for (Isa value : {Isa::avx2, Isa::avx512, Isa::avx512_bf16}) {
     if (name == isa_name(value) && value <= best_isa()) {
       current().store(static_cast<int>(value));
       return true;
@@ -80,7 +81,15 @@ bool set_isa(const std::string& name) {
   return false;
 }
 
-const char* isa_name(Isa value) { return value == Isa::avx512 ? "avx512" : value == Isa::avx2 ? "avx2" : ""; }
+const char* isa_name(Isa value) {
+  switch (value) {
+    case Isa::avx2: return "avx2";
+    case Isa::avx512: return "avx512";
+    case Isa::avx512_bf16: return "avx512_bf16";
+    case Isa::amx: return "amx";
+    default: return "";
+  }
+}
 
 bool in_forked_child() {
   (void)fork_handler;

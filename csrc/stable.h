@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <atomic>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -78,6 +79,25 @@ inline void for_rows(int64_t n, int64_t grain, const F& f) {
   if (n <= 0) return;
   if (n <= grain || in_forked_child()) return f(0, n);
   torch::stable::parallel_for(0, n, grain, f);
+}
+
+// Threads for so many units of work that are handed out one by one.
+inline int64_t workers_for(int64_t units) {
+  if (units <= 1 || in_forked_child()) return 1;
+  const int64_t threads = torch::stable::get_num_threads();
+  return units < threads ? units : threads;
+}
+
+// f(unit, worker) for every unit in [0, units), each handed to the next free of `workers` threads in rising order: units of
+// unequal cost, the dear ones first. What a unit computes must not depend on its worker.
+template <typename F>
+inline void for_units(int64_t units, int64_t workers, const F& f) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t worker, int64_t) {
+    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) f(unit, worker);
+  };
+  if (workers <= 1) return work(0, 1);
+  torch::stable::parallel_for(0, workers, 1, work);
 }
 
 // Every index value of a CPU tensor (int32 or int64, contiguous) within [low, high), before anything is written; Python's

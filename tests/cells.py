@@ -9,27 +9,27 @@ import torch
 from internlm2_kernels import OPS
 from internlm2_kernels._registry import _C
 
-SETS = ("avx2", "avx512")
+SETS = ("avx2", "avx512", "avx512_bf16", "amx")
 
 
-def variants(device: str) -> list[tuple[str, str]]:
-    """(backend, instruction set) pairs that run on this device; on CPU every compiled check runs for each set."""
+def variants(device: str, op) -> list[tuple[str, str]]:
+    """(backend, instruction set) pairs that run on this device; on CPU every compiled check runs for each build of `op`."""
     if device == "cuda":
         return [("reference", ""), ("triton", ""), ("cuda", "")]
     native = sys.platform == "linux" and platform.machine() == "x86_64" and os.environ.get("USE_CPP", "1") != "0"
     best = _C.best_cpu_isa() if _C else "avx2" if native else ""  # a missing library is missing cells, not fewer
-    sets = SETS[: SETS.index(best) + 1 if best else 0]
+    sets = SETS[: SETS.index(best) + 1] if best in SETS else SETS if best else ()
     return [("reference", ""), *(("cpp", isa) for isa in sets), ("triton", "interpreted")]
 
 
 def expected(device: str) -> tuple[set[str], set[str]]:
     """The cells that must run on this device, and those of backends that belong to another."""
     here, elsewhere = set(), set()
-    runnable = {backend for backend, _ in variants(device)} | ({"cpp"} if device == "cpu" else set())
     for op in OPS.values():
+        runnable = {backend for backend, _ in variants(device, op)} | ({"cpp"} if device == "cpu" else set())
         for direction in op.directions:
             for dtype in op.dtypes:
-                for backend, isa in variants(device):
+                for backend, isa in variants(device, op):
                     if backend in op.backends:
                         here.add(name(op, backend, direction, dtype, isa))
                 for backend in set(op.backends) - runnable:

@@ -1,0 +1,150 @@
+// The matrix product of the attention kernels: C[m][n] = start + sum over k of A(m, k) * B[k][n].
+//
+// A's elements are broadcast from memory, at any row and step stride and any alignment; B is packed in rows of lanes; C is
+// held in registers while k runs. Every element of C is one sequential chain over k, so that no result depends on how the
+// product was cut into tiles. A policy says what an element is:
+//   Pairs  two bfloat16 that follow each other along k (one 32-bit element), float accumulators; AVX512_BF16 build only.
+//          Its products flush subnormals to zero.
+//   Real<float>, Real<double>  one number
+// MatrixOf<T> is the policy in which this build multiplies tensors of storage type T: bfloat16 and float16 that have no
+// products of their own are converted to float when they are packed.
+#pragma once
+#include "vec.h"
+
+namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
+
+template <typename T> struct Real {
+  using Element = T;
+  using Acc = T;
+  static constexpr int step = 1;  // indices of k in one element
+  struct Lanes { Vec<T> v; };
+  static VEC_INLINE Lanes broadcast(const char* p) {
+    T x;
+    std::memcpy(&x, p, sizeof(T));
+    return {Vec<T>(x)};
+  }
+  static VEC_INLINE Lanes load(const T* p) { return {Vec<T>::load(p)}; }
+  static VEC_INLINE Vec<T> add_product(Vec<T> c, Lanes a, Lanes b) { return fma(a.v, b.v, c); }
+};
+
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+struct Pairs {
+  using Element = uint32_t;
+  using Acc = float;
+  static constexpr int step = 2;
+  struct Lanes { __m512i v; };
+  static VEC_INLINE Lanes broadcast(const char* p) {
+    int32_t x;
+    std::memcpy(&x, p, sizeof(x));
+    return {_mm512_set1_epi32(x)};
+  }
+  static VEC_INLINE Lanes load(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+  static VEC_INLINE Vec<float> add_product(Vec<float> c, Lanes a, Lanes b) {
+    return _mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v));
+  }
+};
+template <typename T> struct MatrixOf { using type = std::conditional_t<is_bf16<T>, Pairs, Real<acc_t<T>>>; };
+#else
+template <typename T> struct MatrixOf { using type = Real<acc_t<T>>; };
+#endif
+template <typename T> using matrix_t = typename MatrixOf<T>::type;
+
+// Register tile: kTileRows x kTileVectors accumulators.
+constexpr int kTileRows = 6;
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kTileVectors = 4;
+#else
+constexpr int kTileVectors = 2;
+#endif
+template <typename P> constexpr int64_t kPanel = kTileVectors * Vec<typename P::Acc>::size;  // B's natural row of lanes
+
+// Where the chains begin: at 0, at C, or at factor[n] * C.
+enum class Start { zero, sum, scaled };
+
+// Strides of A in bytes, all others in elements.
+template <typename P> struct ProductArgs {
+  const void* a;
+  int64_t a_row_bytes, a_step_bytes;
+  const typename P::Element* b;  // [k][b_stride]
+  int64_t b_stride;
+  typename P::Acc* c;  // [m][c_stride]
+  int64_t c_stride;
+  int64_t m, n, k;  // n: a multiple of the lanes of a vector; k: in elements (pairs)
+  const typename P::Acc* factor = nullptr;  // [n], with Start::scaled
+};
+
+template <typename P, Start start, int kRows, int kVectors>
+VEC_INLINE void product_tile(const ProductArgs<P>& p, const char* a, const typename P::Element* b, typename P::Acc* c,
+                             const typename P::Acc* factor) {
+  using V = Vec<typename P::Acc>;
+  V acc[kRows][kVectors];
+  if constexpr (start != Start::zero) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      V scale;
+      if constexpr (start == Start::scaled) scale = V::load(factor + j * V::size);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        acc[i][j] = V::load(c + i * p.c_stride + j * V::size);
+        if constexpr (start == Start::scaled) acc[i][j] = acc[i][j] * scale;
+      }
+    }
+  }
+  for (int64_t k = 0; k < p.k; ++k) {
+    typename P::Lanes lanes[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) lanes[j] = P::load(b + j * V::size);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const typename P::Lanes one = P::broadcast(a + i * p.a_row_bytes);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) acc[i][j] = P::add_product(acc[i][j], one, lanes[j]);
+    }
+    a += p.a_step_bytes;
+    b += p.b_stride;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) acc[i][j].store(c + i * p.c_stride + j * V::size);
+  }
+}
+
+template <typename P, Start start, int kRows>
+__attribute__((noinline)) void product_rows(const ProductArgs<P>& p, const char* a, const typename P::Element* b,
+                                            typename P::Acc* c, const typename P::Acc* factor, int vectors) {
+  switch (vectors) {
+    case 1: return product_tile<P, start, kRows, 1>(p, a, b, c, factor);
+    case 2: return product_tile<P, start, kRows, 2>(p, a, b, c, factor);
+#if defined(CPU_CAPABILITY_AVX512)
+    case 3: return product_tile<P, start, kRows, 3>(p, a, b, c, factor);
+    case 4: return product_tile<P, start, kRows, 4>(p, a, b, c, factor);
+#endif
+  }
+}
+
+template <typename P, Start start> void product(const ProductArgs<P>& p) {
+  constexpr int64_t lanes = Vec<typename P::Acc>::size, panel = kPanel<P>;
+  const int64_t tiles = (p.m + kTileRows - 1) / kTileRows;  // rows shared out evenly: no tile is left with one or two
+  for (int64_t j = 0; j < p.n; j += panel) {
+    const int vectors = static_cast<int>((p.n - j < panel ? p.n - j : panel) / lanes);
+    const auto* b = p.b + j;
+    const auto* factor = p.factor + j;
+    for (int64_t t = 0, i = 0; t < tiles; ++t) {
+      const int64_t rows = p.m / tiles + (t < p.m % tiles);
+      const char* a = static_cast<const char*>(p.a) + i * p.a_row_bytes;
+      auto* c = p.c + i * p.c_stride + j;
+      switch (rows) {
+        case 1: product_rows<P, start, 1>(p, a, b, c, factor, vectors); break;
+        case 2: product_rows<P, start, 2>(p, a, b, c, factor, vectors); break;
+        case 3: product_rows<P, start, 3>(p, a, b, c, factor, vectors); break;
+        case 4: product_rows<P, start, 4>(p, a, b, c, factor, vectors); break;
+        case 5: product_rows<P, start, 5>(p, a, b, c, factor, vectors); break;
+        default: product_rows<P, start, 6>(p, a, b, c, factor, vectors); break;
+      }
+      i += rows;
+    }
+  }
+}
+
+}}}}  // namespace internlm2::cpu::CPU_CAPABILITY::(unnamed)

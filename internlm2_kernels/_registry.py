@@ -100,6 +100,7 @@ class Op:
     rowwise: bool = True  # each row or token is computed by itself, under any leading dimensions
     autocast: bool = False  # under autocast the floating-point inputs are cast to its dtype
     isas: tuple[str, ...] = ("avx2", "avx512")  # the instruction sets for which `cpp` has builds of their own
+    contiguous: tuple[str, ...] = ()  # arguments that must be: anything else is an error
     domain: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # dims with limits: lowest, highest, step
     overloads: dict[str, dict[str, Any]] = field(default_factory=dict)
     usable: dict[str, tuple[str, ...]] = field(default_factory=dict)

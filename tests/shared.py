@@ -3,6 +3,7 @@
 import contextlib
 
 import torch
+from cells import SETS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from internlm2_kernels._registry import _C, OPS, Case, Op, Sample
@@ -13,8 +14,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @contextlib.contextmanager
 def instruction_set(isa: str):
-    """Force the AVX2 or AVX-512 build inside the block; other values change nothing."""
-    if isa not in ("avx2", "avx512"):
+    """Force the build for one instruction set inside the block; what is none of them changes nothing."""
+    if isa not in SETS:
         yield
         return
     previous = _C.cpu_isa()
@@ -69,7 +70,17 @@ def rows_between(op: Op, sample: Sample, count: int, begin: int, end: int) -> Sa
 
 
 def row_count(case: Case) -> int:
-    return case.dims.get("rows", case.dims.get("tokens"))
+    """What the first dimension of the batched arguments counts; 0 for a case that has none."""
+    return next((case.dims[key] for key in ("rows", "tokens", "batch") if key in case.dims), 0)
+
+
+def widened(case: Case) -> Case:
+    """The case at a size that does run in parallel."""
+    larger = {"rows": 1031, "tokens": 1031, "queries": 300, "keys": 300}
+    dims = {key: larger.get(key, value) for key, value in case.dims.items()}
+    if "cached" in dims:
+        dims["cached"] = tuple(length + 5000 for length in dims["cached"])
+    return Case("wide", dims)
 
 
 class Recorder(TorchDispatchMode):

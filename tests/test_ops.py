@@ -23,6 +23,7 @@ from shared import (
     small_cases,
     smoke_cases,
     strided_copies,
+    widened,
 )
 
 from internlm2_kernels._registry import Case
@@ -32,7 +33,7 @@ from internlm2_kernels.testing import assert_ladder, draw_upstream, ladder, run,
 def pytest_generate_tests(metafunc):
     """`op` and `variant` (backend, instruction set) from the registry; tests that take `native` see cpp and triton only."""
     if "variant" in metafunc.fixturenames:
-        pairs = [(op, variant) for op in OPS.values() for variant in variants(metafunc.config.getoption("--device"))
+        pairs = [(op, variant) for op in OPS.values() for variant in variants(metafunc.config.getoption("--device"), op)
                  if variant[0] in op.backends and (variant[0] != "reference" or "native" not in metafunc.fixturenames)]
         metafunc.parametrize("op,variant", pairs, ids=[f"{op.name}-{'-'.join(filter(None, v))}" for op, v in pairs])
     elif "op" in metafunc.fixturenames:
@@ -113,12 +114,21 @@ def test_gradcheck(op, variant, backend, device, generator):
 
 
 def _dims(op):
-    """Sizes around the edges of vectors and tiles, for the keys that this operator's cases have."""
-    keys = {key: {case.dims.get(key) for case in small_cases(op)} for case in small_cases(op) for key in case.dims}
-    ranges = {"rows": st.integers(0, 40), "tokens": st.integers(0, 40), "cols": st.integers(1, 150),
-              "kv_heads": st.integers(1, 3), "heads": st.integers(1, 6), "head_dim": st.integers(1, 70).map(lambda d: 2 * d)}
-    drawn = {key: ranges[key] if key in ranges else st.sampled_from(sorted(values, key=str)) for key, values in keys.items()}
-    return st.fixed_dictionaries(drawn).map(
+    """Sizes around the edges of vectors and tiles, and every mixture of options, from the cases that the operator has."""
+    cases = small_cases(op)
+    limits = {"rows": (0, 40, 1), "tokens": (0, 40, 1), "cols": (1, 150, 1), "kv_heads": (1, 3, 1), "heads": (1, 6, 1),
+              "head_dim": (2, 140, 2), **op.domain}
+    options = {key: sorted({case.dims.get(key) for case in cases}, key=str) for case in cases for key in case.dims
+               if key not in limits and not isinstance(case.dims[key], tuple)}
+
+    def around(case):
+        sizes = {key: st.integers(low // step, high // step).map(lambda n, step=step: n * step)
+                 for key, (low, high, step) in limits.items() if key in case.dims}
+        chosen = {key: st.sampled_from(values) for key, values in options.items()}
+        fixed = {key: st.just(value) for key, value in case.dims.items() if key not in sizes and key not in chosen}
+        return st.fixed_dictionaries(sizes | chosen | fixed)
+
+    return st.sampled_from(cases).flatmap(around).map(
         lambda d: {**d, "heads": d["heads"] * d["kv_heads"]} if "kv_heads" in d else d)
 
 
@@ -202,12 +212,15 @@ def test_switching_the_backend_recompiles(op, device, generator):
 
     sample = sample_of(op, smoke_cases(op)[0], torch.float32, device, generator)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda **inputs: op.public(**inputs), fullgraph=True, backend=compiler)
+    compiled = torch.compile(lambda **inputs: op.public(**inputs), backend=compiler)
     native = "cpp" if device.type == "cpu" else "triton"
+    seen = []
     for backend in (native, "reference", native):
         with use_backend(backend), torch.no_grad():
             compiled(**sample.inputs)
-    assert [[name.endswith(native) for name in names] for names in called] == [[True], [], [True]], called
+        seen.append([name.rsplit(".", 1)[-1] for names in called for name in names])
+        called.clear()
+    assert seen == [[native], [], [native]]
 
 
 # --------------------------------------------------------------------------------- deterministic, batch-invariant
@@ -218,7 +231,7 @@ def test_bitwise_repeatable(op, variant, backend, native, dtype, device, generat
         pytest.skip(f"{op.name} has no {dtype}")
     case = max(smoke_cases(op), key=row_count)
     if variant[1] != "interpreted":
-        case = Case("wide", {**case.dims, "rows" if "rows" in case.dims else "tokens": 1031})
+        case = widened(case)
     sample = sample_of(op, case, dtype, device, generator)
     upstream = draw_upstream(op, sample, 1.0, generator)
     want = run(op, sample, backend, upstream)
@@ -264,6 +277,8 @@ def test_batch_invariant(op, variant, backend, native, dtype, device, generator)
         pytest.skip(f"{op.name} has no {dtype}")
     for case in smoke_cases(op):
         count = row_count(case)
+        if count == 0:  # packed: its sequences are their own tests' business
+            continue
         sample = sample_of(op, case, dtype, device, generator)
         whole = run(op, sample, backend)
         for begin, end in ((0, 1), (count - 1, count), (1, count - 1), (count // 2, count // 2 + 2)):
@@ -283,11 +298,11 @@ def test_strides(op, variant, backend, native, device, generator):
         upstream = draw_upstream(op, sample, 1.0, generator)
         want = run(op, sample, backend, upstream)
         for argument, value in sample.inputs.items():
-            if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            if not isinstance(value, torch.Tensor) or value.dim() == 0 or argument in op.contiguous:
                 continue
             for what, strided in strided_copies(value):
                 assert_bitwise(run(op, replaced(sample, **{argument: strided}), backend, upstream), want, f"{argument} {what}")
-            if value.dim() > 1:
+            if value.dim() > 1 and value.is_floating_point():
                 expanded = value[:1].expand_as(value)
                 got, flat = (run(op, replaced(sample, **{argument: e}), backend, upstream)
                              for e in (expanded, expanded.contiguous()))
@@ -303,8 +318,8 @@ def test_strides(op, variant, backend, native, device, generator):
 def test_leading_dimensions(op, variant, backend, native, device, generator):
     """Four leading dimensions give the rows of the flat call; what the first dimension counts is split in three."""
     case = smoke_cases(op)[0]
-    if op.name == "rope_table":
-        pytest.skip("positions have one dimension")
+    if op.name == "rope_table" or not op.rowwise:
+        pytest.skip(f"the dimensions of {op.name} are fixed")
     case = Case("lead", {**case.dims, "rows" if "rows" in case.dims else "tokens": 12, "positions": "int64"})
     sample = sample_of(op, case, torch.float32, device, generator)
     want = run(op, sample, backend)
@@ -316,8 +331,8 @@ def test_leading_dimensions(op, variant, backend, native, device, generator):
 
 def test_leading_dimensions_backward(op, variant, backend, native, device, generator):
     """Gradients through four leading dimensions, of a contiguous and of a transposed input."""
-    if "backward" not in op.directions or op.name == "rope_table":
-        pytest.skip("no backward")
+    if "backward" not in op.directions or not op.rowwise:
+        pytest.skip("no backward, or fixed dimensions")
     case = smoke_cases(op)[0]
     case = Case("lead", {**case.dims, "rows" if "rows" in case.dims else "tokens": 12, "positions": "int64"})
     sample = sample_of(op, case, torch.float32, device, generator)
@@ -337,6 +352,8 @@ def test_leading_dimensions_backward(op, variant, backend, native, device, gener
 @pytest.mark.parametrize("shape", ((0,), (0, 3), (2, 0, 3), (2, 3, 0)), ids=str)
 def test_nothing_in_any_dimension(op, variant, backend, native, shape, device, generator):
     """Empty leading dimensions of every rank, and the expanded gradient that `.sum().backward()` brings."""
+    if not op.rowwise:
+        pytest.skip(f"the dimensions of {op.name} are fixed")
     case = smoke_cases(op)[0]
     case = Case("empty", {**case.dims, "rows" if "rows" in case.dims else "tokens": 0, "positions": "int64"})
     sample = sample_of(op, case, torch.float32, device, generator)
@@ -449,8 +466,9 @@ def test_forward_mode_says_no(op, variant, backend, native, device, generator):
 
 
 def test_autocast_keeps_the_dtype(op, variant, backend, native, device, generator):
+    """Operators keep their inputs' dtype; those that cast, compute in autocast's."""
     sample = _first(op, device, generator)
-    want = run(op, sample, backend)
+    want = run(op, sample.to(torch.bfloat16) if op.autocast else sample, backend)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         assert_bitwise(run(op, sample, backend), want)
 

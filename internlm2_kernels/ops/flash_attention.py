@@ -108,8 +108,8 @@ def _sample(case, dtype, device, generator):
 
 
 def _magnitude(sample, upstream):
-    """dq and dk are sums of p (dp - delta) times keys or queries, whose two parts cancel; lse is a logarithm of a sum of
-    exponentials as large as the largest score."""
+    """dq and dk are sums of p (dp - delta) times keys or queries, whose two parts cancel: the root sum square of their terms.
+    lse is a logarithm of a sum of exponentials as large as the largest score."""
     inputs = dict(sample.inputs)
     q, k, v = (inputs.pop(name) for name in "qkv")
     causal, scale = inputs.get("causal", False), inputs.get("scale")
@@ -133,8 +133,8 @@ def _magnitude(sample, upstream):
         p = torch.exp(s - lse.masked_fill(lse.isinf(), float("inf"))[..., None]).clamp(max=1)
         dp = torch.einsum("ihd,jhd->hij", dout[0], ve).abs() + (dout[0] * out).sum(-1).T[..., None].abs()
         terms = p * dp * scale
-        sizes["q"] = max(sizes["q"], float(torch.einsum("hij,jhd->ihd", terms, ke.abs()).max()))
-        sizes["k"] = max(sizes["k"], float(torch.einsum("hij,ihd->jhd", terms.square(), q1.square()).sqrt().max()))
+        sizes["q"] = max(sizes["q"], float(torch.einsum("hij,jhd->ihd", terms.square(), ke.square()).max().sqrt()))
+        sizes["k"] = max(sizes["k"], float(torch.einsum("hij,ihd->jhd", terms.square(), q1.square()).max().sqrt()))
     return sizes
 
 
@@ -179,6 +179,7 @@ FLASH_ATTENTION = Op(
     sample=_sample,
     cases=(
         _dense("smoke", 3, 17, 17, 4, 2, 64, causal=True),
+        _dense("smoke", 4, 19, 23, 4, 2, 64),
         _dense("smoke", 2, 9, 33, 6, 1, 32, causal=True, return_lse=True),
         _dense("smoke", 2, 37, 20, 2, 2, 40, window=(7, 3), softcap=5.0),
         _packed("smoke", (5, 0, 33, 1), 4, 2, 64, causal=True, return_lse=True),
@@ -188,6 +189,8 @@ FLASH_ATTENTION = Op(
         _dense("edge", 1, 5, 0, 2, 1, 32, return_lse=True),
         _dense("edge", 2, 65, 131, 3, 1, 96, window=(20, -1)),
         _dense("edge", 1, 70, 70, 2, 1, 256, causal=True, scale=0.3),
+        _dense("edge", 1, 5, 7, 2, 1, 32, causal=True, return_lse=True),
+        _packed("edge", (3, 4), 2, 1, 32, window=(1, 0), softcap=2.0),
         Case("edge", {"lengths": (4, 0, 7), "key_lengths": (2, 3, 40), "heads": 2, "kv_heads": 2, "head_dim": 56,
                       "causal": True, "return_lse": True}),
         *(_dense("model", 1, length, length, heads, kv_heads, head_dim, causal=True)

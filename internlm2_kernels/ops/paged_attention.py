@@ -201,6 +201,7 @@ PAGED_ATTENTION = Op(
     flops=_flops,
     directions=("forward",),
     rowwise=False,
+    contiguous=("k_cache", "v_cache", "k_scale", "v_scale"),
     isas=("avx2", "avx512", "avx512_bf16"),
     domain={"head_dim": (32, 136, 8), "block_size": (1, 20, 1)},
 )

@@ -13,12 +13,33 @@ COS, SIN = ik.rope_table(6, 8)
 QKV = torch.randn(6, 64)
 POSITIONS = torch.arange(6)
 HEADS = {"num_heads": 4, "num_kv_heads": 2}
+AQ, AK = torch.randn(2, 6, 4, 32), torch.randn(2, 6, 2, 32)  # dense attention
+PQ, PK = AQ[0], AK[0]
 
 
 def cache(dtype=torch.float32, **changes):
     blocks = {"k": torch.zeros(2, 4, 2, 8, dtype=dtype), "v": torch.zeros(2, 4, 2, 8, dtype=dtype),
               "slots": torch.arange(6)}
     return KVCache(**{**blocks, **changes})
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def flash(q=AQ, k=AK, v=None, **options):
+    return lambda: ik.flash_attention(q, k, k if v is None else v, **options)
+
+
+def packed(cu_q, cu_k=None, **options):
+    return flash(PQ, PK, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options)
+
+
+def decode(**changes):
+    """One token of each of two sequences, 3 and 5 keys long, in blocks of 2."""
+    arguments = {"q": PQ[:2], "k_cache": torch.randn(6, 2, 2, 32), "v_cache": torch.randn(6, 2, 2, 32),
+                 "block_table": torch.tensor([[0, 1, -9], [5, 4, 3]], dtype=torch.int32), "seq_lens": int32(3, 5), **changes}
+    return lambda: ik.paged_attention(**arguments)
 
 
 def qkv(*args, **kwargs):
@@ -135,6 +156,90 @@ CASES = [
      "rope_table: scaling['high_freq_factor']: expected more than low_freq_factor, 4, got 4"),
     (qkv(QKV.clone().requires_grad_(), COS, SIN, cache=cache()), ValueError,
      "qkv_rope: cache: expected None where gradients are recorded (the write is not differentiable), got a cache"),
+    (flash([1.0]), TypeError, "flash_attention: q: expected a tensor, got list"),
+    (flash(AQ, AK.half()), TypeError, "flash_attention: k: expected the dtype of q, torch.float32, got torch.float16"),
+    (flash(AQ, AK, AK.bfloat16()), TypeError,
+     "flash_attention: v: expected the dtype of q, torch.float32, got torch.bfloat16"),
+    (flash(PQ, PK), ValueError,
+     "flash_attention: q: expected dense (no cu_seqlens_q): [B, S, heads, head_dim], got [6, 4, 32]"),
+    (flash(AQ, AK, cu_seqlens_q=int32(0, 6)), ValueError,
+     "flash_attention: q: expected packed (with cu_seqlens_q): [T, heads, head_dim], got [2, 6, 4, 32]"),
+    (flash(AQ, AK[:1]), ValueError, "flash_attention: k: expected the batch size of q, 2, got 1"),
+    (flash(AQ, AK, AK[:, :5]), ValueError,
+     "flash_attention: v: expected the shape of k, [2, 6, 2, 32], got [2, 5, 2, 32]"),
+    (flash(AQ[:, :, :3]), ValueError, "flash_attention: q: expected a number of heads that is a multiple of k's, 2, got 3"),
+    (flash(AQ[..., :24], AK[..., :24]), ValueError,
+     "flash_attention: q: expected a head size of 32 to 256 that is a multiple of 8, got 24"),
+    (flash(torch.randn(1, 2, 2, 36), torch.randn(1, 2, 2, 36)), ValueError,
+     "flash_attention: q: expected a head size of 32 to 256 that is a multiple of 8, got 36"),
+    (flash(torch.randn(1, 2, 2, 264), torch.randn(1, 2, 2, 264)), ValueError,
+     "flash_attention: q: expected a head size of 32 to 256 that is a multiple of 8, got 264"),
+    (flash(scale=0.0), ValueError, "flash_attention: scale: expected None or a finite number > 0, got 0.0"),
+    (flash(scale=NAN), ValueError, "flash_attention: scale: expected None or a finite number > 0, got nan"),
+    (flash(softcap=-1.0), ValueError, "flash_attention: softcap: expected a finite number >= 0 (0: none), got -1.0"),
+    (flash(window=3), ValueError,
+     "flash_attention: window: expected None or (left, right), integers >= -1, -1 for no limit, got 3"),
+    (flash(window=(3, -2)), ValueError,
+     "flash_attention: window: expected None or (left, right), integers >= -1, -1 for no limit, got (3, -2)"),
+    (flash(cu_seqlens_k=int32(0, 6)), ValueError,
+     "flash_attention: cu_seqlens_k: expected None where cu_seqlens_q is None, got a tensor"),
+    (packed([0, 6]), TypeError, "flash_attention: cu_seqlens_q: expected an int32 tensor [sequences + 1], got list"),
+    (packed(torch.tensor([0, 6])), TypeError, "flash_attention: cu_seqlens_q: expected torch.int32, got torch.int64"),
+    (packed(int32()), ValueError, "flash_attention: cu_seqlens_q: expected shape [sequences + 1], got [0]"),
+    (packed(int32(0, 3, 6), int32(0, 6)), ValueError,
+     "flash_attention: cu_seqlens_k: expected as many entries as cu_seqlens_q, 3, got 2"),
+    (packed(int32(0, 4, 3, 6)), ValueError,
+     "flash_attention: cu_seqlens_q: expected values that start at 0, never fall and end at 6, got [0, 4, 3, 6]"),
+    (packed(int32(0, 3, 7)), ValueError,
+     "flash_attention: cu_seqlens_q: expected values that start at 0, never fall and end at 6, got [0, 3, 7]"),
+    (packed(int32(0, 3, 5)), ValueError,
+     "flash_attention: cu_seqlens_q: expected values that start at 0, never fall and end at 6, got [0, 3, 5]"),
+    (packed(int32(1, 3, 6)), ValueError,
+     "flash_attention: cu_seqlens_q: expected values that start at 0, never fall and end at 6, got [1, 3, 6]"),
+    (packed(int32(0, 3, 6), int32(0, 2, 8)), ValueError,
+     "flash_attention: cu_seqlens_k: expected values that start at 0, never fall and end at 6, got [0, 2, 8]"),
+    (packed(int32(0, 2, 6), max_seqlen_q=3), ValueError,
+     "flash_attention: max_seqlen_q: expected at least the longest sequence, 4, got 3"),
+    (packed(int32(0, 2, 6), max_seqlen_k=-1), ValueError,
+     "flash_attention: max_seqlen_k: expected None or an integer >= 0, got -1"),
+    (decode(q=PQ[:2].half()), TypeError,
+     "paged_attention: k_cache: expected torch.float16 or int8, k_cache and v_cache alike, got torch.float32"),
+    (decode(q=PQ[0]), ValueError, "paged_attention: q: expected shape [T, heads, head_dim], got [4, 32]"),
+    (decode(v_cache=torch.zeros(6, 2, 2, 32, dtype=torch.int8)), TypeError,
+     "paged_attention: v_cache: expected torch.float32 or int8, k_cache and v_cache alike, got torch.int8"),
+    (decode(v_cache=torch.zeros(5, 2, 2, 32)), ValueError,
+     "paged_attention: v_cache: expected shape [blocks, block_size, kv_heads, head_dim], both alike, got [5, 2, 2, 32]"),
+    (decode(k_cache=torch.zeros(6, 2, 2, 64)[..., :32], v_cache=torch.zeros(6, 2, 2, 32)), ValueError,
+     "paged_attention: k_cache: expected a contiguous tensor, got strides (256, 128, 64, 1)"),
+    (decode(k_scale=torch.zeros(6, 2, 2)), ValueError,
+     "paged_attention: k_scale: expected a tensor with an int8 cache and None otherwise, got a tensor"),
+    (decode(q=PQ[:2, :3]), ValueError,
+     "paged_attention: q: expected a number of heads that is a multiple of k_cache's, 2, got 3"),
+    (decode(q=PQ[:3]), ValueError,
+     "paged_attention: cu_seqlens_q: expected a tensor, unless q has one token a sequence (2), got None with 3 tokens"),
+    (decode(seq_lens=torch.tensor([3, 5])), TypeError, "paged_attention: seq_lens: expected torch.int32, got torch.int64"),
+    (decode(block_table=int32(0, 1)), ValueError,
+     "paged_attention: block_table: expected shape [2, max_blocks], got [2]"),
+    (decode(block_table=torch.tensor([[0, 6, 0], [5, 4, 3]], dtype=torch.int32)), ValueError,
+     "paged_attention: block_table: expected values from 0 to 5 in the blocks in use, got 6"),
+    (decode(block_table=torch.tensor([[0, 1, 0], [5, -1, 3]], dtype=torch.int32)), ValueError,
+     "paged_attention: block_table: expected values from 0 to 5 in the blocks in use, got -1"),
+    (decode(seq_lens=int32(3, 7)), ValueError,
+     "paged_attention: seq_lens: expected values from the new tokens of a sequence, 1 in sequence 1, to max_blocks * "
+     "block_size = 6, got 7"),
+    (decode(seq_lens=int32(0, 5)), ValueError,
+     "paged_attention: seq_lens: expected values from the new tokens of a sequence, 1 in sequence 0, to max_blocks * "
+     "block_size = 6, got 0"),
+    (decode(q=PQ, cu_seqlens_q=int32(0, 4, 6)), ValueError,
+     "paged_attention: seq_lens: expected values from the new tokens of a sequence, 4 in sequence 0, to max_blocks * "
+     "block_size = 6, got 3"),
+    (decode(q=PQ, cu_seqlens_q=int32(0, 1, 5)), ValueError,
+     "paged_attention: cu_seqlens_q: expected values that start at 0, never fall and end at 6, got [0, 1, 5]"),
+    (decode(q=PQ, cu_seqlens_q=int32(0, 6)), ValueError,
+     "paged_attention: cu_seqlens_q: expected shape [3] (sequences + 1), got [2]"),
+    (decode(q=PQ[:2].clone().requires_grad_()), ValueError,
+     "paged_attention: q, k_cache, v_cache: expected tensors that require no gradient (there is no backward), got "
+     "requires_grad=True"),
 ]
 
 

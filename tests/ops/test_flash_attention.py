@@ -1,0 +1,274 @@
+"""What is special to flash_attention: FlashAttention's conventions case by case, packed sequences, views, long sequences."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cells import variants
+from shared import OPS, Recorder, assert_bitwise, instruction_set
+
+from internlm2_kernels import flash_attention, qkv_rope, rope_table
+from internlm2_kernels.ops._attention import attend
+
+OP = OPS["flash_attention"]
+VARIANTS = [v for v in variants("cpu", OP) if v[0] != "triton"]
+NATIVE = [v for v in VARIANTS if v[0] == "cpp"]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda v: "-".join(filter(None, v)))
+def backend(request):
+    with instruction_set(request.param[1]):
+        yield request.param[0]
+
+
+@pytest.fixture(params=NATIVE, ids=lambda v: "-".join(v))
+def native(request):
+    with instruction_set(request.param[1]):
+        yield request.param[0]
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def ends(*lengths):
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def seen_keys(queries, keys, backend, **options):
+    """Which keys each query sees: values are unit vectors and scores are equal, so the output shows the probabilities."""
+    q, k = torch.zeros(1, queries, 1, 32), torch.zeros(1, keys, 1, 32)
+    v = torch.eye(32)[:keys].reshape(1, keys, 1, 32)
+    return [[int(p > 0) for p in row[:keys]] for row in flash_attention(q, k, v, backend=backend, **options)[0, :, 0]]
+
+
+# ------------------------------------------------------------- the mask, as flash_attn documents it since version 2.1
+MASKS = [
+    (2, 5, {"causal": True}, [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]),
+    (5, 2, {"causal": True}, [[0, 0], [0, 0], [0, 0], [1, 0], [1, 1]]),
+    (4, 4, {"causal": True}, [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]),
+    (4, 4, {"window": (1, 0)}, [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]),
+    (4, 4, {"window": (1, 2), "causal": True}, [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]),
+    (3, 5, {"window": (1, 1)}, [[0, 1, 1, 1, 0], [0, 0, 1, 1, 1], [0, 0, 0, 1, 1]]),
+    (3, 3, {"window": (-1, 1)}, [[1, 1, 0], [1, 1, 1], [1, 1, 1]]),
+    (3, 3, {"window": (0, 0)}, [[1, 0, 0], [0, 1, 0], [0, 0, 1]]),
+    (2, 3, {"window": (-1, -1)}, [[1, 1, 1], [1, 1, 1]]),
+    (4, 1, {"window": (1, 1)}, [[0], [0], [1], [1]]),
+]
+
+
+@pytest.mark.parametrize("queries,keys,options,mask", MASKS, ids=[f"{m[0]}x{m[1]}-{m[2]}" for m in MASKS])
+def test_masks(queries, keys, options, mask, backend):
+    assert seen_keys(queries, keys, backend, **options) == mask
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_without_keys(dtype, backend):
+    """Output 0, lse -inf, gradients 0, and the other rows are those of the sequence without them."""
+    q, k, v = (randn(1, n, 2, 32, dtype=dtype, seed=n + i).requires_grad_() for i, n in enumerate((7, 3, 3)))
+    out, lse = flash_attention(q, k, v, causal=True, return_lse=True, backend=backend)
+    assert not out[:, :4].any() and (lse[..., :4] == -math.inf).all() and lse[..., 4:].isfinite().all()
+    tail = flash_attention(q[:, 4:], k, v, causal=True, backend=backend)
+    torch.testing.assert_close(out[:, 4:], tail)
+    dq, dk, dv = torch.autograd.grad(out.float().square().sum() + lse[..., 4:].sum(), (q, k, v))
+    assert not dq[:, :4].any() and dq[:, 4:].any() and all(g.isfinite().all() for g in (dq, dk, dv))
+
+
+def test_sequences_of_no_length(backend):
+    """Empty sequences in front, between and behind, of queries only, of keys only, of both."""
+    queries, keys = (0, 3, 0, 2, 4, 0), (0, 5, 4, 0, 4, 0)
+    q, k, v = randn(9, 4, 32), randn(13, 2, 32, seed=1), randn(13, 2, 32, seed=2)
+    out, lse = flash_attention(q, k, v, cu_seqlens_q=ends(*queries), cu_seqlens_k=ends(*keys), return_lse=True,
+                               backend=backend)
+    assert not out[3:5].any() and (lse[:, 3:5] == -math.inf).all()
+    for rows, columns in ((slice(0, 3), slice(0, 5)), (slice(5, 9), slice(9, 13))):
+        alone = flash_attention(q[None, rows], k[None, columns], v[None, columns], return_lse=True, backend=backend)
+        torch.testing.assert_close(out[rows], alone[0][0])
+        torch.testing.assert_close(lse[:, rows], alone[1][0])
+    nothing = flash_attention(q[:0], k[:0], v[:0], cu_seqlens_q=ends(), backend=backend)
+    assert nothing.shape == (0, 4, 32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_is_batch_invariant(dtype, native):
+    """A sequence's bits are the same alone, dense, and packed at any place among others; its gradients too."""
+    lengths = (37, 300, 1, 130)
+    q, k, v, dout = (randn(sum(lengths), heads, 64, dtype=dtype, seed=heads + i) for i, heads in enumerate((4, 2, 2, 4)))
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    out, lse = flash_attention(q, k, v, causal=True, cu_seqlens_q=ends(*lengths), return_lse=True, backend=native)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    start = 0
+    for length in lengths:
+        part = slice(start, start + length)
+        one = [t[None, part].detach().requires_grad_() for t in (q, k, v)]
+        alone, alone_lse = flash_attention(*one, causal=True, return_lse=True, backend=native)
+        assert_bitwise({"out": out[part].detach(), "lse": lse[:, part].detach()},
+                       {"out": alone[0].detach(), "lse": alone_lse[0].detach()}, f"{length}")
+        alone_grads = torch.autograd.grad(alone, one, dout[None, part])
+        assert_bitwise({n: g[part] for n, g in zip("qkv", grads, strict=True)},
+                       {n: g[0] for n, g in zip("qkv", alone_grads, strict=True)}, f"gradients of {length}")
+        start += length
+
+
+@pytest.mark.parametrize("keys", (100, 4095, 4096, 4097, 9000))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_a_row_does_not_depend_on_how_many_there_are(dtype, keys, native):
+    """The last 1, 7 and 100 queries alone give the bits they have among all: tiles and splits leave no trace."""
+    q, k, v = randn(1, keys, 4, 32, dtype=dtype), randn(1, keys, 2, 32, dtype=dtype, seed=1), randn(1, keys, 2, 32, dtype=dtype)
+    q = q[:, -min(keys, 200):]
+    whole, whole_lse = flash_attention(q, k, v, causal=True, return_lse=True, backend=native)
+    for count in (1, 7, 100):
+        out, lse = flash_attention(q[:, -count:], k, v, causal=True, return_lse=True, backend=native)
+        assert_bitwise({"out": out, "lse": lse}, {"out": whole[:, -count:], "lse": whole_lse[..., -count:]}, f"last {count}")
+
+
+def test_views_of_a_packed_projection_are_read_in_place(native):
+    """q, k, v as slices of one tensor [T, H + 2 G, d]: no copy is made, and the bits are those of copies."""
+    qkv, cu = randn(50, 6 + 2 * 2, 64), ends(20, 30)
+    views = qkv.split((6, 2, 2), 1)
+    with Recorder() as recorder:
+        out = flash_attention(*views, causal=True, cu_seqlens_q=cu, backend=native)
+    assert [call[0]._schema.name for call in recorder.calls if "split" not in call[0]._schema.name] == [
+        "internlm2::flash_attention_fwd"]
+    copies = flash_attention(*(t.contiguous() for t in views), causal=True, cu_seqlens_q=cu, backend=native)
+    assert_bitwise({"out": out}, {"out": copies})
+
+
+def test_after_qkv_rope(backend):
+    """The model's own chain, against the same chain on the reference in float64."""
+    cos, sin = rope_table(40, 64)
+    qkv = randn(40, 8 * 64)
+    run = lambda x, chosen: flash_attention(
+        *qkv_rope(x, cos, sin, num_heads=4, num_kv_heads=2, backend=chosen), causal=True, cu_seqlens_q=ends(11, 29),
+        backend=chosen)
+    torch.testing.assert_close(run(qkv, backend).double(), run(qkv.double(), "reference"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("enable_gqa", (True, False), ids=("enable_gqa", "expanded"))
+def test_bf16_gradients_are_more_exact_than_sdpas(enable_gqa, native):
+    """SDPA on CPU adds up dK and dV over blocks in bfloat16; ours are rounded once: at most 0.8 of its error."""
+    length, heads, kv_heads, dim = 2048, 4, 2, 64
+    data = [randn(1, length, h, dim, seed=i) for i, h in enumerate((heads, kv_heads, kv_heads, heads))]
+    bf16 = [t.bfloat16() for t in data]
+
+    def gradients(function, tensors):
+        leaves = [t.clone().requires_grad_() for t in tensors[:3]]
+        return torch.autograd.grad(function(*leaves), leaves, tensors[3])
+
+    gold = gradients(lambda q, k, v: flash_attention(q, k, v, causal=True, backend="cpp"), [t.double() for t in bf16])
+    ours = gradients(lambda q, k, v: flash_attention(q, k, v, causal=True, backend=native), bf16)
+    theirs = gradients(lambda *t: next(iter(OP.eager.values()) if enable_gqa else reversed(OP.eager.values()))(
+        *t, causal=True), bf16)
+    for name, g, a, b in zip("qkv", gold, ours, theirs, strict=True):
+        error, peer = ((x.double() - g).square().mean().sqrt() for x in (a, b))
+        assert error <= 0.8 * peer, f"d{name}: {error:.3g} against {peer:.3g}"
+
+
+def test_the_float64_kernel_is_exact(native):
+    """What the other tests take as gold: the cpp kernel in float64 against the plain reference."""
+    q, k, v = (randn(2, 90, h, 40, seed=h).double() for h in (4, 2, 2))
+    got, lse = flash_attention(q, k, v, window=(30, 4), softcap=3.0, return_lse=True, backend=native)
+    for i in range(2):
+        want, want_lse = attend(q[i], k[i], v[i], 30, 4, 40**-0.5, 3.0)
+        torch.testing.assert_close(got[i], want, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(lse[i], want_lse, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_large_scores_neither_overflow_nor_vanish(dtype, backend):
+    q, k, v = randn(1, 70, 2, 64, dtype=dtype) * 100, randn(1, 70, 2, 64, dtype=dtype, seed=1) * 100, randn(1, 70, 2, 64, dtype=dtype)
+    out, lse = flash_attention(q, k, v, causal=True, return_lse=True, backend=backend)
+    want = F.scaled_dot_product_attention(*(t.double().transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
+    assert out.isfinite().all() and lse.isfinite().all()
+    assert (out.double() - want).abs().max() <= 4 * torch.finfo(dtype).eps * want.abs().max() + 1e-4
+
+
+def test_infinity_and_nan_stay_in_their_sequence(native):
+    q, k, v = randn(60, 2, 32), randn(60, 2, 32, seed=1), randn(60, 2, 32, seed=2)
+    v[10, 0, 3], k[25, 1, 0] = math.inf, math.nan
+    cu = ends(20, 20, 20)
+    out = flash_attention(q, k, v, causal=True, cu_seqlens_q=cu, backend=native)
+    clean = flash_attention(q, k.nan_to_num(0), v.nan_to_num(posinf=0), causal=True, cu_seqlens_q=cu, backend=native)
+    touched = torch.zeros(60, 2, dtype=torch.bool)
+    touched[10:20, 0], touched[25:40, 1] = True, True
+    assert torch.equal(out[~touched], clean[~touched]) and not out[25:40, 1].isfinite().any()
+
+
+# -------------------------------------------------------------------------------------------------------- long sequences
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_two_hundred_thousand_tokens(dtype, generator):
+    """64 rows drawn uniformly, the last included, all heads, against a chunked float64 reference; under 1 GiB extra."""
+    from memory import peak_extra
+
+    length, chosen = 200_000, torch.cat((torch.randint(0, 199_999, (63,), generator=generator), torch.tensor([199_999])))
+    q, k, v = (torch.randn(1, length, h, 64, generator=generator).to(dtype) for h in (2, 1, 1))
+    out, extra = peak_extra(lambda: flash_attention(q, k, v, causal=True))
+    assert extra < 2**30, f"{extra / 2**20:.0f} MiB"
+    gold = rows_of_reference(q, k, v, chosen)
+    error = (out[0, chosen].double() - gold).abs()
+    eps = torch.finfo(dtype).eps
+    assert error.max() <= 2 * eps * gold.abs().max() + 1.25 * sdpa_rows_error(q, k, v, chosen, gold)
+
+
+def rows_of_reference(q, k, v, rows):
+    """float64 rows of causal attention, one at a time."""
+    out = []
+    for row in rows.tolist():
+        s = torch.einsum("hd,jd->hj", q[0, row].double(), k[0, : row + 1, 0].double()) * q.shape[-1] ** -0.5
+        out.append(torch.softmax(s, -1) @ v[0, : row + 1, 0].double())
+    return torch.stack(out)
+
+
+def sdpa_rows_error(q, k, v, rows, gold):
+    """The largest error of SDPA in the given dtype on the same rows."""
+    largest = 0.0
+    for row, want in zip(rows.tolist(), gold, strict=True):
+        got = F.scaled_dot_product_attention(q[0, row][:, None], k[0, : row + 1].transpose(0, 1).expand(2, -1, -1),
+                                             v[0, : row + 1].transpose(0, 1).expand(2, -1, -1))
+        largest = max(largest, float((got[:, 0].double() - want).abs().max()))
+    return largest
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_backward_at_64k_tokens(generator):
+    """Rows of dQ, dK and dV against float64, under 1 GiB of extra memory."""
+    from memory import peak_extra
+
+    length, dtype = 65_536, torch.bfloat16
+    q, k, v = (torch.randn(1, length, h, 64, generator=generator).to(dtype).requires_grad_() for h in (2, 1, 1))
+    dout = torch.randn(1, length, 2, 64, generator=generator).to(dtype)
+    (out, *grads), extra = peak_extra(lambda: (
+        lambda o: (o, *torch.autograd.grad(o, (q, k, v), dout)))(flash_attention(q, k, v, causal=True)))
+    assert extra < 2**30, f"{extra / 2**20:.0f} MiB"
+    columns = torch.cat((torch.randint(0, length - 1, (30,), generator=generator), torch.tensor([0, length - 1])))
+    gold = backward_of_reference(*(t.detach()[0].double() for t in (q, k, v)), dout[0].double(), columns)
+    for name, got, want in zip(("dq", "dk", "dv"), grads, gold, strict=True):
+        error = (got[0, columns].double() - want).square().mean().sqrt()
+        assert error <= 0.01 * want.square().mean().sqrt(), f"{name}: {error:.3g}"
+
+
+def backward_of_reference(q, k, v, dout, which):
+    """float64 dq, dk, dv at the tokens `which` of one key head's group, in blocks of queries."""
+    length, heads, dim = q.shape
+    scale, dq = dim**-0.5, torch.zeros(len(which), heads, dim, dtype=torch.float64)
+    dk, dv = torch.zeros(len(which), dim, dtype=torch.float64), torch.zeros(len(which), dim, dtype=torch.float64)
+    for head in range(heads):
+        for first in range(0, length, 1024):
+            rows = torch.arange(first, first + 1024)
+            keys = first + 1024
+            s = (q[rows, head] @ k[:keys, 0].T * scale).masked_fill(torch.arange(keys) > rows[:, None], -math.inf)
+            p = torch.softmax(s, -1)
+            dp = dout[rows, head] @ v[:keys, 0].T
+            ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+            seen = which[which < keys]
+            inside = (which < keys).nonzero().flatten()
+            dk[inside] += (ds[:, seen].T @ q[rows, head])
+            dv[inside] += (p[:, seen].T @ dout[rows, head])
+            mine = ((which >= first) & (which < keys)).nonzero().flatten()
+            dq[mine, head] = ds[which[mine] - first] @ k[:keys, 0]
+    return dq, dk[:, None], dv[:, None]

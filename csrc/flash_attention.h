@@ -3,6 +3,9 @@
 #pragma once
 #include "types.h"
 
+// Inlined everywhere: a shared out-of-line copy would be compiled for one of the instruction sets.
+#define ATTENTION_INLINE inline __attribute__((always_inline))
+
 namespace internlm2 {
 
 // q, k, v, out or a gradient: [sequences, tokens, heads, d] where dense, [tokens, heads, d] where packed (its sequence
@@ -19,31 +22,31 @@ struct Attention {
   const int32_t *cu_q, *cu_k;  // [sequences + 1]
   int64_t seqlen_q, seqlen_k;
   int64_t window_left, window_right;  // -1: unlimited
-  double scale, softcap;
+  double scale, softcap;  // scale > 0; softcap 0: none
   AttentionTensor q, k, v;
   int64_t lse_sequence_stride, lse_head_stride;  // of lse, and of what else is kept a query row and head
 
-  int64_t group() const { return heads / kv_heads; }
-  int64_t begin_q(int64_t s) const { return cu_q ? cu_q[s] : 0; }
-  int64_t begin_k(int64_t s) const { return cu_k ? cu_k[s] : 0; }
-  int64_t length_q(int64_t s) const { return cu_q ? cu_q[s + 1] - cu_q[s] : seqlen_q; }
-  int64_t length_k(int64_t s) const { return cu_k ? cu_k[s + 1] - cu_k[s] : seqlen_k; }
+  ATTENTION_INLINE int64_t group() const { return heads / kv_heads; }
+  ATTENTION_INLINE int64_t begin_q(int64_t s) const { return cu_q ? cu_q[s] : 0; }
+  ATTENTION_INLINE int64_t begin_k(int64_t s) const { return cu_k ? cu_k[s] : 0; }
+  ATTENTION_INLINE int64_t length_q(int64_t s) const { return cu_q ? cu_q[s + 1] - cu_q[s] : seqlen_q; }
+  ATTENTION_INLINE int64_t length_k(int64_t s) const { return cu_k ? cu_k[s + 1] - cu_k[s] : seqlen_k; }
   // Offset of a sequence's first element of a head, in elements.
-  int64_t offset_q(const AttentionTensor& t, int64_t s, int64_t head) const {
+  ATTENTION_INLINE int64_t offset_q(const AttentionTensor& t, int64_t s, int64_t head) const {
     return cu_q ? cu_q[s] * t.token_stride + head * t.head_stride : s * t.sequence_stride + head * t.head_stride;
   }
-  int64_t offset_k(const AttentionTensor& t, int64_t s, int64_t head) const {
+  ATTENTION_INLINE int64_t offset_k(const AttentionTensor& t, int64_t s, int64_t head) const {
     return cu_k ? cu_k[s] * t.token_stride + head * t.head_stride : s * t.sequence_stride + head * t.head_stride;
   }
-  int64_t offset_lse(int64_t s, int64_t head) const {
+  ATTENTION_INLINE int64_t offset_lse(int64_t s, int64_t head) const {
     return (cu_q ? cu_q[s] : s * lse_sequence_stride) + head * lse_head_stride;
   }
   // Keys [first, last) that query row i may see; last <= first: none. Row i stands at position i + length_k - length_q.
-  int64_t first_key(int64_t s, int64_t i) const {
+  ATTENTION_INLINE int64_t first_key(int64_t s, int64_t i) const {
     const int64_t position = i + length_k(s) - length_q(s);
     return window_left < 0 || position < window_left ? 0 : position - window_left;
   }
-  int64_t last_key(int64_t s, int64_t i) const {
+  ATTENTION_INLINE int64_t last_key(int64_t s, int64_t i) const {
     const int64_t position = i + length_k(s) - length_q(s), keys = length_k(s);
     if (window_right < 0 || position + window_right + 1 > keys) return keys;
     return position + window_right < 0 ? 0 : position + window_right + 1;

@@ -4,12 +4,13 @@
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
-// exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln 2 / 2. Within 1 ulp; NaN stays NaN, overflow is inf, underflow
-// goes through the subnormals to 0. ln 2 is split in two so that n * (upper part) is exact.
-// Polynomial: 1 + r + r^2 q(r), q fitted for least maximum relative error (3.1e-9).
-VEC_INLINE Vec<float> exp(Vec<float> x) {
+// exp(x) = 2^n * (1 + p), n = round(x / ln 2); with r = x - n ln 2, |r| <= ln 2 / 2, p = r + r^2 q(r). ln 2 is split in two
+// so that n * (upper part) is exact.
+template <typename V> struct ExpParts { V p, n; };
+
+// q fitted for least maximum relative error of 1 + p (3.1e-9).
+VEC_INLINE ExpParts<Vec<float>> exp_parts(Vec<float> x) {
   using V = Vec<float>;
-  x = min(V(89.0f), max(V(-104.0f), x));  // in this order min and max pass a NaN on
   const V n = round(x * V(1.44269504f));
   V r = fnma(n, V(0.693359375f), x);
   r = fnma(n, V(-2.12194440e-4f), r);
@@ -17,13 +18,12 @@ VEC_INLINE Vec<float> exp(Vec<float> x) {
   q = fma(q, r, V(0x1.5558f2p-5f));
   q = fma(q, r, V(0x1.555492p-3f));
   q = fma(q, r, V(0x1.fffffcp-2f));
-  return scale2(fma(q * r, r, r) + V(1.0f), n);
+  return {fma(q * r, r, r), n};
 }
 
 // The same in double; Taylor's polynomial of degree 13 is exact to 5e-18 on this interval.
-VEC_INLINE Vec<double> exp(Vec<double> x) {
+VEC_INLINE ExpParts<Vec<double>> exp_parts(Vec<double> x) {
   using V = Vec<double>;
-  x = min(V(710.0), max(V(-746.0), x));
   const V n = round(x * V(1.4426950408889634));
   V r = fnma(n, V(0x1.62e42feep-1), x);
   r = fnma(n, V(0x1.a39ef35793c76p-33), r);
@@ -39,7 +39,26 @@ VEC_INLINE Vec<double> exp(Vec<double> x) {
   q = fma(q, r, V(1.0 / 24.0));
   q = fma(q, r, V(1.0 / 6.0));
   q = fma(q, r, V(0.5));
-  return scale2(fma(q * r, r, r) + V(1.0), n);
+  return {fma(q * r, r, r), n};
+}
+
+// Within 1 ulp; NaN stays NaN (in this order min and max pass it on), overflow is inf, underflow goes through the
+// subnormals to 0.
+template <typename Acc> VEC_INLINE Vec<Acc> exp(Vec<Acc> x) {
+  using V = Vec<Acc>;
+  constexpr bool narrow = sizeof(Acc) == 4;
+  const auto e = exp_parts(min(V(narrow ? 89 : 710), max(V(narrow ? -104 : -746), x)));
+  return scale2(e.p + V(1), e.n);
+}
+
+// tanh(x) = m / (m + 2), m = exp(2x) - 1 = 2^n p + (2^n - 1): nothing cancels for small x. Within 3 ulp.
+template <typename Acc> VEC_INLINE Vec<Acc> tanh(Vec<Acc> x) {
+  using V = Vec<Acc>;
+  constexpr int most = sizeof(Acc) == 4 ? 10 : 20;  // there tanh rounds to 1
+  x = min(V(most), max(V(-most), x));
+  const auto e = exp_parts(x + x);
+  const V power = scale2(V(1), e.n), m = fma(e.p, power, power - V(1));
+  return m / (m + V(2));
 }
 
 // 2^x for results that are rounded to 16 bits: within 2^-18 of it. 2^n * (1 + f q(f)) with f the rest, q of degree 3 fitted

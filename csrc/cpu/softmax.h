@@ -1,0 +1,70 @@
+// What stands between the two products of attention: masks, the soft-cap, exponentials, weights as operands.
+#pragma once
+#include "math.h"
+#include "product.h"
+
+namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
+
+constexpr double kInfinity = __builtin_huge_val();
+
+// Scores of 16-bit tensors are kept to the base 2, where the exponential is cheapest; others natural, where it is exact.
+template <typename T> constexpr bool kBase2 = sizeof(T) == 2;
+template <typename T> constexpr double kLogBase = kBase2<T> ? 0.6931471805599453 : 1.0;  // natural = kLogBase * kept
+template <typename T, typename V> VEC_INLINE V exp_of(V x) {
+  if constexpr (kBase2<T>) return exp2_for_16_bits(x);
+  else return exp(x);
+}
+
+// s where low <= j < high, else -inf.
+#if defined(CPU_CAPABILITY_AVX512)
+VEC_INLINE Vec<float> within(Vec<float> s, Vec<float> j, Vec<float> low, Vec<float> high) {
+  const __mmask16 keep = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(j.v, low.v, _CMP_GE_OQ), j.v, high.v, _CMP_LT_OQ);
+  return _mm512_mask_mov_ps(_mm512_set1_ps(-kInfinity), keep, s.v);
+}
+VEC_INLINE Vec<double> within(Vec<double> s, Vec<double> j, Vec<double> low, Vec<double> high) {
+  const __mmask8 keep = _mm512_mask_cmp_pd_mask(_mm512_cmp_pd_mask(j.v, low.v, _CMP_GE_OQ), j.v, high.v, _CMP_LT_OQ);
+  return _mm512_mask_mov_pd(_mm512_set1_pd(-kInfinity), keep, s.v);
+}
+// x, and 0 where it is -inf: a row that has seen no key is shifted by nothing.
+VEC_INLINE Vec<float> finite_shift(Vec<float> x) {
+  return _mm512_mask_mov_ps(x.v, _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-kInfinity), _CMP_EQ_OQ), _mm512_setzero_ps());
+}
+VEC_INLINE Vec<double> finite_shift(Vec<double> x) {
+  return _mm512_mask_mov_pd(x.v, _mm512_cmp_pd_mask(x.v, _mm512_set1_pd(-kInfinity), _CMP_EQ_OQ), _mm512_setzero_pd());
+}
+#else
+VEC_INLINE Vec<float> within(Vec<float> s, Vec<float> j, Vec<float> low, Vec<float> high) {
+  const __m256 keep = _mm256_and_ps(_mm256_cmp_ps(j.v, low.v, _CMP_GE_OQ), _mm256_cmp_ps(j.v, high.v, _CMP_LT_OQ));
+  return _mm256_blendv_ps(_mm256_set1_ps(-kInfinity), s.v, keep);
+}
+VEC_INLINE Vec<double> within(Vec<double> s, Vec<double> j, Vec<double> low, Vec<double> high) {
+  const __m256d keep = _mm256_and_pd(_mm256_cmp_pd(j.v, low.v, _CMP_GE_OQ), _mm256_cmp_pd(j.v, high.v, _CMP_LT_OQ));
+  return _mm256_blendv_pd(_mm256_set1_pd(-kInfinity), s.v, keep);
+}
+VEC_INLINE Vec<float> finite_shift(Vec<float> x) {
+  return _mm256_blendv_ps(x.v, _mm256_setzero_ps(), _mm256_cmp_ps(x.v, _mm256_set1_ps(-kInfinity), _CMP_EQ_OQ));
+}
+VEC_INLINE Vec<double> finite_shift(Vec<double> x) {
+  return _mm256_blendv_pd(x.v, _mm256_setzero_pd(), _mm256_cmp_pd(x.v, _mm256_set1_pd(-kInfinity), _CMP_EQ_OQ));
+}
+#endif
+
+// Weights of `step` successive keys as one vector of elements. Pairs are rounded to nearest, a half away from zero: an
+// addition and a shift, where half to even takes three more steps.
+template <typename P> struct Weights {
+  using V = Vec<typename P::Acc>;
+  static VEC_INLINE void store(typename P::Element* p, V a) { a.store(p); }
+};
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+template <> struct Weights<Pairs> {
+  using V = Vec<float>;
+  static VEC_INLINE void store(uint32_t* p, V a, V b) {
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(a.v), half), 16);
+    const __m512i high = _mm512_add_epi32(_mm512_castps_si512(b.v), half);
+    _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaau, low, high));
+  }
+};
+#endif
+
+}}}}  // namespace internlm2::cpu::CPU_CAPABILITY::(unnamed)

@@ -2,13 +2,13 @@
 
 Everything is packed: the tokens [T] of all sequences end to end, and cu_seqlens int32 [sequences + 1], which starts at 0
 and ends at T. A sequence sees nothing of its neighbours. Parameters carry the names of the released checkpoints. Every
-operator that is not a matrix product, an embedding or attention comes from `operators`.
+operator that is not a matrix product or an embedding comes from `operators`.
 
 Sizes: T tokens, D hidden_size, H num_heads, G num_kv_heads, d head_dim, V vocab_size.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ class Operators:
     swiglu: Callable
     rope_table: Callable
     qkv_rope: Callable
+    flash_attention: Callable
 
     @classmethod
     def of(cls, module: Any) -> "Operators":
@@ -44,9 +45,10 @@ class Operators:
 
 @dataclass(frozen=True)
 class Packing:
-    """What every block needs to know of a batch: the sequences' lengths (on the host) and each token's rotation."""
+    """What every block needs to know of a batch: where its sequences lie, the longest one, each token's rotation."""
 
-    lengths: list[int]
+    cu_seqlens: Tensor
+    max_seqlen: int
     cos: Tensor
     sin: Tensor
     positions: Tensor | None
@@ -92,13 +94,15 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, operators: Operators, **factory):
         super().__init__()
         self.heads = dict(num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
-        self.op = operators.qkv_rope
+        self.rope, self.attend = operators.qkv_rope, operators.flash_attention
         self.wqkv = Linear(config.hidden_size, config.qkv_size, **factory)
         self.wo = Linear(config.num_heads * config.head_dim, config.hidden_size, **factory)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        q, k, v = self.op(self.wqkv(x), packing.cos, packing.sin, packing.positions, **self.heads)
-        return self.wo(causal_attention(q, k, v, packing.lengths).flatten(1))
+        q, k, v = self.rope(self.wqkv(x), packing.cos, packing.sin, packing.positions, **self.heads)
+        out = self.attend(q, k, v, causal=True, cu_seqlens_q=packing.cu_seqlens, cu_seqlens_k=packing.cu_seqlens,
+                          max_seqlen_q=packing.max_seqlen, max_seqlen_k=packing.max_seqlen)
+        return self.wo(out.flatten(1))
 
 
 class FeedForward(nn.Module):
@@ -145,7 +149,7 @@ class InternLM2(nn.Module):
     """A causal language model.
 
     config:            sizes
-    operators:         a module with rms_norm, swiglu, rope_table, qkv_rope; default internlm2_kernels
+    operators:         a module with rms_norm, swiglu, rope_table, qkv_rope, flash_attention; default internlm2_kernels
     compute_dtype:     dtype of activations and matrix products; default the parameters'. Norms keep their weights' dtype
     device, dtype:     of the parameters; device "meta" allocates and initialises nothing
     seed:              of the initial weights: normal, standard deviation initializer_range; wo and w2 of layer i divided
@@ -194,7 +198,7 @@ class InternLM2(nn.Module):
         Errors: TypeError, ValueError; values of tensors are looked at on the CPU only.
         """
         lengths = _check_packing(tokens, cu_seqlens, positions, self.config.vocab_size)
-        packing = self._packing(lengths, positions, tokens.device)
+        packing = self._packing(lengths, cu_seqlens, positions, tokens.device)
         x, residual = self.model.tok_embeddings(tokens).to(self.compute_dtype), None
         for layer in self.model.layers:
             if self.checkpoint_layers and torch.is_grad_enabled():
@@ -228,7 +232,10 @@ class InternLM2(nn.Module):
         total = F.cross_entropy(logits.to(wide), labels, ignore_index=-100, reduction="sum")
         return total if reduction == "sum" else total / (labels != -100).sum().clamp(min=1)
 
-    def _packing(self, lengths: list[int], positions: Tensor | None, device: torch.device) -> Packing:
+    def _packing(
+        self, lengths: list[int], cu_seqlens: Tensor, positions: Tensor | None, device: torch.device
+    ) -> Packing:  # fmt: skip
+        where = cu_seqlens.to(device, non_blocking=True), max(lengths, default=0)
         longest = self.config.max_position_embeddings
         if positions is None:
             counts = torch.tensor(lengths, dtype=torch.int32)
@@ -247,12 +254,12 @@ class InternLM2(nn.Module):
             # Powers of two: a few tables serve all lengths.
             rows = 1 << (max(ends, default=1) - 1).bit_length() if ends else 1
             cos, sin = self._table(rows if not dynamic else min(rows, longest), device)
-            return Packing(lengths, cos, sin, positions.to(device, non_blocking=True))
+            return Packing(*where, cos, sin, positions.to(device, non_blocking=True))
         # Dynamic NTK beyond the trained length: each sequence has the base of its own length, whatever is beside it.
         tables = [self._table(max(end, 1) if end > longest else longest, device) for end in ends]
-        where = [p.to(device, torch.int64, non_blocking=True) for p in positions.split(lengths)]
-        cos, sin = (torch.cat([table[i][p] for table, p in zip(tables, where, strict=True)]) for i in (0, 1))
-        return Packing(lengths, cos, sin, None)
+        rows = [p.to(device, torch.int64, non_blocking=True) for p in positions.split(lengths)]
+        cos, sin = (torch.cat([table[i][p] for table, p in zip(tables, rows, strict=True)]) for i in (0, 1))
+        return Packing(*where, cos, sin, None)
 
     def _table(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin [rows, d/2], computed once for a length and never changed afterwards."""
@@ -270,19 +277,6 @@ class InternLM2(nn.Module):
                 self._tables.pop(next(iter(self._tables)))
             self._tables[key] = tuple(t.to(device) for t in table)
         return self._tables[key]
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v within each sequence, causal: q [T, H, d], k and v [T, G, d] -> [T, H, d]."""
-    lengths = [n for n in lengths if n]
-    if not lengths:
-        return q * 1
-    outputs = []
-    for one in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        q_HSd, k_GSd, v_GSd = (t.transpose(0, 1).unsqueeze(0) for t in one)
-        out = F.scaled_dot_product_attention(q_HSd, k_GSd, v_GSd, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        outputs.append(out.squeeze(0).transpose(0, 1))
-    return torch.cat(outputs)
 
 
 def _check_packing(tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None, vocab_size: int) -> list[int]:

@@ -5,10 +5,11 @@ Names and signatures are those of internlm2_kernels, so `InternLM2(config, opera
 
 import torch
 import torch.nn.functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 from internlm2_kernels import rope_table
 
-__all__ = ["qkv_rope", "rms_norm", "rope_table", "swiglu"]
+__all__ = ["flash_attention", "qkv_rope", "rms_norm", "rope_table", "swiglu"]
 
 
 def rms_norm(x, weight, eps=1e-5, residual=None):
@@ -46,3 +47,30 @@ def qkv_rope(qkv, cos, sin, positions=None, *, num_heads, num_kv_heads):
 def _rotate_half(x):
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
+
+
+def flash_attention(q, k, v, *, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None):
+    """softmax(q k^T / sqrt(d)) v within each sequence by SDPA: q [T, H, d], k and v [T, G, d] -> [T, H, d].
+
+    Self-attention only: both cu_seqlens are the same.
+    """
+    lengths = [n for n in _lengths(cu_seqlens_q) if n]
+    if not lengths:
+        return q * 1
+    outputs = []
+    for one in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
+        q_HSd, k_GSd, v_GSd = (t.transpose(0, 1).unsqueeze(0) for t in one)
+        out = F.scaled_dot_product_attention(q_HSd, k_GSd, v_GSd, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        outputs.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+_known = WeakIdKeyDictionary()
+
+
+def _lengths(cu_seqlens):
+    """On the host: all layers share one tensor, which is read back from a device once."""
+    if cu_seqlens not in _known:
+        bounds = cu_seqlens.tolist()
+        _known[cu_seqlens] = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    return _known[cu_seqlens]

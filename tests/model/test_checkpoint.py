@@ -67,10 +67,10 @@ def test_round_trip(model, tmp_path, layout, max_shard_bytes):
 def test_llama_layout_has_llamas_tensors(model, tmp_path):
     save_model(model, tmp_path / "a", layout="llama")
     tensors = load_file(tmp_path / "a" / "model.safetensors")
-    wqkv = model.state_dict()["model.layers.1.attention.wqkv.weight"].view(2, 4, 16, 64)
-    assert torch.equal(tensors["model.layers.1.self_attn.q_proj.weight"].view(2, 2, 16, 64), wqkv[:, :2])
-    assert torch.equal(tensors["model.layers.1.self_attn.k_proj.weight"].view(2, 16, 64), wqkv[:, 2])
-    assert torch.equal(tensors["model.layers.1.self_attn.v_proj.weight"].view(2, 16, 64), wqkv[:, 3])
+    wqkv = model.state_dict()["model.layers.1.attention.wqkv.weight"].view(2, 4, 32, 64)
+    assert torch.equal(tensors["model.layers.1.self_attn.q_proj.weight"].view(2, 2, 32, 64), wqkv[:, :2])
+    assert torch.equal(tensors["model.layers.1.self_attn.k_proj.weight"].view(2, 32, 64), wqkv[:, 2])
+    assert torch.equal(tensors["model.layers.1.self_attn.v_proj.weight"].view(2, 32, 64), wqkv[:, 3])
     for ours, theirs in {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.items():
         weight = model.state_dict()[f"model.layers.0.feed_forward.{ours}.weight"]
         assert torch.equal(tensors[f"model.layers.0.mlp.{theirs}.weight"], weight)
@@ -103,7 +103,7 @@ def test_rotary_pairs_become_halves(tmp_path, generator):
 
     def scores_and_values(weight, interleaved):
         q, k, v = (x @ w.T for w in split_qkv(weight, config))
-        q, k = q.view(5, 4, 16), k.view(5, 2, 16)
+        q, k = q.view(5, 4, 32), k.view(5, 2, 32)
         q, k = apply_rope(q, k, cos, sin, interleaved=interleaved)
         return torch.einsum("shd,tgd->hgst", q, k), v
 
@@ -163,7 +163,7 @@ def test_llama_biases_and_missing_parts_are_named(model, tmp_path):
         load_model(tmp_path / "a")
     save_model(model, tmp_path / "b", layout="llama")
     rewritten(tmp_path / "b", lambda t: t.pop("model.layers.0.self_attn.k_proj.weight"))
-    with pytest.raises(CheckpointError, match=r"the tensor model.layers.0.self_attn.k_proj.weight \[32, 64\] is in none"):
+    with pytest.raises(CheckpointError, match=r"the tensor model.layers.0.self_attn.k_proj.weight \[64, 64\] is in none"):
         load_model(tmp_path / "b")
 
 

@@ -113,7 +113,7 @@ def test_models_of_another_kind_are_refused(key, value):
 @pytest.mark.parametrize("layout", ["internlm2", "llama"])
 def test_hf_round_trip(layout):
     config = dataclasses.replace(
-        TINY, rope_scaling={"type": "linear", "factor": 4.0}, stop_token_ids=(7, 9), rope_angles="float32", head_dim=32
+        TINY, rope_scaling={"type": "linear", "factor": 4.0}, stop_token_ids=(7, 9), rope_angles="float32", head_dim=48
     )
     assert ModelConfig.from_hf(config.to_hf(layout)) == config
     assert ModelConfig.from_hf(TINY.to_hf(layout)) == TINY
@@ -122,7 +122,7 @@ def test_hf_round_trip(layout):
 def test_llama_config_of_transformers():
     transformers = pytest.importorskip("transformers", reason="transformers, a test extra, is not installed")
     hf = transformers.LlamaConfig(
-        vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
         intermediate_size=128, rms_norm_eps=1e-5, max_position_embeddings=32768, tie_word_embeddings=False, pad_token_id=2,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )  # fmt: skip

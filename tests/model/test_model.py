@@ -9,7 +9,7 @@ import torch
 
 import internlm2.plain
 from internlm2.config import PRESETS
-from internlm2.model import InternLM2, causal_attention
+from internlm2.model import InternLM2
 
 TINY = PRESETS["tiny"]
 LENGTHS = [7, 1, 0, 19, 12]
@@ -34,7 +34,7 @@ def test_parameter_names_are_the_released_ones():
     expected |= {"model.tok_embeddings.weight", "model.norm.weight", "output.weight"}
     state = InternLM2(TINY).state_dict()
     assert set(state) == expected
-    assert state["model.layers.0.attention.wqkv.weight"].shape == ((4 + 2 * 2) * 16, 64)
+    assert state["model.layers.0.attention.wqkv.weight"].shape == ((4 + 2 * 2) * 32, 64)
     assert state["model.layers.1.feed_forward.w2.weight"].shape == (64, 128)
 
 
@@ -93,7 +93,7 @@ def test_dynamic_scaling_is_each_sequences_own(generator):
     assert torch.equal(model(*short), before) and torch.equal(unscaled(*short), before)
     torch.testing.assert_close(together[:10], before)
     for start, end in ((10, 50), (50, 73)):
-        base = TINY.rope_theta * (2.0 * (end - start) / 16 - 1.0) ** (16 / 14)
+        base = TINY.rope_theta * (2.0 * (end - start) / 16 - 1.0) ** (32 / 30)
         rebased = InternLM2(dataclasses.replace(config, rope_scaling=None, rope_theta=base))
         alone = rebased(tokens[start:end], torch.tensor([0, end - start], dtype=torch.int32))
         torch.testing.assert_close(together[start:end], alone)
@@ -106,6 +106,7 @@ def test_tables_are_made_once_and_never_changed(generator):
 
     class Counting:
         rms_norm, swiglu, qkv_rope = internlm2.plain.rms_norm, internlm2.plain.swiglu, internlm2.plain.qkv_rope
+        flash_attention = internlm2.plain.flash_attention
 
         @staticmethod
         def rope_table(*args, **options):
@@ -195,7 +196,9 @@ def test_attention_is_written_for_any_group_size(generator):
     """Against softmax written out, 6 query heads a key head, in float64."""
     q = torch.randn(11, 12, 8, dtype=torch.float64, generator=generator)
     k, v = torch.randn(2, 11, 2, 8, dtype=torch.float64, generator=generator)
-    got = causal_attention(q, k, v, [4, 7])
+    got = internlm2.plain.flash_attention(
+        q, k, v, causal=True, cu_seqlens_q=(cu := torch.tensor([0, 4, 11], dtype=torch.int32)), cu_seqlens_k=cu
+    )
     for start, end in ((0, 4), (4, 11)):
         for t in range(start, end):
             for head in range(12):
@@ -241,7 +244,7 @@ def test_bad_input_is_named(change, kind, message):
 def test_bad_construction_is_named():
     with pytest.raises(TypeError, match="config must be a ModelConfig, got dict"):
         InternLM2(TINY.to_dict())
-    with pytest.raises(TypeError, match="operators must offer rms_norm, .* lacks rms_norm, swiglu, rope_table, qkv_rope"):
+    with pytest.raises(TypeError, match="operators must offer rms_norm, .* lacks rms_norm, swiglu, rope_table, qkv_rope, flash_attention"):
         InternLM2(TINY, operators=dataclasses)
     with pytest.raises(ValueError, match="compute_dtype must be dtype, or narrower than float32"):
         InternLM2(TINY, dtype=torch.bfloat16, compute_dtype=torch.float32)

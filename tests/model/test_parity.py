@@ -22,7 +22,7 @@ def llama(per_group, **changes):
     torch.manual_seed(per_group)
     config = transformers.LlamaConfig(
         vocab_size=320, hidden_size=96, num_hidden_layers=3, num_attention_heads=2 * per_group, num_key_value_heads=2,
-        head_dim=24, intermediate_size=200, rms_norm_eps=1e-5, tie_word_embeddings=False, pad_token_id=2,
+        head_dim=40, intermediate_size=200, rms_norm_eps=1e-5, tie_word_embeddings=False, pad_token_id=2,
         attn_implementation="eager", **({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}} | changes),
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).to(torch.float32).train()
@@ -146,5 +146,5 @@ def test_the_exported_configuration_is_complete(tmp_path):
     save_model(model, tmp_path / "llama", layout="llama")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "llama")
     assert config.rope_parameters["rope_type"] == "dynamic" and config.rope_parameters["factor"] == 2.0
-    assert config.eos_token_id == [2, 5] and config.head_dim == 16
+    assert config.eos_token_id == [2, 5] and config.head_dim == 32
     assert load_model(tmp_path / "llama").config.rope_scaling["factor"] == 2.0

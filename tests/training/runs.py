@@ -12,7 +12,7 @@ from internlm2.training.display import RunDisplay
 from internlm2.training.pretrain import build_learner
 from internlm2.training.trainer import Trainer
 
-MODEL = ModelConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=48)
+MODEL = ModelConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, intermediate_size=48)
 
 
 def small_config(out, **changes) -> TrainConfig:

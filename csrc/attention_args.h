@@ -1,11 +1,14 @@
 // From the tensors and options of flash_attention's operators to the kernels' contract, values checked first.
 #pragma once
 #include <algorithm>
+#include <vector>
 
 #include "flash_attention.h"
 #include "stable.h"
 
 namespace internlm2 {
+
+constexpr int64_t kUnitsPerThread = 8, kMostThreads = 1 << 20;
 
 inline AttentionTensor attention_tensor(const Tensor& t) {
   const int64_t dim = t.dim();
@@ -59,6 +62,70 @@ inline void fill_attention(Attention& a, const Tensor& q, const Tensor& k, const
   a.v = attention_tensor(v);
   a.lse_head_stride = a.seqlen_q;
   a.lse_sequence_stride = a.heads * a.seqlen_q;
+}
+
+// All units of a forward, those that see the most keys first, so that the threads end together.
+inline std::vector<FlashUnit> attention_units(const Attention& a, int64_t rows) {
+  std::vector<std::pair<int64_t, FlashUnit>> all;
+  for (int64_t s = 0; s < a.sequences; ++s) {
+    const int64_t length = a.length_q(s);
+    for (int64_t begin = 0; begin < length; begin += rows) {
+      const int64_t end = std::min(begin + rows, length), keys = a.last_key(s, end - 1) - a.first_key(s, begin);
+      for (int64_t g = 0; g < a.kv_heads; ++g) all.push_back({keys * (end - begin), {s, g, begin, end, -1, nullptr}});
+    }
+  }
+  std::stable_sort(all.begin(), all.end(), [](const auto& x, const auto& y) { return x.first > y.first; });
+  std::vector<FlashUnit> units;
+  units.reserve(all.size());
+  for (const auto& one : all) units.push_back(one.second);
+  return units;
+}
+
+// Runs a forward: plan(longest), unit(unit, scratch) and join(unit, states, stride, splits, scratch) are the operator's
+// kernels. Where the units are too few to share out, each split along the keys becomes one.
+template <typename Plan, typename Unit, typename Join>
+void run_attention(const FlashFwd& a, const Tensor& like, const Plan& plan_of, const Unit& run, const Join& join) {
+  int64_t longest = 0;
+  for (int64_t s = 0; s < a.sequences; ++s) longest = std::max(longest, a.length_q(s));
+  const FlashPlan plan = plan_of(longest);
+  std::vector<FlashUnit> units = attention_units(a, plan.rows), tasks;
+  const int64_t n = static_cast<int64_t>(units.size());
+  const auto splits = [&](const FlashUnit& u) -> std::pair<int64_t, int64_t> {  // [first, last)
+    const int64_t first = a.first_key(u.sequence, u.begin), last = a.last_key(u.sequence, u.end - 1);
+    return {first / plan.split_keys, last <= first ? first / plan.split_keys : (last - 1) / plan.split_keys + 1};
+  };
+  const bool few = n < kUnitsPerThread * workers_for(kMostThreads);
+  int64_t states = 0;
+  for (const FlashUnit& u : units) {
+    const auto [first, last] = splits(u);
+    if (!few || last - first <= 1) {
+      tasks.push_back(u);
+    } else {
+      for (int64_t i = first; i < last; ++i) tasks.push_back({u.sequence, u.kv_head, u.begin, u.end, i, nullptr});
+      states += last - first;
+    }
+  }
+  const auto bytes = [&](int64_t size) { return torch::stable::new_empty(like, {size}, torch::headeronly::ScalarType::Char); };
+  const int64_t count = static_cast<int64_t>(tasks.size()), workers = workers_for(count);
+  Tensor slab = bytes(states * plan.state_bytes), scratch = bytes(workers * plan.scratch_bytes);
+  char* state = static_cast<char*>(data(slab));
+  for (FlashUnit& task : tasks) {
+    if (task.split < 0) continue;
+    task.state = state;
+    state += plan.state_bytes;
+  }
+  const auto memory = [&](int64_t worker) { return static_cast<char*>(data(scratch)) + worker * plan.scratch_bytes; };
+  for_units(count, workers, [&](int64_t i, int64_t worker) { run(tasks[i], memory(worker)); });
+  if (states == 0) return;
+  std::vector<int64_t> heads;  // the first split of every unit that was split
+  for (int64_t i = 0; i < count; ++i) {
+    if (tasks[i].split == splits(tasks[i]).first) heads.push_back(i);
+  }
+  for_units(static_cast<int64_t>(heads.size()), workers, [&](int64_t i, int64_t worker) {
+    const FlashUnit& u = tasks[heads[i]];
+    const auto [first, last] = splits(u);
+    join(u, u.state, plan.state_bytes, last - first, memory(worker));
+  });
 }
 
 }  // namespace internlm2

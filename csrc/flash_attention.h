@@ -15,12 +15,13 @@ struct AttentionTensor {
   int64_t sequence_stride, token_stride, head_stride;
 };
 
-// What forward and backward share. Packed where cu_q and cu_k are given, else every sequence has seqlen_q, seqlen_k tokens.
+// What forward and backward share. Packed where cu_q, cu_k are given, else every sequence has seqlen_q, seqlen_k tokens.
 struct Attention {
   Dtype dtype;
   int64_t sequences, heads, kv_heads, d;
   const int32_t *cu_q, *cu_k;  // [sequences + 1]
   int64_t seqlen_q, seqlen_k;
+  const int32_t* seqlens_k;  // [sequences], of a paged cache: in place of cu_k and seqlen_k
   int64_t window_left, window_right;  // -1: unlimited
   double scale, softcap;  // scale > 0; softcap 0: none
   AttentionTensor q, k, v;
@@ -30,7 +31,10 @@ struct Attention {
   ATTENTION_INLINE int64_t begin_q(int64_t s) const { return cu_q ? cu_q[s] : 0; }
   ATTENTION_INLINE int64_t begin_k(int64_t s) const { return cu_k ? cu_k[s] : 0; }
   ATTENTION_INLINE int64_t length_q(int64_t s) const { return cu_q ? cu_q[s + 1] - cu_q[s] : seqlen_q; }
-  ATTENTION_INLINE int64_t length_k(int64_t s) const { return cu_k ? cu_k[s + 1] - cu_k[s] : seqlen_k; }
+  ATTENTION_INLINE int64_t length_k(int64_t s) const {
+    if (seqlens_k) return seqlens_k[s];
+    return cu_k ? cu_k[s + 1] - cu_k[s] : seqlen_k;
+  }
   // Offset of a sequence's first element of a head, in elements.
   ATTENTION_INLINE int64_t offset_q(const AttentionTensor& t, int64_t s, int64_t head) const {
     return cu_q ? cu_q[s] * t.token_stride + head * t.head_stride : s * t.sequence_stride + head * t.head_stride;
@@ -58,15 +62,26 @@ struct FlashFwd : Attention {
   void* lse;
 };
 
-// A part of the work for one thread: query rows [begin, end) of one sequence, all heads of one key head's group.
+// A part of the work for one thread: query rows [begin, end) of one sequence, all heads of one key head's group, and of its
+// splits along the keys all (split < 0) or one, whose unfinished result goes to `state`.
 struct FlashUnit {
   int64_t sequence, kv_head, begin, end;
+  int64_t split;
+  void* state;
 };
 
-#define INTERNLM2_FLASH_ATTENTION_CPU                                                        \
-  int64_t flash_attention_fwd_rows(const Attention& a);    /* query rows in a full unit */     \
-  int64_t flash_attention_fwd_scratch(const Attention& a); /* bytes for each thread */         \
-  void flash_attention_fwd(const FlashFwd& a, const FlashUnit& unit, void* scratch);
+// What a call needs, of which no unit has more than `longest` rows: query rows in a unit, keys in a split, bytes of scratch a
+// thread, bytes of a state.
+struct FlashPlan {
+  int64_t rows, split_keys, scratch_bytes, state_bytes;
+};
+
+#define INTERNLM2_FLASH_ATTENTION_CPU                                                                 \
+  FlashPlan flash_attention_fwd_plan(const FlashFwd& a, int64_t longest);                             \
+  void flash_attention_fwd(const FlashFwd& a, const FlashUnit& unit, void* scratch);                  \
+  /* The states of all splits that the unit's rows see, in order, `stride` bytes apart. */            \
+  void flash_attention_fwd_join(const FlashFwd& a, const FlashUnit& unit, void* states, int64_t stride, int64_t splits, \
+                                void* scratch);
 
 namespace cpu {
 namespace AVX2 { INTERNLM2_FLASH_ATTENTION_CPU }

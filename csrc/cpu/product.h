@@ -49,6 +49,11 @@ template <typename T> struct MatrixOf { using type = Real<acc_t<T>>; };
 #endif
 template <typename T> using matrix_t = typename MatrixOf<T>::type;
 
+template <typename P> VEC_INLINE typename P::Lanes lanes_of(Vec<typename P::Acc> bits) {  // elements held as a vector
+  if constexpr (P::step == 1) return {bits};
+  else return {_mm512_castps_si512(bits.v)};
+}
+
 // Register tile: kTileRows x kTileVectors accumulators.
 constexpr int kTileRows = 6;
 #if defined(CPU_CAPABILITY_AVX512)

@@ -67,4 +67,23 @@ template <> struct Weights<Pairs> {
 };
 #endif
 
+// The same with lanes running over the keys: whole elements of a row of weights.
+template <typename P> VEC_INLINE void store_weights(typename P::Element* p, Vec<typename P::Acc> a) {
+  if constexpr (P::step == 1) {
+    a.store(p);
+  } else {
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+    const __m512i upper = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x8000)), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(upper));
+#endif
+  }
+}
+
+// first, first + 1, ...
+template <typename Acc> VEC_INLINE Vec<Acc> count_from(int64_t first) {
+  alignas(64) Acc lanes[Vec<Acc>::size];
+  for (int i = 0; i < Vec<Acc>::size; ++i) lanes[i] = static_cast<Acc>(first + i);
+  return Vec<Acc>::load(lanes);
+}
+
 }}}}  // namespace internlm2::cpu::CPU_CAPABILITY::(unnamed)

@@ -1,0 +1,46 @@
+// One unit of attention's forward, from its keys to its rows of the result, in the form that its number of lanes asks for.
+#pragma once
+#include "attention_few.h"
+#include "attention_unit.h"
+
+namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
+
+template <typename T> VEC_INLINE FlashPlan plan_of(const Attention& a, int64_t longest) {
+  const int64_t rows = greater(1, lesser(longest, kLanes / a.group())), lanes = rows * a.group();
+  const UnitScratch<T> many(lanes, a.d, nullptr);
+  const FewScratch<T> few(a.d, nullptr);
+  const int64_t width = round_up(a.d, Vec<acc_t<T>>::size) + 2;
+  return {rows, kSplit, greater(many.bytes, few.bytes), (many.lanes * width + 32) * int64_t(sizeof(acc_t<T>)) + 192};
+}
+
+template <typename Form> VEC_INLINE void run_unit(Form& form, const FlashFwd& a, const FlashUnit& u) {
+  using Acc = std::remove_pointer_t<decltype(form.part().m)>;
+  if (u.split >= 0) return form.split(u.split * kSplit, form.state_at(u.state));
+  const int64_t first = form.first_key(), last = form.last_key();
+  if (last <= first) form.clear();
+  for (int64_t begin = first / kSplit * kSplit; begin < last; begin += kSplit) {
+    form.split(begin, form.part());
+    form.join(form.part(), begin <= first);
+  }
+  form.finish(a.out, static_cast<Acc*>(a.lse));
+}
+
+template <typename Form> VEC_INLINE void join_unit(Form& form, const FlashFwd& a, void* states, int64_t stride, int64_t splits) {
+  using Acc = std::remove_pointer_t<decltype(form.part().m)>;
+  for (int64_t i = 0; i < splits; ++i) form.join(form.state_at(static_cast<char*>(states) + i * stride), i == 0);
+  form.finish(a.out, static_cast<Acc*>(a.lse));
+}
+
+// body(form) with the unit in its form.
+template <typename T, typename Keys, typename F>
+VEC_INLINE void with_form(const FlashFwd& a, const FlashUnit& u, const Keys& keys, void* scratch, const F& body) {
+  if ((u.end - u.begin) * a.group() <= kFewLanes) {
+    Few<T, Keys> form(a, u, keys, scratch);
+    body(form);
+  } else {
+    Unit<T, Keys> form(a, u, keys, scratch);
+    body(form);
+  }
+}
+
+}}}}  // namespace internlm2::cpu::CPU_CAPABILITY::(unnamed)

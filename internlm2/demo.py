@@ -20,6 +20,7 @@ from internlm2.model import InternLM2
 from internlm2.tokenizer import Tokenizer
 from internlm2.training.config import TrainConfig
 from internlm2.training.display import RunDisplay
+from internlm2.training.lengths import LENGTHS, measure_lengths
 from internlm2.training.metrics import read_log
 from internlm2.training.paired import PairedTrainer, probe
 from internlm2.training.pretrain import RECIPES, Corpus, build_batches, build_learner, describe, prepare_corpus
@@ -33,6 +34,7 @@ MIN_STEPS = 30
 FOR_DEVICE = {"cpu": ("steps=600",), "cuda": ("steps=300", "data.tokens_per_batch=8192")}
 # Checkpoints, validation, the report, and steps slower than the probed ones take a share of the time too.
 SHARE_FOR_STEPS, REPORT_S = 0.88, 12.0
+LENGTHS_S = 20.0  # for the last part, tokens/s over context length
 PROMPT = 'def read_lines(path):\n    """'
 SAMPLE_TOKENS, TEMPERATURE = 200, 0.7
 
@@ -76,10 +78,12 @@ def _demo(device: str, folder: Path, deadline: float, console: Console) -> int:
     trainer = PairedTrainer(config, learner, *build_batches(config, corpus), display, plain=plain)
     if trainer.resume():
         say(f"continuing at step {trainer.step} of {config.steps}")
-    result = trainer.fit()
-    if result.step == config.steps:
+    result = trainer.fit(deadline - REPORT_S - LENGTHS_S, at_least=MIN_STEPS)
+    if result.stopped_by is None:
         log = read_log(folder / "log.jsonl")
-        summary = summarize(config, log, cost)
+        with console.status("timing context lengths") as status:
+            lengths = measure_lengths(learner.model, plain.model, LENGTHS, LENGTHS_S, status.update)
+        summary = summarize(config, log, cost) | {"lengths": lengths}
         paths = write_report(folder, summary, log, sample_text(learner.model, corpus.tokenizer, PROMPT))
         say("\n" + markdown(summary))
         say("written: " + "  ".join(map(str, paths)))
@@ -102,7 +106,7 @@ def _probe_both(config: TrainConfig, corpus: Corpus) -> tuple[list[float], StepC
 
 def _fit_into(config: TrainConfig, seconds: float, step_s: float) -> TrainConfig:
     """The configuration with as many steps as the time leaves room for, and a warm-up in proportion."""
-    steps = int((seconds - REPORT_S) * SHARE_FOR_STEPS / step_s)
+    steps = int((seconds - REPORT_S - LENGTHS_S) * SHARE_FOR_STEPS / step_s)
     steps = min(max(steps, MIN_STEPS), config.steps)
     optimizer = dataclasses.replace(config.optimizer, warmup_steps=max(5, steps // 5))
     return dataclasses.replace(config, steps=steps, optimizer=optimizer)

@@ -3,6 +3,7 @@
 import torch
 
 from .ops.apply_rope import apply_rope
+from .ops.flash_attention import flash_attention
 from .ops.rms_norm import rms_norm
 from .ops.rope_table import rope_table
 from .ops.swiglu import swiglu
@@ -72,3 +73,31 @@ class RotaryEmbedding(torch.nn.Module):
         if positions is None:
             positions = torch.arange(q.shape[-3], device=q.device).expand(q.shape[:-2])
         return apply_rope(q, k, self.cos, self.sin, positions, interleaved=self.interleaved)
+
+
+class FlashAttention(torch.nn.Module):
+    """`flash_attention` as a module without weights; drop-in for `flash_attn.modules.mha.FlashSelfAttention` and
+    `FlashCrossAttention` at dropout 0.
+
+    `forward(q, k, v)` takes dense [B, S, heads, d]; with `cu_seqlens_q` (and `cu_seqlens_k`, `max_seqlen_q`, `max_seqlen_k`)
+    packed [T, heads, d]. `forward(qkv)` takes one tensor [..., 3, H, d]. Options and errors: `internlm2_kernels.flash_attention`.
+    """
+
+    def __init__(self, *, causal=False, scale=None, window=None, softcap=0.0):
+        super().__init__()
+        self.causal, self.scale, self.window, self.softcap = causal, scale, window, softcap
+
+    def forward(self, q, k=None, v=None, *, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+                return_lse=False):
+        if (k is None) != (v is None):
+            raise ValueError("FlashAttention: v: expected a tensor where k is given, and None otherwise")
+        if k is None:
+            if q.dim() < 4 or q.shape[-3] != 3:
+                raise ValueError(f"FlashAttention: q: expected [..., 3, heads, head_dim] without k and v, got {list(q.shape)}")
+            q, k, v = q.unbind(-3)
+        return flash_attention(q, k, v, causal=self.causal, scale=self.scale, window=self.window, softcap=self.softcap,
+                               cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
+                               max_seqlen_k=max_seqlen_k, return_lse=return_lse)
+
+    def extra_repr(self):
+        return f"causal={self.causal}, scale={self.scale}, window={self.window}, softcap={self.softcap}"

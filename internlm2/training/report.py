@@ -10,6 +10,7 @@ import torch
 
 from internlm2.checkpoint import atomic_file
 from internlm2.training.config import TrainConfig
+from internlm2.training.lengths import lengths_table, plot_lengths
 
 WARM_UP_STEPS = 3
 LAST = 50
@@ -47,6 +48,7 @@ def summarize(config: TrainConfig, log: list[dict], cost: StepCost) -> dict:
         "sides": sides,
         "last": min(LAST, len(log)),
         "steps": len(log),
+        "planned_steps": config.steps,
         "tokens_per_step": tokens,
         "largest_loss_difference_first_20": max(abs(r["loss"] - r["plain_loss"]) for r in log[:20]),
         "parameters": config.model.num_parameters,
@@ -88,15 +90,22 @@ def markdown(summary: dict) -> str:
         "Both sides start from the same weights, see the same batches, and take turns in going first. A step is forward,"
         " backward, clipping and AdamW; its memory is what it needs beyond weights and optimizer state.",
     ]
-    return "\n".join(lines) + "\n"
+    if summary["steps"] < summary["planned_steps"]:
+        lines += ["", f"The time was up {summary['planned_steps'] - summary['steps']} steps before the planned end: the machine"
+                  " had become slower. The learning rate had not come down all the way."]
+    if summary.get("lengths"):
+        lines += ["", "One sequence through the forward pass, the two sides in turns:", "", lengths_table(summary["lengths"])]
+    return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def write_report(folder: Path, summary: dict, log: list[dict], sample: str) -> list[Path]:
-    """Writes loss.png, sample.txt, comparison.md and comparison.json; returns their paths. The last one marks the end."""
-    paths = [folder / name for name in ("loss.png", "sample.txt", "comparison.md", "comparison.json")]
+    """Writes loss.png, lengths.png, sample.txt, comparison.md and comparison.json; returns their paths. The last one marks
+    the end."""
+    paths = [folder / name for name in ("loss.png", "lengths.png", "sample.txt", "comparison.md", "comparison.json")]
     plot_losses(paths[0], log)
+    plot_lengths(paths[1], summary["lengths"])
     texts = (sample, markdown(summary), json.dumps(summary, indent=1) + "\n")
-    for path, text in zip(paths[1:], texts, strict=True):
+    for path, text in zip(paths[2:], texts, strict=True):
         with atomic_file(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return paths

@@ -5,6 +5,7 @@ a crash or a kill, continues from its newest sound checkpoint with exactly the l
 (on the same machine with the same number of threads).
 """
 
+import math
 import signal
 import threading
 import time
@@ -111,15 +112,21 @@ class Trainer:
         self.log.truncate_after(self.step)
         return True
 
-    def fit(self) -> FitResult:
-        """Runs the remaining steps, then saves; stops early, saved, on SIGTERM or SIGINT.
+    def fit(self, deadline: float = math.inf, at_least: int = 0) -> FitResult:
+        """Runs the remaining steps, then saves; stops early, saved, on SIGTERM or SIGINT, and, from step `at_least` on,
+        before a step that would probably end after `deadline`, a time of time.perf_counter().
 
         Errors: FloatingPointError after 10 steps in a row without a finite gradient.
         """
         self.display.start_at(self.step)
         with StopSignals() as stop, self.display:
+            longest = 0.0
             while self.step < self.config.steps and not stop.received:
+                if self.step >= at_least and time.perf_counter() + longest > deadline:
+                    break
+                started = time.perf_counter()
                 self._one_step()
+                longest = max(longest, time.perf_counter() - started)
                 if self.step % self.config.checkpoint_every == 0:
                     self.save()
             # Also after a save that just failed: the end is worth a second try.

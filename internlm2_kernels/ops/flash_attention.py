@@ -8,8 +8,8 @@ from .._registry import Case, Op, Sample
 from ._attention import (
     attend,
     autocast,
-    check_boundaries,
     check_bound,
+    check_boundaries,
     check_cu_seqlens,
     check_heads,
     check_options,

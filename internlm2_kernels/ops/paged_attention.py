@@ -6,8 +6,8 @@ from .._checks import check_device, check_float, check_shape, fail
 from .._registry import Case, Op, Sample
 from ._attention import (
     attend,
-    check_boundaries,
     check_bound,
+    check_boundaries,
     check_cu_seqlens,
     check_heads,
     check_options,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from cells import variants
 from shared import OPS, Recorder, assert_bitwise, instruction_set
 
-from internlm2_kernels import flash_attention, qkv_rope, rope_table
+from internlm2_kernels import flash_attention, nn, qkv_rope, rope_table
 from internlm2_kernels.ops._attention import attend
 
 OP = OPS["flash_attention"]
@@ -273,3 +273,19 @@ def backward_of_reference(q, k, v, dout, which):
             mine = ((which >= first) & (which < keys)).nonzero().flatten()
             dq[mine, head] = ds[which[mine] - first] @ k[:keys, 0]
     return dq, dk[:, None], dv[:, None]
+
+
+def test_flash_attention_module(generator):
+    """Separate and packed-together inputs, dense and packed sequences, are the function's."""
+    qkv = torch.randn(2, 10, 3, 4, 32, generator=generator)
+    module = nn.FlashAttention(causal=True, window=(5, 0))
+    want = flash_attention(*qkv.unbind(2), causal=True, window=(5, 0))
+    assert torch.equal(module(qkv), want) and torch.equal(module(*qkv.unbind(2)), want)
+    cu = torch.tensor([0, 4, 10], dtype=torch.int32)
+    out, lse = module(qkv[0], cu_seqlens_q=cu, return_lse=True)
+    assert torch.equal(out, flash_attention(*qkv[0].unbind(1), causal=True, window=(5, 0), cu_seqlens_q=cu))
+    assert lse.shape == (4, 10)
+    with pytest.raises(ValueError, match=r"FlashAttention: q: expected \[..., 3, heads, head_dim\]"):
+        module(qkv[0, :, 0])
+    with pytest.raises(ValueError, match="FlashAttention: v: expected a tensor where k is given"):
+        module(qkv[0, :, 0], qkv[0, :, 0])

@@ -62,6 +62,8 @@ def test_demo(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo_module, "FOR_DEVICE", {"cpu": ["steps=34"]})
     monkeypatch.setattr(demo_module, "MIN_STEPS", 34)
     monkeypatch.setattr(demo_module, "SAMPLE_TOKENS", 8)
+    monkeypatch.setattr(demo_module, "LENGTHS", (64, 130))
+    monkeypatch.setattr(demo_module, "LENGTHS_S", 0.1)
     out = tmp_path / "runs" / "demo"
     assert main(["demo", "--out", str(out), "--minutes", "0.01"]) == 0
     shown = capsys.readouterr().out
@@ -79,9 +81,14 @@ def test_demo(recipe, tmp_path, monkeypatch, capsys):
     assert summary["sides"]["plain"]["validation_loss"] == log[-1]["plain_validation_loss"]
     assert f"**{summary['ratio']['median']:.2f}x**" in (out / "comparison.md").read_text()
     assert (out / "sample.txt").read_text().startswith(demo_module.PROMPT)
-    picture = (out / "loss.png").read_bytes()
-    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
-    assert all(str(out / name) in shown for name in ("comparison.md", "comparison.json", "loss.png", "sample.txt"))
+    for name in ("loss.png", "lengths.png"):
+        picture = (out / name).read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+    assert [r["length"] for r in summary["lengths"]] == [64, 130]
+    assert all(2 <= r["pairs"] <= 9 and r["kernels_tokens_per_s"] > 0 for r in summary["lengths"])
+    assert "| 130 |" in (out / "comparison.md").read_text()
+    names = ("comparison.md", "comparison.json", "loss.png", "lengths.png", "sample.txt")
+    assert all(str(out / name) in shown for name in names)
 
     # Once more: the finished run is moved aside with all it has.
     before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
@@ -95,6 +102,8 @@ def test_a_stopped_demo_continues(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(demo_module, "FOR_DEVICE", {"cpu": ["steps=12"]})
     monkeypatch.setattr(demo_module, "MIN_STEPS", 12)
     monkeypatch.setattr(demo_module, "SAMPLE_TOKENS", 4)
+    monkeypatch.setattr(demo_module, "LENGTHS", (64,))
+    monkeypatch.setattr(demo_module, "LENGTHS_S", 0.1)
 
     class StopsAtFour(demo_module.PairedTrainer):
         def train_step(self, batches, lr):
@@ -203,6 +212,13 @@ def test_summary_of_a_known_log():
     assert "**1.52x**" in table or "**1.53x**" in table
     assert "memory 0.25 of plain's" in table
     assert "| memory of a step, MiB | - | - |" in markdown(summarize(small_config("nowhere"), log, StepCost(None, None)))
+
+
+def test_time_that_is_up_is_told():
+    log = [{"step": s, "step_s": 0.5, "plain_step_s": 0.6, "loss": 5.0, "plain_loss": 5.0} for s in range(1, 8)]
+    table = markdown(summarize(small_config("nowhere", steps=20), log, StepCost(None, None)))
+    assert "The time was up 13 steps before the planned end" in table
+    assert "The time was up" not in markdown(summarize(small_config("nowhere", steps=7), log, StepCost(None, None)))
 
 
 def test_usable_cpus():

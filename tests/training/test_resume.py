@@ -250,3 +250,13 @@ def test_random_state_is_restored(tmp_path, whole):
     torch.manual_seed(99)
     small_trainer(small_config(tmp_path, steps=5)).resume()
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_deadline_stops_between_steps(tmp_path, whole):
+    """Not before the steps that are asked for; what is done is saved, and the rest can follow."""
+    trainer = small_trainer(small_config(tmp_path))
+    result = trainer.fit(deadline=0.0, at_least=3)
+    assert (result.step, result.stopped_by, result.saved) == (3, None, True)
+    again = small_trainer(small_config(tmp_path))
+    assert again.resume() and again.fit().step == 20
+    assert_as_whole(again, whole)

@@ -86,8 +86,8 @@ def _compile_all(ops: list[str], sources: list[str], workers: int) -> dict[str, 
 
     from ._aot_compile import CUDA_ARCHS, DTYPES, TRITON_ARCHS, compile_cuda, compile_triton, launches
 
-    triton_jobs = [(op, dtype, index, arch) for op in ops for dtype in DTYPES
-                   for index in range(len(launches(op, dtype))) for arch in TRITON_ARCHS]
+    triton_jobs = [(op, dtype, index, arch) for op in ops for dtype in DTYPES for arch in TRITON_ARCHS
+                   for index in range(len(launches(op, dtype, arch)))]
     rows: dict[str, dict] = {}
     columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     context = multiprocessing.get_context("spawn")

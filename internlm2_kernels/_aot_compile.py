@@ -126,8 +126,8 @@ def specialize(kernel: Any, arguments: dict) -> tuple[dict, dict, dict]:
 
 
 @functools.cache
-def launches(op: str, dtype: str) -> tuple[Launch, ...]:
-    """The distinct launches of an operator's Triton module, in its order."""
+def launches(op: str, dtype: str, arch: str = "90") -> tuple[Launch, ...]:
+    """The distinct launches of an operator's Triton module on an architecture, in its order."""
     module = importlib.import_module(f"internlm2_kernels._triton.{op}")
     found: dict[str, Launch] = {}
     label = ""
@@ -139,12 +139,12 @@ def launches(op: str, dtype: str) -> tuple[Launch, ...]:
     def meta(*shape, dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    common.record = record
+    common.record, common.recorded_architecture = record, int(arch)
     try:
         for label, call in module.audit(DTYPES[dtype], meta):  # noqa: B007
             call()
     finally:
-        common.record = None
+        common.record, common.recorded_architecture = None, 90
     return tuple(found.values())
 
 
@@ -154,7 +154,7 @@ def compile_triton(op: str, dtype: str, index: int, arch: str) -> dict[str, dict
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    launch = launches(op, dtype)[index]
+    launch = launches(op, dtype, arch)[index]
     source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", int(arch), 32), options=launch.options)
     with tempfile.TemporaryDirectory() as folder:

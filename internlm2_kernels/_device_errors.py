@@ -14,15 +14,29 @@ CODES = {
     ("apply_rope", "positions"): 1 << 0,
     ("qkv_rope", "positions"): 1 << 1,
     ("qkv_rope", "cache.slots"): 1 << 2,
+    ("flash_attention", "cu_seqlens_q"): 1 << 3,
+    ("flash_attention", "cu_seqlens_k"): 1 << 4,
+    ("paged_attention", "cu_seqlens_q"): 1 << 5,
+    ("paged_attention", "seq_lens"): 1 << 6,
+    ("paged_attention", "block_table"): 1 << 7,
 }
 _EXPECTED = {
     ("apply_rope", "positions"): "values from 0 to the rows of cos minus 1",
     ("qkv_rope", "positions"): "values from 0 to the rows of cos minus 1",
     ("qkv_rope", "cache.slots"): "values from -1 to blocks * block_size - 1",
+    ("flash_attention", "cu_seqlens_q"): "values that start at 0, never fall and end at the tokens of q",
+    ("flash_attention", "cu_seqlens_k"): "values that start at 0, never fall and end at the tokens of k",
+    ("paged_attention", "cu_seqlens_q"): "values that start at 0, never fall and end at the tokens of q",
+    ("paged_attention", "seq_lens"): "values from the new tokens of a sequence to max_blocks * block_size",
+    ("paged_attention", "block_table"): "values from 0 to the blocks of the cache minus 1 in the blocks in use",
 }
 _CONSEQUENCE = {
     "positions": "the outputs of those tokens are NaN and were not cached",
     "cache.slots": "those tokens were not cached",
+    "cu_seqlens_q": "all results of the call are NaN",
+    "cu_seqlens_k": "all results of the call are NaN",
+    "seq_lens": "the outputs of those sequences are NaN",
+    "block_table": "the outputs of those sequences are NaN",
 }
 _words: dict[torch.device, torch.Tensor] = {}
 
@@ -34,7 +48,7 @@ def error_word(device: torch.device) -> torch.Tensor:
     word = _words.get(device)
     if word is None:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("the first call of a rotary operator on a device allocates its error word and waits for it: "
+            raise RuntimeError("the first call of an operator that takes indices allocates the device's error word and waits for it: "
                                "make one call before capturing a CUDA graph")
         with torch.inference_mode(False):  # an inference tensor could not be reset outside inference mode
             word = _words[device] = torch.zeros(1, dtype=torch.int32, device=device)

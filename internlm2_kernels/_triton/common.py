@@ -9,6 +9,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Set by the static audit only: receives (kernel, arguments, options) instead of a launch.
 record: Callable[[Any, dict, dict], None] | None = None
+recorded_architecture = 90  # the one it compiles for
 
 
 class Rows(NamedTuple):
@@ -42,6 +43,14 @@ def rows_of(x: torch.Tensor) -> Rows:
 def check_dtype(op: str, argument: str, x: torch.Tensor) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"{op}: {argument}: expected float32, bfloat16 or float16 for backend 'triton', got {x.dtype}")
+
+
+def architecture(device: torch.device) -> int:
+    """The compute capability, 80, 90, ..., for tables of tiles; off CUDA what is recorded or interpreted."""
+    if device.type != "cuda":
+        return recorded_architecture
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def launch(kernel: Any, programs: int, device: torch.device, arguments: dict, *, num_warps: int, num_stages: int = 1) -> None:

@@ -1,0 +1,219 @@
+"""What flash_attention and paged_attention share: the arithmetic of one block of keys, the splits, the place of a tile.
+
+A token decoded against a cache gets bit for bit what one prefill gives it, because both do the same, in the same order:
+- keys stand in blocks of `Tile.keys` and splits of SPLIT keys, both counted from key 0 of the sequence. Inside a split runs
+  an online softmax over its blocks; the splits' results are merged in order. A block or split in which a row has no key
+  changes none of its bits, so it does not matter who skips it;
+- a score, a row sum and an element of the output come from the same instructions wherever the row stands in its tile: in 16
+  bits all tiles have 64 rows to 4 warps, or 128 to 8. So every warp owns whole rows (with fewer rows Triton would share a
+  row among warps and add in another order), and on sm_90 every product is a wgmma of 64 rows, whose sums are not
+  mma.sync's. Tiles of a decoded token are padded to that: idle products, while the time is that of reading the keys. In
+  float32 and on Blackwell, where layouts differ more, there is one tile for everything;
+- contraction is off (`common.launch`), and what is contracted is written as tl.fma.
+
+Scores are kept in units of log2, so that the exponential is exp2. float32 inputs use precision "ieee", products of float32
+on the arithmetic units: tf32x3 drops the product of the low parts and the tensor cores truncate their sums, which together
+would cost the accuracy that PyTorch's own float32 has.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .._device_errors import error_word
+from .common import launch
+
+SPLIT = 512  # 256 would merge more often than it shares work better; at 1024 one sequence of 8k keeps 64 programs busy
+LOG2E = 1.4426950408889634
+_LN2 = tl.constexpr(0.6931471805599453)
+LARGEST_WINDOW = 2**30
+CHECK_PROGRAMS = 64
+
+
+class Options(NamedTuple):
+    """Scores in units of log2: outer * x, or with a soft-cap outer * tanh(inner * x); a window side of None has no limit."""
+
+    inner: float
+    outer: float
+    window_left: int | None
+    window_right: int | None
+
+
+def options(scale: float, softcap: float, left: int, right: int) -> Options:
+    """The settings as kernels take them: no window where it is wider than any sequence, no scale that float32 rounds to 0."""
+    inner, outer = (scale / softcap, softcap * LOG2E) if softcap > 0 else (0.0, max(scale * LOG2E, 2.0**-126))
+    return Options(inner, outer, *(None if w < 0 or w > LARGEST_WINDOW else w for w in (left, right)))
+
+
+class Tile(NamedTuple):
+    """Query rows, keys of a block, columns of the output that one program computes, warps, stages of the loads."""
+
+    rows: int
+    keys: int
+    values: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_config(head_dim: int, element_size: int, arch: int, few_rows: bool) -> Tile:
+    """The tile for an architecture (80, 90, ...). Only rows and warps may depend on anything but it, head size and dtype.
+
+    A split's result and the total stand in registers together, which bounds `values` and `keys`: a program takes 128 columns
+    at most (64 on Blackwell, where the products leave their results in tensor memory and a copy of each passes through
+    registers), so for larger heads two or four compute the same scores.
+    """
+    width = triton.next_power_of_2(head_dim)
+    if element_size == 4:
+        return Tile(32, 16, min(width, 128), 8, 2)
+    if arch // 10 == 10:
+        return Tile(128, 64 if width <= 64 else 32, min(width, 64), 8, 3)
+    rows, num_warps = (64, 4) if few_rows else (128, 8)
+    if arch == 90:
+        return Tile(rows, {32: 128, 64: 128, 128: 64, 256: 32}[width], min(width, 128), num_warps, 3)
+    # 99 KiB of shared memory, all but the server cards have, hold two stages of heads above 128
+    return Tile(rows, 64 if width <= 64 else 32, min(width, 128), num_warps, 3 if arch == 80 or width <= 128 else 2)
+
+
+def bounds(x: torch.Tensor, name: str) -> dict[str, int]:
+    """Kernel arguments: strides of [B, S, heads, d], or of packed [T, heads, d] as one batch."""
+    batch, row, head = x.stride()[:3] if x.dim() == 4 else (0, *x.stride()[:2])
+    return {f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
+
+
+def slots(tokens: int, sequences: int, rows_per_token: int, block: int) -> int:
+    """Tiles set aside for packed rows: sequence i has those from cu[i] * rows_per_token // block + i on (see `_tile`)."""
+    return tokens * rows_per_token // block + max(sequences, 1)
+
+
+@triton.jit(do_not_specialize=["sequences", "tokens_q", "tokens_k", "a_size", "b_size", "c_size"])
+def attention_check_kernel(cu_q_ptr, cu_k_ptr, valid_ptr, error_ptr, a_ptr, b_ptr, c_ptr, sequences, tokens_q, tokens_k,
+                           a_size, b_size, c_size, ERROR_Q: tl.constexpr, ERROR_K: tl.constexpr, BLOCK: tl.constexpr):
+    """valid = 1 if cu_q rises from 0 to tokens_q and cu_k, if any, from 0 to tokens_k.
+
+    Otherwise it sets the error's bit and fills the results a, b, c with NaN; the kernels that follow return at once.
+    """
+    bad_q = tl.zeros((BLOCK,), tl.int32)
+    bad_k = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, sequences + 1, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        bad_q |= _out_of_order(cu_q_ptr, index, sequences, tokens_q)
+        if cu_k_ptr is not None:
+            bad_k |= _out_of_order(cu_k_ptr, index, sequences, tokens_k)
+    wrong_q = tl.max(bad_q, axis=0)
+    wrong_k = tl.max(bad_k, axis=0)
+    wrong = tl.maximum(wrong_q, wrong_k)
+    if tl.program_id(0) == 0:
+        tl.store(valid_ptr, 1 - wrong)
+        tl.atomic_or(error_ptr, ERROR_Q, mask=wrong_q != 0)
+        tl.atomic_or(error_ptr, ERROR_K, mask=wrong_k != 0)
+    if wrong != 0:
+        _fill(a_ptr, a_size, BLOCK)
+        if b_ptr is not None:
+            _fill(b_ptr, b_size, BLOCK)
+        if c_ptr is not None:
+            _fill(c_ptr, c_size, BLOCK)
+
+
+@triton.jit
+def _fill(ptr, size, BLOCK: tl.constexpr):
+    step = tl.num_programs(0).to(tl.int64) * BLOCK
+    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, step):
+        index = start + tl.arange(0, BLOCK)
+        tl.store(ptr + index, tl.full((BLOCK,), float("nan"), ptr.dtype.element_ty), mask=index < size)
+
+
+@triton.jit
+def _out_of_order(cu_ptr, index, sequences, tokens):
+    value = tl.load(cu_ptr + index, mask=index <= sequences, other=0)
+    following = tl.load(cu_ptr + index + 1, mask=index < sequences, other=0)
+    bad = (index < sequences) & (following < value)
+    bad |= (index == 0) & (value != 0)
+    bad |= (index == sequences) & (value != tokens)
+    return bad.to(tl.int32)
+
+
+def check_boundaries(cu_q, cu_k, tokens_q: int, tokens_k: int, error_q: int, error_k: int, *results) -> torch.Tensor:
+    """int32 [1] on the device: whether the boundaries can be used. If not, the (contiguous) results are NaN."""
+    valid = torch.empty(1, dtype=torch.int32, device=cu_q.device)
+    a, b, c = (*results, None, None)[:3]
+    launch(attention_check_kernel, CHECK_PROGRAMS, cu_q.device,
+           dict(cu_q_ptr=cu_q, cu_k_ptr=cu_k, valid_ptr=valid, error_ptr=error_word(cu_q.device), a_ptr=a, b_ptr=b, c_ptr=c,
+                sequences=cu_q.shape[0] - 1, tokens_q=tokens_q, tokens_k=tokens_k, a_size=a.numel(),
+                b_size=0 if b is None else b.numel(), c_size=0 if c is None else c.numel(),
+                ERROR_Q=error_q, ERROR_K=error_k, BLOCK=1024), num_warps=4)
+    return valid
+
+
+@triton.jit
+def _tile(cu_ptr, slot, sequences, length, rows_per_token, BLOCK: tl.constexpr):
+    """(sequence, its first token, its length, first row in it) of a tile; rows past the end belong to nobody.
+
+    Packed, a sequence begins at slot cu[i] * rows_per_token // BLOCK + i: as many as it can need, found by bisection.
+    """
+    if cu_ptr is None:
+        tiles = (length * rows_per_token + BLOCK - 1) // BLOCK
+        return slot // tiles, 0, length, slot % tiles * BLOCK
+    else:
+        low = slot * 0
+        high = low + sequences
+        while low + 1 < high:
+            middle = (low + high) // 2
+            before = tl.load(cu_ptr + middle).to(tl.int64) * rows_per_token // BLOCK + middle <= slot
+            low = tl.where(before, middle, low)
+            high = tl.where(before, high, middle)
+        first = tl.load(cu_ptr + low)
+        own = slot - (first.to(tl.int64) * rows_per_token // BLOCK + low).to(tl.int32)
+        return low, first, tl.load(cu_ptr + low + 1) - first, own * BLOCK
+
+
+@triton.jit
+def _tanh(x):
+    """Odd polynomial below 0.5477, of error 1 ulp; beyond, 1 - 2 / (exp(2 |x|) + 1)."""
+    a = tl.abs(x)
+    s = x * x
+    small = tl.fma(tl.fma(tl.fma(tl.fma(s, -0.00663105, 0.02132081), s, -0.05391137), s, 0.13333124), s, -0.33333332)
+    small = tl.fma(a * s, small, a)
+    large = 1.0 - 2.0 / (tl.exp2(a * 2.8853900817779268) + 1.0)
+    t = tl.where(a < 0.5477, small, large)
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def _attend(acc, z, m, score, v, outer, SCALED: tl.constexpr, v_scale=None):
+    """The split's sum of p v, sum of p and largest score (acc, z, m) with one more block of keys; masked scores are -inf. SCALED: in units of log2 already."""
+    if SCALED:
+        m_new = tl.maximum(m, tl.max(score, axis=1))
+    else:
+        m_new = tl.maximum(m, tl.max(score, axis=1) * outer)
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    if SCALED:
+        p = tl.exp2(score - m_safe[:, None])
+    else:
+        p = tl.exp2(tl.fma(score, outer, -m_safe[:, None]))
+    decay = tl.exp2(m - m_safe)
+    z = tl.fma(z, decay, tl.sum(p, axis=1))
+    if v_scale is not None:
+        p = p * v_scale[None, :]
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return acc, z, m_new
+
+
+@triton.jit
+def _merge(total, total_z, total_m, acc, z, m):
+    """(acc, z, m) of a split joins the total: exact where the total is empty (0, 0, -inf), and where the split is."""
+    m_new = tl.maximum(total_m, m)
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    a = tl.exp2(total_m - m_safe)
+    b = tl.exp2(m - m_safe)
+    total = tl.fma(acc, tl.expand_dims(b, -1), total * tl.expand_dims(a, -1))
+    return total, tl.fma(z, b, total_z * a), m_new
+
+
+@triton.jit
+def _finish(acc, z, m):
+    """(out, natural log-sum-exp); a row without a key gives (0, -inf), one with a NaN is NaN."""
+    some = tl.where(z == 0.0, 1.0, z)
+    lse = tl.where(z == 0.0, float("-inf"), (m + tl.log2(some)) * _LN2)
+    return acc * tl.expand_dims(tl.div_rn(1.0, some), -1), lse

@@ -1,0 +1,211 @@
+"""Flash attention forward, and the launchers of both directions. Contract: ops/flash_attention.py; arithmetic: attention.py.
+
+A program computes one tile of query rows of one head. Of the key blocks it needs, only those at the edges of the mask are
+masked. The heads of a group run side by side, so that they find each other's keys in the L2 cache, the longest rows first.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .._device_errors import CODES
+from .attention import (
+    SPLIT,
+    _attend,
+    _finish,
+    _merge,
+    _tanh,
+    _tile,
+    bounds,
+    check_boundaries,
+    options,
+    slots,
+    tile_config,
+)
+from .common import architecture, check_dtype, launch
+
+
+@triton.jit
+def _blocks(first, last, keys, left, right, BLOCK: tl.constexpr):
+    """Four bounds, multiples of BLOCK: the blocks that positions first to last need lie in [a, d), those that none of
+    them masks in [b, c)."""
+    low = first * 0
+    full_low = low
+    high = keys
+    full_high = keys
+    if left is not None:
+        low = tl.maximum(first - left, 0)
+        full_low = tl.maximum(last - left, 0)
+    if right is not None:
+        high = tl.minimum(keys, last + right + 1)
+        full_high = tl.minimum(keys, first + right + 1)
+    a = low // BLOCK * BLOCK
+    d = tl.maximum((tl.maximum(high, 0) + BLOCK - 1) // BLOCK * BLOCK, a)
+    b = tl.minimum((full_low + BLOCK - 1) // BLOCK * BLOCK, d)
+    c = tl.maximum(tl.maximum(full_high, 0) // BLOCK * BLOCK, b)
+    return a, b, tl.minimum(c, d), d
+
+
+@triton.jit
+def _scores(q, k, key, position, keys, left, right, inner, outer, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
+    """Scores of a block, in units of log2 with a soft-cap, otherwise yet to be multiplied by `outer`."""
+    score = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if SOFTCAP:
+        score = _tanh(score * inner) * outer
+    if MASKED:
+        allowed = (key < keys)[None, :]
+        if left is not None:
+            allowed = allowed & (key[None, :] >= (position - left)[:, None])
+        if right is not None:
+            allowed = allowed & (key[None, :] <= (position + right)[:, None])
+        score = tl.where(allowed, score, float("-inf"))
+    return score
+
+
+@triton.jit
+def _walk(state, q, k_ptr, v_ptr, k_row, v_row, v_cols, position, start, end, keys, left, right, inner, outer,
+          SOFTCAP: tl.constexpr, MASKED: tl.constexpr, MULTI_SPLIT: tl.constexpr, SPLIT: tl.constexpr,
+          HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Key blocks from start to end. Where a split begins, the one before joins the total.
+
+    One loop over blocks with a rare branch, not a loop over splits: the loads of the next blocks are under way throughout.
+    """
+    acc, z, m, total, total_z, total_m = state
+    offset = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    dv = tl.arange(0, BLOCK_V)[None, :]
+    k_offset = offset.to(tl.int64)[:, None] * k_row + d
+    v_offset = offset.to(tl.int64)[:, None] * v_row + dv
+    k_ptr += tl.cast(start, tl.int64) * k_row
+    v_ptr += tl.cast(start, tl.int64) * v_row
+    k_step = k_row.to(tl.int64) * BLOCK_N
+    v_step = v_row.to(tl.int64) * BLOCK_N
+    for first_key in tl.range(start, end, BLOCK_N):
+        block = tl.multiple_of(first_key, BLOCK_N)
+        if MULTI_SPLIT:
+            if block % SPLIT == 0:
+                total, total_z, total_m = _merge(total, total_z, total_m, acc, z, m)
+                acc = tl.zeros_like(acc)
+                z = tl.zeros_like(z)
+                m = tl.full(m.shape, float("-inf"), tl.float32)
+        key = block + offset
+        known = (key < keys)[:, None]
+        k_block = k_ptr + k_offset
+        v_block = v_ptr + v_offset
+        k_ptr += k_step
+        v_ptr += v_step
+        if MASKED:
+            k = tl.load(k_block, mask=known & (d < HEAD_DIM), other=0.0)
+            v = tl.load(v_block, mask=known & (dv < v_cols), other=0.0)
+        else:
+            if HEAD_DIM == BLOCK_D:
+                k = tl.load(k_block)
+            else:
+                k = tl.load(k_block, mask=d < HEAD_DIM, other=0.0)
+            if HEAD_DIM % BLOCK_V == 0:
+                v = tl.load(v_block)
+            else:
+                v = tl.load(v_block, mask=dv < v_cols, other=0.0)
+        score = _scores(q, k, key, position, keys, left, right, inner, outer, SOFTCAP, MASKED)
+        acc, z, m = _attend(acc, z, m, score, v, outer, SOFTCAP)
+    return acc, z, m, total, total_z, total_m
+
+
+@triton.jit(do_not_specialize=["sequences", "length_q", "length_k", "tiles", "group", "window_left",
+                               "window_right"])
+def flash_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, valid_ptr,
+                               sequences, length_q, length_k, tiles, group, window_left, window_right,
+                               inner, outer, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+                               out_batch, out_row, out_head, lse_batch, lse_head,
+                               SOFTCAP: tl.constexpr, MULTI_SPLIT: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
+                               HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                               BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
+    part = tl.program_id(0) % PARTS
+    member = tl.program_id(0) // PARTS % group
+    slot = tiles - 1 - tl.program_id(0) // PARTS // group % tiles
+    kv_head = (tl.program_id(0) // PARTS // group // tiles).to(tl.int64)
+    head = kv_head * group + member
+    offset = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    dv = tl.arange(0, BLOCK_V)[None, :]
+    v_cols = HEAD_DIM - part * BLOCK_V
+    out_ptr += head * out_head + part * BLOCK_V
+    lse_ptr += head * lse_head
+    if valid_ptr is not None:
+        if tl.load(valid_ptr) == 0:
+            return
+    sequence, first, queries, begin = _tile(cu_q_ptr, slot, sequences, length_q, 1, BLOCK_M)
+    if begin >= queries:
+        return
+    if cu_k_ptr is None:
+        first_key = 0
+        keys = length_k
+    else:
+        first_key = tl.load(cu_k_ptr + sequence)
+        keys = tl.load(cu_k_ptr + sequence + 1) - first_key
+    sequence = sequence.to(tl.int64)
+    row = begin + offset
+    q_rows = q_ptr + sequence * q_batch + head * q_head + (first + row).to(tl.int64)[:, None] * q_row
+    q = tl.load(q_rows + d, mask=(row < queries)[:, None] & (d < HEAD_DIM), other=0.0)
+    k_ptr += sequence * k_batch + kv_head * k_head + tl.cast(first_key, tl.int64) * k_row
+    v_ptr += sequence * v_batch + kv_head * v_head + tl.cast(first_key, tl.int64) * v_row + part * BLOCK_V
+    shift = keys - queries
+    position = row + shift
+    a, b, c, end = _blocks(begin + shift, tl.minimum(begin + BLOCK_M, queries) - 1 + shift, keys, window_left,
+                           window_right, BLOCK_N)
+    nothing = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    none = tl.zeros((BLOCK_M,), tl.float32)
+    lowest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    state = (nothing, none, lowest, nothing, none, lowest)
+    if window_left is not None:
+        state = _walk(state, q, k_ptr, v_ptr, k_row, v_row, v_cols, position, a, b, keys, window_left, window_right,
+                      inner, outer, SOFTCAP, True, MULTI_SPLIT, SPLIT, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_V)
+    state = _walk(state, q, k_ptr, v_ptr, k_row, v_row, v_cols, position, b, c, keys, window_left, window_right,
+                  inner, outer, SOFTCAP, False, MULTI_SPLIT, SPLIT, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_V)
+    state = _walk(state, q, k_ptr, v_ptr, k_row, v_row, v_cols, position, c, end, keys, window_left, window_right,
+                  inner, outer, SOFTCAP, True, MULTI_SPLIT, SPLIT, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_V)
+    acc, z, m, total, total_z, total_m = state
+    if MULTI_SPLIT:
+        acc, z, m = _merge(total, total_z, total_m, acc, z, m)
+    out, lse = _finish(acc, z, m)
+    row = row.to(tl.int64)
+    out_ptr += sequence * out_batch + (first + row)[:, None] * out_row
+    tl.store(out_ptr + dv, out.to(out_ptr.dtype.element_ty), mask=(row < queries)[:, None] & (dv < v_cols))
+    if part == 0:
+        tl.store(lse_ptr + sequence * lse_batch + first + row, lse, mask=row < queries)
+
+
+def flash_attention_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_left, window_right, scale,
+                        softcap):
+    check_dtype("flash_attention", "q", q)
+    dense = cu_seqlens_q is None
+    heads, head_dim = q.shape[-2:]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((*q.shape[:-3], heads, q.shape[-3]), dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    longest_q, longest_k = (q.shape[1], k.shape[1]) if dense else (max_seqlen_q, max_seqlen_k)
+    longest_k = k.shape[0] if longest_k < 0 else longest_k
+    tile = tile_config(head_dim, q.element_size(), architecture(q.device), 0 <= longest_q <= 64)
+    if dense:
+        sequences, valid, tiles = q.shape[0], None, q.shape[0] * triton.cdiv(q.shape[1], tile.rows)
+    else:
+        sequences = cu_seqlens_q.shape[0] - 1
+        tiles = slots(q.shape[0], sequences, 1, tile.rows)
+        valid = check(q, k, cu_seqlens_q, cu_seqlens_k, out, lse)
+    settings = options(scale, softcap, window_left, window_right)
+    kv_heads, parts = k.shape[-2], triton.cdiv(head_dim, tile.values)
+    launch(flash_attention_fwd_kernel, parts * heads * tiles, q.device,
+           dict(q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, lse_ptr=lse, cu_q_ptr=cu_seqlens_q, cu_k_ptr=cu_seqlens_k,
+                valid_ptr=valid, sequences=sequences, length_q=q.shape[-3], length_k=k.shape[-3],
+                tiles=tiles, group=heads // kv_heads, **settings._asdict(), **bounds(q, "q"), **bounds(k, "k"),
+                **bounds(v, "v"), **bounds(out, "out"), lse_batch=lse.stride(0) if dense else 0, lse_head=lse.stride(-2),
+                SOFTCAP=softcap > 0, MULTI_SPLIT=longest_k > SPLIT, SPLIT=SPLIT, PARTS=parts, HEAD_DIM=head_dim,
+                BLOCK_M=tile.rows, BLOCK_N=tile.keys, BLOCK_D=triton.next_power_of_2(head_dim),
+                BLOCK_V=tile.values), num_warps=tile.num_warps, num_stages=tile.num_stages)
+    return out, lse
+
+
+def check(q, k, cu_q, cu_k, *results):
+    return check_boundaries(cu_q, cu_k, q.shape[0], k.shape[0], CODES["flash_attention", "cu_seqlens_q"],
+                            CODES["flash_attention", "cu_seqlens_k"], *results)

@@ -221,7 +221,7 @@ template <typename T, typename Keys> class Few {
     V top(static_cast<Acc>(-kInfinity));
     for (int64_t i = 0; i < wide; i += V::size) {
       V x = V::load(s + i);
-      if constexpr (Keys::scaled) x = x * keys_.template k_scales<V>(i, n);
+      if constexpr (Keys::scaled) x = x * keys_.template k_scales<V>(i);
       if (score_.cap > 0) x = cap * tanh(x * inverse);
       if (first > 0 || last < wide) x = within(x, count_from<Acc>(i), low, high);
       x.store(s + i);
@@ -245,7 +245,7 @@ template <typename T, typename Keys> class Few {
       const V x = exp_of<T>(fma(V::load(s + i), factor, minus_shift));
       x.store(s + i);
       V y = x;
-      if constexpr (Keys::scaled) y = x * keys_.template v_scales<V>(i, n);
+      if constexpr (Keys::scaled) y = x * keys_.template v_scales<V>(i);
       store_weights<P>(p + i / P::step, y);
     }
     Acc sum = 0;

@@ -1,0 +1,73 @@
+#include "paged_attention.h"
+
+#include "attention_args.h"
+
+namespace internlm2 {
+namespace {
+
+// Lengths that hold the new tokens and fit the table; entries of used blocks within the cache.
+void check_values(const PagedFwd& a, int64_t blocks) {
+  for (int64_t s = 0; s < a.sequences; ++s) {
+    const int64_t length = a.length_k(s), most = a.max_blocks * a.block_size;
+    STD_TORCH_CHECK(length >= a.length_q(s) && length <= most, "ValueError: paged_attention: seq_lens: expected values from "
+                    "the new tokens of a sequence, ", a.length_q(s), " in sequence ", s, ", to max_blocks * block_size = ",
+                    most, ", got ", length);
+    const int64_t used = (length + a.block_size - 1) / a.block_size;
+    for (int64_t i = 0; i < used; ++i) {
+      const int64_t block = a.block_table[s * a.max_blocks + i];
+      STD_TORCH_CHECK(block >= 0 && block < blocks, "ValueError: paged_attention: block_table: expected values from 0 to ",
+                      blocks - 1, " in the blocks in use, got ", block);
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor> paged_attention_fwd_cpp(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                                   const Tensor& block_table, const Tensor& seq_lens, const OptTensor& cu_q,
+                                                   int64_t max_seqlen_q, const OptTensor& k_scale, const OptTensor& v_scale,
+                                                   int64_t window_left, double scale, double softcap) {
+  check_cpu();
+  PagedFwd a{};
+  a.dtype = dtype_of(q);
+  a.sequences = seq_lens.size(0);
+  a.heads = q.size(1);
+  a.kv_heads = k_cache.size(2);
+  a.d = q.size(2);
+  a.seqlen_q = 1;
+  a.seqlens_k = static_cast<const int32_t*>(cdata(seq_lens));
+  a.window_left = window_left;
+  a.scale = scale;
+  a.softcap = softcap;
+  a.k_cache = cdata(k_cache);
+  a.v_cache = cdata(v_cache);
+  a.k_scale = k_scale.has_value() ? static_cast<const float*>(cdata(*k_scale)) : nullptr;
+  a.v_scale = v_scale.has_value() ? static_cast<const float*>(cdata(*v_scale)) : nullptr;
+  a.block_table = static_cast<const int32_t*>(cdata(block_table));
+  a.block_size = k_cache.size(1);
+  a.max_blocks = block_table.size(1);
+  if (cu_q.has_value()) {
+    check_cu_seqlens("paged_attention", "q", *cu_q, q.size(0), max_seqlen_q);
+    a.cu_q = static_cast<const int32_t*>(cdata(*cu_q));
+  }
+  check_values(a, k_cache.size(0));
+  Tensor out = empty_as(q), lse = torch::stable::new_empty(q, {a.heads, q.size(0)}, accumulator_of(q));
+  a.q = attention_tensor(q);
+  a.out = attention_tensor(out);
+  a.q.sequence_stride = a.q.token_stride;  // where there is no cu_q, a sequence is a token
+  a.out.sequence_stride = a.out.token_stride;
+  a.lse = data(lse);
+  a.lse_sequence_stride = 1;
+  a.lse_head_stride = q.size(0);
+  run_attention(
+      a, q, [&](int64_t longest) { return INTERNLM2_CPU_MATRIX(paged_attention_fwd_plan, a, longest); },
+      [&](const FlashUnit& u, void* scratch) { INTERNLM2_CPU_MATRIX(paged_attention_fwd, a, u, scratch); },
+      [&](const FlashUnit& u, void* states, int64_t stride, int64_t splits, void* scratch) {
+        INTERNLM2_CPU_MATRIX(paged_attention_fwd_join, a, u, states, stride, splits, scratch);
+      });
+  return {out, lse};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(internlm2, CPU, m) { INTERNLM2_IMPL(m, "paged_attention_fwd.cpp", paged_attention_fwd_cpp); }
+
+}  // namespace internlm2

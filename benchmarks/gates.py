@@ -1,5 +1,6 @@
 """What counts as done: gates.toml, and the verdict of a row by it."""
 
+import fnmatch
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,18 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from .suite import size_of
+
 GATES = Path(__file__).with_name("gates.toml")
 WHERE = ("device", "op", "direction", "dtype")
-RATIOS = ("eager", "compile", "liger")
+RATIOS = ("eager", "compile", "liger", "flex", "mask", "folded", "bf16 cache")
+OPTIONAL = ("liger", "mask")  # not installed everywhere, or too slow to be timed at every size
+SHARES = {"bw": "copy_fraction", "read": "read_fraction", "roof": "roof_fraction"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One demand on one row: `what` is a family of peers or `bw`; `got` is None where it could not be measured."""
+    """One demand on one row: `what` is a family of peers or a share; `got` is None where it could not be measured."""
 
     what: str
     need: float
@@ -35,7 +40,7 @@ class Verdict:
 def load(path: Path = GATES) -> list[dict]:
     gates = tomllib.loads(path.read_text())["gate"]
     for gate in gates:
-        unknown = set(gate) - {*WHERE, *RATIOS, "bw"}
+        unknown = set(gate) - {*WHERE, *RATIOS, *SHARES, "size"}
         missing = set(WHERE[:3]) - set(gate)
         if unknown or missing:
             raise ValueError(f"{path.name}: gate {gate}: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}")
@@ -48,10 +53,11 @@ def judge(row: dict, gates: list[dict]) -> list[Verdict]:
     for gate in gates:
         if any(key in gate and gate[key] != row[key] for key in WHERE):
             continue
+        if "size" in gate and not fnmatch.fnmatchcase(size_of(row["dims"]), gate["size"]):
+            continue
         for what in RATIOS:
-            if what in gate and (what in row["against"] or what != "liger"):
+            if what in gate and (what in row["against"] or what not in OPTIONAL):
                 got = row["against"].get(what)
                 verdicts.append(Verdict(what, gate[what], got["ratio"][0] if got else None))
-        if "bw" in gate:
-            verdicts.append(Verdict("bw", gate["bw"], row["copy_fraction"]))
+        verdicts += [Verdict(share, gate[share], row.get(name)) for share, name in SHARES.items() if share in gate]
     return verdicts

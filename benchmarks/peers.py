@@ -1,4 +1,5 @@
-"""Other libraries' kernels by operator name, as functions with the operator's own arguments; CUDA only, optional.
+"""Further peers by operator, as functions with the operator's own arguments: other libraries' kernels, and PyTorch forms that
+have a gate of their own.
 
 A peer that is not installed, or whose result fails the operator's error ladder, is left out and the run says so.
 Liger is called with `in_place=False`: its in-place backward overwrites the incoming gradient, which the bench reuses.
@@ -6,6 +7,30 @@ Its swiglu backward overwrites its saved inputs all the same, so every peer gets
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from internlm2_kernels.ops._attention import allowed_keys
+from internlm2_kernels.ops.paged_attention import Contiguous, paged_attention
+
+MASK_TOKENS = 4096  # beyond, SDPA under a mask takes longer than it is worth waiting for
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`run(**prepare(**inputs))` is the call; what `prepare` does is not timed (a layout that a user of the peer would hold
+    already, a compilation). `device`: where it runs; `backward`: it has one; `fits`: whether a size is worth timing."""
+
+    run: Callable
+    device: str
+    prepare: Callable[..., dict[str, Any]] | None = None
+    backward: bool = True
+    fits: Callable[[dict[str, Any]], bool] = lambda dims: True
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.run(**(self.prepare(**inputs) if self.prepare else inputs))
 
 
 def _rms_norm(x, weight, eps=1e-5, residual=None, *, rounding="once"):
@@ -26,4 +51,101 @@ def _swiglu(gate, up=None):
     return LigerSiLUMulFunction.apply(gate, up)
 
 
-PEERS: dict[str, dict[str, Callable]] = {"rms_norm": {"liger": _rms_norm}, "swiglu": {"liger": _swiglu}}
+def _flex_inputs(q, k, v, *, causal=False, window=None, softcap=0.0, scale=None, cu_seqlens_q=None, cu_seqlens_k=None,
+                 return_lse=False):
+    """FlexAttention's block mask of the documents and options; q, k, v as [B, H, S, d]."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if return_lse or softcap:
+        raise NotImplementedError("not compared with these options")
+    if cu_seqlens_q is not None:
+        q, k, v = (t[None] for t in (q, k, v))
+    left, right = window or (-1, -1)
+    right = 0 if causal else right
+    queries, keys = q.shape[1], k.shape[1]
+    document = torch.zeros(queries, dtype=torch.int64, device=q.device)
+    if cu_seqlens_q is not None:
+        if not torch.equal(cu_seqlens_q, cu_seqlens_k):
+            raise NotImplementedError("documents of queries and keys differ")
+        document = torch.bucketize(torch.arange(queries, device=q.device), cu_seqlens_q[1:].long(), right=True)
+
+    def mask(b, h, i, j):
+        allowed = j >= 0
+        if cu_seqlens_q is not None:
+            allowed = document[i] == document[j]
+        if left >= 0:
+            allowed = allowed & (j >= i + keys - queries - left)
+        if right >= 0:
+            allowed = allowed & (j <= i + keys - queries + right)
+        return allowed
+
+    block_mask = create_block_mask(mask, None, None, queries, keys, device=q.device)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return dict(q=q, k=k, v=v, block_mask=block_mask, scale=scale, packed=cu_seqlens_q is not None)
+
+
+_compiled: dict[str, Callable] = {}
+
+
+def _flex(q, k, v, block_mask, scale, packed):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if "flex" not in _compiled:
+        _compiled["flex"] = torch.compile(flex_attention, dynamic=False)
+    out = _compiled["flex"](q, k, v, block_mask=block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+    return out[0] if packed else out
+
+
+def _masked_inputs(q, k, v, *, causal=False, window=None, cu_seqlens_q=None, cu_seqlens_k=None, scale=None, softcap=0.0,
+                   return_lse=False):
+    """One block-diagonal mask over all documents."""
+    if cu_seqlens_q is None or return_lse or softcap:
+        raise NotImplementedError("documents only")
+    left, right = window or (-1, -1)
+    right = 0 if causal else right
+    mask = torch.zeros(q.shape[0], k.shape[0], dtype=torch.bool, device=q.device)
+    for a, b, c, d in zip(cu_seqlens_q[:-1], cu_seqlens_q[1:], cu_seqlens_k[:-1], cu_seqlens_k[1:], strict=True):
+        mask[a:b, c:d] = allowed_keys(int(b - a), int(d - c), left, right, q.device)
+    return dict(q=q, k=k, v=v, mask=mask, scale=scale)
+
+
+def _masked(q, k, v, mask, scale):
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1)
+
+
+def _bf16_cache(k_cache, v_cache, k_scale=None, v_scale=None, **inputs):
+    """The same cache unquantised, for our own operator."""
+    if k_scale is None:
+        raise NotImplementedError("the cache is not int8")
+    wide = lambda cache, scale: (cache.float() * scale[..., None]).to(inputs["q"].dtype)
+    return dict(inputs, k_cache=wide(k_cache, k_scale), v_cache=wide(v_cache, v_scale))
+
+
+def _documents(dims):
+    return "lengths" in dims and sum(dims["lengths"]) <= MASK_TOKENS
+
+
+_folded = Contiguous(True, folded=True)
+
+PEERS: dict[str, dict[str, Peer]] = {
+    "rms_norm": {"liger": Peer(_rms_norm, "cuda")},
+    "swiglu": {"liger": Peer(_swiglu, "cuda")},
+    "flash_attention": {
+        "flex": Peer(_flex, "cpu", _flex_inputs, backward=False),
+        "mask": Peer(_masked, "cpu", _masked_inputs, fits=_documents, backward=False),
+    },
+    "paged_attention": {
+        "folded": Peer(_folded.run, "cpu", _folded.prepare),
+        "bf16 cache": Peer(paged_attention, "cpu", _bf16_cache, fits=lambda dims: bool(dims.get("int8"))),
+    },
+}
+# Where torch.compile leaves eager's form as it is: SDPA is one call to it.
+NOT_COMPILED = ("flash_attention", "paged_attention")
+
+
+def peers_of(op: str, device: str, training: bool, dims: dict[str, Any]) -> dict[str, Peer]:
+    """The peers that can run here."""
+    return {name: peer for name, peer in PEERS.get(op, {}).items()
+            if peer.device == device and (peer.backward or not training) and peer.fits(dims)}

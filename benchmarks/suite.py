@@ -27,7 +27,7 @@ from internlm2_kernels.testing import (
     with_leaves,
 )
 
-from .peers import PEERS
+from .peers import NOT_COMPILED, PEERS, peers_of
 
 PASSES = {"forward": ("forward",), "training": ("backward", "both"), "call": ("call",), "call_grad": ("call_grad",)}
 STAGES = {"call": "forward", "call_grad": "forward"}  # the stage of `Paired` a direction is read from, else its own name
@@ -77,6 +77,7 @@ class Row:
     flops: int = 0
     bytes_per_s: float = 0.0
     copy_fraction: float | None = None
+    read_fraction: float | None = None
     roof_fraction: float | None = None
     red: str = ""
 
@@ -87,6 +88,7 @@ class Settings:
 
     seconds: float = 1.0
     rounds: tuple[int, int] = (11, 101)
+    longest: float = 60.0  # seconds after which a pass whose calls take long ends with at least three rounds
     compiled: bool = True
     quick: bool = False
 
@@ -95,10 +97,18 @@ QUICK = Settings(seconds=0.2, rounds=(3, 11), quick=True)
 
 
 def size_of(dims: dict[str, Any]) -> str:
-    """A size as people write it: numbers with x between, true flags and words by name."""
+    """A size as people write it: lists by name, numbers with x between, true flags and words by name."""
+    lists = [f"{key} {_list(v)}" for key, v in dims.items() if isinstance(v, (tuple, list))]
     numbers = [str(v) for v in dims.values() if isinstance(v, int) and not isinstance(v, bool)]
     words = [str(k) if v is True else f"{k}={v}" for k, v in dims.items() if v and (v is True or isinstance(v, str))]
-    return " ".join(["x".join(numbers), *words])
+    return " ".join([*lists, "x".join(numbers), *words])
+
+
+def _list(values: tuple[int, ...]) -> str:
+    """8x512 where all are equal, else 8 of 256-2816."""
+    if len(set(values)) == 1:
+        return f"{len(values)}x{values[0]}"
+    return f"{len(values)} of {min(values)}-{max(values)}" if values else "none"
 
 
 def short(dtype: torch.dtype) -> str:
@@ -115,7 +125,8 @@ def plan(ops: list[str], directions: list[str], dtypes: list[torch.dtype], quick
         kinds += ["training"] if trains and {"backward", "both"} & set(directions) else []
         cases = [case for case in op.cases if case.kind == "model"][:1 if quick else None]
         chosen = [dtype for dtype in dtypes if dtype in op.dtypes]
-        passes += [Pass(op, case, dtype, kind) for case in cases for dtype in chosen for kind in kinds]
+        passes += [Pass(op, case, dtype, kind) for case in cases for dtype in chosen for kind in kinds
+                   if kind in (case.passes or kinds) and dtype in (case.dtypes or chosen)]
         if "call" in directions:
             smoke = next(case for case in op.cases if case.kind == "smoke")
             passes += [Pass(op, smoke, dtype, kind) for dtype in chosen for kind in ["call", "call_grad"][:1 + trains]]
@@ -154,6 +165,13 @@ def _copy(sample: Sample) -> Sample:
     return Sample(inputs, sample.grad)
 
 
+def _call(function: Callable, inputs: dict[str, Any]) -> Callable[[], Any]:
+    """The call to time: a form that has to `prepare` does so beforehand."""
+    if getattr(function, "prepare", None) is None:
+        return partial(function, **inputs)
+    return partial(function.run, **function.prepare(**inputs))
+
+
 class Bench:
     """Runs passes on one device; remembers which operators are green (checked once per dtype) and what was left out."""
 
@@ -178,16 +196,17 @@ class Bench:
         functions: dict[str, tuple[str, Callable]] = {
             f"ours {b}": ("", partial(op.public, backend=b)) for b in self.backends(op)}
         functions |= {f"eager {name}": ("eager", form) for name, form in op.eager.items()}
-        if self.device.type == "cuda":
-            functions |= {name: (name, form) for name, form in PEERS.get(op.name, {}).items()}
-        red = self._red(job, {name: function for name, (_, function) in functions.items()})
+        further = peers_of(op.name, self.device.type, job.training, case.dims) if not job.small else {}
+        red = self._red(job, {name: function for name, (_, function) in functions.items()} | (
+            further if self.device.type == "cuda" else {}))
+        functions |= {name: (name, peer) for name, peer in further.items()}
         rows = [Row(op.name, case.dims, short(job.dtype), direction, self.device.type, b, self._chosen(op) == b, "", 0,
                     red=red.get(f"ours {b}", "")) for b in self.backends(op) for direction in PASSES[job.kind]]
         if any(row.red for row in rows):
             return rows, None
         functions = {name: value for name, value in functions.items() if name not in red}
         torch._dynamo.reset()  # else the recompile limit turns later compiled rows into eager ones
-        if self.settings.compiled and not job.small:
+        if self.settings.compiled and not job.small and op.name not in NOT_COMPILED:
             forms = list(op.eager.items())[:1 if self.settings.quick else None]
             functions |= {f"compile {name}": ("compile", torch.compile(form, dynamic=False)) for name, form in forms}
         with torch.set_grad_enabled(job.training):
@@ -222,10 +241,14 @@ class Bench:
         if job.small:
             return interleave(contenders, 1, self.device, seconds=0.3, rounds=(31, 101), repeat=100, host=True)
         contenders.append(self._clone(job, sets))
-        return interleave(contenders, sets, self.device, seconds=self.settings.seconds, rounds=self.settings.rounds)
+        return interleave(contenders, sets, self.device, seconds=self.settings.seconds, rounds=self.settings.rounds,
+                          longest=self.settings.longest)
 
     def _contender(self, name: str, family: str, function: Callable, sets: list, job: Pass) -> Contender | None:
-        calls = [partial(function, **sample.inputs) for sample, _ in sets]
+        try:
+            calls = [_call(function, sample.inputs) for sample, _ in sets]
+        except NotImplementedError:
+            return None
         leaves = [[sample.inputs[name] for name in sample.grad] for sample, _ in sets]
         upstreams = [list(upstream.values()) for _, upstream in sets]
         retain = self.device.type == "cuda"  # a graph is captured from a backward that must be able to run again
@@ -280,6 +303,9 @@ class Bench:
             copy_fraction = quantiles([count / ours / (moved / clone) for clone, ours in pairs])[0]
         else:
             copy_fraction = count / seconds / self.peaks.copy_bytes_per_s
-        matrix_fraction = flops / seconds / self.peaks.matmul_flops_per_s
+        peaks = self.peaks
+        matrix = peaks.matmul_float32_flops_per_s if job.dtype == torch.float32 else peaks.matmul_flops_per_s
+        matrix_fraction = flops / seconds / matrix
         return {"bytes": count, "flops": flops, "bytes_per_s": count / seconds, "copy_fraction": copy_fraction,
+                "read_fraction": count / seconds / peaks.read_bytes_per_s,
                 "roof_fraction": max(copy_fraction, matrix_fraction)}

@@ -43,10 +43,15 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @dataclass(frozen=True)
 class Case:
-    """One problem size: `kind` is smoke (every check), edge (odd sizes) or model (benchmarks)."""
+    """One problem size: `kind` is smoke (every check), edge (odd sizes) or model (benchmarks).
+
+    `passes` and `dtypes` limit what the benchmark measures of it (empty: everything): some sizes take minutes a call.
+    """
 
     kind: str
     dims: dict[str, Any]
+    passes: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
 
     def __str__(self) -> str:
         return "-".join(f"{key}{value}" for key, value in self.dims.items())

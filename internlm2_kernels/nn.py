@@ -80,7 +80,8 @@ class FlashAttention(torch.nn.Module):
     `FlashCrossAttention` at dropout 0.
 
     `forward(q, k, v)` takes dense [B, S, heads, d]; with `cu_seqlens_q` (and `cu_seqlens_k`, `max_seqlen_q`, `max_seqlen_k`)
-    packed [T, heads, d]. `forward(qkv)` takes one tensor [..., 3, H, d]. Options and errors: `internlm2_kernels.flash_attention`.
+    packed [T, heads, d]. `forward(qkv)` takes one tensor [..., 3, H, d]. Options and errors: those of
+    `internlm2_kernels.flash_attention`.
     """
 
     def __init__(self, *, causal=False, scale=None, window=None, softcap=0.0):

@@ -168,6 +168,7 @@ def assert_ladder(op: Op, sample: Sample, got: dict[str, torch.Tensor],
 # is balanced over rounds, and are compared by the ratio within a round, never by times of different runs.
 
 MIN_ROUNDS, MAX_ROUNDS = 11, 201
+FEWEST_ROUNDS = 3
 SCREEN = 2.0  # a form this much slower in the warm-up than its family's fastest is not the one to beat
 
 
@@ -239,8 +240,10 @@ def pin(threads: int) -> None:
 
 
 def interleave(contenders: list[Contender], sets: int, device: torch.device, *, seconds: float = 2.0,
-               rounds: tuple[int, int] = (MIN_ROUNDS, MAX_ROUNDS), repeat: int = 1, host: bool = False) -> Paired:
-    """Time `contenders` in turns: at least `rounds[0]` rounds, then until `seconds` have passed or `rounds[1]` are done.
+               rounds: tuple[int, int] = (MIN_ROUNDS, MAX_ROUNDS), repeat: int = 1, host: bool = False,
+               longest: float = math.inf) -> Paired:
+    """Time `contenders` in turns: at least `rounds[0]` rounds, then until `seconds` have passed or `rounds[1]` are done;
+    where calls take seconds, no more than three rounds after `longest` seconds.
 
     CPU: wall clock around each call, freeing its results included, input sets rotating. CUDA: one graph per contender
     that runs every input set once, replayed between events (plain launches for all of them where one cannot be
@@ -260,7 +263,8 @@ def interleave(contenders: list[Contender], sets: int, device: torch.device, *, 
         times = defaultdict(lambda: defaultdict(list))
         start = time.perf_counter()
         for index in range(rounds[1]):
-            if index >= rounds[0] and time.perf_counter() - start > seconds:
+            passed = time.perf_counter() - start
+            if (index >= rounds[0] and passed > seconds) or (index >= FEWEST_ROUNDS and passed > longest):
                 break
             for turn, who in enumerate(turns(len(kept), index)):
                 name = kept[who].name
@@ -388,22 +392,25 @@ def _cuda_launches(contender: Contender, sets: int) -> dict[str, Callable[[], An
 
 @dataclass(frozen=True)
 class Peaks:
-    """This machine's rates in this run: copying (bytes read plus written), reading, bf16 matrix products."""
+    """This machine's rates in this run: copying (bytes read plus written), reading, bf16 and float32 matrix products."""
 
     copy_bytes_per_s: float
     read_bytes_per_s: float
     matmul_flops_per_s: float
+    matmul_float32_flops_per_s: float
 
 
 def measure_peaks(device: torch.device, seconds: float = 1.0) -> Peaks:
-    """`clone()` and `sum()` of 128 MiB (CUDA: 1 GiB), a bf16 product of 2048-cubes (CUDA: 8192), on random data."""
+    """`clone()` and `sum()` of 128 MiB (CUDA: 1 GiB), products of 2048-cubes (CUDA: 8192) in bf16 and in float32 with
+    PyTorch's settings as they are, on random data."""
     cuda = device.type == "cuda"
     count, cube = (2**28, 8192) if cuda else (2**25, 2048)
     flat = torch.randn(count, device=device)
-    a, b = (torch.randn(cube, cube, device=device).bfloat16() for _ in range(2))
+    a32, b32 = (torch.randn(cube, cube, device=device) for _ in range(2))
+    a, b = a32.bfloat16(), b32.bfloat16()
     contenders = [Contender("copy", lambda i: flat.clone()), Contender("read", lambda i: flat.sum()),
-                  Contender("matmul", lambda i: a @ b)]
+                  Contender("matmul", lambda i: a @ b), Contender("matmul float32", lambda i: a32 @ b32)]
     paired = interleave(contenders, 1, device, seconds=seconds, rounds=(MIN_ROUNDS, 101))
     size = flat.numel() * flat.element_size()
     return Peaks(2 * size / paired.median("forward", "copy"), size / paired.median("forward", "read"),
-                 2 * cube**3 / paired.median("forward", "matmul"))
+                 2 * cube**3 / paired.median("forward", "matmul"), 2 * cube**3 / paired.median("forward", "matmul float32"))

@@ -1,6 +1,7 @@
 """The benchmark suite: fair turns, verdicts, what is stored, what is printed, and that a red operator has no number."""
 
 import contextlib
+import fnmatch
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from benchmarks import gates, plot, record, report, suite  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-PEAKS = Peaks(1e10, 2e10, 1e12)
+PEAKS = Peaks(1e10, 2e10, 1e12, 2e11)
 SMALL = Case("model", {"rows": 64, "cols": 64})
 
 
@@ -208,13 +209,22 @@ def test_plan_covers_the_registry_and_every_gate_is_measured():
         planned = {(str(p.case), p.dtype, p.kind) for p in every if p.op is op}
         for case in op.cases:
             if case.kind == "model":
-                dtypes = {torch.bfloat16, torch.float32} & set(op.dtypes)
+                dtypes = {torch.bfloat16, torch.float32} & set(op.dtypes) & set(case.dtypes or op.dtypes)
                 kinds = {"forward", "training"} if "backward" in op.directions else {"forward"}
+                kinds &= set(case.passes or kinds)
+                assert dtypes and kinds, case
                 assert {(str(case), dtype, kind) for dtype in dtypes for kind in kinds} <= planned
-    rows = {(p.op.name, direction, suite.short(p.dtype)) for p in every for direction in suite.PASSES[p.kind]}
+    rows = {(p.op.name, direction, suite.short(p.dtype), suite.size_of(p.case.dims))
+            for p in every for direction in suite.PASSES[p.kind]}
     for gate in gates.load():
         assert any(gate["op"] == op and gate["direction"] == direction and gate.get("dtype", dtype) == dtype
-                   for op, direction, dtype in rows), gate
+                   and fnmatch.fnmatchcase(size, gate.get("size", "*")) for op, direction, dtype, size in rows), gate
+    # Every size of attention has its gate: a pattern that catches nothing, or two sizes too many, would pass unseen.
+    sizes = {size for op, direction, dtype, size in rows if op == "flash_attention" and direction == "forward"}
+    for size in sizes:
+        caught = [g for g in gates.load() if g["op"] == "flash_attention" and g["direction"] == "forward"
+                  and fnmatch.fnmatchcase(size, g.get("size", "*"))]
+        assert 1 <= len([g for g in caught if "size" in g]) <= 1, (size, caught)
     first = suite.plan(["rms_norm"], ["forward"], [torch.float32], quick=True)
     assert len(first) == 1
 

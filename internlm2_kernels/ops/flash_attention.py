@@ -160,6 +160,20 @@ def _packed(kind, lengths, heads, kv_heads, head_dim, **options):
     return Case(kind, {"lengths": tuple(lengths), "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, **options})
 
 
+def _model_cases():
+    """Dense at the heads of the 1.8B and 7B models, of 6 queries a key, and at d = 64; packed sets equal, uneven, skewed."""
+    low, high = (torch.bfloat16,), (torch.float32,)
+    for heads, kv_heads, head_dim in ((16, 8, 128), (32, 8, 128), (12, 2, 128), (32, 8, 64)):
+        for length in (2048, 4096):
+            dims = _dense("model", 1, length, length, heads, kv_heads, head_dim, causal=True).dims
+            yield Case("model", dims, dtypes=low)
+    yield Case("model", _dense("model", 1, 2048, 2048, 16, 8, 128, causal=True).dims, ("forward",), high)
+    yield Case("model", _dense("model", 1, 4096, 4096, 32, 8, 64, causal=True).dims, ("forward",), high)
+    yield Case("model", _dense("model", 1, 16384, 16384, 16, 8, 128, causal=True).dims, ("forward",), low)
+    for lengths in ((512,) * 8, (256,) * 16, (64,) * 64, (256, 2816, 512, 1024, 384, 768, 1536, 896), (8192, *(64,) * 7)):
+        yield Case("model", _packed("model", lengths, 16, 8, 128, causal=True).dims, dtypes=low)
+
+
 FLASH_ATTENTION = Op(
     name="flash_attention",
     source="arXiv:2205.14135 algorithm 1, arXiv:2307.08691 (FlashAttention-2)",
@@ -193,13 +207,7 @@ FLASH_ATTENTION = Op(
         _packed("edge", (3, 4), 2, 1, 32, window=(1, 0), softcap=2.0),
         Case("edge", {"lengths": (4, 0, 7), "key_lengths": (2, 3, 40), "heads": 2, "kv_heads": 2, "head_dim": 56,
                       "causal": True, "return_lse": True}),
-        *(_dense("model", 1, length, length, heads, kv_heads, head_dim, causal=True)
-          for heads, kv_heads, head_dim in ((16, 8, 128), (32, 8, 128), (12, 2, 128), (32, 8, 64))
-          for length in (2048, 4096)),
-        _dense("model", 1, 16384, 16384, 16, 8, 128, causal=True),
-        *(_packed("model", lengths, 32, 8, 128, causal=True)
-          for lengths in ((512,) * 8, (256,) * 16, (64,) * 64, (256, 2816, 512, 1024, 384, 768, 1536, 896),
-                          (8192, *(64,) * 7))),
+        *_model_cases(),
     ),
     eager={"SDPA enable_gqa": _eager(True), "SDPA expanded keys": _eager(False)},
     batched=("q", "k", "v"),

@@ -52,7 +52,7 @@ def reference(q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=None, 
     return (out, lse) if return_lse else out
 
 
-class _Contiguous:
+class Contiguous:
     """What PyTorch has for decoding: SDPA on each sequence's keys laid end to end, which `prepare` gathers beforehand.
 
     `folded` puts the query heads of a group in the rows of one product, which shares each key read but takes a mask where
@@ -190,12 +190,12 @@ PAGED_ATTENTION = Op(
         _case("edge", (), (), 2, 1, 32, 4),
         _case("edge", (0, 2), (3, 0), 2, 1, 32, 4, return_lse=True),
         _case("edge", (1,), (255,), 8, 1, 128, 256, int8=True),
-        *(_case("model", (1,) * batch, (keys - 1,) * batch, heads, kv_heads, 128, 64, **options)
+        *(Case("model", _case("model", (1,) * batch, (keys - 1,) * batch, heads, kv_heads, 128, 64, **options).dims,
+               dtypes=(torch.bfloat16,))
           for heads, kv_heads in ((16, 8), (32, 8), (48, 8)) for batch, keys in ((1, 32768), (8, 8192))
           for options in ({}, {"int8": True})),
     ),
-    eager={"SDPA enable_gqa, contiguous keys": _Contiguous(True), "SDPA expanded keys": _Contiguous(False),
-           "SDPA queries in rows, contiguous keys": _Contiguous(True, folded=True)},
+    eager={"SDPA enable_gqa, contiguous keys": Contiguous(True), "SDPA expanded contiguous keys": Contiguous(False)},
     batched=(),
     bytes=_bytes,
     flops=_flops,

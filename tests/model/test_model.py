@@ -244,7 +244,8 @@ def test_bad_input_is_named(change, kind, message):
 def test_bad_construction_is_named():
     with pytest.raises(TypeError, match="config must be a ModelConfig, got dict"):
         InternLM2(TINY.to_dict())
-    with pytest.raises(TypeError, match="operators must offer rms_norm, .* lacks rms_norm, swiglu, rope_table, qkv_rope, flash_attention"):
+    lacks = "operators must offer rms_norm, .* lacks rms_norm, swiglu, rope_table, qkv_rope, flash_attention"
+    with pytest.raises(TypeError, match=lacks):
         InternLM2(TINY, operators=dataclasses)
     with pytest.raises(ValueError, match="compute_dtype must be dtype, or narrower than float32"):
         InternLM2(TINY, dtype=torch.bfloat16, compute_dtype=torch.float32)

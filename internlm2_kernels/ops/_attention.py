@@ -128,9 +128,13 @@ def check_boundaries(op, argument, cu, total, longest=-1):
         return
     bounds = cu.tolist()
     lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
-    if bounds[0] != 0 or bounds[-1] != total or any(n < 0 for n in lengths):
-        shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
-        fail(ValueError, op, argument, f"values that start at 0, never fall and end at {total}", shown)
+    if bounds[0] != 0:
+        fail(ValueError, op, argument, "values that start at 0", bounds[0])
+    for before, after in zip(bounds, bounds[1:], strict=False):
+        if after < before:
+            fail(ValueError, op, argument, "values that never fall", f"{after} after {before}")
+    if bounds[-1] != total:
+        fail(ValueError, op, argument, f"values that end at {total}", bounds[-1])
     if 0 <= longest < max(lengths, default=0):
         name = argument.replace("cu_seqlens", "max_seqlen")
         fail(ValueError, op, name, f"at least the longest sequence, {max(lengths)}", longest)

@@ -1,0 +1,383 @@
+// Attention's backward in five products, each a block of keys against a block of queries (rows) of one head:
+//   S = Q K^T,  P = exp(scale S - lse),  dV += P^T dO,  dP = dO V^T,  dS = P (dP - delta),  dK += dS^T Q,  dQ += dS K
+// A unit of work owns a block of keys: its dK and dV stay in its thread's second-level cache. dQ is summed in memory, in
+// float32, the key blocks taking their turns in rising order: bits depend on no thread's pace, and no product is done
+// twice. Units are handed out in rising order, so that whoever waits for its turn waits for a unit that is running.
+// At the edge of the mask each strip of rows takes only the keys, and each strip of keys only the rows, that it needs.
+#pragma once
+#include <sched.h>
+
+#include "../flash_attention_bwd.h"
+#include "math.h"
+#include "pack.h"
+
+namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
+
+constexpr int64_t kStrip = 24;  // rows of S at a time: in the first-level cache, and a multiple of kTileRows
+
+// Not the standard library's: a shared out-of-line copy would be compiled for one of the instruction sets.
+VEC_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+VEC_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+VEC_INLINE int64_t clip(int64_t x, int64_t low, int64_t high) { return most(low, least(x, high)); }
+VEC_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <typename T> struct Bwd {
+  using P = matrix_t<T>;
+  using E = typename P::Element;
+  using Acc = typename P::Acc;
+  using V = Vec<Acc>;
+  static constexpr int64_t step = P::step, lanes = V::size;
+  static constexpr bool in_place = std::is_same_v<T, Acc> || P::step == 2;  // the products read rows of T as they are
+  // Rows of lanes that are read down a column: an odd number of cache lines apart, lest they share the same few sets.
+  static constexpr int64_t kStride = kBwdKeys + 64 / static_cast<int64_t>(sizeof(E));
+
+  // One thread's scratch. B operands lie in panels: [panel][k][kPanel lanes].
+  struct Scratch {
+    E *keys, *values;        // [d][keys], for S and dP
+    E* key_rows;             // [keys][columns], for dQ
+    E *q_rows, *dout_rows;   // [queries][columns], for dK and dV
+    E *p, *ds;               // [queries][kStride]: columns are A's rows of dK and dV
+    E *ds_rows, *ds_rest;    // [queries][kStride / step]: A's rows of dQ (ds where step is 1), and what rounding took
+    Acc *s, *dp;             // [kStrip][kBwdKeys]
+    Acc *dk, *dv;            // [keys][columns]
+    Acc *q, *dout;           // [queries][d] converted, where the products do not read T
+
+    // Returns the bytes that it takes.
+    int64_t carve(char* base, int64_t d, int64_t columns) {
+      char* at = base;
+      const auto take = [&](auto*& p, int64_t n) {
+        p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(at);
+        at += round_up(n * static_cast<int64_t>(sizeof(*p)), 64);
+      };
+      take(keys, d / step * kBwdKeys);
+      take(values, d / step * kBwdKeys);
+      take(key_rows, kBwdKeys / step * columns);
+      take(q_rows, kBwdQueries / step * columns);
+      take(dout_rows, kBwdQueries / step * columns);
+      take(p, kBwdQueries / step * kStride);
+      take(ds, kBwdQueries / step * kStride);
+      ds_rows = ds;
+      if (step > 1) take(ds_rows, kBwdQueries * kStride / step);
+      if (step > 1) take(ds_rest, kBwdQueries * kStride / step);
+      take(s, kStrip * kBwdKeys);
+      take(dp, kStrip * kBwdKeys);
+      take(dk, kBwdKeys * columns);
+      take(dv, kBwdKeys * columns);
+      q = dout = nullptr;
+      if (!in_place) take(q, kBwdQueries * d);
+      if (!in_place) take(dout, kBwdQueries * d);
+      return at - base;
+    }
+  };
+
+  static int64_t columns_of(const Attention& a) { return round_up(a.d, lanes); }
+
+  const FlashBwd& a;
+  const BwdUnit& unit;
+  Scratch w;
+  int64_t d, columns, sq, sk, shift;    // shift: a row's position less its index
+  int64_t c0, nc, wide;                 // this block's keys: the first, how many, rounded up to whole vectors
+
+  Bwd(const FlashBwd& args, const BwdUnit& u, void* scratch) : a(args), unit(u), d(args.d), columns(columns_of(args)) {
+    w.carve(static_cast<char*>(scratch), d, columns);
+    sq = a.length_q(u.sequence);
+    sk = a.length_k(u.sequence);
+    shift = sk - sq;
+    c0 = u.block * kBwdKeys;
+    nc = least(kBwdKeys, sk - c0);
+    wide = round_up(nc, lanes);
+  }
+
+  // ------------------------------------------------------------------------------------------------------ the mask
+  // This block's keys [low, high) that row r may see.
+  int64_t low(int64_t r) const { return clip(a.first_key(unit.sequence, r) - c0, 0, nc); }
+  int64_t high(int64_t r) const { return clip(a.last_key(unit.sequence, r) - c0, 0, nc); }
+  // The rows of [r0, r1) that see a key of this block's [x, y).
+  int64_t first_row(int64_t r0, int64_t r1, int64_t x) const {
+    return a.window_right < 0 ? r0 : clip(c0 + x - shift - a.window_right, r0, r1);
+  }
+  int64_t last_row(int64_t r0, int64_t r1, int64_t y) const {
+    return a.window_left < 0 ? r1 : clip(c0 + y - shift + a.window_left, r0, r1);
+  }
+  // The key blocks [first, last) that rows [r0, r1) see.
+  static void key_blocks(const Attention& a, int64_t s, int64_t r0, int64_t r1, int64_t& first, int64_t& last) {
+    const int64_t from = a.first_key(s, r0), to = a.last_key(s, r1 - 1);
+    first = from / kBwdKeys;
+    last = from < to ? (to + kBwdKeys - 1) / kBwdKeys : first;
+  }
+
+  // --------------------------------------------------------------------------------------------------------- packing
+  // n rows of T, `stride` apart, as B operand whose k is the row, and as one whose lanes are the rows.
+  void pack_rows_as_steps(const T* rows, int64_t stride, int64_t n, E* out) const {
+    const int64_t steps = round_up(n, step) / step;
+    for (int64_t j = 0; j < columns; j += kPanel<P>) {
+      pack_steps<P>(n, least(kPanel<P>, d - j), [&](int64_t i) VEC_LAMBDA { return rows + i * stride + j; },
+                    out + j * steps, least(kPanel<P>, columns - j));
+    }
+  }
+  void pack_rows_as_lanes(const T* rows, int64_t stride, int64_t n, E* out) const {
+    for (int64_t j = 0; j < n; j += kPanel<P>) {
+      pack_lanes<P>(least(kPanel<P>, n - j), d, [&](int64_t i) VEC_LAMBDA { return rows + (j + i) * stride; },
+                    out + j * (d / step), least(kPanel<P>, wide - j));
+    }
+  }
+
+  // -------------------------------------------------------------------------------------------------------- products
+  // A's rows as the products read them.
+  struct Rows_ { const void* p; int64_t row_bytes, step_bytes; };
+
+  // Lanes [from, to) of C = A B, k in [first, last), for B in panels of `steps` rows, `n` lanes in all.
+  template <Start start> void multiply(Rows_ rows, int64_t m, const E* b, int64_t steps, int64_t n, int64_t from, int64_t to,
+                                       int64_t first, int64_t last, Acc* c, int64_t c_stride) const {
+    for (int64_t j = from / kPanel<P> * kPanel<P>; j < to; j += kPanel<P>) {
+      const int64_t width = least(kPanel<P>, n - j), begin = most(from - j, 0), end = least(to - j, width);
+      product<P, start>({static_cast<const char*>(rows.p) + first * rows.step_bytes, rows.row_bytes, rows.step_bytes,
+                         b + j * steps + first * width + begin, width, c + j + begin, c_stride, m, end - begin, last - first});
+    }
+  }
+
+  // ---------------------------------------------------------------------------------------------------- one block
+  struct Rows {
+    const T *q, *dout;
+    int64_t q_stride, dout_stride, r0, n;
+    bool exact;  // see rows_of
+    const Acc *shift, *delta, *dlse;
+    Rows_ q_a, dout_a;
+  };
+
+  // `exact`: the rows see no other block of keys. Their weights are the largest, and what is rounded to 16 bits on the way
+  // would cost dQ as much as its own rounding does: there delta is summed from P and dP rather than from the rounded out,
+  // and dS enters dQ in two parts.
+  Rows rows_of(int64_t head, int64_t block, bool exact) const {
+    Rows r;
+    r.exact = exact && sizeof(T) == 2;
+    r.r0 = block * kBwdQueries;
+    r.n = least(kBwdQueries, sq - r.r0);
+    r.q_stride = a.q.token_stride;
+    r.dout_stride = a.dout.token_stride;
+    r.q = static_cast<const T*>(a.q.data) + a.offset_q(a.q, unit.sequence, head) + r.r0 * r.q_stride;
+    r.dout = static_cast<const T*>(a.dout.data) + a.offset_q(a.dout, unit.sequence, head) + r.r0 * r.dout_stride;
+    const int64_t at = a.offset_lse(unit.sequence, head) + r.r0;
+    r.shift = static_cast<const Acc*>(a.shift) + at;
+    r.delta = static_cast<const Acc*>(a.delta) + at;
+    r.dlse = a.dlse ? static_cast<const Acc*>(a.dlse) + at : nullptr;
+    pack_rows_as_steps(r.q, r.q_stride, r.n, w.q_rows);
+    pack_rows_as_steps(r.dout, r.dout_stride, r.n, w.dout_rows);
+    const int64_t size = sizeof(T);
+    r.q_a = {r.q, r.q_stride * size, step * size};
+    r.dout_a = {r.dout, r.dout_stride * size, step * size};
+    if constexpr (!in_place) {
+      pack_rows<P>(r.n, d, [&](int64_t i) VEC_LAMBDA { return r.q + i * r.q_stride; }, w.q, d);
+      pack_rows<P>(r.n, d, [&](int64_t i) VEC_LAMBDA { return r.dout + i * r.dout_stride; }, w.dout, d);
+      r.q_a = {w.q, d * static_cast<int64_t>(sizeof(Acc)), sizeof(Acc)};
+      r.dout_a = {w.dout, d * static_cast<int64_t>(sizeof(Acc)), sizeof(Acc)};
+    }
+    return r;
+  }
+
+  // P of one vector of keys, and the factor that the soft-cap adds to its dS.
+  template <bool softcap> VEC_INLINE V probability(V s, V shift_, V& slope) const {
+    const V to_exponent(static_cast<Acc>(sizeof(T) == 2 ? 1.4426950408889634 : 1.0));
+    if constexpr (softcap) {
+      const V t = tanh(s * V(static_cast<Acc>(a.scale / a.softcap)));
+      slope = fnma(t, t, V(Acc(1)));
+      s = t * V(static_cast<Acc>(a.softcap)) * to_exponent - shift_;
+    } else {
+      s = fma(s, V(static_cast<Acc>(a.scale)) * to_exponent, V(Acc(0)) - shift_);
+    }
+    if constexpr (sizeof(T) == 2) return exp2_for_16_bits(s);
+    else return exp(s);
+  }
+
+  // Rows [i, i + n) of the block (at most kStrip): their S and dP, of keys [from, to), become P and dS.
+  template <bool masked, bool softcap> void gradients(const Rows& r, int64_t i, int64_t n, int64_t from, int64_t to) const {
+    for (int64_t x = 0; x < n; x += step) {
+      const int64_t row = i + x;
+      E *p = w.p + row / step * kStride, *ds = w.ds + row / step * kStride;
+      int64_t lo[2] = {0, 0}, hi[2] = {to, to};
+      Acc delta[2];
+      const auto terms = [&](int64_t h, int64_t j, V& dp, V& slope) VEC_LAMBDA {  // returns P
+        const int64_t source = (x + h) * kBwdKeys + j;
+        V s = V::load(w.s + source);
+        dp = V::load(w.dp + source);
+        if (!masked || (lo[h] <= j && j + lanes <= hi[h])) return probability<softcap>(s, V(r.shift[row + h]), slope);
+        const int first = static_cast<int>(clip(lo[h] - j, 0, lanes)), last = static_cast<int>(clip(hi[h] - j, 0, lanes));
+        s = between(s, first, last);
+        dp = between(dp, first, last);
+        return between(probability<softcap>(s, V(r.shift[row + h]), slope), first, last);
+      };
+      for (int64_t h = 0; h < step && x + h < n; ++h) {
+        if constexpr (masked) lo[h] = low(r.r0 + row + h), hi[h] = high(r.r0 + row + h);
+        delta[h] = r.delta[row + h];
+        if (!r.exact) continue;
+        V sum(Acc(0)), dp, slope;
+        for (int64_t j = from; j < to; j += lanes) {
+          const V pv = terms(h, j, dp, slope);
+          sum = fma(pv, dp, sum);
+        }
+        delta[h] = sum.sum() - (r.dlse ? r.dlse[row + h] : Acc(0));
+      }
+      const auto at = [&](int64_t h, int64_t j, V& pv, V& dsv) VEC_LAMBDA {
+        V dp, slope;
+        pv = terms(h, j, dp, slope);
+        dsv = pv * (dp - V(delta[h]));
+        if constexpr (softcap) dsv = dsv * slope;
+      };
+      if constexpr (masked) {
+        clear(p, 0, from), clear(p, to, wide), clear(ds, 0, from), clear(ds, to, wide);
+      }
+      for (int64_t j = from; j < to; j += lanes) {
+        if constexpr (step == 1) {
+          V pv, dsv;
+          at(0, j, pv, dsv);
+          pv.store(p + j);
+          dsv.store(ds + j);
+        } else {
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+          const __m512i woven = weave();
+          V p0, p1, ds0, ds1;
+          at(0, j, p0, ds0);
+          if (x + 1 < n) at(1, j, p1, ds1);
+          const __m512i both_p = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(p1.v, p0.v));
+          const __m512i both_ds = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(ds1.v, ds0.v));
+          _mm512_storeu_si512(p + j, _mm512_permutexvar_epi16(woven, both_p));
+          _mm512_storeu_si512(ds + j, _mm512_permutexvar_epi16(woven, both_ds));
+          store_rows(w.ds_rows + (row * kStride + j) / 2, both_ds);
+          if (r.exact) {
+            const V rest0 = ds0 - V(V::widen(_mm512_castsi512_si256(both_ds)));
+            const V rest1 = ds1 - V(V::widen(_mm512_extracti64x4_epi64(both_ds, 1)));
+            store_rows(w.ds_rest + (row * kStride + j) / 2, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(rest1.v, rest0.v)));
+          }
+#endif
+        }
+      }
+    }
+  }
+#if defined(CPU_CAPABILITY_AVX512_BF16)
+  static VEC_INLINE void store_rows(E* to, __m512i both) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_castsi512_si256(both));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + kStride / 2), _mm512_extracti64x4_epi64(both, 1));
+  }
+  static VEC_INLINE __m512i weave() {  // 16-bit indices (0, 16, 1, 17, ...)
+    const __m512i i = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_add_epi32(_mm512_or_si512(i, _mm512_slli_epi32(i, 16)), _mm512_set1_epi32(0x100000));
+  }
+#endif
+  static VEC_INLINE void clear(E* p, int64_t from, int64_t to) {
+    if (from < to) std::memset(p + from, 0, static_cast<size_t>(to - from) * sizeof(E));
+  }
+  static VEC_INLINE V between(V x, int first, int last) {  // lanes outside [first, last) become 0
+#if defined(CPU_CAPABILITY_AVX512)
+    if constexpr (sizeof(Acc) == 4) return _mm512_maskz_mov_ps(V::first(last) & ~V::first(first), x.v);
+    else return _mm512_maskz_mov_pd(V::first(last) & ~V::first(first), x.v);
+#else
+    const __m256i keep = _mm256_andnot_si256(V::first(first), V::first(last));
+    if constexpr (sizeof(Acc) == 4) return _mm256_and_ps(x.v, _mm256_castsi256_ps(keep));
+    else return _mm256_and_pd(x.v, _mm256_castsi256_pd(keep));
+#endif
+  }
+
+  void strips(const Rows& r, bool full) const {
+    for (int64_t i = 0; i < r.n; i += kStrip) {
+      const int64_t n = least(kStrip, r.n - i);
+      const int64_t from = full ? 0 : low(r.r0 + i) / lanes * lanes;
+      const int64_t to = full ? wide : most(from, round_up(high(r.r0 + i + n - 1), lanes));
+      const auto down = [&](Rows_ x) { return Rows_{static_cast<const char*>(x.p) + i * x.row_bytes, x.row_bytes, x.step_bytes}; };
+      multiply<Start::zero>(down(r.q_a), n, w.keys, d / step, wide, from, to, 0, d / step, w.s, kBwdKeys);
+      multiply<Start::zero>(down(r.dout_a), n, w.values, d / step, wide, from, to, 0, d / step, w.dp, kBwdKeys);
+      if (a.softcap > 0) gradients<true, true>(r, i, n, from, to);
+      else if (full) gradients<false, false>(r, i, n, from, to);
+      else gradients<true, false>(r, i, n, from, to);
+    }
+  }
+
+  // C = A B, or C += A B.
+  VEC_INLINE void add(bool fresh, Rows_ rows, int64_t m, const E* b, int64_t steps, int64_t first, int64_t last, Acc* c) const {
+    if (first >= last) {
+      if (fresh) std::memset(c, 0, static_cast<size_t>(m * columns) * sizeof(Acc));
+    } else if (fresh) {
+      multiply<Start::zero>(rows, m, b, steps, columns, 0, columns, first, last, c, columns);
+    } else {
+      multiply<Start::sum>(rows, m, b, steps, columns, 0, columns, first, last, c, columns);
+    }
+  }
+
+  void add_to_keys(const Rows& r, bool full, bool fresh) const {
+    const int64_t steps = round_up(r.n, step) / step, strip = full ? nc : kStrip;
+    for (int64_t x = 0; x < nc; x += strip) {
+      const int64_t m = least(strip, nc - x);
+      const int64_t first = full ? 0 : (first_row(r.r0, r.r0 + r.n, x) - r.r0) / step;
+      const int64_t last = full ? steps : (last_row(r.r0, r.r0 + r.n, x + m) - r.r0 + step - 1) / step;
+      const int64_t size = sizeof(E);
+      add(fresh, {w.p + x, size, kStride * size}, m, w.dout_rows, steps, first, last, w.dv + x * columns);
+      add(fresh, {w.ds + x, size, kStride * size}, m, w.q_rows, steps, first, last, w.dk + x * columns);
+    }
+  }
+
+  void add_to_queries(const Rows& r, bool full, bool fresh, Acc* sum) const {
+    const int64_t steps = round_up(nc, step) / step, strip = full ? r.n : kStrip, row_bytes = kStride / step * sizeof(E);
+    for (int64_t i = 0; i < r.n; i += strip) {
+      const int64_t n = least(strip, r.n - i);
+      const int64_t first = full ? 0 : low(r.r0 + i) / step;
+      const int64_t last = full ? steps : (high(r.r0 + i + n - 1) + step - 1) / step;
+      const auto part = [&](const E* ds, bool alone) {
+        add(alone, {reinterpret_cast<const char*>(ds) + i * row_bytes, row_bytes, sizeof(E)}, n, w.key_rows, steps, first, last,
+            sum + i * columns);
+      };
+      part(w.ds_rows, fresh);
+      if (step > 1 && r.exact) part(w.ds_rest, false);
+    }
+  }
+
+  void query_block(int64_t head, int64_t block, bool fresh, int64_t turn, bool last_turn) const {
+    const Rows r = rows_of(head, block, turn == 0 && last_turn);
+    const bool full = nc == wide && low(r.r0 + r.n - 1) == 0 && high(r.r0) == nc;
+    strips(r, full);
+    add_to_keys(r, full, fresh);
+    const int64_t token = (a.cu_q ? a.cu_q[unit.sequence] : unit.sequence * a.seqlen_q) + r.r0;
+    Acc* sum = static_cast<Acc*>(a.dq_sum) + (head * a.tokens_q + token) * columns;
+    int32_t* turns = a.turns + head * a.q_blocks[a.sequences] + a.q_blocks[unit.sequence] + block;
+    for (int64_t spin = 0; __atomic_load_n(turns, __ATOMIC_ACQUIRE) != turn; ++spin) {
+      if (spin < 4096) _mm_pause();
+      else sched_yield();
+    }
+    add_to_queries(r, full, turn == 0, sum);
+    if (last_turn) write(sum, r.n, static_cast<T*>(a.dq) + (token * a.heads + head) * d, a.heads, a.scale);
+    __atomic_store_n(turns, static_cast<int32_t>(turn + 1), __ATOMIC_RELEASE);
+  }
+
+  // Sums to T, rows of the result `heads` * d apart.
+  void write(const Acc* sum, int64_t n, T* out, int64_t heads, double factor) const {
+    const V scale(static_cast<Acc>(factor));
+    for (int64_t i = 0; i < n; ++i) {
+      for_vectors<V, Single>(d, [&](int64_t j, auto part) VEC_LAMBDA {
+        store(out + i * heads * d + j, load<V>(sum + i * columns + j, part) * scale, part);
+      });
+    }
+  }
+
+  void run() {
+    const T* k = static_cast<const T*>(a.k.data) + a.offset_k(a.k, unit.sequence, unit.head) + c0 * a.k.token_stride;
+    const T* v = static_cast<const T*>(a.v.data) + a.offset_k(a.v, unit.sequence, unit.head) + c0 * a.v.token_stride;
+    pack_rows_as_lanes(k, a.k.token_stride, nc, w.keys);
+    pack_rows_as_lanes(v, a.v.token_stride, nc, w.values);
+    pack_rows_as_steps(k, a.k.token_stride, nc, w.key_rows);
+    bool fresh = true;
+    for (int64_t head = unit.head * a.group(); head < (unit.head + 1) * a.group(); ++head) {
+      for (int64_t block = 0; block * kBwdQueries < sq; ++block) {
+        int64_t first, last;
+        key_blocks(a, unit.sequence, block * kBwdQueries, least((block + 1) * kBwdQueries, sq), first, last);
+        if (unit.block < first || unit.block >= last) continue;
+        query_block(head, block, fresh, unit.block - first, unit.block == last - 1);
+        fresh = false;
+      }
+    }
+    if (fresh) std::memset(w.dk, 0, static_cast<size_t>(nc * columns) * sizeof(Acc));
+    if (fresh) std::memset(w.dv, 0, static_cast<size_t>(nc * columns) * sizeof(Acc));
+    const int64_t token = (a.cu_k ? a.cu_k[unit.sequence] : unit.sequence * a.seqlen_k) + c0;
+    write(w.dk, nc, static_cast<T*>(a.dk) + (token * a.kv_heads + unit.head) * d, a.kv_heads, a.scale);
+    write(w.dv, nc, static_cast<T*>(a.dv) + (token * a.kv_heads + unit.head) * d, a.kv_heads, 1.0);
+  }
+};
+
+}}}}  // namespace internlm2::cpu::CPU_CAPABILITY::(unnamed)

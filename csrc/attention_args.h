@@ -8,7 +8,7 @@
 
 namespace internlm2 {
 
-constexpr int64_t kUnitsPerThread = 8, kMostThreads = 1 << 20;
+constexpr int64_t kUnitsPerThread = 4, kMostThreads = 1 << 20;
 
 inline AttentionTensor attention_tensor(const Tensor& t) {
   const int64_t dim = t.dim();
@@ -64,16 +64,38 @@ inline void fill_attention(Attention& a, const Tensor& q, const Tensor& k, const
   a.lse_sequence_stride = a.heads * a.seqlen_q;
 }
 
-// All units of a forward, those that see the most keys first, so that the threads end together.
-inline std::vector<FlashUnit> attention_units(const Attention& a, int64_t rows) {
+// The splits [first, last) along the keys that a unit's rows see.
+inline std::pair<int64_t, int64_t> splits_of(const Attention& a, const FlashUnit& u, int64_t split_keys) {
+  const int64_t first = a.first_key(u.sequence, u.begin), last = a.last_key(u.sequence, u.end - 1);
+  return {first / split_keys, last <= first ? first / split_keys : (last - 1) / split_keys + 1};
+}
+
+// All units of a forward, those of the most work first, so that the threads end together. Units of few rows take several
+// key heads, as long as there remain enough units to share out.
+inline std::vector<FlashUnit> attention_units(const Attention& a, const FlashPlan& plan, int64_t threads) {
   std::vector<std::pair<int64_t, FlashUnit>> all;
-  for (int64_t s = 0; s < a.sequences; ++s) {
-    const int64_t length = a.length_q(s);
-    for (int64_t begin = 0; begin < length; begin += rows) {
-      const int64_t end = std::min(begin + rows, length), keys = a.last_key(s, end - 1) - a.first_key(s, begin);
-      for (int64_t g = 0; g < a.kv_heads; ++g) all.push_back({keys * (end - begin), {s, g, begin, end, -1, nullptr}});
+  int64_t parts = 0;
+  const auto each = [&](const auto& body) {
+    for (int64_t s = 0; s < a.sequences; ++s) {
+      const int64_t length = a.length_q(s);
+      for (int64_t begin = 0; begin < length; begin += plan.rows) {
+        body(FlashUnit{s, 0, 1, begin, std::min(begin + plan.rows, length), -1, nullptr});
+      }
     }
-  }
+  };
+  each([&](const FlashUnit& u) {
+    const auto [first, last] = splits_of(a, u, plan.split_keys);
+    parts += std::max<int64_t>(last - first, 1);
+  });
+  const int64_t together = std::min(a.kv_heads, std::max<int64_t>(1, a.kv_heads * parts / (kUnitsPerThread * threads)));
+  each([&](FlashUnit u) {
+    const int64_t heads = (u.end - u.begin) * a.group() <= plan.few_lanes ? together : 1;
+    const int64_t keys = a.last_key(u.sequence, u.end - 1) - a.first_key(u.sequence, u.begin);
+    for (u.kv_head = 0; u.kv_head < a.kv_heads; u.kv_head += heads) {
+      u.kv_heads = std::min(heads, a.kv_heads - u.kv_head);
+      all.push_back({keys * (u.end - u.begin) * u.kv_heads, u});
+    }
+  });
   std::stable_sort(all.begin(), all.end(), [](const auto& x, const auto& y) { return x.first > y.first; });
   std::vector<FlashUnit> units;
   units.reserve(all.size());
@@ -85,25 +107,21 @@ inline std::vector<FlashUnit> attention_units(const Attention& a, int64_t rows) 
 // kernels. Where the units are too few to share out, each split along the keys becomes one.
 template <typename Plan, typename Unit, typename Join>
 void run_attention(const FlashFwd& a, const Tensor& like, const Plan& plan_of, const Unit& run, const Join& join) {
-  int64_t longest = 0;
+  int64_t longest = 0, states = 0;
   for (int64_t s = 0; s < a.sequences; ++s) longest = std::max(longest, a.length_q(s));
   const FlashPlan plan = plan_of(longest);
-  std::vector<FlashUnit> units = attention_units(a, plan.rows), tasks;
-  const int64_t n = static_cast<int64_t>(units.size());
-  const auto splits = [&](const FlashUnit& u) -> std::pair<int64_t, int64_t> {  // [first, last)
-    const int64_t first = a.first_key(u.sequence, u.begin), last = a.last_key(u.sequence, u.end - 1);
-    return {first / plan.split_keys, last <= first ? first / plan.split_keys : (last - 1) / plan.split_keys + 1};
-  };
-  const bool few = n < kUnitsPerThread * workers_for(kMostThreads);
-  int64_t states = 0;
-  for (const FlashUnit& u : units) {
-    const auto [first, last] = splits(u);
-    if (!few || last - first <= 1) {
+  const int64_t threads = workers_for(kMostThreads);
+  std::vector<FlashUnit> tasks, heads;  // heads: the first split of every unit that is split
+  const std::vector<FlashUnit> units = attention_units(a, plan, threads);
+  const bool few = static_cast<int64_t>(units.size()) < 2 * kUnitsPerThread * threads;
+  for (FlashUnit u : units) {
+    const auto [first, last] = splits_of(a, u, plan.split_keys);
+    const bool cut = few && last - first > 1;
+    for (int64_t i = first; i < (cut ? last : first + 1); ++i) {
+      u.split = cut ? i : -1;
       tasks.push_back(u);
-    } else {
-      for (int64_t i = first; i < last; ++i) tasks.push_back({u.sequence, u.kv_head, u.begin, u.end, i, nullptr});
-      states += last - first;
     }
+    states += cut ? last - first : 0;
   }
   const auto bytes = [&](int64_t size) { return torch::stable::new_empty(like, {size}, torch::headeronly::ScalarType::Char); };
   const int64_t count = static_cast<int64_t>(tasks.size()), workers = workers_for(count);
@@ -113,18 +131,13 @@ void run_attention(const FlashFwd& a, const Tensor& like, const Plan& plan_of, c
     if (task.split < 0) continue;
     task.state = state;
     state += plan.state_bytes;
+    if (task.split == splits_of(a, task, plan.split_keys).first) heads.push_back(task);
   }
   const auto memory = [&](int64_t worker) { return static_cast<char*>(data(scratch)) + worker * plan.scratch_bytes; };
   for_units(count, workers, [&](int64_t i, int64_t worker) { run(tasks[i], memory(worker)); });
-  if (states == 0) return;
-  std::vector<int64_t> heads;  // the first split of every unit that was split
-  for (int64_t i = 0; i < count; ++i) {
-    if (tasks[i].split == splits(tasks[i]).first) heads.push_back(i);
-  }
   for_units(static_cast<int64_t>(heads.size()), workers, [&](int64_t i, int64_t worker) {
-    const FlashUnit& u = tasks[heads[i]];
-    const auto [first, last] = splits(u);
-    join(u, u.state, plan.state_bytes, last - first, memory(worker));
+    const auto [first, last] = splits_of(a, heads[i], plan.split_keys);
+    join(heads[i], heads[i].state, plan.state_bytes, last - first, memory(worker));
   });
 }
 

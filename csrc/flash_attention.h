@@ -62,18 +62,18 @@ struct FlashFwd : Attention {
   void* lse;
 };
 
-// A part of the work for one thread: query rows [begin, end) of one sequence, all heads of one key head's group, and of its
-// splits along the keys all (split < 0) or one, whose unfinished result goes to `state`.
+// A part of the work for one thread: query rows [begin, end) of one sequence with the groups of key heads [kv_head,
+// kv_head + kv_heads), and of its splits along the keys all (split < 0) or one, whose unfinished result goes to `state`.
 struct FlashUnit {
-  int64_t sequence, kv_head, begin, end;
+  int64_t sequence, kv_head, kv_heads, begin, end;
   int64_t split;
   void* state;
 };
 
-// What a call needs, of which no unit has more than `longest` rows: query rows in a unit, keys in a split, bytes of scratch a
-// thread, bytes of a state.
+// How a call is cut, no sequence of which has more than `longest` query rows: rows in a unit, keys in a split. Only a unit of
+// at most few_lanes rows times heads of a group takes several key heads. Bytes of scratch a thread, bytes of a state.
 struct FlashPlan {
-  int64_t rows, split_keys, scratch_bytes, state_bytes;
+  int64_t rows, split_keys, few_lanes, scratch_bytes, state_bytes;
 };
 
 #define INTERNLM2_FLASH_ATTENTION_CPU                                                                 \

@@ -23,25 +23,27 @@ VEC_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 VEC_INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 VEC_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Keys and values of one sequence and key head. select(first, n) turns to keys [first, first + n), n <= kBlock; the rows and
-// scales that follow count from there.
+// Keys and values of one sequence. select(first, n) turns to keys [first, first + n), n <= kBlock; the rows and scales that
+// follow count from there.
 template <typename T> class DenseKeys {  // read in place
  public:
   using Stored = T;
   static constexpr bool scaled = false;
-  DenseKeys(const Attention& a, int64_t sequence, int64_t head)
-      : k_(static_cast<const T*>(a.k.data) + a.offset_k(a.k, sequence, head)),
-        v_(static_cast<const T*>(a.v.data) + a.offset_k(a.v, sequence, head)),
-        k_stride_(a.k.token_stride), v_stride_(a.v.token_stride) {}
+  DenseKeys(const Attention& a, int64_t sequence)
+      : k_(static_cast<const T*>(a.k.data) + a.offset_k(a.k, sequence, 0)),
+        v_(static_cast<const T*>(a.v.data) + a.offset_k(a.v, sequence, 0)), tensors_(a) {}
   VEC_INLINE void select(int64_t first, int64_t) { first_ = first; }
-  VEC_INLINE const T* k_row(int64_t i) const { return k_ + (first_ + i) * k_stride_; }
-  VEC_INLINE const T* v_row(int64_t i) const { return v_ + (first_ + i) * v_stride_; }
-  VEC_INLINE float k_scale(int64_t) const { return 1; }
-  VEC_INLINE float v_scale(int64_t) const { return 1; }
+  VEC_INLINE const T* k_row(int64_t i, int64_t head) const { return k_ + (first_ + i) * tensors_.k.token_stride + k_head(head); }
+  VEC_INLINE const T* v_row(int64_t i, int64_t head) const { return v_ + (first_ + i) * tensors_.v.token_stride + v_head(head); }
+  VEC_INLINE int64_t k_head(int64_t head) const { return head * tensors_.k.head_stride; }  // from head 0 to another
+  VEC_INLINE int64_t v_head(int64_t head) const { return head * tensors_.v.head_stride; }
+  VEC_INLINE float k_scale(int64_t, int64_t) const { return 1; }
+  VEC_INLINE float v_scale(int64_t, int64_t) const { return 1; }
 
  private:
   const T *k_, *v_;
-  int64_t k_stride_, v_stride_, first_ = 0;
+  const Attention& tensors_;
+  int64_t first_ = 0;
 };
 
 // What turns products into scores: product * factor, to the base of kBase2; before it, where softcap > 0, product becomes
@@ -75,19 +77,19 @@ class Carver {
   char* memory_;
 };
 
-// Lane i of a unit: query row begin + i / group, head i % group of the group.
+// Lane i of a key head: query row begin + i / group, head i % group of the group.
 template <typename T> class LaneMap {
  public:
-  LaneMap(const Attention& a, const FlashUnit& u)
-      : a_(a), u_(u), group_(a.group()), q_(a.offset_q(a.q, u.sequence, u.kv_head * group_)) {}
+  LaneMap(const Attention& a, const FlashUnit& u, int64_t kv_head)
+      : a_(a), u_(u), group_(a.group()), head_(kv_head * group_), q_(a.offset_q(a.q, u.sequence, head_)) {}
   VEC_INLINE int64_t count() const { return (u_.end - u_.begin) * group_; }
   VEC_INLINE int64_t row(int64_t lane) const { return u_.begin + lane / group_; }
   VEC_INLINE const T* q(int64_t lane) const { return static_cast<const T*>(a_.q.data) + q_ + offset(a_.q, lane); }
   VEC_INLINE T* out(const AttentionTensor& out, int64_t lane) const {
-    return static_cast<T*>(const_cast<void*>(out.data)) + a_.offset_q(out, u_.sequence, u_.kv_head * group_) + offset(out, lane);
+    return static_cast<T*>(const_cast<void*>(out.data)) + a_.offset_q(out, u_.sequence, head_) + offset(out, lane);
   }
   VEC_INLINE int64_t lse(int64_t lane) const {
-    return a_.offset_lse(u_.sequence, u_.kv_head * group_) + lane % group_ * a_.lse_head_stride + row(lane);
+    return a_.offset_lse(u_.sequence, head_) + lane % group_ * a_.lse_head_stride + row(lane);
   }
   // Keys that each lane may see: [first, last).
   void ranges(int64_t* first, int64_t* last) const {
@@ -103,7 +105,7 @@ template <typename T> class LaneMap {
   }
   const Attention& a_;
   const FlashUnit& u_;
-  const int64_t group_, q_;
+  const int64_t group_, head_, q_;
 };
 
 // Joins lanes' maxima and sums: what the old and the new values are multiplied with. `alone`: there is nothing old.

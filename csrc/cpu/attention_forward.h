@@ -7,10 +7,12 @@ namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
 template <typename T> VEC_INLINE FlashPlan plan_of(const Attention& a, int64_t longest) {
   const int64_t rows = greater(1, lesser(longest, kLanes / a.group())), lanes = rows * a.group();
-  const UnitScratch<T> many(lanes, a.d, nullptr);
-  const FewScratch<T> few(a.d, nullptr);
-  const int64_t width = round_up(a.d, Vec<acc_t<T>>::size) + 2;
-  return {rows, kSplit, greater(many.bytes, few.bytes), (many.lanes * width + 32) * int64_t(sizeof(acc_t<T>)) + 192};
+  UnitScratch<T> many(lanes, a.d, nullptr);
+  FewScratch<T> few(a.kv_heads, lesser(lanes, kFewLanes), a.d, nullptr);
+  Carver state(nullptr), other(nullptr);
+  state.take(many.part, many.lanes, a.d);
+  other.take(few.part, few.lanes, few.width);
+  return {rows, kSplit, kFewLanes, greater(many.bytes, few.bytes), greater(state.bytes, other.bytes)};
 }
 
 template <typename Form> VEC_INLINE void run_unit(Form& form, const FlashFwd& a, const FlashUnit& u) {

@@ -48,7 +48,7 @@ template <typename T, typename Keys> class Unit {
   static constexpr int64_t panel = kPanel<P>;
 
   Unit(const Attention& a, const FlashUnit& u, const Keys& keys, void* scratch)
-      : keys_(keys), score_(score_of<T>(a)), map_(a, u), d_(a.d), lanes_(map_.count()), w_(lanes_, a.d, scratch) {
+      : keys_(keys), score_(score_of<T>(a)), map_(a, u, u.kv_head), head_(u.kv_head), d_(a.d), lanes_(map_.count()), w_(lanes_, a.d, scratch) {
     map_.ranges(w_.first, w_.last);
     for (int64_t from = 0; from < lanes_; from += panel) {
       pack_lanes<P>(count(from), d_, [&](int64_t i) VEC_LAMBDA { return map_.q(from + i); }, w_.q + from * w_.d_steps, panel);
@@ -82,8 +82,8 @@ template <typename T, typename Keys> class Unit {
     for (int64_t key = begin + (first - begin) / kBlock * kBlock; key < last; key += kBlock) {
       const int64_t low = greater(first, key) / P::step * P::step, high = lesser(key + kBlock, last);
       keys_.select(low, high - low);
-      pack_rows<P>(high - low, d_, [&](int64_t i) VEC_LAMBDA { return keys_.k_row(i); }, w_.k, w_.d_steps);
-      pack_steps<P>(high - low, d_, [&](int64_t i) VEC_LAMBDA { return keys_.v_row(i); }, w_.v, w_.v_stride);
+      pack_rows<P>(high - low, d_, [&](int64_t i) VEC_LAMBDA { return keys_.k_row(i, head_); }, w_.k, w_.d_steps);
+      pack_steps<P>(high - low, d_, [&](int64_t i) VEC_LAMBDA { return keys_.v_row(i, head_); }, w_.v, w_.v_stride);
       for (int64_t from = 0; from < lanes_; from += panel) {
         const int64_t end = from + count(from) - 1;
         const int64_t begin_key = greater(low, w_.first[from] / P::step * P::step), end_key = lesser(high, w_.last[end]);
@@ -156,7 +156,7 @@ template <typename T, typename Keys> class Unit {
       if constexpr (masked) low = V::load(w_.low + i), high = V::load(w_.high + i);
       for (int64_t j = 0; j < n; ++j) {
         V s = V::load(w_.s + j * panel + i);
-        if constexpr (Keys::scaled) s = s * V(static_cast<Acc>(keys_.k_scale(at + j)));
+        if constexpr (Keys::scaled) s = s * V(static_cast<Acc>(keys_.k_scale(at + j, head_)));
         if (score_.cap > 0) s = cap * tanh(s * inverse);
         if constexpr (masked) s = within(s, V(static_cast<Acc>(j)), low, high);
         s.store(w_.s + j * panel + i);
@@ -191,7 +191,7 @@ template <typename T, typename Keys> class Unit {
     const V factor(score_.factor);
     const auto weight = [&](int64_t j) VEC_LAMBDA { return exp_of<T>(fma(V::load(s + j * panel), factor, minus_shift)); };
     const auto scaled = [&](V x, int64_t j) VEC_LAMBDA {
-      if constexpr (Keys::scaled) return x * V(static_cast<Acc>(keys_.v_scale(at + j)));
+      if constexpr (Keys::scaled) return x * V(static_cast<Acc>(keys_.v_scale(at + j, head_)));
       else return x;
     };
     V sum(0);
@@ -220,7 +220,7 @@ template <typename T, typename Keys> class Unit {
   Keys keys_;
   const Score<Acc> score_;
   const LaneMap<T> map_;
-  const int64_t d_, lanes_;
+  const int64_t head_, d_, lanes_;
   UnitScratch<T> w_;
 };
 

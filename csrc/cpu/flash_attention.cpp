@@ -9,7 +9,7 @@ FlashPlan flash_attention_fwd_plan(const FlashFwd& a, int64_t longest) {
 
 void flash_attention_fwd(const FlashFwd& a, const FlashUnit& unit, void* scratch) {
   WITH_STORAGE(a.dtype, T, {
-    const DenseKeys<T> keys(a, unit.sequence, unit.kv_head);
+    const DenseKeys<T> keys(a, unit.sequence);
     with_form<T>(a, unit, keys, scratch, [&](auto& form) VEC_LAMBDA { run_unit(form, a, unit); });
   })
 }
@@ -17,7 +17,7 @@ void flash_attention_fwd(const FlashFwd& a, const FlashUnit& unit, void* scratch
 void flash_attention_fwd_join(const FlashFwd& a, const FlashUnit& unit, void* states, int64_t stride, int64_t splits,
                               void* scratch) {
   WITH_STORAGE(a.dtype, T, {
-    const DenseKeys<T> keys(a, unit.sequence, unit.kv_head);
+    const DenseKeys<T> keys(a, unit.sequence);
     with_form<T>(a, unit, keys, scratch, [&](auto& form) VEC_LAMBDA { join_unit(form, a, states, stride, splits); });
   })
 }

@@ -5,17 +5,15 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
-// Keys and values of one sequence and key head behind its block table, of storage type S for queries of type T. The
-// positions, and scales, of at most kBlock keys are looked up at once; what the last vector has beyond them counts as 1.
+// Keys and values of one sequence behind its block table, of storage type S for queries of type T.
 template <typename T, typename S> class PagedKeys {
  public:
   using Stored = S;
   using Acc = acc_t<T>;
   static constexpr bool scaled = std::is_same_v<S, int8_t>;
 
-  PagedKeys(const PagedFwd& a, int64_t sequence, int64_t head)
-      : k_(static_cast<const S*>(a.k_cache) + head * a.d), v_(static_cast<const S*>(a.v_cache) + head * a.d),
-        k_scale_(a.k_scale + (scaled ? head : 0)), v_scale_(a.v_scale + (scaled ? head : 0)),
+  PagedKeys(const PagedFwd& a, int64_t sequence)
+      : k_(static_cast<const S*>(a.k_cache)), v_(static_cast<const S*>(a.v_cache)), k_scale_(a.k_scale), v_scale_(a.v_scale),
         table_(a.block_table + sequence * a.max_blocks), size_(a.block_size), heads_(a.kv_heads), d_(a.d) {}
 
   VEC_INLINE void select(int64_t first, int64_t n) {
@@ -26,39 +24,31 @@ template <typename T, typename S> class PagedKeys {
         at = table_[++block] * size_ * heads_;
       }
       at_[i] = at;
-      if constexpr (scaled) {
-        const float k = k_scale_[at], v = v_scale_[at];
-        k_scales_[i] = k == 0 ? Acc(1) : static_cast<Acc>(k);
-        v_scales_[i] = v == 0 ? Acc(1) : static_cast<Acc>(v);
-      }
-    }
-    if constexpr (scaled) {
-      for (int64_t i = n; i < round_up(n, Vec<Acc>::size); ++i) k_scales_[i] = v_scales_[i] = 1;
     }
   }
-  VEC_INLINE const S* k_row(int64_t i) const { return k_ + at_[i] * d_; }
-  VEC_INLINE const S* v_row(int64_t i) const { return v_ + at_[i] * d_; }
-  VEC_INLINE Acc k_scale(int64_t i) const { return k_scales_[i]; }
-  VEC_INLINE Acc v_scale(int64_t i) const { return v_scales_[i]; }
-  template <typename V> VEC_INLINE V k_scales(int64_t i) const { return V::load(k_scales_ + i); }
-  template <typename V> VEC_INLINE V v_scales(int64_t i) const { return V::load(v_scales_ + i); }
+  VEC_INLINE const S* k_row(int64_t i, int64_t head) const { return k_ + (at_[i] + head) * d_; }
+  VEC_INLINE const S* v_row(int64_t i, int64_t head) const { return v_ + (at_[i] + head) * d_; }
+  VEC_INLINE int64_t k_head(int64_t head) const { return head * d_; }
+  VEC_INLINE int64_t v_head(int64_t head) const { return head * d_; }
+  VEC_INLINE Acc k_scale(int64_t i, int64_t head) const { return factor(k_scale_[at_[i] + head]); }
+  VEC_INLINE Acc v_scale(int64_t i, int64_t head) const { return factor(v_scale_[at_[i] + head]); }
 
  private:
+  static VEC_INLINE Acc factor(float scale) { return scale == 0 ? Acc(1) : static_cast<Acc>(scale); }
   const S *k_, *v_;
   const float *k_scale_, *v_scale_;
   const int32_t* table_;
   const int64_t size_, heads_, d_;
   int64_t at_[kBlock];
-  Acc k_scales_[scaled ? kBlock : 1], v_scales_[scaled ? kBlock : 1];
 };
 
 template <typename T, typename F>
 VEC_INLINE void with_keys(const PagedFwd& a, const FlashUnit& u, void* scratch, const F& body) {
   if (a.k_scale != nullptr) {
-    const PagedKeys<T, int8_t> keys(a, u.sequence, u.kv_head);
+    const PagedKeys<T, int8_t> keys(a, u.sequence);
     with_form<T>(a, u, keys, scratch, body);
   } else {
-    const PagedKeys<T, T> keys(a, u.sequence, u.kv_head);
+    const PagedKeys<T, T> keys(a, u.sequence);
     with_form<T>(a, u, keys, scratch, body);
   }
 }

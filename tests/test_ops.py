@@ -106,6 +106,8 @@ def test_gradcheck(op, variant, backend, device, generator):
         leaves = [sample.inputs[n] for n in sample.grad]
         if not 0 < sum(leaf.numel() for leaf in leaves) < 3000:
             continue
+        if not all(v.isfinite().all() for v in run(op, sample, backend).values()):
+            continue  # an infinity less an infinity is no finite difference
 
         def function(*tensors, sample=sample):
             return op.public(**{**sample.inputs, **dict(zip(sample.grad, tensors, strict=True))}, backend=backend)

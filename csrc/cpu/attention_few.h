@@ -40,7 +40,7 @@ template <typename T> struct FewScratch {
   }
 };
 
-template <typename S> VEC_INLINE void ask_for(const S* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+template <typename S> VEC_INLINE void ask_for(const S* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
 template <typename P, int kRows, typename S>
 __attribute__((noinline)) void few_scores(const S* const* keys, int64_t offset, const typename P::Element* q,
@@ -226,6 +226,7 @@ template <typename T, typename Keys> class Few {
       }
     }
     for (int64_t r = 0; r < w_.lanes; ++r) weights(part, r, key, n);
+    sums(part, n);
     if (beyond > end) {
       keys_.select(end, beyond - end);
       for (int64_t i = 0; i < beyond - end; ++i) rows[2 * wide + i] = keys_.k_row(i, u_.kv_head);
@@ -273,19 +274,14 @@ template <typename T, typename Keys> class Few {
       x.store(s + i);
       top = max(x, top);
     }
-    alignas(64) Acc lanes[V::size];
-    top.store(lanes);
-    Acc most = lanes[0];
-    for (int i = 1; i < V::size; ++i) most = lanes[i] > most ? lanes[i] : most;
-    const V old(part.m[r]), m = max(V(most) * V(score_.factor), old), shift = finite_shift(m), scale = exp_of<T>(old - shift);
+    const V old(part.m[r]), m = max(V(largest(top)) * V(score_.factor), old), shift = finite_shift(m);
     m.store(part.m + r, 1);
-    scale.store(w_.factor + r, 1);
-    const Acc sum = exponentials(s, w_.p + r * (kBlock / P::step), V(0) - shift, n, head);
-    fma(scale, V(part.l[r]), V(sum)).store(part.l + r, 1);
+    exp_of<T>(old - shift).store(w_.factor + r, 1);
+    exponentials(s, w_.p + r * (kBlock / P::step), V(0) - shift, n, head);
   }
 
-  // The weights of one lane as operands; returns their sum, added in the order of the keys.
-  VEC_INLINE Acc exponentials(Acc* s, typename P::Element* p, V minus_shift, int64_t n, int64_t head) {
+  // The weights of one lane, as they are and as operands.
+  VEC_INLINE void exponentials(Acc* s, typename P::Element* p, V minus_shift, int64_t n, int64_t head) {
     const V factor(score_.factor);
     for (int64_t i = 0; i < n; i += V::size) {
       V x = exp_of<T>(fma(V::load(s + i), factor, minus_shift));
@@ -293,9 +289,23 @@ template <typename T, typename Keys> class Few {
       if constexpr (Keys::scaled) x = x * gather(i, n, [&](int64_t j) VEC_LAMBDA { return keys_.v_scale(j, head); });
       store_weights<P>(p + i / P::step, x);
     }
-    Acc sum = 0;
-    for (int64_t i = 0; i < n; ++i) sum += s[i];
-    return sum;
+  }
+
+  // Each lane's weights added in the order of the keys, several lanes at a time: a chain of additions waits for each.
+  void sums(const State<Acc>& part, int64_t n) {
+    constexpr int64_t together = 8;
+    for (int64_t r = 0; r < w_.lanes; r += together) {
+      const Acc* s[together];
+      Acc sum[together] = {};
+      for (int64_t u = 0; u < together; ++u) s[u] = w_.s + lesser(r + u, w_.lanes - 1) * kBlock;
+      for (int64_t i = 0; i < n; ++i) {
+#pragma GCC unroll 8
+        for (int64_t u = 0; u < together; ++u) sum[u] += s[u][i];
+      }
+      for (int64_t u = 0; u < lesser(together, w_.lanes - r); ++u) {
+        fma(V(w_.factor[r + u]), V(part.l[r + u]), V(sum[u])).store(part.l + r + u, 1);
+      }
+    }
   }
 
   const Attention& a_;

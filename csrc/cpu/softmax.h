@@ -49,6 +49,19 @@ VEC_INLINE Vec<double> finite_shift(Vec<double> x) {
 }
 #endif
 
+#if defined(CPU_CAPABILITY_AVX512)
+VEC_INLINE float largest(Vec<float> x) { return _mm512_reduce_max_ps(x.v); }
+VEC_INLINE double largest(Vec<double> x) { return _mm512_reduce_max_pd(x.v); }
+#else
+template <typename Acc> VEC_INLINE Acc largest(Vec<Acc> x) {
+  alignas(64) Acc lanes[Vec<Acc>::size];
+  x.store(lanes);
+  Acc most = lanes[0];
+  for (int i = 1; i < Vec<Acc>::size; ++i) most = lanes[i] > most ? lanes[i] : most;
+  return most;
+}
+#endif
+
 // Weights of `step` successive keys as one vector of elements. Pairs are rounded to nearest, a half away from zero: an
 // addition and a shift, where half to even takes three more steps.
 template <typename P> struct Weights {

@@ -73,14 +73,14 @@ def build(args: argparse.Namespace) -> int:
 
 def checks(args: argparse.Namespace) -> int:
     chosen = ["-k", " or ".join(args.op)] if args.op else ["--require-cells"]
-    tests = ["tests/test_ops.py", "tests/ops"]
+    tests = ["tests/test_ops.py", "tests/test_ops_bits.py", "tests/ops"]
     return stream([sys.executable, "-u", "-m", "pytest", *tests, "--device", "cuda", *chosen], args.out / "checks.log")
 
 
 def peaks(args: argparse.Namespace) -> int:
     import torch
 
-    from internlm2_kernels.testing import measure_peaks
+    from internlm2_kernels.timing import measure_peaks
 
     from .record import gpu_state
     device = torch.device("cuda")

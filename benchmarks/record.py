@@ -23,7 +23,7 @@ from pytest_benchmark.utils import get_commit_info
 
 import internlm2_kernels
 from internlm2_kernels import _registry
-from internlm2_kernels.testing import Paired, Peaks
+from internlm2_kernels.timing import Paired, Peaks
 
 from .suite import STAGES, Pass, Row, short
 

@@ -13,19 +13,8 @@ import torch
 
 from internlm2_kernels import OPS
 from internlm2_kernels._registry import Case, Op, Sample
-from internlm2_kernels.testing import (
-    Contender,
-    Paired,
-    Peaks,
-    cold_sets,
-    draw_upstream,
-    interleave,
-    ladder,
-    ladder_table,
-    quantiles,
-    run,
-    with_leaves,
-)
+from internlm2_kernels.testing import draw_upstream, ladder, ladder_table, run, with_leaves
+from internlm2_kernels.timing import Contender, Paired, Peaks, cold_sets, interleave, quantiles
 
 from .peers import NOT_COMPILED, PEERS, peers_of
 

@@ -18,7 +18,7 @@ def variants(device: str, op) -> list[tuple[str, str]]:
         return [("reference", ""), ("triton", ""), ("cuda", "")]
     native = sys.platform == "linux" and platform.machine() == "x86_64" and os.environ.get("USE_CPP", "1") != "0"
     best = _C.best_cpu_isa() if _C else "avx2" if native else ""  # a missing library is missing cells, not fewer
-    sets = SETS[: SETS.index(best) + 1] if best in SETS else SETS if best else ()
+    sets = [isa for isa in SETS[: SETS.index(best) + 1 if best else 0] if isa in op.isas]
     return [("reference", ""), *(("cpp", isa) for isa in sets), ("triton", "interpreted")]
 
 

@@ -16,9 +16,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from internlm2_kernels import OPS, testing
+from internlm2_kernels import OPS, testing, timing
 from internlm2_kernels._registry import Case
-from internlm2_kernels.testing import Contender, Peaks, interleave, ladder, quantiles, run, turns
+from internlm2_kernels.testing import ladder, run
+from internlm2_kernels.timing import Contender, Peaks, interleave, quantiles, turns
 
 for needed in ("pytest_benchmark", "matplotlib", "rich"):
     pytest.importorskip(needed, reason="the benchmark suite needs the extra `bench`")
@@ -36,8 +37,8 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.ns = 0
-        monkeypatch.setattr(testing.time, "perf_counter", lambda: self.ns * 1e-9)
-        monkeypatch.setattr(testing.time, "perf_counter_ns", lambda: self.ns)
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.ns * 1e-9)
+        monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: self.ns)
 
     def contender(self, name, ms, family="", back=0.0, drift=lambda: 1.0):
         def spend(ms):
@@ -140,8 +141,8 @@ def test_cuda_times_a_replay_of_all_input_sets(monkeypatch, refuses):
 
 def test_quantiles_and_cold_sets():
     assert quantiles([float(i) for i in range(11)]) == (5.0, 2.0, 8.0)
-    cache = testing.cache_bytes(CPU)
-    assert cache > 0 and testing.cold_sets(4 * cache, CPU) == 1 and testing.cold_sets(cache // 2, CPU) == 6
+    cache = timing.cache_bytes(CPU)
+    assert cache > 0 and timing.cold_sets(4 * cache, CPU) == 1 and timing.cold_sets(cache // 2, CPU) == 6
 
 
 def test_same_name_twice_and_too_many_threads_are_errors():
@@ -150,7 +151,7 @@ def test_same_name_twice_and_too_many_threads_are_errors():
         interleave([same, same], 1, CPU)
     if hasattr(os, "sched_setaffinity"):
         with pytest.raises(ValueError, match="threads: expected at most"):
-            testing.pin(len(os.sched_getaffinity(0)) + 1)
+            timing.pin(len(os.sched_getaffinity(0)) + 1)
 
 
 @pytest.fixture

@@ -154,6 +154,7 @@ ROPE_TABLE = Op(
     flops=lambda dims, direction: 3 * dims["rows"] * dims["head_dim"],
     dtypes=(torch.float32,),
     directions=("forward",),
+    domain={"head_dim": (4, 140, 2)},  # dynamic scaling needs 4
 )
 _FWD = ROPE_TABLE.overloads["fwd"]
 

@@ -1,0 +1,266 @@
+"""Paired timing and measured peaks.
+
+A machine's speed drifts by 2 to 3 times within minutes, so contenders take turns call by call, in an order that is
+balanced over rounds, and are compared by the ratio within a round, never by times of different runs.
+"""
+
+import gc
+import math
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MIN_ROUNDS, MAX_ROUNDS = 11, 201
+FEWEST_ROUNDS = 3
+SCREEN = 2.0  # a form this much slower in the warm-up than its family's fastest is not the one to beat
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation to time: `forward(i)` runs it on input set i, `backward(i, outputs)` its backward.
+
+    Of a `family` (the forms in which eager PyTorch can be written, say) only the fastest matters; "" is never screened.
+    """
+
+    name: str
+    forward: Callable[[int], Any]
+    backward: Callable[[int, Any], Any] | None = None
+    family: str = ""
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Seconds a call, by stage (`forward`, `backward`, `both`) and name; equal index means the same round."""
+
+    times: dict[str, dict[str, list[float]]]
+    screened: dict[str, list[float]]  # warm-up times of the contenders that were screened out, both passes together
+    method: str
+
+    def median(self, stage: str, name: str) -> float:
+        return statistics.median(self.times[stage][name])
+
+    def ratio(self, stage: str, peer: str, ours: str) -> tuple[float, float, float]:
+        """Peer's time over ours: median of the paired ratios, with their 20 % and 80 % quantiles."""
+        pairs = zip(self.times[stage][peer], self.times[stage][ours], strict=True)
+        return quantiles([theirs / mine for theirs, mine in pairs])
+
+
+def quantiles(values: list[float]) -> tuple[float, float, float]:
+    """Median, 20 % and 80 % quantile."""
+    values = torch.tensor(values, dtype=torch.float64)
+    return tuple(torch.quantile(values, torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)).tolist())
+
+
+def turns(count: int, round_index: int) -> list[int]:
+    """Who runs when: rotated every second round and reversed in between, so that each has every place equally often."""
+    start = (round_index // 2) % count
+    order = [(start + i) % count for i in range(count)]
+    return order[::-1] if round_index % 2 else order
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last cache before memory (L2 on CUDA; on CPU what Linux says, else 32 MiB)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    return max((int(s[:-1]) * units[s[-1]] for s in sizes if s[-1:] in units), default=32 * 2**20)
+
+
+def cold_sets(input_bytes: int, device: torch.device) -> int:
+    """How many copies of the inputs to rotate through so that a set has left the cache when its turn comes again."""
+    return max(1, min(32, math.ceil(3 * cache_bytes(device) / max(1, input_bytes))))
+
+
+def pin(threads: int) -> None:
+    """Give this process `threads` processors and torch as many threads (Linux; elsewhere only the latter)."""
+    if hasattr(os, "sched_setaffinity"):
+        allowed = sorted(os.sched_getaffinity(0))
+        if threads > len(allowed):
+            raise ValueError(f"threads: expected at most {len(allowed)}, the processors this process may use, got {threads}")
+        os.sched_setaffinity(0, allowed[:threads])
+    torch.set_num_threads(threads)
+
+
+def interleave(contenders: list[Contender], sets: int, device: torch.device, *, seconds: float = 2.0,
+               rounds: tuple[int, int] = (MIN_ROUNDS, MAX_ROUNDS), repeat: int = 1, host: bool = False,
+               longest: float = math.inf) -> Paired:
+    """Time `contenders` in turns: at least `rounds[0]` rounds, then until `seconds` have passed or `rounds[1]` are done;
+    where calls take seconds, no more than three rounds after `longest` seconds.
+
+    CPU: wall clock around each call, freeing its results included, input sets rotating. CUDA: one graph per contender
+    that runs every input set once, replayed between events (plain launches for all of them where one cannot be
+    captured). `repeat` calls a sample, for calls of microseconds; `host=True` times the call's host side on CUDA too.
+    """
+    names = [c.name for c in contenders]
+    if len(set(names)) != len(names) or not names:
+        raise ValueError(f"contenders: expected distinct names, got {names}")
+    on_host = host or device.type == "cpu"
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        warm = {c.name: _warm_up(c, sets, device) for c in contenders}
+        kept = [c for c in contenders if not _slow(c, contenders, warm)]
+        screened = {c.name: warm[c.name] for c in contenders if c not in kept}
+        samplers, method = _host_samplers(kept, sets, device, repeat) if on_host else _cuda_samplers(kept, sets, device)
+        times = defaultdict(lambda: defaultdict(list))
+        start = time.perf_counter()
+        for index in range(rounds[1]):
+            passed = time.perf_counter() - start
+            if (index >= rounds[0] and passed > seconds) or (index >= FEWEST_ROUNDS and passed > longest):
+                break
+            for turn, who in enumerate(turns(len(kept), index)):
+                name = kept[who].name
+                # Neighbours take different sets: else the second would find its inputs in the cache.
+                taken = samplers[name]((index * len(kept) + turn) % sets)
+                for stage, value in taken.items():
+                    times[stage][name].append(value)
+    finally:
+        if collecting:
+            gc.enable()
+    return Paired({stage: dict(by_name) for stage, by_name in times.items()}, screened, method)
+
+
+def _slow(contender: Contender, contenders: list[Contender], warm: dict[str, list[float]]) -> bool:
+    rivals = [min(warm[c.name]) for c in contenders if c.family == contender.family]
+    return contender.family != "" and min(warm[contender.name]) > SCREEN * min(rivals)
+
+
+def _warm_up(contender: Contender, sets: int, device: torch.device) -> list[float]:
+    """One call that compiles and loads, then at least two more and 0.1 s of them; returns the seconds of those."""
+    times, began = [], 0.0
+    for index in range(1000):
+        start = time.perf_counter()
+        outputs = contender.forward(index % sets)
+        if contender.backward:
+            contender.backward(index % sets, outputs)
+        del outputs
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        end = time.perf_counter()
+        if index == 0:
+            began = end
+            continue
+        times.append(end - start)
+        if index >= 2 and end - began >= 0.1:
+            break
+    return times
+
+
+def _host_samplers(contenders: list[Contender], sets: int, device: torch.device,
+                   repeat: int) -> tuple[dict[str, Callable[[int], dict[str, float]]], str]:
+    synchronize = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+
+    def one_way(contender: Contender, i: int) -> dict[str, float]:
+        synchronize()
+        start = time.perf_counter_ns()
+        for _ in range(repeat):
+            contender.forward(i)
+        return {"forward": (time.perf_counter_ns() - start) / repeat * 1e-9}
+
+    def both_ways(contender: Contender, i: int) -> dict[str, float]:
+        there = back = 0
+        for _ in range(repeat):
+            synchronize()
+            start = time.perf_counter_ns()
+            outputs = contender.forward(i)
+            turned = time.perf_counter_ns()
+            contender.backward(i, outputs)
+            del outputs
+            there, back = there + turned - start, back + time.perf_counter_ns() - turned
+        return {"forward": there / repeat * 1e-9, "backward": back / repeat * 1e-9,
+                "both": (there + back) / repeat * 1e-9}
+
+    kinds = {c.name: both_ways if c.backward else one_way for c in contenders}
+    return {c.name: (lambda i, c=c: kinds[c.name](c, i)) for c in contenders}, "perf_counter"
+
+
+def _cuda_samplers(contenders: list[Contender], sets: int, device: torch.device
+                   ) -> tuple[dict[str, Callable[[int], dict[str, float]]], str]:
+    """A sampler runs all input sets and returns seconds a set; outputs stay alive, so that they are cold as well."""
+    try:
+        replays = {c.name: _cuda_replays(c, sets, device) for c in contenders}
+        method = "cuda graph replay"
+    except RuntimeError as error:
+        torch.cuda.synchronize(device)
+        replays = {c.name: _cuda_launches(c, sets) for c in contenders}
+        method = f"cuda launches between events (no graph: {str(error).splitlines()[0]})"
+
+    def sample(stages: dict[str, Callable[[], Any]]) -> dict[str, float]:
+        seconds = {}
+        for stage, body in stages.items():
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize(device)
+            before.record()
+            body()
+            after.record()
+            after.synchronize()
+            seconds[stage] = before.elapsed_time(after) * 1e-3 / sets
+        return seconds
+
+    return {name: (lambda _, stages=stages: sample(stages)) for name, stages in replays.items()}, method
+
+
+def _cuda_replays(contender: Contender, sets: int, device: torch.device) -> dict[str, Callable[[], Any]]:
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    indices = range(sets)
+    there = lambda: [contender.forward(i) for i in indices]
+    bodies = {"forward": there}
+    with torch.cuda.stream(stream):  # autograd runs a backward on its forward's stream, so that must be the captured one
+        if contender.backward:
+            outputs = there()
+            bodies = {"backward": lambda: [contender.backward(i, outputs[i]) for i in indices],
+                      "both": lambda: [contender.backward(i, out) for i, out in enumerate(there())]}
+        for body in bodies.values():
+            body()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    replays = {}
+    for stage, body in bodies.items():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            alive = body()
+        replays[stage] = lambda graph=graph, alive=alive: graph.replay()
+    return replays
+
+
+def _cuda_launches(contender: Contender, sets: int) -> dict[str, Callable[[], Any]]:
+    there = lambda: [contender.forward(i) for i in range(sets)]
+    if not contender.backward:
+        return {"forward": there}
+    outputs = there()
+    return {"backward": lambda: [contender.backward(i, outputs[i]) for i in range(sets)],
+            "both": lambda: [contender.backward(i, out) for i, out in enumerate(there())]}
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """This machine's rates in this run: copying (bytes read plus written), reading, bf16 and float32 matrix products."""
+
+    copy_bytes_per_s: float
+    read_bytes_per_s: float
+    matmul_flops_per_s: float
+    matmul_float32_flops_per_s: float
+
+
+def measure_peaks(device: torch.device, seconds: float = 1.0) -> Peaks:
+    """`clone()` and `sum()` of 128 MiB (CUDA: 1 GiB), products of 2048-cubes (CUDA: 8192) in bf16 and in float32 with
+    PyTorch's settings as they are, on random data."""
+    cuda = device.type == "cuda"
+    count, cube = (2**28, 8192) if cuda else (2**25, 2048)
+    flat = torch.randn(count, device=device)
+    a32, b32 = (torch.randn(cube, cube, device=device) for _ in range(2))
+    a, b = a32.bfloat16(), b32.bfloat16()
+    contenders = [Contender("copy", lambda i: flat.clone()), Contender("read", lambda i: flat.sum()),
+                  Contender("matmul", lambda i: a @ b), Contender("matmul float32", lambda i: a32 @ b32)]
+    paired = interleave(contenders, 1, device, seconds=seconds, rounds=(MIN_ROUNDS, 101))
+    size = flat.numel() * flat.element_size()
+    return Peaks(2 * size / paired.median("forward", "copy"), size / paired.median("forward", "read"),
+                 2 * cube**3 / paired.median("forward", "matmul"), 2 * cube**3 / paired.median("forward", "matmul float32"))

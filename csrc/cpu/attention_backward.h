@@ -13,7 +13,7 @@
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
-constexpr int64_t kStrip = 24;  // rows of S at a time: in the first-level cache, and a multiple of kTileRows
+constexpr int64_t kStrip = 12;  // rows of S at a time, and of the edge of the mask: a multiple of kTileRows
 
 // Not the standard library's: a shared out-of-line copy would be compiled for one of the instruction sets.
 VEC_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -277,9 +277,19 @@ template <typename T> struct Bwd {
 #endif
   }
 
-  void strips(const Rows& r, bool full) const {
+  // Into the second-level cache: what is next added to dQ, and the next rows.
+  static VEC_INLINE void ask(const void* p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(p) + i, _MM_HINT_T1);
+  }
+
+  void strips(const Rows& r, bool full, const Acc* sum, bool fresh) const {
     for (int64_t i = 0; i < r.n; i += kStrip) {
       const int64_t n = least(kStrip, r.n - i);
+      if (!fresh) ask(sum + i * columns, n * columns * static_cast<int64_t>(sizeof(Acc)));
+      for (int64_t x = i; x < i + n && r.r0 + kBwdQueries + x < sq; ++x) {
+        ask(r.q + (kBwdQueries + x) * r.q_stride, d * static_cast<int64_t>(sizeof(T)));
+        ask(r.dout + (kBwdQueries + x) * r.dout_stride, d * static_cast<int64_t>(sizeof(T)));
+      }
       const int64_t from = full ? 0 : low(r.r0 + i) / lanes * lanes;
       const int64_t to = full ? wide : most(from, round_up(high(r.r0 + i + n - 1), lanes));
       const auto down = [&](Rows_ x) { return Rows_{static_cast<const char*>(x.p) + i * x.row_bytes, x.row_bytes, x.step_bytes}; };
@@ -332,10 +342,10 @@ template <typename T> struct Bwd {
   void query_block(int64_t head, int64_t block, bool fresh, int64_t turn, bool last_turn) const {
     const Rows r = rows_of(head, block, turn == 0 && last_turn);
     const bool full = nc == wide && low(r.r0 + r.n - 1) == 0 && high(r.r0) == nc;
-    strips(r, full);
-    add_to_keys(r, full, fresh);
     const int64_t token = (a.cu_q ? a.cu_q[unit.sequence] : unit.sequence * a.seqlen_q) + r.r0;
     Acc* sum = static_cast<Acc*>(a.dq_sum) + (head * a.tokens_q + token) * columns;
+    strips(r, full, sum, turn == 0);
+    add_to_keys(r, full, fresh);
     int32_t* turns = a.turns + head * a.q_blocks[a.sequences] + a.q_blocks[unit.sequence] + block;
     for (int64_t spin = 0; __atomic_load_n(turns, __ATOMIC_ACQUIRE) != turn; ++spin) {
       if (spin < 4096) _mm_pause();

@@ -75,6 +75,10 @@ __attribute__((noinline)) void few_scores(const S* const* keys, int64_t offset, 
   for (int r = 0; r < kRows; ++r) acc[r].store(s + r * kBlock);
 }
 
+// Whether two vectors of values that follow each other come out of rows with their lanes in an order of their own (`twins`),
+// which o keeps until it is finished.
+template <typename P, typename S> constexpr bool kTwins = P::step == 2 && is_bf16<S>;
+
 // o[r][e..] = (opens ? 0 : factor[r] * o[r][e..]) + sum of p[r][i] * v[i][e..] over rows of values; kVectors of d at a time.
 template <typename P, int kRows, int kVectors, typename S, typename N>
 VEC_INLINE void few_values(const S* const* values, int64_t offset, int64_t n, const typename P::Element* p, const typename P::Acc* factor,
@@ -91,18 +95,23 @@ VEC_INLINE void few_values(const S* const* values, int64_t offset, int64_t n, co
   }
   for (int64_t i = 0; i < n; i += P::step) {
     const S *a = values[i] + offset, *b = i + 1 < n ? values[i + 1] + offset : nullptr;
+    V v[2];
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
       if (j * V::size * sizeof(S) % 64 == 0) {
         for (int u = 0; u < P::step; ++u) ask_for(values[kAhead + i + u] + offset + e + j * V::size);
       }
-      V v;
-      if constexpr (P::step == 2) v = Elements<P>::rows(a, b, e + j * V::size, lanes);
-      else v = Elements<P>::row(a, e + j * V::size, lanes);
+      if constexpr (kTwins<P, S> && kVectors % 2 == 0) {
+        if (j % 2 == 0) Elements<P>::twins(a, b, e + j * V::size, v[0], v[1]);
+      } else if constexpr (P::step == 2) {
+        v[j % 2] = Elements<P>::rows(a, b, e + j * V::size, lanes);
+      } else {
+        v[j % 2] = Elements<P>::row(a, e + j * V::size, lanes);
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const auto* from = reinterpret_cast<const char*>(p + r * (kBlock / P::step) + i / P::step);
-        acc[r][j] = P::add_product(acc[r][j], P::broadcast(from), lanes_of<P>(v));
+        acc[r][j] = P::add_product(acc[r][j], P::broadcast(from), lanes_of<P>(v[j % 2]));
       }
     }
   }
@@ -122,6 +131,9 @@ __attribute__((noinline)) void few_values_of(const S* const* values, int64_t off
   int64_t e = 0;
   for (; e + vectors * lanes <= d; e += vectors * lanes) {
     few_values<P, kRows, vectors>(values, offset, n, p, factor, opens, o, width, e, All{});
+  }
+  if constexpr (kTwins<P, S>) {
+    for (; e + 2 * lanes <= d; e += 2 * lanes) few_values<P, kRows, 2>(values, offset, n, p, factor, opens, o, width, e, All{});
   }
   for (; e + lanes <= d; e += lanes) few_values<P, kRows, 1>(values, offset, n, p, factor, opens, o, width, e, All{});
   if (e < d) few_values<P, kRows, 1>(values, offset, n, p, factor, opens, o, width, e, static_cast<int>(d - e));
@@ -189,8 +201,16 @@ template <typename T, typename Keys> class Few {
         lse[map(h).lse(i)] = log_sum_exp<T>(w_.total.m[r], l);
         const V factor(reciprocal(l));
         T* to = map(h).out(out, i);
-        for_vectors<V, Single>(d_, [&](int64_t e, auto n) VEC_LAMBDA {
-          store(to + e, V::load(w_.total.o + r * w_.width + e) * factor, n);
+        const Acc* o = w_.total.o + r * w_.width;
+        for_vectors<V, T>(d_, [&](int64_t e, auto n) VEC_LAMBDA {
+          if constexpr (std::is_same_v<decltype(n), Both<T>>) {
+            V x = V::load(o + e) * factor, y = V::load(o + e + V::size) * factor;
+            if constexpr (kTwins<P, Stored>) from_twins(x, y);
+            store(to + e, x, All{});
+            store(to + e + V::size, y, All{});
+          } else {
+            store(to + e, V::load(o + e) * factor, n);
+          }
         });
       }
     }

@@ -121,6 +121,12 @@ template <> struct Elements<Pairs> {
     const __m512i low = _mm512_cvtepi8_epi32(bytes(a + e, n));
     return both(low, b == nullptr ? _mm512_setzero_si512() : _mm512_cvtepi8_epi32(bytes(b + e, n)));
   }
+  // The same for two whole vectors in the order that one instruction each makes: quarters 0 of x and y hold elements 0 to 7.
+  static VEC_INLINE void twins(const bf16* a, const bf16* b, int64_t e, V& x, V& y) {
+    const __m512i first = _mm512_loadu_si512(a + e), second = b == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(b + e);
+    x = bits(_mm512_unpacklo_epi16(first, second));
+    y = bits(_mm512_unpackhi_epi16(first, second));
+  }
 
  private:
   static VEC_INLINE V both(__m512i low, __m512i high) {  // small integers, exact in bfloat16
@@ -132,6 +138,15 @@ template <> struct Elements<Pairs> {
   static VEC_INLINE __m128i bytes(const int8_t* p, All) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
   static VEC_INLINE __m128i bytes(const int8_t* p, int n) { return _mm_maskz_loadu_epi8(V::first(n), p); }
 };
+#endif
+
+#if defined(CPU_CAPABILITY_AVX512)
+// Two vectors of sums in the order of `twins`, put in the order of the elements.
+VEC_INLINE void from_twins(Vec<float>& x, Vec<float>& y) {
+  const __m512 low = _mm512_shuffle_f32x4(x.v, y.v, 0x44), high = _mm512_shuffle_f32x4(x.v, y.v, 0xee);
+  x.v = _mm512_shuffle_f32x4(low, low, 0xd8);
+  y.v = _mm512_shuffle_f32x4(high, high, 0xd8);
+}
 #endif
 
 template <typename P> VEC_INLINE typename P::Acc* as_acc(typename P::Element* p) { return reinterpret_cast<typename P::Acc*>(p); }

@@ -141,7 +141,7 @@ def launches(op: str, dtype: str, arch: str = "90") -> tuple[Launch, ...]:
 
     common.record, common.recorded_architecture = record, int(arch)
     try:
-        for label, call in module.audit(DTYPES[dtype], meta):  # noqa: B007
+        for label, call in module.audit(DTYPES[dtype], meta):  # noqa: B007 (`record` reads `label` from here)
             call()
     finally:
         common.record, common.recorded_architecture = None, 90

@@ -48,3 +48,8 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     if x.is_contiguous() or (x.dim() <= 3 and x.stride(-1) == 1):
         return x
     return x.contiguous()
+
+
+def last_stride_1(x: torch.Tensor) -> torch.Tensor:
+    """`x`, or a copy where its last dimension is not dense: kernels take every other stride as it is."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -66,7 +66,7 @@ class Sample:
 
     def to(self, dtype: torch.dtype) -> "Sample":
         """A copy with every floating-point tensor converted to `dtype` (the gold run uses float64)."""
-        convert = lambda v: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v  # noqa: E731
+        convert = lambda v: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
         return Sample({name: convert(value) for name, value in self.inputs.items()}, self.grad)
 
 

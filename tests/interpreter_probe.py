@@ -12,9 +12,9 @@ if sys.argv[1] == "repaired":
 
     interpreter.install()
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
+import torch  # noqa: E402 (after the environment is set)
+import triton  # noqa: E402 (after the environment is set)
+import triton.language as tl  # noqa: E402 (after the environment is set)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from internlm2_kernels.timing import Contender, Peaks, interleave, quantiles, tu
 for needed in ("pytest_benchmark", "matplotlib", "rich"):
     pytest.importorskip(needed, reason="the benchmark suite needs the extra `bench`")
 
-from benchmarks import gates, plot, record, report, suite  # noqa: E402
+from benchmarks import gates, plot, record, report, suite  # noqa: E402 (skipped above where pytest-benchmark is missing)
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

@@ -67,7 +67,7 @@ SCHEMA_TYPES = {"Tensor": "Tensor", "Optional[Tensor]": "Tensor?", "float": "flo
 
 def of_schema(schema):
     """A schema's types in the words of `_C.signatures()`."""
-    parts = lambda values: ", ".join(SCHEMA_TYPES[str(value.type)] for value in values)  # noqa: E731
+    parts = lambda values: ", ".join(SCHEMA_TYPES[str(value.type)] for value in values)
     returns = parts(schema.returns)
     return f"({parts(schema.arguments)}) -> {returns if len(schema.returns) == 1 else f'({returns})'}"
 

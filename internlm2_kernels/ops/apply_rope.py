@@ -3,7 +3,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from .._checks import check_choice, check_device, check_float, check_same, fail
+from .._checks import check_choice, check_device, check_float, check_same, fail, last_stride_1
 from .._registry import Case, Op, Sample
 from .rope_table import rope_table
 
@@ -150,7 +150,7 @@ def _as_heads(x):
     """[T, H, d] with a last stride of 1; a copy only where that cannot be a view."""
     if x.dim() != 3:
         x = x.flatten(0, -3) if x.dim() > 3 else x[None]
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return last_stride_1(x)
 
 
 def check_tables(op, x, cos, sin, positions, tokens, head_dim, argument):

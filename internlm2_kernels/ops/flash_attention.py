@@ -3,7 +3,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from .._checks import check_float, check_same, fail
+from .._checks import check_float, check_same, fail, last_stride_1
 from .._registry import Case, Op, Sample
 from ._attention import (
     attend,
@@ -237,14 +237,10 @@ class _FlashAttention(torch.autograd.Function):
         if dout is None and dlse is None:
             return None, None, None, None, None, None, None
         q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else _last_stride_1(dout)
+        dout = torch.zeros_like(out) if dout is None else last_stride_1(dout)
         dlse = None if dlse is None else dlse.contiguous()
         dq, dk, dv = _BWD[ctx.backend](dout, q, k, v, out, lse, dlse, cu_q, cu_k, *ctx.options)
         return dq, dk, dv, None, None, None, None
-
-
-def _last_stride_1(x):
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _check_layout(q, k, v, cu_q, cu_k):
@@ -313,7 +309,7 @@ def flash_attention(q, k, v, *, causal=False, scale=None, window=None, softcap=0
             check_boundaries("flash_attention", "cu_seqlens_k", cu_k, k.shape[0], max_k)
         return reference(q, k, v, scale=scale, window=(left, right), softcap=softcap, cu_seqlens_q=cu_q,
                          cu_seqlens_k=cu_k, return_lse=return_lse)
-    q, k, v = _last_stride_1(q), _last_stride_1(k), _last_stride_1(v)
+    q, k, v = last_stride_1(q), last_stride_1(k), last_stride_1(v)
     options = max_q, max_k, left, right, scale, softcap
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         out, lse = _FlashAttention.apply(q, k, v, cu_q, cu_k, options, chosen)

@@ -2,7 +2,7 @@
 
 import torch
 
-from .._checks import check_device, check_float, check_shape, fail
+from .._checks import check_device, check_float, check_shape, fail, last_stride_1
 from .._registry import Case, Op, Sample
 from ._attention import (
     attend,
@@ -313,7 +313,7 @@ def paged_attention(q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=
         _check_values(k_cache, block_table, seq_lens, _rows(q, seq_lens, cu_seqlens_q))
         return reference(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q=cu_seqlens_q, scale=scale,
                          window=(left, 0), softcap=softcap, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
-    q = q if q.stride(-1) == 1 else q.contiguous()
+    q = last_stride_1(q)
     out, lse = native(_FWD[chosen], q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, max_q, k_scale, v_scale, left,
                       scale, softcap)
     return (out, lse) if return_lse else out

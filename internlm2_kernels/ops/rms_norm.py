@@ -56,7 +56,7 @@ def _fake_bwd(dy, dresidual, h, weight, rstd, hf, needs_dweight):
 
 def _sample(case, dtype, device, generator):
     rows, cols = case.dims["rows"], case.dims["cols"]
-    draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)
     weight_dtype = torch.float32 if case.dims.get("weight") == "float32" and dtype != torch.float64 else dtype
     inputs = {"x": draw(rows, cols).to(dtype), "weight": (1 + 0.1 * draw(cols)).to(weight_dtype)}
     if case.dims.get("residual"):

@@ -34,7 +34,7 @@ def _fake_bwd(dy, gate, up, packed):
 
 def _sample(case, dtype, device, generator):
     rows, cols = case.dims["rows"], case.dims["cols"]
-    draw = lambda *shape: torch.randn(*shape, generator=generator, device=device).to(dtype)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=generator, device=device).to(dtype)
     if case.dims.get("packed"):
         return Sample({"gate": 3 * draw(rows, 2 * cols)}, ("gate",))
     return Sample({"gate": 3 * draw(rows, cols), "up": draw(rows, cols)}, ("gate", "up"))

@@ -45,7 +45,7 @@ def test_packed_is_a_loop_over_sequences(operators, generator):
     labels = torch.randint(0, TINY.vocab_size, tokens.shape, generator=generator)
     labels[::5] = -100
     alone = [(t, la) for t, la in zip(tokens.split(LENGTHS), labels.split(LENGTHS), strict=True) if len(t)]
-    one = lambda t: torch.tensor([0, len(t)], dtype=torch.int32)  # noqa: E731
+    one = lambda t: torch.tensor([0, len(t)], dtype=torch.int32)
     torch.testing.assert_close(model(tokens, cu_seqlens), torch.cat([model(t, one(t)) for t, _ in alone]), rtol=0, atol=1e-13)
     loss, grads = gradients(model, tokens, labels, cu_seqlens)
     total, summed = 0.0, {name: torch.zeros_like(g) for name, g in grads.items()}

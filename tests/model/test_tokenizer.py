@@ -171,7 +171,7 @@ def test_chat_ids(released):
         {"role": "user", "content": "Hi [UNUSED_TOKEN_145] <|im_end|>"},
         {"role": "assistant", "content": "Wait.", "action": {"name": "plugin", "content": "{}"}},
     ]
-    text = lambda t: plain.encode(t)  # noqa: E731
+    text = lambda t: plain.encode(t)
     expected = [1, start, *text("system\n"), *text("Be brief."), end, *text("\n")]
     expected += [start, *text("system name="), plugin, *text("\n"), *text("[]"), end, *text("\n")]
     expected += [start, *text("user\n"), *released.encode("Hi [UNUSED_TOKEN_145] <|im_end|>"), end, *text("\n")]

@@ -48,8 +48,8 @@ def error_word(device: torch.device) -> torch.Tensor:
     word = _words.get(device)
     if word is None:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("the first call of an operator that takes indices allocates the device's error word and waits for it: "
-                               "make one call before capturing a CUDA graph")
+            raise RuntimeError("the first call of an operator that takes indices allocates the device's error word and waits "
+                               "for it: make one call before capturing a CUDA graph")
         with torch.inference_mode(False):  # an inference tensor could not be reset outside inference mode
             word = _words[device] = torch.zeros(1, dtype=torch.int32, device=device)
         if device.type == "cuda":

@@ -76,7 +76,7 @@ def tile_config(head_dim: int, element_size: int, arch: int, few_rows: bool) -> 
     return Tile(rows, 64 if width <= 64 else 32, min(width, 128), num_warps, 3 if arch == 80 or width <= 128 else 2)
 
 
-def bounds(x: torch.Tensor, name: str) -> dict[str, int]:
+def strides(x: torch.Tensor, name: str) -> dict[str, int]:
     """Kernel arguments: strides of [B, S, heads, d], or of packed [T, heads, d] as one batch."""
     batch, row, head = x.stride()[:3] if x.dim() == 4 else (0, *x.stride()[:2])
     return {f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
@@ -169,6 +169,27 @@ def _tile(cu_ptr, slot, sequences, length, rows_per_token, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _edges(first, last, length, before, after, BLOCK: tl.constexpr):
+    """Four multiples of BLOCK along the other axis, for own positions first to last, each of which goes with the others from
+    its own less `before` to its own plus `after`: those needed lie in [a, d), those that no own one masks in [b, c)."""
+    low = first * 0
+    full_low = low
+    high = length
+    full_high = length
+    if before is not None:
+        low = tl.maximum(first - before, 0)
+        full_low = tl.maximum(last - before, 0)
+    if after is not None:
+        high = tl.minimum(length, last + after + 1)
+        full_high = tl.minimum(length, first + after + 1)
+    a = low // BLOCK * BLOCK
+    d = tl.maximum((tl.maximum(high, 0) + BLOCK - 1) // BLOCK * BLOCK, a)
+    b = tl.minimum((full_low + BLOCK - 1) // BLOCK * BLOCK, d)
+    c = tl.maximum(tl.maximum(full_high, 0) // BLOCK * BLOCK, b)
+    return a, b, tl.minimum(c, d), d
+
+
+@triton.jit
 def _tanh(x):
     """Odd polynomial below 0.5477, of error 1 ulp; beyond, 1 - 2 / (exp(2 |x|) + 1)."""
     a = tl.abs(x)
@@ -181,8 +202,30 @@ def _tanh(x):
 
 
 @triton.jit
+def _scores(q, k, k_scale, key, position, keys, left, right, inner, outer, SOFTCAP: tl.constexpr,
+            MASKED: tl.constexpr):
+    """Scores of a block, in units of log2 with a soft-cap, otherwise yet to be multiplied by `outer`."""
+    score = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if k_scale is not None:
+        score = score * k_scale[None, :]
+    if SOFTCAP:
+        score = _tanh(score * inner) * outer
+    if MASKED:
+        allowed = (key < keys)[None, :]
+        if left is not None:
+            allowed = allowed & (key[None, :] >= (position - left)[:, None])
+        if right is not None:
+            allowed = allowed & (key[None, :] <= (position + right)[:, None])
+        score = tl.where(allowed, score, float("-inf"))
+    return score
+
+
+@triton.jit
 def _attend(acc, z, m, score, v, outer, SCALED: tl.constexpr, v_scale=None):
-    """The split's sum of p v, sum of p and largest score (acc, z, m) with one more block of keys; masked scores are -inf. SCALED: in units of log2 already."""
+    """The split's sum of p v, sum of p and largest score (acc, z, m) with one more block of keys; masked scores are -inf.
+
+    SCALED: the scores are in units of log2 already.
+    """
     if SCALED:
         m_new = tl.maximum(m, tl.max(score, axis=1))
     else:

@@ -12,54 +12,19 @@ from .._device_errors import CODES
 from .attention import (
     SPLIT,
     _attend,
+    _edges,
     _finish,
     _merge,
-    _tanh,
+    _scores,
     _tile,
-    bounds,
     check_boundaries,
     options,
     slots,
+    strides,
     tile_config,
 )
 from .common import architecture, check_dtype, launch
-
-
-@triton.jit
-def _blocks(first, last, keys, left, right, BLOCK: tl.constexpr):
-    """Four bounds, multiples of BLOCK: the blocks that positions first to last need lie in [a, d), those that none of
-    them masks in [b, c)."""
-    low = first * 0
-    full_low = low
-    high = keys
-    full_high = keys
-    if left is not None:
-        low = tl.maximum(first - left, 0)
-        full_low = tl.maximum(last - left, 0)
-    if right is not None:
-        high = tl.minimum(keys, last + right + 1)
-        full_high = tl.minimum(keys, first + right + 1)
-    a = low // BLOCK * BLOCK
-    d = tl.maximum((tl.maximum(high, 0) + BLOCK - 1) // BLOCK * BLOCK, a)
-    b = tl.minimum((full_low + BLOCK - 1) // BLOCK * BLOCK, d)
-    c = tl.maximum(tl.maximum(full_high, 0) // BLOCK * BLOCK, b)
-    return a, b, tl.minimum(c, d), d
-
-
-@triton.jit
-def _scores(q, k, key, position, keys, left, right, inner, outer, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
-    """Scores of a block, in units of log2 with a soft-cap, otherwise yet to be multiplied by `outer`."""
-    score = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if SOFTCAP:
-        score = _tanh(score * inner) * outer
-    if MASKED:
-        allowed = (key < keys)[None, :]
-        if left is not None:
-            allowed = allowed & (key[None, :] >= (position - left)[:, None])
-        if right is not None:
-            allowed = allowed & (key[None, :] <= (position + right)[:, None])
-        score = tl.where(allowed, score, float("-inf"))
-    return score
+from .flash_attention_bwd import backward
 
 
 @triton.jit
@@ -106,7 +71,7 @@ def _walk(state, q, k_ptr, v_ptr, k_row, v_row, v_cols, position, start, end, ke
                 v = tl.load(v_block)
             else:
                 v = tl.load(v_block, mask=dv < v_cols, other=0.0)
-        score = _scores(q, k, key, position, keys, left, right, inner, outer, SOFTCAP, MASKED)
+        score = _scores(q, k, None, key, position, keys, left, right, inner, outer, SOFTCAP, MASKED)
         acc, z, m = _attend(acc, z, m, score, v, outer, SOFTCAP)
     return acc, z, m, total, total_z, total_m
 
@@ -151,7 +116,7 @@ def flash_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q_ptr, 
     v_ptr += sequence * v_batch + kv_head * v_head + tl.cast(first_key, tl.int64) * v_row + part * BLOCK_V
     shift = keys - queries
     position = row + shift
-    a, b, c, end = _blocks(begin + shift, tl.minimum(begin + BLOCK_M, queries) - 1 + shift, keys, window_left,
+    a, b, c, end = _edges(begin + shift, tl.minimum(begin + BLOCK_M, queries) - 1 + shift, keys, window_left,
                            window_right, BLOCK_N)
     nothing = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     none = tl.zeros((BLOCK_M,), tl.float32)
@@ -192,20 +157,32 @@ def flash_attention_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_s
     else:
         sequences = cu_seqlens_q.shape[0] - 1
         tiles = slots(q.shape[0], sequences, 1, tile.rows)
-        valid = check(q, k, cu_seqlens_q, cu_seqlens_k, out, lse)
+        valid = _check(q, k, cu_seqlens_q, cu_seqlens_k, out, lse)
     settings = options(scale, softcap, window_left, window_right)
     kv_heads, parts = k.shape[-2], triton.cdiv(head_dim, tile.values)
     launch(flash_attention_fwd_kernel, parts * heads * tiles, q.device,
            dict(q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, lse_ptr=lse, cu_q_ptr=cu_seqlens_q, cu_k_ptr=cu_seqlens_k,
                 valid_ptr=valid, sequences=sequences, length_q=q.shape[-3], length_k=k.shape[-3],
-                tiles=tiles, group=heads // kv_heads, **settings._asdict(), **bounds(q, "q"), **bounds(k, "k"),
-                **bounds(v, "v"), **bounds(out, "out"), lse_batch=lse.stride(0) if dense else 0, lse_head=lse.stride(-2),
+                tiles=tiles, group=heads // kv_heads, **settings._asdict(), **strides(q, "q"), **strides(k, "k"),
+                **strides(v, "v"), **strides(out, "out"), lse_batch=lse.stride(0) if dense else 0, lse_head=lse.stride(-2),
                 SOFTCAP=softcap > 0, MULTI_SPLIT=longest_k > SPLIT, SPLIT=SPLIT, PARTS=parts, HEAD_DIM=head_dim,
                 BLOCK_M=tile.rows, BLOCK_N=tile.keys, BLOCK_D=triton.next_power_of_2(head_dim),
                 BLOCK_V=tile.values), num_warps=tile.num_warps, num_stages=tile.num_stages)
     return out, lse
 
 
-def check(q, k, cu_q, cu_k, *results):
+def flash_attention_bwd(dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_left,
+                        window_right, scale, softcap):
+    check_dtype("flash_attention", "q", q)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    valid = None
+    if cu_seqlens_q is not None and q.numel() + k.numel():
+        valid = _check(q, k, cu_seqlens_q, cu_seqlens_k, dq, dk, dv)
+    backward(dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, valid, window_left, window_right, scale, softcap,
+             dq, dk, dv)
+    return dq, dk, dv
+
+
+def _check(q, k, cu_q, cu_k, *results):
     return check_boundaries(cu_q, cu_k, q.shape[0], k.shape[0], CODES["flash_attention", "cu_seqlens_q"],
                             CODES["flash_attention", "cu_seqlens_k"], *results)

@@ -95,24 +95,26 @@ VEC_INLINE void few_values(const S* const* values, int64_t offset, int64_t n, co
   }
   for (int64_t i = 0; i < n; i += P::step) {
     const S *a = values[i] + offset, *b = i + 1 < n ? values[i + 1] + offset : nullptr;
-    V v[2];
+    V v[kVectors];
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
+      const int64_t at = e + j * V::size;
       if (j * V::size * sizeof(S) % 64 == 0) {
-        for (int u = 0; u < P::step; ++u) ask_for(values[kAhead + i + u] + offset + e + j * V::size);
+        for (int u = 0; u < P::step; ++u) ask_for(values[kAhead + i + u] + offset + at);
       }
       if constexpr (kTwins<P, S> && kVectors % 2 == 0) {
-        if (j % 2 == 0) Elements<P>::twins(a, b, e + j * V::size, v[0], v[1]);
+        if (j % 2 == 0) Elements<P>::twins(a, b, at, v[j], v[j + 1]);
       } else if constexpr (P::step == 2) {
-        v[j % 2] = Elements<P>::rows(a, b, e + j * V::size, lanes);
+        v[j] = Elements<P>::rows(a, b, at, lanes);
       } else {
-        v[j % 2] = Elements<P>::row(a, e + j * V::size, lanes);
+        v[j] = Elements<P>::row(a, at, lanes);
       }
+    }
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const auto* from = reinterpret_cast<const char*>(p + r * (kBlock / P::step) + i / P::step);
-        acc[r][j] = P::add_product(acc[r][j], P::broadcast(from), lanes_of<P>(v[j % 2]));
-      }
+    for (int r = 0; r < kRows; ++r) {
+      const auto one = P::broadcast(reinterpret_cast<const char*>(p + r * (kBlock / P::step) + i / P::step));
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) acc[r][j] = P::add_product(acc[r][j], one, lanes_of<P>(v[j]));
     }
   }
 #pragma GCC unroll 8
@@ -127,7 +129,8 @@ __attribute__((noinline)) void few_values_of(const S* const* values, int64_t off
                                              const typename P::Element* p, const typename P::Acc* factor, bool opens, typename P::Acc* o, int64_t width,
                                              int64_t d) {
   constexpr int64_t lanes = Vec<typename P::Acc>::size;
-  constexpr int registers = kTileRows * kTileVectors, vectors = kRows * 4 <= registers ? 4 : kRows * 2 <= registers ? 2 : 1;
+  constexpr int registers = kTileRows * kTileVectors, fit = registers / kRows;
+  constexpr int vectors = fit >= 8 && kTwins<P, S> ? 8 : fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
   int64_t e = 0;
   for (; e + vectors * lanes <= d; e += vectors * lanes) {
     few_values<P, kRows, vectors>(values, offset, n, p, factor, opens, o, width, e, All{});

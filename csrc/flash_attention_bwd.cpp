@@ -11,7 +11,7 @@ namespace {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
-constexpr int64_t kSerial = 1 << 20;        // multiplications a product, below which a second thread costs more than it saves
+constexpr int64_t kSerial = 1 << 20;  // multiplications a product below which a second thread costs more than it saves
 constexpr int64_t kUnlimited = int64_t{1} << 40;  // windows are cut to this, lest a position plus a window overflow
 
 // Units of one block each: sequence by sequence, head by head, block by block.
@@ -30,10 +30,10 @@ class Units {
   const std::vector<int64_t>& blocks_;
 };
 
-Gradients flash_attention_bwd_cpp(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                                  const Tensor& lse, const OptTensor& dlse, const OptTensor& cu_q, const OptTensor& cu_k,
-                                  int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t window_left, int64_t window_right,
-                                  double scale, double softcap) {
+Gradients flash_attention_bwd_cpp(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                                  const Tensor& out, const Tensor& lse, const OptTensor& dlse, const OptTensor& cu_q,
+                                  const OptTensor& cu_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                  int64_t window_left, int64_t window_right, double scale, double softcap) {
   check_cpu();
   FlashBwd a{};
   fill_attention(a, q, k, v, cu_q, cu_k, max_seqlen_q, max_seqlen_k, window_left, window_right, scale, softcap);

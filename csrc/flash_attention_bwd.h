@@ -1,10 +1,11 @@
-// Attention's backward: what it needs beyond flash_attention.h. Method: csrc/cpu/flash_attention_bwd.cpp.
+// Attention's backward: what it needs beyond flash_attention.h. Method: csrc/cpu/attention_backward.h.
 #pragma once
 #include "flash_attention.h"
 
 namespace internlm2 {
 
-constexpr int64_t kBwdQueries = 144, kBwdKeys = 192;  // a block: multiples of the register tile, in the second-level cache
+// A block: multiples of the register tile, whose operands and sums stay in the second-level cache.
+constexpr int64_t kBwdQueries = 144, kBwdKeys = 192;
 
 struct FlashBwd : Attention {
   AttentionTensor dout, out;

@@ -1,9 +1,9 @@
 // Attention's backward in five products, each a block of keys against a block of queries (rows) of one head:
 //   S = Q K^T,  P = exp(scale S - lse),  dV += P^T dO,  dP = dO V^T,  dS = P (dP - delta),  dK += dS^T Q,  dQ += dS K
-// A unit of work owns a block of keys: its dK and dV stay in its thread's second-level cache. dQ is summed in memory, in
-// float32, the key blocks taking their turns in rising order: bits depend on no thread's pace, and no product is done
-// twice. Units are handed out in rising order, so that whoever waits for its turn waits for a unit that is running.
-// At the edge of the mask each strip of rows takes only the keys, and each strip of keys only the rows, that it needs.
+// A unit of work owns a block of keys: its dK and dV stay in its thread's second-level cache. dQ is summed in memory, the
+// key blocks taking their turns in rising order: no thread's pace changes a bit, and no product is done twice. Units are
+// handed out in rising order, so that whoever waits for its turn waits for a unit that is running. At the edge of the
+// mask each strip of rows takes only the keys, and each strip of keys only the rows, that it needs.
 #pragma once
 #include <sched.h>
 
@@ -88,7 +88,6 @@ template <typename T> struct Bwd {
     wide = round_up(nc, lanes);
   }
 
-  // ------------------------------------------------------------------------------------------------------ the mask
   // This block's keys [low, high) that row r may see.
   int64_t low(int64_t r) const { return clip(a.first_key(unit.sequence, r) - c0, 0, nc); }
   int64_t high(int64_t r) const { return clip(a.last_key(unit.sequence, r) - c0, 0, nc); }
@@ -106,7 +105,6 @@ template <typename T> struct Bwd {
     last = from < to ? (to + kBwdKeys - 1) / kBwdKeys : first;
   }
 
-  // --------------------------------------------------------------------------------------------------------- packing
   // n rows of T, `stride` apart, as B operand whose k is the row, and as one whose lanes are the rows.
   void pack_rows_as_steps(const T* rows, int64_t stride, int64_t n, E* out) const {
     const int64_t steps = round_up(n, step) / step;
@@ -122,34 +120,34 @@ template <typename T> struct Bwd {
     }
   }
 
-  // -------------------------------------------------------------------------------------------------------- products
   // A's rows as the products read them.
-  struct Rows_ { const void* p; int64_t row_bytes, step_bytes; };
+  struct Operand { const void* p; int64_t row_bytes, step_bytes; };
 
   // Lanes [from, to) of C = A B, k in [first, last), for B in panels of `steps` rows, `n` lanes in all.
-  template <Start start> void multiply(Rows_ rows, int64_t m, const E* b, int64_t steps, int64_t n, int64_t from, int64_t to,
-                                       int64_t first, int64_t last, Acc* c, int64_t c_stride) const {
+  template <Start start>
+  void multiply(Operand rows, int64_t m, const E* b, int64_t steps, int64_t n, int64_t from, int64_t to, int64_t first,
+                int64_t last, Acc* c, int64_t c_stride) const {
+    const char* begin_a = static_cast<const char*>(rows.p) + first * rows.step_bytes;
     for (int64_t j = from / kPanel<P> * kPanel<P>; j < to; j += kPanel<P>) {
       const int64_t width = least(kPanel<P>, n - j), begin = most(from - j, 0), end = least(to - j, width);
-      product<P, start>({static_cast<const char*>(rows.p) + first * rows.step_bytes, rows.row_bytes, rows.step_bytes,
-                         b + j * steps + first * width + begin, width, c + j + begin, c_stride, m, end - begin, last - first});
+      product<P, start>({begin_a, rows.row_bytes, rows.step_bytes, b + j * steps + first * width + begin, width,
+                         c + j + begin, c_stride, m, end - begin, last - first});
     }
   }
 
-  // ---------------------------------------------------------------------------------------------------- one block
-  struct Rows {
+  struct Queries {
     const T *q, *dout;
     int64_t q_stride, dout_stride, r0, n;
     bool exact;  // see rows_of
     const Acc *shift, *delta, *dlse;
-    Rows_ q_a, dout_a;
+    Operand q_a, dout_a;
   };
 
-  // `exact`: the rows see no other block of keys. Their weights are the largest, and what is rounded to 16 bits on the way
-  // would cost dQ as much as its own rounding does: there delta is summed from P and dP rather than from the rounded out,
-  // and dS enters dQ in two parts.
-  Rows rows_of(int64_t head, int64_t block, bool exact) const {
-    Rows r;
+  // `exact`: the rows see no other block of keys. Their weights are the largest, and what is rounded to 16 bits on the
+  // way would cost dQ as much as its own rounding does: there delta is summed from P and dP rather than from the rounded
+  // out, and dS enters dQ in two parts.
+  Queries rows_of(int64_t head, int64_t block, bool exact) const {
+    Queries r;
     r.exact = exact && sizeof(T) == 2;
     r.r0 = block * kBwdQueries;
     r.n = least(kBwdQueries, sq - r.r0);
@@ -190,7 +188,8 @@ template <typename T> struct Bwd {
   }
 
   // Rows [i, i + n) of the block (at most kStrip): their S and dP, of keys [from, to), become P and dS.
-  template <bool masked, bool softcap> void gradients(const Rows& r, int64_t i, int64_t n, int64_t from, int64_t to) const {
+  template <bool masked, bool softcap>
+  void gradients(const Queries& r, int64_t i, int64_t n, int64_t from, int64_t to) const {
     for (int64_t x = 0; x < n; x += step) {
       const int64_t row = i + x;
       E *p = w.p + row / step * kStride, *ds = w.ds + row / step * kStride;
@@ -201,7 +200,8 @@ template <typename T> struct Bwd {
         V s = V::load(w.s + source);
         dp = V::load(w.dp + source);
         if (!masked || (lo[h] <= j && j + lanes <= hi[h])) return probability<softcap>(s, V(r.shift[row + h]), slope);
-        const int first = static_cast<int>(clip(lo[h] - j, 0, lanes)), last = static_cast<int>(clip(hi[h] - j, 0, lanes));
+        const int first = static_cast<int>(clip(lo[h] - j, 0, lanes));
+        const int last = static_cast<int>(clip(hi[h] - j, 0, lanes));
         s = between(s, first, last);
         dp = between(dp, first, last);
         return between(probability<softcap>(s, V(r.shift[row + h]), slope), first, last);
@@ -246,7 +246,8 @@ template <typename T> struct Bwd {
           if (r.exact) {
             const V rest0 = ds0 - V(V::widen(_mm512_castsi512_si256(both_ds)));
             const V rest1 = ds1 - V(V::widen(_mm512_extracti64x4_epi64(both_ds, 1)));
-            store_rows(w.ds_rest + (row * kStride + j) / 2, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(rest1.v, rest0.v)));
+            const __m512i both_rest = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(rest1.v, rest0.v));
+            store_rows(w.ds_rest + (row * kStride + j) / 2, both_rest);
           }
 #endif
         }
@@ -282,7 +283,7 @@ template <typename T> struct Bwd {
     for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(p) + i, _MM_HINT_T1);
   }
 
-  void strips(const Rows& r, bool full, const Acc* sum, bool fresh) const {
+  void strips(const Queries& r, bool full, const Acc* sum, bool fresh) const {
     for (int64_t i = 0; i < r.n; i += kStrip) {
       const int64_t n = least(kStrip, r.n - i);
       if (!fresh) ask(sum + i * columns, n * columns * static_cast<int64_t>(sizeof(Acc)));
@@ -292,7 +293,9 @@ template <typename T> struct Bwd {
       }
       const int64_t from = full ? 0 : low(r.r0 + i) / lanes * lanes;
       const int64_t to = full ? wide : most(from, round_up(high(r.r0 + i + n - 1), lanes));
-      const auto down = [&](Rows_ x) { return Rows_{static_cast<const char*>(x.p) + i * x.row_bytes, x.row_bytes, x.step_bytes}; };
+      const auto down = [&](Operand x) {
+        return Operand{static_cast<const char*>(x.p) + i * x.row_bytes, x.row_bytes, x.step_bytes};
+      };
       multiply<Start::zero>(down(r.q_a), n, w.keys, d / step, wide, from, to, 0, d / step, w.s, kBwdKeys);
       multiply<Start::zero>(down(r.dout_a), n, w.values, d / step, wide, from, to, 0, d / step, w.dp, kBwdKeys);
       if (a.softcap > 0) gradients<true, true>(r, i, n, from, to);
@@ -302,7 +305,8 @@ template <typename T> struct Bwd {
   }
 
   // C = A B, or C += A B.
-  VEC_INLINE void add(bool fresh, Rows_ rows, int64_t m, const E* b, int64_t steps, int64_t first, int64_t last, Acc* c) const {
+  VEC_INLINE void add(bool fresh, Operand rows, int64_t m, const E* b, int64_t steps, int64_t first, int64_t last,
+                      Acc* c) const {
     if (first >= last) {
       if (fresh) std::memset(c, 0, static_cast<size_t>(m * columns) * sizeof(Acc));
     } else if (fresh) {
@@ -312,7 +316,7 @@ template <typename T> struct Bwd {
     }
   }
 
-  void add_to_keys(const Rows& r, bool full, bool fresh) const {
+  void add_to_keys(const Queries& r, bool full, bool fresh) const {
     const int64_t steps = round_up(r.n, step) / step, strip = full ? nc : kStrip;
     for (int64_t x = 0; x < nc; x += strip) {
       const int64_t m = least(strip, nc - x);
@@ -324,15 +328,16 @@ template <typename T> struct Bwd {
     }
   }
 
-  void add_to_queries(const Rows& r, bool full, bool fresh, Acc* sum) const {
-    const int64_t steps = round_up(nc, step) / step, strip = full ? r.n : kStrip, row_bytes = kStride / step * sizeof(E);
+  void add_to_queries(const Queries& r, bool full, bool fresh, Acc* sum) const {
+    const int64_t steps = round_up(nc, step) / step, strip = full ? r.n : kStrip;
+    const int64_t row_bytes = kStride / step * static_cast<int64_t>(sizeof(E));
     for (int64_t i = 0; i < r.n; i += strip) {
       const int64_t n = least(strip, r.n - i);
       const int64_t first = full ? 0 : low(r.r0 + i) / step;
       const int64_t last = full ? steps : (high(r.r0 + i + n - 1) + step - 1) / step;
       const auto part = [&](const E* ds, bool alone) {
-        add(alone, {reinterpret_cast<const char*>(ds) + i * row_bytes, row_bytes, sizeof(E)}, n, w.key_rows, steps, first, last,
-            sum + i * columns);
+        const void* rows = reinterpret_cast<const char*>(ds) + i * row_bytes;
+        add(alone, {rows, row_bytes, sizeof(E)}, n, w.key_rows, steps, first, last, sum + i * columns);
       };
       part(w.ds_rows, fresh);
       if (step > 1 && r.exact) part(w.ds_rest, false);
@@ -340,7 +345,7 @@ template <typename T> struct Bwd {
   }
 
   void query_block(int64_t head, int64_t block, bool fresh, int64_t turn, bool last_turn) const {
-    const Rows r = rows_of(head, block, turn == 0 && last_turn);
+    const Queries r = rows_of(head, block, turn == 0 && last_turn);
     const bool full = nc == wide && low(r.r0 + r.n - 1) == 0 && high(r.r0) == nc;
     const int64_t token = (a.cu_q ? a.cu_q[unit.sequence] : unit.sequence * a.seqlen_q) + r.r0;
     Acc* sum = static_cast<Acc*>(a.dq_sum) + (head * a.tokens_q + token) * columns;

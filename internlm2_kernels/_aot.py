@@ -18,7 +18,11 @@ from ._registry import OPS
 
 TABLE = Path(__file__).with_name("static_audit.json")
 # Rows that may spill, and why. The key is the row's, without the architecture, or with it.
-ALLOWED_STACK: dict[str, str] = {}
+ALLOWED_STACK: dict[str, str] = {
+    "flash_attention/flash_attention_fwd_kernel/d 64, packed, at most 64/bfloat16/sm_100":
+        "two registers: ptxas stops at 128 of them, with which two blocks fit on a multiprocessor",
+}
+LARGEST_STACK_BYTES = 128  # of spills outside loops
 EXAMPLES = """examples:
   python -m internlm2_kernels aot                compile everything and print the table
   python -m internlm2_kernels aot --check        compare with the committed table; exit status 1 on a difference
@@ -106,13 +110,17 @@ def _compile_all(ops: list[str], sources: list[str], workers: int) -> dict[str, 
 
 
 def find_problems(rows: dict[str, dict]) -> list[str]:
-    """Spills without a reason, and shared memory that the architecture does not have."""
+    """Spills inside loops without a reason, and shared memory that the architecture does not have.
+
+    A few registers that a kernel puts aside before its loop and takes up behind it cost nothing that could be measured.
+    """
     from ._aot_compile import SHARED_LIMIT
 
     problems = []
     for key, facts in rows.items():
         name, arch = key.rsplit("/sm_", 1)
-        if facts["stack_bytes"] and key not in ALLOWED_STACK and name not in ALLOWED_STACK:
+        free = facts.get("spills_in_loops") == 0 and facts["stack_bytes"] <= LARGEST_STACK_BYTES
+        if facts["stack_bytes"] and not free and key not in ALLOWED_STACK and name not in ALLOWED_STACK:
             problems.append(f"{key} spills: {facts['stack_bytes']} bytes of stack; change its tile, or give the reason in "
                             "ALLOWED_STACK")
         limit = SHARED_LIMIT[arch.rstrip("a")]

@@ -77,6 +77,18 @@ def read_resources(cuobjdump: str, cubin: Path) -> dict[str, dict[str, int]]:
     return found
 
 
+def spills_in_loops(cuobjdump: str, cubin: Path) -> int:
+    """Stack accesses inside the innermost loops that multiply: what a spill costs is decided there, not around them."""
+    out = subprocess.run([cuobjdump, "-sass", str(cubin)], check=True, capture_output=True, text=True).stdout
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", out)]
+    branches = [(at, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for at, text in code]
+    loops = [(int(to.group(1), 16), at) for at, to in branches if to and int(to.group(1), 16) < at]
+    inside = lambda loop, pattern: sum(bool(re.search(pattern, text)) for at, text in code if loop[0] <= at <= loop[1])
+    loops = [loop for loop in loops if inside(loop, r"MMA|FFMA")]
+    innermost = [a for a in loops if not any(a[0] <= b[0] and b[1] <= a[1] and a != b for b in loops)]
+    return sum(inside(loop, r"\b(STL|LDL)\b") for loop in innermost)
+
+
 # --- Triton ---
 
 
@@ -130,10 +142,13 @@ def launches(op: str, dtype: str, arch: str = "90") -> tuple[Launch, ...]:
     """The distinct launches of an operator's Triton module on an architecture, in its order."""
     module = importlib.import_module(f"internlm2_kernels._triton.{op}")
     found: dict[str, Launch] = {}
+    calls: Counter = Counter()
     label = ""
 
     def record(kernel, arguments, options):
-        launch = Launch(op, label, dtype, kernel, *specialize(kernel, arguments), options)
+        calls[label, kernel] += 1
+        which = label if calls[label, kernel] == 1 else f"{label}, launch {calls[label, kernel]}"
+        launch = Launch(op, which, dtype, kernel, *specialize(kernel, arguments), options)
         found.setdefault(launch.identity, launch)
 
     def meta(*shape, dtype):
@@ -161,10 +176,11 @@ def compile_triton(op: str, dtype: str, index: int, arch: str) -> dict[str, dict
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         (usage,) = read_resources(triton_tool("cuobjdump"), cubin).values()
+        spills = {"spills_in_loops": spills_in_loops(triton_tool("cuobjdump"), cubin)} if usage["stack"] else {}
     threads, shared = 32 * launch.options["num_warps"], compiled.metadata.shared
     facts = Facts(usage["registers"], usage["stack"], shared, threads,
                   occupancy(arch, usage["registers"], shared, threads), **read_ptx(compiled.asm["ptx"]))
-    return {f"{launch.key}/sm_{arch}": asdict(facts)}
+    return {f"{launch.key}/sm_{arch}": asdict(facts) | spills}
 
 
 def triton_tool(name: str) -> str:

@@ -34,11 +34,13 @@ def test_every_kernel_is_in_the_table():
     for path in (PACKAGE / "_triton").glob("*.py"):
         for kernel in kernels_of(path):
             assert kernel.endswith("_kernel"), f"{kernel}: a kernel's name ends in _kernel, a device function's begins with _"
-            dtypes = ("bfloat16", "float32") if len(OPS[path.stem].dtypes) > 1 else ("float32",)
+            ops = [path.stem] if path.stem in OPS else [name for name in OPS if name.split("_")[-1] in path.stem]
+            assert ops, f"{path.name} belongs to no operator"  # attention.py to all whose name ends so
+            dtypes = ("bfloat16", "float32") if len(OPS[ops[0]].dtypes) > 1 else ("float32",)
             for dtype in dtypes:
                 for arch in (80, 90, 100):
-                    assert any(key.startswith(f"{path.stem}/{kernel}/") and key.endswith(f"/{dtype}/sm_{arch}")
-                               for key in ROWS), f"{kernel} {dtype} sm_{arch}: give it a launch in audit(), run aot --write"
+                    assert any(key.startswith(f"{name}/{kernel}/") and key.endswith(f"/{dtype}/sm_{arch}") for key in ROWS
+                               for name in ops), f"{kernel} {dtype} sm_{arch}: give it a launch in audit(), run aot --write"
 
 
 def test_every_cuda_source_is_in_the_table():
@@ -68,13 +70,27 @@ def test_committed_table_has_no_problem():
 
 def test_model_sizes_move_sixteen_bytes_at_a_time():
     """Every bfloat16 kernel of a size that models have loads and stores 128 bits a thread; the rest are scalars and
-    statistics: a position, a slot, a scale."""
+    statistics: a position, a slot, a scale. Not so the sums over few numbers, checks, and int8 caches with their scales."""
+    others = ("cuda/", "dweight_kernel", "cols 128", "check_kernel", "merge_kernel", "delta_kernel", "int8",
+              "blocks of 1")
     for key, facts in ROWS.items():
-        if "/bfloat16/" in key and not key.startswith("cuda/") and "dweight_kernel" not in key and "cols 128" not in key:
+        if "/bfloat16/" in key and not any(part in key for part in others):
             for access in ("loads", "stores"):
                 widths = {int(bits): int(count) for count, bits in (w.split("x") for w in facts[access].split())}
                 bulk = 128 * widths.get(128, 0) / sum(bits * count for bits, count in widths.items())
                 assert bulk > 0.7, f"{key} {access}: {facts[access]}"
+
+
+def test_products_of_16_bits_use_the_tensor_cores():
+    """mma.sync on Ampere, wgmma on Hopper (mma.sync adds up in another order there, and is slower)."""
+    kernels = [key for key in ROWS if "attention/" in key and "/bfloat16/" in key and not key.startswith("cuda/")
+               and not any(part in key for part in ("check_kernel", "merge_kernel", "delta_kernel"))]
+    assert len(kernels) > 60
+    for key in kernels:
+        if key.endswith("sm_80"):
+            assert ROWS[key]["mma"] > 0, key
+        if key.endswith("sm_90"):
+            assert ROWS[key]["wgmma"] > 0 and ROWS[key]["mma"] == 0, key
 
 
 def test_problems_are_found():
@@ -85,6 +101,30 @@ def test_problems_are_found():
     (shared,) = _aot.find_problems({"op/kernel/x/float32/sm_80": {**good, "shared_bytes": 170_000}})
     assert "170000 bytes of shared memory" in shared
     assert _aot.find_problems({"op/kernel/x/float32/sm_90": {**good, "shared_bytes": 170_000}}) == []
+
+
+def test_a_small_spill_around_the_loops_passes():
+    good = next(facts for key, facts in ROWS.items() if key.endswith("sm_80"))
+    spill = lambda stack, inside: _aot.find_problems(
+        {"op/kernel/x/float32/sm_80": {**good, "stack_bytes": stack, "spills_in_loops": inside}})
+    assert spill(8, 0) == []
+    assert len(spill(8, 1)) == len(spill(_aot.LARGEST_STACK_BYTES + 1, 0)) == 1
+
+
+def test_spills_in_loops_are_counted(monkeypatch, tmp_path):
+    from internlm2_kernels import _aot_compile
+
+    listing = """
+        /*0000*/  STL [R1], R2 ;
+        /*0010*/  LDG.E R4, [R6] ;
+        /*0020*/  LDL R2, [R1+0x4] ;
+        /*0030*/  @!P1 HMMA.16816.F32 R4, R8, R2, R4 ;
+        /*0040*/  @P0 BRA 0x20 ;
+        /*0050*/  LDL R3, [R1] ;
+        /*0060*/  @P2 BRA 0x10 ;
+        /*0070*/  EXIT ;"""
+    monkeypatch.setattr(_aot_compile.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, stdout=listing))
+    assert _aot_compile.spills_in_loops("cuobjdump", tmp_path) == 1  # the inner loop's, not those around it
 
 
 def test_a_spill_with_a_reason_passes(monkeypatch):

@@ -29,7 +29,7 @@ SPLIT = 512  # 256 would merge more often than it shares work better; at 1024 on
 LOG2E = 1.4426950408889634
 _LN2 = tl.constexpr(0.6931471805599453)
 LARGEST_WINDOW = 2**30
-CHECK_PROGRAMS = 64
+CHECK_PROGRAMS = 64  # at most; they share the filling of results with NaN
 
 
 class Options(NamedTuple):
@@ -138,7 +138,8 @@ def check_boundaries(cu_q, cu_k, tokens_q: int, tokens_k: int, error_q: int, err
     """int32 [1] on the device: whether the boundaries can be used. If not, the (contiguous) results are NaN."""
     valid = torch.empty(1, dtype=torch.int32, device=cu_q.device)
     a, b, c = (*results, None, None)[:3]
-    launch(attention_check_kernel, CHECK_PROGRAMS, cu_q.device,
+    programs = min(CHECK_PROGRAMS, max(1, triton.cdiv(max(x.numel() for x in results), 4096)))
+    launch(attention_check_kernel, programs, cu_q.device,
            dict(cu_q_ptr=cu_q, cu_k_ptr=cu_k, valid_ptr=valid, error_ptr=error_word(cu_q.device), a_ptr=a, b_ptr=b, c_ptr=c,
                 sequences=cu_q.shape[0] - 1, tokens_q=tokens_q, tokens_k=tokens_k, a_size=a.numel(),
                 b_size=0 if b is None else b.numel(), c_size=0 if c is None else c.numel(),

@@ -36,7 +36,7 @@ def dkdv_tiles(head_dim: int, element_size: int, arch: int) -> list[tuple[bool, 
     """
     width = triton.next_power_of_2(head_dim)
     if element_size == 4:
-        tile = Tile(32, 16, width, 8, 1) if width <= 64 else Tile(16, 16, 64, 8, 1)
+        tile = Tile(32, 16, width, 8, 1) if width <= 64 else Tile(16, 16, 128, 8, 2)
         return [(True, True, tile)] if width <= 64 else [(True, False, tile), (False, True, tile)]
     if arch == 90:
         if width <= 64:
@@ -218,28 +218,28 @@ def flash_attention_bwd_dkdv_kernel(dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, dk_
         v = _load(v_ptr + sequence * v_batch + kv_head * v_head + first_key * v_row, begin, d, v_row, keys, HEAD_DIM, True,
                   False, BLOCK_N, WIDE)
     shift = keys - queries
-    a, b, c, end = _edges(begin - shift, tl.minimum(begin + BLOCK_N, keys) - 1 - shift, queries, window_right, window_left,
+    a, b, _, end = _edges(begin - shift, tl.minimum(begin + BLOCK_N, keys) - 1 - shift, queries, window_right, window_left,
                           BLOCK_M)
-    if window_left is None:
-        c = end  # rows past the last need no mask
     dk = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     for member in tl.range(0, group, num_stages=1):
         head = kv_head * group + member
         q_rows = q_ptr + sequence * q_batch + head * q_head + first * q_row
         dout_rows = dout_ptr + sequence * dout_batch + head * dout_head + first * dout_row
-        statistic = sequence * lse_batch + head * lse_head + first
-        if window_right is not None:
-            dk, dv = _dkdv_walk(dk, dv, k, v, q_rows, dout_rows, rows_ptr + statistic * 4, q_row, dout_row,
-                                key, a, b, queries, shift, window_left, window_right, inner, outer, column, SOFTCAP, True,
-                                DK, DV, WIDE, HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_V)
-        dk, dv = _dkdv_walk(dk, dv, k, v, q_rows, dout_rows, rows_ptr + statistic * 4, q_row, dout_row,
-                            key, b, c, queries, shift, window_left, window_right, inner, outer, column, SOFTCAP, False,
-                            DK, DV, WIDE, HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_V)
-        if window_left is not None:
-            dk, dv = _dkdv_walk(dk, dv, k, v, q_rows, dout_rows, rows_ptr + statistic * 4, q_row, dout_row,
-                                key, c, end, queries, shift, window_left, window_right, inner, outer, column, SOFTCAP, True,
-                                DK, DV, WIDE, HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_V)
+        rows = rows_ptr + (sequence * lse_batch + head * lse_head + first) * 4
+        if window_left is not None:  # one loop: three would not leave the registers for the sums
+            dk, dv = _dkdv_walk(dk, dv, k, v, q_rows, dout_rows, rows, q_row, dout_row, key, a, end, queries, shift,
+                                window_left, window_right, inner, outer, column, SOFTCAP, True, DK, DV, WIDE,
+                                HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_V)
+        else:
+            if window_right is not None:
+                dk, dv = _dkdv_walk(dk, dv, k, v, q_rows, dout_rows, rows, q_row, dout_row, key, a, b, queries, shift,
+                                    window_left, window_right, inner, outer, column, SOFTCAP, True, DK, DV, WIDE,
+                                    HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_V)
+            # rows past the last need no mask
+            dk, dv = _dkdv_walk(dk, dv, k, v, q_rows, dout_rows, rows, q_row, dout_row, key, b, end, queries, shift,
+                                window_left, window_right, inner, outer, column, SOFTCAP, False, DK, DV, WIDE,
+                                HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_V)
     col = column + tl.arange(0, BLOCK_V)
     place = sequence * dk_batch + (first_key + key)[:, None] * dk_row + kv_head * dk_head + col[None, :]
     mask = (key < keys)[:, None] & (col < HEAD_DIM)[None, :]

@@ -207,6 +207,7 @@ def paged_attention_fwd(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
     else:
         tiles = slots(tokens, sequences, group, tile.rows)
         valid = check_boundaries(cu_seqlens_q, None, tokens, 0, CODES["paged_attention", "cu_seqlens_q"], 0, out, lse)
+    stages = 1 if k_scale is not None and q.element_size() == 4 else tile.num_stages  # with two the wide keys spill
     programs = tiles * kv_heads * parts
     split_programs, partial, statistics, counts = 1, None, None, None
     if splits > 1 and programs < ENOUGH_PROGRAMS and tokens * heads * splits * head_dim * 4 <= LARGEST_WORKSPACE_BYTES:
@@ -225,10 +226,29 @@ def paged_attention_fwd(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
                 MULTI_SPLIT=splits > 1 and partial is None, SPLIT=SPLIT, LENGTH_ERROR=CODES["paged_attention", "seq_lens"],
                 TABLE_ERROR=CODES["paged_attention", "block_table"], PARTS=parts, BLOCK_SIZE=block_size,
                 HEAD_DIM=head_dim, BLOCK_M=tile.rows, BLOCK_N=tile.keys, BLOCK_D=triton.next_power_of_2(head_dim),
-                BLOCK_V=tile.values), num_warps=tile.num_warps, num_stages=tile.num_stages)
+                BLOCK_V=tile.values), num_warps=tile.num_warps, num_stages=stages)
     if partial is not None:
         launch(paged_attention_fwd_merge_kernel, tokens * heads, q.device,
                dict(partial_ptr=partial, statistics_ptr=statistics, counts_ptr=counts, valid_ptr=valid, out_ptr=out,
                     lse_ptr=lse, tokens=tokens, heads=heads, splits=splits, HEAD_DIM=head_dim,
                     BLOCK_D=triton.next_power_of_2(head_dim), UNROLL=UNROLL), num_warps=1)
     return out, lse
+
+
+def audit(dtype, meta):
+    """Launches whose kernels the static audit compiles: decode and prefill of a chunk, each head size, each kind of cache."""
+    def run(head_dim, tokens, cache_dtype=dtype, block_size=64, left=-1):
+        cache = meta(4096, block_size, 8, head_dim, dtype=cache_dtype)
+        scale = meta(4096, block_size, 8, dtype=torch.float32) if cache_dtype == torch.int8 else None
+        table, lengths = meta(8, 512, dtype=torch.int32), meta(8, dtype=torch.int32)
+        cu = meta(9, dtype=torch.int32) if tokens > 8 else None
+        paged_attention_fwd(meta(tokens, 32, head_dim, dtype=dtype), cache, cache, table, lengths, cu, tokens // 8, scale,
+                            scale, left, head_dim**-0.5, 0.0)
+
+    yield "decode, d 128", lambda: run(128, 8)
+    yield "decode, d 64", lambda: run(64, 8)
+    yield "decode, d 256", lambda: run(256, 8)
+    yield "decode, d 128, blocks of 1, window", lambda: run(128, 8, block_size=1, left=4096)
+    yield "decode, d 128, int8", lambda: run(128, 8, torch.int8)
+    yield "chunks of 2, d 128", lambda: run(128, 16)
+    yield "chunks of 1024, d 128", lambda: run(128, 8192)

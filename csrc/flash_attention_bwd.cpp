@@ -14,19 +14,22 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 constexpr int64_t kSerial = 1 << 20;  // multiplications a product below which a second thread costs more than it saves
 constexpr int64_t kUnlimited = int64_t{1} << 40;  // windows are cut to this, lest a position plus a window overflow
 
-// Units of one block each: sequence by sequence, head by head, block by block.
+// Units of one block each: sequence by sequence, then `abreast` heads at a time, then block by block. With more heads
+// abreast than threads no thread waits for the block before its own; a few heads still fit the shared cache.
 class Units {
  public:
-  Units(int64_t heads, const std::vector<int64_t>& blocks) : heads_(heads), blocks_(blocks) {}
+  Units(int64_t heads, int64_t abreast, const std::vector<int64_t>& blocks)
+      : heads_(heads), abreast_(abreast), blocks_(blocks) {}
   int64_t count() const { return heads_ * blocks_.back(); }
   BwdUnit operator[](int64_t i) const {
     const auto after = std::upper_bound(blocks_.begin(), blocks_.end(), i / heads_);
     const int64_t s = after - blocks_.begin() - 1, n = blocks_[s + 1] - blocks_[s], rest = i - heads_ * blocks_[s];
-    return {s, rest / n, rest % n};
+    const int64_t first = rest / (n * abreast_) * abreast_, width = std::min(abreast_, heads_ - first);
+    return {s, first + (rest - first * n) % width, (rest - first * n) / width};
   }
 
  private:
-  int64_t heads_;
+  int64_t heads_, abreast_;
   const std::vector<int64_t>& blocks_;
 };
 
@@ -58,9 +61,9 @@ Gradients flash_attention_bwd_cpp(const Tensor& dout, const Tensor& q, const Ten
   }
   a.q_blocks = q_blocks.data();
   a.k_blocks = k_blocks.data();
-  const Units rows(a.heads, q_blocks), units(a.kv_heads, k_blocks);
   const bool serial = pairs * a.heads * a.d < kSerial;
-  const int64_t workers = serial ? 1 : workers_for(units.count());
+  const int64_t workers = serial ? 1 : workers_for(a.kv_heads * k_blocks.back());
+  const Units rows(a.heads, 1, q_blocks), units(a.kv_heads, 2 * workers, k_blocks);
 
   const int64_t columns = INTERNLM2_CPU_MATRIX(flash_attention_bwd_columns, a);
   const int64_t bytes = INTERNLM2_CPU_MATRIX(flash_attention_bwd_scratch, a);

@@ -24,7 +24,7 @@ CXX = ("-O2 -fPIC -std=c++17 -fvisibility=hidden -fvisibility-inlines-hidden -fn
 AVX2 = "-mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX2 -DCPU_CAPABILITY_AVX2"
 AVX512 = ("-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -DCPU_CAPABILITY=AVX512 "
           "-DCPU_CAPABILITY_AVX512 -Wno-maybe-uninitialized -Wno-uninitialized")  # gcc 12's intrinsics warn falsely
-AVX512_BF16 = AVX512.replace("=AVX512", "=AVX512_BF16 -DCPU_CAPABILITY_AVX512_BF16 -mavx512bf16")
+AVX512_BF16 = AVX512.replace("=AVX512", "=AVX512_BF16 -DCPU_CAPABILITY_AVX512_BF16 -mavx512bf16 -mavx512vnni")
 
 
 def cuda_home():

@@ -6,7 +6,7 @@
 
 namespace internlm2 {
 
-// In rising order, each with all of the one before. avx512_bf16 adds VDPBF16PS; amx is the level of the tile products, which
+// In rising order, each with all of the one before. avx512_bf16 adds VDPBF16PS and VNNI; amx is the level of the tile products, which
 // no kernel here uses yet, so that it is never chosen.
 enum class Isa : int { none = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 

@@ -18,6 +18,7 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
 constexpr int64_t kSplit = 4096, kBlock = 128, kLanes = 256;  // kLanes: of a full unit
+constexpr int64_t kAhead = 32;  // how many rows before its use a row of a cache is asked for
 
 VEC_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 VEC_INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -118,6 +119,8 @@ template <typename T, typename V> VEC_INLINE void join_lanes(const State<acc_t<T
   m.store(total.m + i);
   (alone ? l * b : V::load(total.l + i) * a + l * b).store(total.l + i);
 }
+
+template <typename S> VEC_INLINE void ask_for(const S* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
 template <typename V, typename Acc> VEC_INLINE void fill(Acc* p, int64_t n, double value) {  // whole vectors
   for (int64_t i = 0; i < n; i += V::size) V(static_cast<Acc>(value)).store(p + i);

@@ -1,14 +1,13 @@
 // Attention of a unit with few lanes (decode): lanes of a vector run over keys in the first product and over d in the second,
 // so that every row of keys and values is read once for all query heads of the group. Keys are turned on their side in
 // registers, pairs of values are laid together in registers. Each score, sum and weighted value is the same chain of the same
-// operations as in attention_unit.h.
+// operations as in attention_unit.h, except for int8 keys where there are integer products (attention_bytes.h).
 #pragma once
-#include "attention.h"
+#include "attention_bytes.h"
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
-// kFewKeys: rows of values between two visits to the accumulators; kAhead: how many rows before its use one is asked for.
-constexpr int64_t kFewLanes = 8, kFewKeys = 16, kAhead = 32;
+constexpr int64_t kFewLanes = 8, kFewKeys = 16;  // kFewKeys: rows of values between two visits to the accumulators
 
 template <typename T> struct FewScratch {
   using P = matrix_t<T>;
@@ -19,29 +18,33 @@ template <typename T> struct FewScratch {
   Element *q, *p;                              // [lanes][d_steps], [lanes][kBlock / step]
   Acc* s;                                      // [lanes][kBlock]
   State<Acc> part, total;                      // m, l: [lanes], o: [lanes][width]
-  Acc* factor;
+  Acc *factor, *k_scale, *v_scale;             // [lanes], [kBlock] twice
   int64_t *first, *last;                       // [rows]
+  BytesScratch bytes_of;                       // where kBytes
 
   FewScratch(int64_t heads, int64_t count, int64_t d, void* memory) {
     Carver carver(memory);
     rows = count <= 2 ? count : round_up(count, 2);  // one more for an odd number: its queries are 0
     lanes = heads * rows;
     d_steps = d / P::step;
-    width = round_up(d, Vec<Acc>::size);
+    width = round_up(d, kIntegerProducts ? 64 : Vec<Acc>::size);
     carver.take(q, lanes * d_steps);
     carver.take(p, lanes * kBlock / P::step);
     carver.take(s, lanes * kBlock);
     carver.take(part, lanes, width);
     carver.take(total, lanes, width);
     carver.take(factor, lanes);
+    carver.take(k_scale, kBlock);
+    carver.take(v_scale, kBlock);
     carver.take(first, rows);
     carver.take(last, rows);
+    bytes_of.carve(carver, lanes, width);
     bytes = carver.bytes;
   }
 };
 
-template <typename S> VEC_INLINE void ask_for(const S* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
-
+// s[r][i] = q[r] . k[i] for a vector's worth of keys, rows r < kRows, at `offset` from the pointers; the keys kAhead further
+// on are asked for meanwhile.
 template <typename P, int kRows, typename S>
 __attribute__((noinline)) void few_scores(const S* const* keys, int64_t offset, const typename P::Element* q,
                                           int64_t d_steps, typename P::Acc* s) {
@@ -157,6 +160,9 @@ template <typename T, typename Keys> class Few {
       auto* q = w_.q + h * w_.rows * w_.d_steps;
       pack_rows<P>(count_, d_, [&](int64_t i) VEC_LAMBDA { return map(h).q(i); }, q, w_.d_steps);
       for (int64_t i = count_ * w_.d_steps; i < w_.rows * w_.d_steps; ++i) q[i] = 0;
+      if constexpr (kBytes<T, Stored>) {
+        for (int64_t i = 0; i < w_.rows; ++i) bytes_of_queries(map(h).q(lesser(i, count_ - 1)), d_, w_.bytes_of, h * w_.rows + i);
+      }
     }
   }
 
@@ -204,17 +210,17 @@ template <typename T, typename Keys> class Few {
         lse[map(h).lse(i)] = log_sum_exp<T>(w_.total.m[r], l);
         const V factor(reciprocal(l));
         T* to = map(h).out(out, i);
-        const Acc* o = w_.total.o + r * w_.width;
-        for_vectors<V, T>(d_, [&](int64_t e, auto n) VEC_LAMBDA {
-          if constexpr (std::is_same_v<decltype(n), Both<T>>) {
-            V x = V::load(o + e) * factor, y = V::load(o + e + V::size) * factor;
-            if constexpr (kTwins<P, Stored>) from_twins(x, y);
-            store(to + e, x, All{});
-            store(to + e + V::size, y, All{});
-          } else {
-            store(to + e, V::load(o + e) * factor, n);
+        Acc* o = w_.total.o + r * w_.width;
+        if constexpr (kBytes<T, Stored>) in_order_of_bytes(o, w_.width);
+        if constexpr (kTwins<P, Stored>) {
+          for (int64_t e = 0; e + 2 * V::size <= d_; e += 2 * V::size) {
+            V x = V::load(o + e), y = V::load(o + e + V::size);
+            from_twins(x, y);
+            x.store(o + e);
+            y.store(o + e + V::size);
           }
-        });
+        }
+        for_vectors<V, Single>(d_, [&](int64_t e, auto n) VEC_LAMBDA { store(to + e, V::load(o + e) * factor, n); });
       }
     }
   }
@@ -244,7 +250,11 @@ template <typename T, typename Keys> class Few {
       for (int64_t h = 0; h < u_.kv_heads; ++h) {
         const int64_t r = h * w_.rows;
         with_rows([&](auto count) VEC_LAMBDA {
-          few_scores<P, count()>(rows + i, keys_.k_head(h), w_.q + r * w_.d_steps, w_.d_steps, w_.s + r * kBlock + i);
+          if constexpr (kBytes<T, Stored>) {
+            byte_scores<count()>(rows + i, keys_.k_head(h), w_.bytes_of, r, d_, w_.s + r * kBlock + i);
+          } else {
+            few_scores<P, count()>(rows + i, keys_.k_head(h), w_.q + r * w_.d_steps, w_.d_steps, w_.s + r * kBlock + i);
+          }
         });
       }
     }
@@ -254,6 +264,7 @@ template <typename T, typename Keys> class Few {
       keys_.select(end, beyond - end);
       for (int64_t i = 0; i < beyond - end; ++i) rows[2 * wide + i] = keys_.k_row(i, u_.kv_head);
     }
+    if constexpr (kBytes<T, Stored>) return byte_values_of(part, rows + wide, n, opens);
     for (int64_t i = 0; i < n; i += kFewKeys) {
       for (int64_t h = 0; h < u_.kv_heads; ++h) {
         const int64_t r = h * w_.rows;
@@ -263,6 +274,20 @@ template <typename T, typename Keys> class Few {
                                     part.o + r * w_.width, w_.width, d_);
         });
       }
+    }
+  }
+
+  void byte_values_of(const State<Acc>& part, const Stored* const* rows, int64_t n, bool opens) {
+    if constexpr (kBytes<T, Stored>) {
+      for (int64_t i = 0; i < n; i += kByteKeys) {
+        for (int64_t h = 0; h < u_.kv_heads; ++h) {
+          const int64_t r = h * w_.rows;
+          with_rows([&](auto count) VEC_LAMBDA {
+            byte_values<count()>(rows + i, keys_.v_head(h), lesser(kByteKeys, n - i), w_.bytes_of, r, i, d_);
+          });
+        }
+      }
+      for (int64_t r = 0; r < w_.lanes; ++r) add_bytes(w_.bytes_of, r, w_.factor[r], opens, part.o + r * w_.width);
     }
   }
 
@@ -276,22 +301,34 @@ template <typename T, typename Keys> class Few {
     }
   }
 
-  // A vector of f(i + lane), of lanes beyond n - 1 the last.
-  template <typename F> static VEC_INLINE V gather(int64_t i, int64_t n, const F& f) {
-    alignas(64) Acc lanes[V::size];
-    for (int64_t u = 0; u < V::size; ++u) lanes[u] = f(lesser(i + u, n - 1));
-    return V::load(lanes);
+  // The scales of a head's keys; of lanes beyond them those of the last.
+  void scales(int64_t head, int64_t n) {
+    for (int64_t i = 0; i < round_up(n, V::size); ++i) {
+      w_.k_scale[i] = static_cast<Acc>(keys_.k_scale(lesser(i, n - 1), head));
+      w_.v_scale[i] = static_cast<Acc>(keys_.v_scale(lesser(i, n - 1), head));
+    }
+    if constexpr (kBytes<T, Stored>) {  // a row of zeros, whose scale counts as 1, must not take precision from the others
+      for (int64_t i = 0; i < n; ++i) {
+        if (w_.v_scale[i] != 1) continue;
+        const Stored* row = keys_.v_row(i, head);
+        int64_t e = 0;
+        while (e < d_ && row[e] == 0) ++e;
+        if (e == d_) w_.v_scale[i] = 0;
+      }
+    }
   }
 
   void weights(const State<Acc>& part, int64_t r, int64_t key, int64_t n) {
     const int64_t lane = lesser(r % w_.rows, count_ - 1), head = u_.kv_head + r / w_.rows, wide = round_up(n, V::size);
     const int64_t first = greater(w_.first[lane] - key, 0), last = lesser(w_.last[lane] - key, n);
     const V low(static_cast<Acc>(first)), high(static_cast<Acc>(last)), cap(score_.cap), inverse(score_.inverse);
+    if (Keys::scaled && r % w_.rows == 0) scales(head, n);
     Acc* s = w_.s + r * kBlock;
     V top(static_cast<Acc>(-kInfinity));
     for (int64_t i = 0; i < wide; i += V::size) {
       V x = V::load(s + i);
-      if constexpr (Keys::scaled) x = x * gather(i, n, [&](int64_t j) VEC_LAMBDA { return keys_.k_scale(j, head); });
+      if constexpr (kBytes<T, Stored>) x = x * V(w_.bytes_of.q_scale[r]);
+      if constexpr (Keys::scaled) x = x * V::load(w_.k_scale + i);
       if (score_.cap > 0) x = cap * tanh(x * inverse);
       if (first > 0 || last < wide) x = within(x, count_from<Acc>(i), low, high);
       x.store(s + i);
@@ -300,17 +337,18 @@ template <typename T, typename Keys> class Few {
     const V old(part.m[r]), m = max(V(largest(top)) * V(score_.factor), old), shift = finite_shift(m);
     m.store(part.m + r, 1);
     exp_of<T>(old - shift).store(w_.factor + r, 1);
-    exponentials(s, w_.p + r * (kBlock / P::step), V(0) - shift, n, head);
+    exponentials(s, w_.p + r * (kBlock / P::step), V(0) - shift, n);
+    if constexpr (kBytes<T, Stored>) bytes_of_weights(s, w_.v_scale, n, w_.bytes_of, r);
   }
 
   // The weights of one lane, as they are and as operands.
-  VEC_INLINE void exponentials(Acc* s, typename P::Element* p, V minus_shift, int64_t n, int64_t head) {
+  VEC_INLINE void exponentials(Acc* s, typename P::Element* p, V minus_shift, int64_t n) {
     const V factor(score_.factor);
     for (int64_t i = 0; i < n; i += V::size) {
       V x = exp_of<T>(fma(V::load(s + i), factor, minus_shift));
       x.store(s + i);
-      if constexpr (Keys::scaled) x = x * gather(i, n, [&](int64_t j) VEC_LAMBDA { return keys_.v_scale(j, head); });
-      store_weights<P>(p + i / P::step, x);
+      if constexpr (Keys::scaled) x = x * V::load(w_.v_scale + i);
+      if constexpr (!kBytes<T, Stored>) store_weights<P>(p + i / P::step, x);
     }
   }
 

@@ -3,7 +3,7 @@
 //
 // The arithmetic of a row is the same whatever else is in its unit, however the unit is cut and whoever runs it:
 //   keys are cut, from key 0 of their sequence, into splits of kSplit and these into blocks of kBlock;
-//   a score is one chain over d; a block's maximum m' joins the running one, a = exp(m - m'), the block's weights are summed
+//   a score is one chain over d, or the sum of one for each kChain elements of d in order; a block's maximum m' joins the running one, a = exp(m - m'), the block's weights are summed
 //   in a chain over its keys, l = a l + sum, and o = a o + one chain over its keys of weight times value;
 //   splits are joined in rising order, (l, o) = exp(m1 - m) (l1, o1) + exp(m2 - m) (l2, o2).
 // A key that the mask hides has weight 0 and changes nothing, so that blocks without visible keys may be left out or not.
@@ -18,6 +18,8 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
 constexpr int64_t kSplit = 4096, kBlock = 128, kLanes = 256;  // kLanes: of a full unit
+// Long chains of float32 are the largest error of a score; those of bfloat16 pairs are lost in the products'.
+template <typename P> constexpr int64_t kChain = P::step == 1 ? 128 : 256;
 constexpr int64_t kAhead = 32;  // how many rows before its use a row of a cache is asked for
 
 VEC_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }

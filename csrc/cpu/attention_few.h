@@ -43,16 +43,19 @@ template <typename T> struct FewScratch {
   }
 };
 
-// s[r][i] = q[r] . k[i] for a vector's worth of keys, rows r < kRows, at `offset` from the pointers; the keys kAhead further
-// on are asked for meanwhile.
+// s[r][i] = q[r] . k[i] for a vector's worth of keys, rows r < kRows, at `offset` from the pointers, one chain of them,
+// which begins at step `from`; the keys kAhead further on are asked for meanwhile.
 template <typename P, int kRows, typename S>
 __attribute__((noinline)) void few_scores(const S* const* keys, int64_t offset, const typename P::Element* q,
-                                          int64_t d_steps, typename P::Acc* s) {
+                                          int64_t d_steps, int64_t from, typename P::Acc* s) {
   using V = Vec<typename P::Acc>;
+  const int64_t steps = lesser(kChain<P> / P::step, d_steps - from);
+  q += from;
+  offset += from * P::step;
   V acc[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) acc[r] = V(0);
-  for_vectors<V, Single>(d_steps, [&](int64_t e, auto n) VEC_LAMBDA {
+  for_vectors<V, Single>(steps, [&](int64_t e, auto n) VEC_LAMBDA {
     V k[V::size];
 #pragma GCC unroll 16
     for (int i = 0; i < V::size; ++i) {
@@ -75,7 +78,7 @@ __attribute__((noinline)) void few_scores(const S* const* keys, int64_t offset, 
     }
   });
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) acc[r].store(s + r * kBlock);
+  for (int r = 0; r < kRows; ++r) (from == 0 ? acc[r] : V::load(s + r * kBlock) + acc[r]).store(s + r * kBlock);
 }
 
 // Whether two vectors of values that follow each other come out of rows with their lanes in an order of their own (`twins`),
@@ -253,7 +256,9 @@ template <typename T, typename Keys> class Few {
           if constexpr (kBytes<T, Stored>) {
             byte_scores<count()>(rows + i, keys_.k_head(h), w_.bytes_of, r, d_, w_.s + r * kBlock + i);
           } else {
-            few_scores<P, count()>(rows + i, keys_.k_head(h), w_.q + r * w_.d_steps, w_.d_steps, w_.s + r * kBlock + i);
+            for (int64_t e = 0; e < w_.d_steps; e += kChain<P> / P::step) {
+              few_scores<P, count()>(rows + i, keys_.k_head(h), w_.q + r * w_.d_steps, w_.d_steps, e, w_.s + r * kBlock + i);
+            }
           }
         });
       }

@@ -129,9 +129,13 @@ template <typename T, typename Keys> class Unit {
   // Keys [key, end) on one panel; they begin at index `at` of what is packed.
   void block(const State<Acc>& part, int64_t from, int64_t key, int64_t end, int64_t at, bool opens, bool masked) {
     const int64_t n = end - key, wide = width(from);
-    ProductArgs<P> qk{w_.k + at * w_.d_steps, w_.d_steps * int64_t(sizeof(Element)), sizeof(Element),
-                      w_.q + from * w_.d_steps, panel, w_.s, panel, n, wide, w_.d_steps};
-    product<P, Start::zero>(qk);
+    for (int64_t e = 0; e < w_.d_steps; e += kChain<P> / P::step) {
+      ProductArgs<P> qk{w_.k + at * w_.d_steps + e, w_.d_steps * int64_t(sizeof(Element)), sizeof(Element),
+                        w_.q + from * w_.d_steps + e * panel, panel, w_.s, panel, n, wide,
+                        lesser(kChain<P> / P::step, w_.d_steps - e)};
+      if (e == 0) product<P, Start::zero>(qk);
+      else product<P, Start::apart>(qk);
+    }
     if (masked) {
       for (int64_t i = 0; i < wide; ++i) {  // lanes past the last count as it
         const int64_t lane = lesser(from + i, lanes_ - 1);

@@ -63,8 +63,8 @@ constexpr int kTileVectors = 2;
 #endif
 template <typename P> constexpr int64_t kPanel = kTileVectors * Vec<typename P::Acc>::size;  // B's natural row of lanes
 
-// Where the chains begin: at 0, at C, or at factor[n] * C.
-enum class Start { zero, sum, scaled };
+// Where the chains begin: at 0, at C, or at factor[n] * C; `apart`: at 0, and C is added at their end.
+enum class Start { zero, sum, scaled, apart };
 
 // Strides of A in bytes, all others in elements.
 template <typename P> struct ProductArgs {
@@ -83,7 +83,7 @@ VEC_INLINE void product_tile(const ProductArgs<P>& p, const char* a, const typen
                              const typename P::Acc* factor) {
   using V = Vec<typename P::Acc>;
   V acc[kRows][kVectors];
-  if constexpr (start != Start::zero) {
+  if constexpr (start == Start::sum || start == Start::scaled) {
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) {
       V scale;
@@ -111,7 +111,11 @@ VEC_INLINE void product_tile(const ProductArgs<P>& p, const char* a, const typen
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) acc[i][j].store(c + i * p.c_stride + j * V::size);
+    for (int j = 0; j < kVectors; ++j) {
+      auto* out = c + i * p.c_stride + j * V::size;
+      if constexpr (start == Start::apart) acc[i][j] = V::load(out) + acc[i][j];
+      acc[i][j].store(out);
+    }
   }
 }
 

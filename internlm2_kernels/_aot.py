@@ -25,7 +25,8 @@ ALLOWED_STACK: dict[str, str] = {
 LARGEST_STACK_BYTES = 128  # of spills outside loops
 EXAMPLES = """examples:
   python -m internlm2_kernels aot                compile everything and print the table
-  python -m internlm2_kernels aot --check        compare with the committed table; exit status 1 on a difference
+  python -m internlm2_kernels aot --check        compare with the committed table; exit status 1 on a difference.
+                                                 Compiles what has changed since; --check --all compiles everything
   python -m internlm2_kernels aot --write        rewrite the committed table
   python -m internlm2_kernels aot --op swiglu    one operator only"""
 
@@ -47,14 +48,16 @@ def main(argv: list[str]) -> int:
 
     compilers = {"triton": triton.__version__, "nvcc": nvcc_version()}
     sources = sorted(CSRC.glob("*.cu")) if compilers["nvcc"] and not args.op else []
-    rows = _compile_all([args.op] if args.op else _triton_ops(), [str(source) for source in sources], args.jobs)
+    committed = json.loads(TABLE.read_text()) if TABLE.exists() else {"compilers": {}, "rows": {}}
+    known = unchanged(committed, compilers) if (args.check or args.write) and not args.all else {}
+    ops = [args.op] if args.op else _triton_ops()
+    rows, compiled = _compile_all(ops, [str(source) for source in sources], args.jobs, known)
     if not args.op and not sources:
         reason = "there is no nvcc on the PATH" if compilers["nvcc"] is None else f"there are no CUDA sources in {CSRC}"
         print(f"CUDA C++ kernels are left out: {reason}.")
     if not args.check:
         _print_table(rows, compilers)
     problems = find_problems(rows)
-    committed = json.loads(TABLE.read_text()) if TABLE.exists() else {"compilers": {}, "rows": {}}
     if args.check:
         changes, notes = compare(rows, compilers, committed, cuda=bool(sources))
         problems += changes
@@ -65,7 +68,9 @@ def main(argv: list[str]) -> int:
         write(TABLE, compilers, rows | kept)
     for problem in problems:
         print(f"aot: {problem}", file=sys.stderr)
-    print(f"{len(rows)} kernels compiled, none run: {'no problem' if not problems else f'{len(problems)} problems'}.")
+    same = f", {len(rows) - compiled} have not changed" if len(rows) > compiled else ""
+    verdict = "no problem" if not problems else f"{len(problems)} problems"
+    print(f"{compiled} kernels compiled{same}, none run: {verdict}.")
     return 1 if problems else 0
 
 
@@ -76,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     action.add_argument("--check", action="store_true", help="compare with the committed table")
     action.add_argument("--write", action="store_true", help="rewrite the committed table")
     action.add_argument("--op", choices=_triton_ops(), metavar="NAME", help=f"one of {', '.join(_triton_ops())}")
+    parser.add_argument("--all", action="store_true", help="with --check or --write: compile unchanged kernels too")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="compile in N processes (default 2)")
     return parser
 
@@ -84,29 +90,54 @@ def _triton_ops() -> list[str]:
     return [name for name, op in OPS.items() if "triton" in op.backends]
 
 
-def _compile_all(ops: list[str], sources: list[str], workers: int) -> dict[str, dict]:
-    """Every row of the table, sorted by key."""
+def unchanged(committed: dict, compilers: dict) -> dict[str, dict]:
+    """The committed rows that the compilers at hand made: they stand for kernels whose sources are still the same."""
+    made = {kind for kind, version in compilers.items() if committed["compilers"].get(kind) == version}
+    return {key: facts for key, facts in committed["rows"].items()
+            if ("nvcc" if key.startswith("cuda/") else "triton") in made and "source" in facts}
+
+
+def _compile_all(ops: list[str], sources: list[str], workers: int, known: dict[str, dict]) -> tuple[dict[str, dict], int]:
+    """Every row of the table, sorted by key, and how many were compiled: those not `known` with the same source."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ._aot_compile import CUDA_ARCHS, DTYPES, TRITON_ARCHS, compile_cuda, compile_triton, launches
+    from ._aot_compile import CUDA_ARCHS, DTYPES, TRITON_ARCHS, compile_cuda, compile_triton, cuda_digest, launches
 
-    triton_jobs = [(op, dtype, index, arch) for op in ops for dtype in DTYPES for arch in TRITON_ARCHS
-                   for index in range(len(launches(op, dtype, arch)))]
-    rows: dict[str, dict] = {}
+    jobs, rows = [], {}
+    for source in sources:
+        for arch in CUDA_ARCHS:
+            prefix, suffix = f"cuda/{Path(source).name}/", f"/sm_{arch}"
+            same = {key: facts for key, facts in known.items() if key.startswith(prefix) and key.endswith(suffix)
+                    and facts["source"] == cuda_digest(source)}
+            rows |= same
+            if not same:
+                jobs.append((compile_cuda, source, arch))
+    for op in ops:
+        for dtype in DTYPES:
+            for arch in TRITON_ARCHS:
+                for index, launch in enumerate(launches(op, dtype, arch)):
+                    key = f"{launch.key}/sm_{arch}"
+                    if known.get(key, {}).get("source") == launch.source:
+                        _put(rows, key, known[key])
+                    else:
+                        jobs.append((compile_triton, op, dtype, index, arch))
+    reused = len(rows)
     columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(max(1, workers), context) as pool, Progress(*columns) as progress:
-        futures = [pool.submit(compile_cuda, source, arch) for source in sources for arch in CUDA_ARCHS]
-        futures += [pool.submit(compile_triton, *job) for job in triton_jobs]
+        futures = [pool.submit(*job) for job in jobs]
         task = progress.add_task("", total=len(futures))
         for future in concurrent.futures.as_completed(futures):
-            result = future.result()
-            for key, facts in result.items():
-                if key in rows:
-                    raise ValueError(f"aot: two launches are called {key!r}: give one another label in its audit()")
-                rows[key] = facts
+            for key, facts in future.result().items():
+                _put(rows, key, facts)
             progress.advance(task)
-    return dict(sorted(rows.items()))
+    return dict(sorted(rows.items())), len(rows) - reused
+
+
+def _put(rows: dict[str, dict], key: str, facts: dict) -> None:
+    if key in rows:
+        raise ValueError(f"aot: two launches are called {key!r}: give one another label in its audit()")
+    rows[key] = facts
 
 
 def find_problems(rows: dict[str, dict]) -> list[str]:
@@ -147,7 +178,7 @@ def compare(rows: dict[str, dict], compilers: dict, committed: dict, cuda: bool)
             continue
         for key in sorted(old.keys() & new.keys()):
             changes += [f"{key}: {field} was {old[key].get(field)}, is {value}"
-                        for field, value in new[key].items() if old[key].get(field) != value]
+                        for field, value in new[key].items() if field != "source" and old[key].get(field) != value]
     return sorted(changes), notes
 
 

@@ -5,6 +5,7 @@ instead of run. So what is compiled is what is shipped, whatever the launchers d
 """
 
 import functools
+import hashlib
 import importlib
 import re
 import shutil
@@ -89,6 +90,10 @@ def spills_in_loops(cuobjdump: str, cubin: Path) -> int:
     return sum(inside(loop, r"\b(STL|LDL)\b") for loop in innermost)
 
 
+def digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
 # --- Triton ---
 
 
@@ -112,6 +117,11 @@ class Launch:
     @property
     def identity(self) -> str:
         return repr((self.kernel.__name__, self.signature, self.constants, self.attributes, self.options))
+
+    @property
+    def source(self) -> str:
+        """A digest of all that the machine code is made from, but for compiler and architecture."""
+        return digest(self.kernel.cache_key, self.identity)
 
 
 def specialize(kernel: Any, arguments: dict) -> tuple[dict, dict, dict]:
@@ -180,7 +190,7 @@ def compile_triton(op: str, dtype: str, index: int, arch: str) -> dict[str, dict
     threads, shared = 32 * launch.options["num_warps"], compiled.metadata.shared
     facts = Facts(usage["registers"], usage["stack"], shared, threads,
                   occupancy(arch, usage["registers"], shared, threads), **read_ptx(compiled.asm["ptx"]))
-    return {f"{launch.key}/sm_{arch}": asdict(facts) | spills}
+    return {f"{launch.key}/sm_{arch}": asdict(facts) | spills | {"source": launch.source}}
 
 
 def triton_tool(name: str) -> str:
@@ -199,6 +209,12 @@ def nvcc_version() -> str | None:
         return None
     out = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
     return re.search(r"release [\d.]+, V([\d.]+)", out).group(1)
+
+
+def cuda_digest(source: str) -> str:
+    """A digest of a .cu file and of every header that it might include."""
+    headers = sorted([*CSRC.glob("*.cuh"), *CSRC.glob("*.h"), *CSRC.parent.glob("*.h")])
+    return digest(*(path.read_text() for path in (Path(source), *headers)))
 
 
 def compile_cuda(source: str, arch: str) -> dict[str, dict]:
@@ -226,7 +242,8 @@ def compile_cuda(source: str, arch: str) -> dict[str, dict]:
         rows.setdefault(_kernel_name(name), []).append(
             Facts(numbers["registers"], numbers["stack"], shared, threads,
                   occupancy(arch, numbers["registers"], shared, threads), **read_ptx(bodies[name])))
-    return {f"cuda/{Path(source).name}/{kernel}/sm_{arch}": {**_worst(all_facts), "instances": len(all_facts)}
+    return {f"cuda/{Path(source).name}/{kernel}/sm_{arch}": {**_worst(all_facts), "instances": len(all_facts),
+                                                              "source": cuda_digest(source)}
             for kernel, all_facts in rows.items()}
 
 

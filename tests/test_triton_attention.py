@@ -57,11 +57,39 @@ def test_tables_keep_what_decides_bits():
                 assert attention.SPLIT % many.keys == 0 and many.values >= min(head_dim, 64)
                 if size == 2 and arch in (80, 86, 90):  # every warp owns 16 whole rows
                     assert all(tile.rows == 16 * tile.num_warps for tile in (few, many))
+                    assert arch == 90 or few.rows >= few.values
                 else:
                     assert few == many
                 assert flash_bwd.dq_tile(head_dim, size, arch).own in (32, 64, 128)
                 sums = [(dk, dv) for dk, dv, _ in flash_bwd.dkdv_tiles(head_dim, size, arch)]
                 assert sums in ([(True, True)], [(True, False), (False, True)])
+
+
+LAYOUTS = """
+import re
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from internlm2_kernels import _aot_compile as audit
+wanted = {"flash_attention": ("d 128, packed", "d 64, packed, at most 64"),
+          "paged_attention": ("decode, d 128", "decode, d 64")}
+for op, labels in wanted.items():
+    for arch in ("80", "90"):
+        for x in audit.launches(op, "bfloat16", arch):
+            if x.label in labels and x.kernel.__name__ == f"{op}_fwd_kernel":
+                source = ASTSource(x.kernel, x.signature, x.constants, x.attributes)
+                code = triton.compile(source, target=GPUTarget("cuda", int(arch), 32), options=x.options).asm["ttgir"]
+                warps = re.findall(r"nvidia_mma<.*?warpsPerCTA = \\[(\\d+), (\\d+)\\]", code)
+                assert warps and set(warps) == {(str(x.options["num_warps"]), "1")}, (x.key, arch, warps)
+                print(x.key, arch)
+"""
+
+
+def test_every_warp_owns_whole_rows_of_scores():
+    """What decides the order in which a row is summed, in prefill and in decode: read off the compiled kernels."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    out = subprocess.run([sys.executable, "-c", LAYOUTS], capture_output=True, text=True, env=environment)
+    assert out.returncode == 0 and len(out.stdout.splitlines()) == 8, out.stdout + out.stderr[-3000:]
 
 
 def test_options():

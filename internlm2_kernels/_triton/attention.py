@@ -69,7 +69,8 @@ def tile_config(head_dim: int, element_size: int, arch: int, few_rows: bool) -> 
         return Tile(32, 16, min(width, 128), 8, 2)
     if arch // 10 == 10:
         return Tile(128, 64 if width <= 64 else 32, min(width, 64), 8, 3)
-    rows, num_warps = (64, 4) if few_rows else (128, 8)
+    # mma.sync's rows are shared among warps, not dealt out whole, where a result has fewer rows than columns
+    rows, num_warps = (64, 4) if few_rows and (arch == 90 or width <= 64) else (128, 8)
     if arch == 90:
         return Tile(rows, {32: 128, 64: 128, 128: 64, 256: 32}[width], min(width, 128), num_warps, 3)
     # 99 KiB of shared memory, all but the server cards have, hold two stages of heads above 128

@@ -32,21 +32,25 @@ def dkdv_tiles(head_dim: int, element_size: int, arch: int) -> list[tuple[bool, 
     """(whether dk, whether dv, tile) of each launch.
 
     Up to 64 columns one program sums both; beyond, the two sums and the scores do not fit in registers together, and programs
-    of their own cost one product in eight of the backward. On Hopper the scores' product is at its best from 64 rows on.
+    of their own cost one product in eight of the backward. On Hopper the scores' product is at its best from 64 rows on; on
+    Ampere every warp holds its keys' rows of k and v in registers, which leaves room for few others.
     """
     width = triton.next_power_of_2(head_dim)
     if element_size == 4:
         tile = Tile(32, 16, width, 8, 1) if width <= 64 else Tile(16, 16, 128, 8, 2)
-        return [(True, True, tile)] if width <= 64 else [(True, False, tile), (False, True, tile)]
-    if arch == 90:
-        if width <= 64:
-            return [(True, True, Tile(128, 64, width, 8, 2))]
-        stages, rows = (2, 64) if width == 128 else (1, 32)
-        return [(True, False, Tile(128, 32, 128, 8, stages)), (False, True, Tile(128, rows, 128, 8, stages))]
-    if arch // 10 == 10:
+    elif arch == 90:
+        if width > 64:
+            stages, rows = (2, 64) if width == 128 else (1, 32)
+            return [(True, False, Tile(128, 32, 128, 8, stages)), (False, True, Tile(128, rows, 128, 8, stages))]
+        tile = Tile(128, 64, width, 8, 2)
+    elif arch // 10 == 10:
         tile = Tile(128, 64 if width <= 128 else 32, width if width <= 128 else 64, 8, 1)
+    elif width <= 64:
+        tile = Tile(64, 32, width, 4, 2)
+    elif width == 128 or arch == 80:
+        tile = Tile(128, 16, 128, 8, 2 if width == 128 else 1)
     else:
-        tile = Tile(64, 64 if width == 128 else 32, min(width, 128), 4, 2 if width <= 64 else 1)
+        tile = Tile(64, 32, 128, 4, 1)
     return [(True, True, tile)] if width <= 64 else [(True, False, tile), (False, True, tile)]
 
 
@@ -56,7 +60,7 @@ def dq_tile(head_dim: int, element_size: int, arch: int) -> Tile:
     if element_size == 4:
         return Tile(32, 16, min(width, 128), 8, 2 if server or width <= 128 else 1)
     if width == 256:
-        return Tile(64, 32, 128, 4, 2 if server else 1)
+        return Tile(128, 16, 128, 8, 2) if arch == 80 else Tile(64, 32, 128, 4, 2 if server else 1)
     if width == 128:
         return Tile(128, 64 if server and arch != 80 else 32, 128, 8, 3 if arch == 90 else 2)
     return Tile(128, 64, width, 8, 2)

@@ -8,18 +8,13 @@
 #include <sched.h>
 
 #include "../flash_attention_bwd.h"
-#include "math.h"
-#include "pack.h"
+#include "attention.h"
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
 constexpr int64_t kStrip = 12;  // rows of S at a time, and of the edge of the mask: a multiple of kTileRows
 
-// Not the standard library's: a shared out-of-line copy would be compiled for one of the instruction sets.
-VEC_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-VEC_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-VEC_INLINE int64_t clip(int64_t x, int64_t low, int64_t high) { return most(low, least(x, high)); }
-VEC_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+VEC_INLINE int64_t clip(int64_t x, int64_t low, int64_t high) { return greater(low, lesser(x, high)); }
 
 template <typename T> struct Bwd {
   using P = matrix_t<T>;
@@ -56,16 +51,15 @@ template <typename T> struct Bwd {
       take(dout_rows, kBwdQueries / step * columns);
       take(p, kBwdQueries / step * kStride);
       take(ds, kBwdQueries / step * kStride);
-      ds_rows = ds;
-      if (step > 1) take(ds_rows, kBwdQueries * kStride / step);
-      if (step > 1) take(ds_rest, kBwdQueries * kStride / step);
+      take(ds_rows, step == 1 ? 0 : kBwdQueries * kStride / step);
+      take(ds_rest, step == 1 ? 0 : kBwdQueries * kStride / step);
+      if (step == 1) ds_rows = ds;
       take(s, kStrip * kBwdKeys);
       take(dp, kStrip * kBwdKeys);
       take(dk, kBwdKeys * columns);
       take(dv, kBwdKeys * columns);
-      q = dout = nullptr;
-      if (!in_place) take(q, kBwdQueries * d);
-      if (!in_place) take(dout, kBwdQueries * d);
+      take(q, in_place ? 0 : kBwdQueries * d);
+      take(dout, in_place ? 0 : kBwdQueries * d);
       return at - base;
     }
   };
@@ -84,7 +78,7 @@ template <typename T> struct Bwd {
     sk = a.length_k(u.sequence);
     shift = sk - sq;
     c0 = u.block * kBwdKeys;
-    nc = least(kBwdKeys, sk - c0);
+    nc = lesser(kBwdKeys, sk - c0);
     wide = round_up(nc, lanes);
   }
 
@@ -109,14 +103,14 @@ template <typename T> struct Bwd {
   void pack_rows_as_steps(const T* rows, int64_t stride, int64_t n, E* out) const {
     const int64_t steps = round_up(n, step) / step;
     for (int64_t j = 0; j < columns; j += kPanel<P>) {
-      pack_steps<P>(n, least(kPanel<P>, d - j), [&](int64_t i) VEC_LAMBDA { return rows + i * stride + j; },
-                    out + j * steps, least(kPanel<P>, columns - j));
+      pack_steps<P>(n, lesser(kPanel<P>, d - j), [&](int64_t i) VEC_LAMBDA { return rows + i * stride + j; },
+                    out + j * steps, lesser(kPanel<P>, columns - j));
     }
   }
   void pack_rows_as_lanes(const T* rows, int64_t stride, int64_t n, E* out) const {
     for (int64_t j = 0; j < n; j += kPanel<P>) {
-      pack_lanes<P>(least(kPanel<P>, n - j), d, [&](int64_t i) VEC_LAMBDA { return rows + (j + i) * stride; },
-                    out + j * (d / step), least(kPanel<P>, wide - j));
+      pack_lanes<P>(lesser(kPanel<P>, n - j), d, [&](int64_t i) VEC_LAMBDA { return rows + (j + i) * stride; },
+                    out + j * (d / step), lesser(kPanel<P>, wide - j));
     }
   }
 
@@ -129,7 +123,7 @@ template <typename T> struct Bwd {
                 int64_t last, Acc* c, int64_t c_stride) const {
     const char* begin_a = static_cast<const char*>(rows.p) + first * rows.step_bytes;
     for (int64_t j = from / kPanel<P> * kPanel<P>; j < to; j += kPanel<P>) {
-      const int64_t width = least(kPanel<P>, n - j), begin = most(from - j, 0), end = least(to - j, width);
+      const int64_t width = lesser(kPanel<P>, n - j), begin = greater(from - j, 0), end = lesser(to - j, width);
       product<P, start>({begin_a, rows.row_bytes, rows.step_bytes, b + j * steps + first * width + begin, width,
                          c + j + begin, c_stride, m, end - begin, last - first});
     }
@@ -150,7 +144,7 @@ template <typename T> struct Bwd {
     Queries r;
     r.exact = exact && sizeof(T) == 2;
     r.r0 = block * kBwdQueries;
-    r.n = least(kBwdQueries, sq - r.r0);
+    r.n = lesser(kBwdQueries, sq - r.r0);
     r.q_stride = a.q.token_stride;
     r.dout_stride = a.dout.token_stride;
     r.q = static_cast<const T*>(a.q.data) + a.offset_q(a.q, unit.sequence, head) + r.r0 * r.q_stride;
@@ -175,16 +169,13 @@ template <typename T> struct Bwd {
 
   // P of one vector of keys, and the factor that the soft-cap adds to its dS.
   template <bool softcap> VEC_INLINE V probability(V s, V shift_, V& slope) const {
-    const V to_exponent(static_cast<Acc>(sizeof(T) == 2 ? 1.4426950408889634 : 1.0));
+    const Score<Acc> score = score_of<T>(a);
     if constexpr (softcap) {
-      const V t = tanh(s * V(static_cast<Acc>(a.scale / a.softcap)));
+      const V t = tanh(s * V(score.inverse));
       slope = fnma(t, t, V(Acc(1)));
-      s = t * V(static_cast<Acc>(a.softcap)) * to_exponent - shift_;
-    } else {
-      s = fma(s, V(static_cast<Acc>(a.scale)) * to_exponent, V(Acc(0)) - shift_);
+      s = t * V(score.cap);
     }
-    if constexpr (sizeof(T) == 2) return exp2_for_16_bits(s);
-    else return exp(s);
+    return exp_of<T>(fma(s, V(score.factor), V(Acc(0)) - shift_));
   }
 
   // Rows [i, i + n) of the block (at most kStrip): their S and dP, of keys [from, to), become P and dS.
@@ -278,6 +269,15 @@ template <typename T> struct Bwd {
 #endif
   }
 
+  // Sums over d in the chains of the forward, so that S is bitwise what lse was made of.
+  VEC_INLINE void scores(Operand rows, int64_t n, const E* b, int64_t from, int64_t to, Acc* out) const {
+    const int64_t steps = d / step, chain = kChain<P> / step;
+    multiply<Start::zero>(rows, n, b, steps, wide, from, to, 0, lesser(chain, steps), out, kBwdKeys);
+    for (int64_t e = chain; e < steps; e += chain) {
+      multiply<Start::apart>(rows, n, b, steps, wide, from, to, e, lesser(e + chain, steps), out, kBwdKeys);
+    }
+  }
+
   // Into the second-level cache: what is next added to dQ, and the next rows.
   static VEC_INLINE void ask(const void* p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(p) + i, _MM_HINT_T1);
@@ -285,19 +285,19 @@ template <typename T> struct Bwd {
 
   void strips(const Queries& r, bool full, const Acc* sum, bool fresh) const {
     for (int64_t i = 0; i < r.n; i += kStrip) {
-      const int64_t n = least(kStrip, r.n - i);
+      const int64_t n = lesser(kStrip, r.n - i);
       if (!fresh) ask(sum + i * columns, n * columns * static_cast<int64_t>(sizeof(Acc)));
       for (int64_t x = i; x < i + n && r.r0 + kBwdQueries + x < sq; ++x) {
         ask(r.q + (kBwdQueries + x) * r.q_stride, d * static_cast<int64_t>(sizeof(T)));
         ask(r.dout + (kBwdQueries + x) * r.dout_stride, d * static_cast<int64_t>(sizeof(T)));
       }
       const int64_t from = full ? 0 : low(r.r0 + i) / lanes * lanes;
-      const int64_t to = full ? wide : most(from, round_up(high(r.r0 + i + n - 1), lanes));
+      const int64_t to = full ? wide : greater(from, round_up(high(r.r0 + i + n - 1), lanes));
       const auto down = [&](Operand x) {
         return Operand{static_cast<const char*>(x.p) + i * x.row_bytes, x.row_bytes, x.step_bytes};
       };
-      multiply<Start::zero>(down(r.q_a), n, w.keys, d / step, wide, from, to, 0, d / step, w.s, kBwdKeys);
-      multiply<Start::zero>(down(r.dout_a), n, w.values, d / step, wide, from, to, 0, d / step, w.dp, kBwdKeys);
+      scores(down(r.q_a), n, w.keys, from, to, w.s);
+      scores(down(r.dout_a), n, w.values, from, to, w.dp);
       if (a.softcap > 0) gradients<true, true>(r, i, n, from, to);
       else if (full) gradients<false, false>(r, i, n, from, to);
       else gradients<true, false>(r, i, n, from, to);
@@ -319,7 +319,7 @@ template <typename T> struct Bwd {
   void add_to_keys(const Queries& r, bool full, bool fresh) const {
     const int64_t steps = round_up(r.n, step) / step, strip = full ? nc : kStrip;
     for (int64_t x = 0; x < nc; x += strip) {
-      const int64_t m = least(strip, nc - x);
+      const int64_t m = lesser(strip, nc - x);
       const int64_t first = full ? 0 : (first_row(r.r0, r.r0 + r.n, x) - r.r0) / step;
       const int64_t last = full ? steps : (last_row(r.r0, r.r0 + r.n, x + m) - r.r0 + step - 1) / step;
       const int64_t size = sizeof(E);
@@ -332,7 +332,7 @@ template <typename T> struct Bwd {
     const int64_t steps = round_up(nc, step) / step, strip = full ? r.n : kStrip;
     const int64_t row_bytes = kStride / step * static_cast<int64_t>(sizeof(E));
     for (int64_t i = 0; i < r.n; i += strip) {
-      const int64_t n = least(strip, r.n - i);
+      const int64_t n = lesser(strip, r.n - i);
       const int64_t first = full ? 0 : low(r.r0 + i) / step;
       const int64_t last = full ? steps : (high(r.r0 + i + n - 1) + step - 1) / step;
       const auto part = [&](const E* ds, bool alone) {
@@ -381,7 +381,7 @@ template <typename T> struct Bwd {
     for (int64_t head = unit.head * a.group(); head < (unit.head + 1) * a.group(); ++head) {
       for (int64_t block = 0; block * kBwdQueries < sq; ++block) {
         int64_t first, last;
-        key_blocks(a, unit.sequence, block * kBwdQueries, least((block + 1) * kBwdQueries, sq), first, last);
+        key_blocks(a, unit.sequence, block * kBwdQueries, lesser((block + 1) * kBwdQueries, sq), first, last);
         if (unit.block < first || unit.block >= last) continue;
         query_block(head, block, fresh, unit.block - first, unit.block == last - 1);
         fresh = false;

@@ -1,9 +1,6 @@
 #include "../flash_attention_bwd.h"
 
-#include <limits>
-
 #include "attention_backward.h"
-#include "dispatch.h"
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
@@ -12,7 +9,7 @@ namespace {
 template <typename T> void prepare(const FlashBwd& a, const BwdUnit& u) {
   using Acc = acc_t<T>;
   using V = Vec<Acc>;
-  const int64_t sq = a.length_q(u.sequence), r0 = u.block * kBwdQueries, r1 = least(r0 + kBwdQueries, sq);
+  const int64_t sq = a.length_q(u.sequence), r0 = u.block * kBwdQueries, r1 = lesser(r0 + kBwdQueries, sq);
   const int64_t at = a.offset_lse(u.sequence, u.head), d = a.d;
   const T* dout = static_cast<const T*>(a.dout.data) + a.offset_q(a.dout, u.sequence, u.head);
   const T* out = static_cast<const T*>(a.out.data) + a.offset_q(a.out, u.sequence, u.head);
@@ -25,7 +22,7 @@ template <typename T> void prepare(const FlashBwd& a, const BwdUnit& u) {
     const Acc dlse = a.dlse ? static_cast<const Acc*>(a.dlse)[at + r] : Acc(0);
     static_cast<Acc*>(a.delta)[at + r] = (sum.a + sum.b).sum() - dlse;
     static_cast<Acc*>(a.shift)[at + r] =
-        lse == -std::numeric_limits<Acc>::infinity() ? -lse : sizeof(T) == 2 ? lse * Acc(1.4426950408889634) : lse;
+        lse == Acc(-kInfinity) ? Acc(kInfinity) : lse * static_cast<Acc>(1 / kLogBase<T>);
   }
   int64_t first, last;
   Bwd<T>::key_blocks(a, u.sequence, r0, r1, first, last);

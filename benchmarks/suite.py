@@ -77,7 +77,7 @@ class Settings:
 
     seconds: float = 1.0
     rounds: tuple[int, int] = (11, 101)
-    longest: float = 60.0  # seconds after which a pass whose calls take long ends with at least three rounds
+    longest: float = 25.0  # seconds after which a pass whose calls take long ends with at least three rounds
     compiled: bool = True
     quick: bool = False
 

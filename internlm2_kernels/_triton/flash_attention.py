@@ -43,8 +43,8 @@ def _walk(state, q, k_ptr, v_ptr, k_row, v_row, v_cols, position, start, end, ke
     v_offset = offset.to(tl.int64)[:, None] * v_row + dv
     k_ptr += tl.cast(start, tl.int64) * k_row
     v_ptr += tl.cast(start, tl.int64) * v_row
-    k_step = k_row.to(tl.int64) * BLOCK_N
-    v_step = v_row.to(tl.int64) * BLOCK_N
+    k_step = tl.cast(k_row, tl.int64) * BLOCK_N
+    v_step = tl.cast(v_row, tl.int64) * BLOCK_N
     for first_key in tl.range(start, end, BLOCK_N):
         block = tl.multiple_of(first_key, BLOCK_N)
         if MULTI_SPLIT:

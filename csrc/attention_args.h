@@ -123,7 +123,9 @@ void run_attention(const FlashFwd& a, const Tensor& like, const Plan& plan_of, c
     }
     states += cut ? last - first : 0;
   }
-  const auto bytes = [&](int64_t size) { return torch::stable::new_empty(like, {size}, torch::headeronly::ScalarType::Char); };
+  const auto bytes = [&](int64_t size) {
+    return torch::stable::new_empty(like, {size}, torch::headeronly::ScalarType::Char);
+  };
   const int64_t count = static_cast<int64_t>(tasks.size()), workers = workers_for(count);
   Tensor slab = bytes(states * plan.state_bytes), scratch = bytes(workers * plan.scratch_bytes);
   char* state = static_cast<char*>(data(slab));

@@ -3,8 +3,9 @@
 //
 // The arithmetic of a row is the same whatever else is in its unit, however the unit is cut and whoever runs it:
 //   keys are cut, from key 0 of their sequence, into splits of kSplit and these into blocks of kBlock;
-//   a score is one chain over d, or the sum of one for each kChain elements of d in order; a block's maximum m' joins the running one, a = exp(m - m'), the block's weights are summed
-//   in a chain over its keys, l = a l + sum, and o = a o + one chain over its keys of weight times value;
+//   a score is one chain over d, or the sum of one for each kChain elements of d, in order;
+//   a block's maximum joins the running one, m' = max(m, ...), a = exp(m - m'); the block's weights are summed in a chain over
+//   its keys, l = a l + sum, and o is a chain over its keys of weight times value that begins at a o;
 //   splits are joined in rising order, (l, o) = exp(m1 - m) (l1, o1) + exp(m2 - m) (l2, o2).
 // A key that the mask hides has weight 0 and changes nothing, so that blocks without visible keys may be left out or not.
 #pragma once
@@ -36,8 +37,12 @@ template <typename T> class DenseKeys {  // read in place
       : k_(static_cast<const T*>(a.k.data) + a.offset_k(a.k, sequence, 0)),
         v_(static_cast<const T*>(a.v.data) + a.offset_k(a.v, sequence, 0)), tensors_(a) {}
   VEC_INLINE void select(int64_t first, int64_t) { first_ = first; }
-  VEC_INLINE const T* k_row(int64_t i, int64_t head) const { return k_ + (first_ + i) * tensors_.k.token_stride + k_head(head); }
-  VEC_INLINE const T* v_row(int64_t i, int64_t head) const { return v_ + (first_ + i) * tensors_.v.token_stride + v_head(head); }
+  VEC_INLINE const T* k_row(int64_t i, int64_t head) const {
+    return k_ + (first_ + i) * tensors_.k.token_stride + k_head(head);
+  }
+  VEC_INLINE const T* v_row(int64_t i, int64_t head) const {
+    return v_ + (first_ + i) * tensors_.v.token_stride + v_head(head);
+  }
   VEC_INLINE int64_t k_head(int64_t head) const { return head * tensors_.k.head_stride; }  // from head 0 to another
   VEC_INLINE int64_t v_head(int64_t head) const { return head * tensors_.v.head_stride; }
   VEC_INLINE float k_scale(int64_t, int64_t) const { return 1; }

@@ -1,4 +1,5 @@
 // Products of bfloat16 queries and weights with int8 keys and values in integers, for attention_few.h: no byte is converted.
+// (attention_unit.h converts them once for its many lanes: the same to within rounding, not to the bit.)
 //
 // Queries and weights are scaled to 16-bit integers, of which the largest of a lane (of a lane's block) is 32767, and taken
 // apart: x = 256 (high - 128) + low, both in [0, 255], which is what VPDPBUSD multiplies with signed bytes. With the sum of
@@ -60,7 +61,8 @@ template <typename T> void bytes_of_queries(const T* q, int64_t d, const BytesSc
 }
 
 // A lane's weights, 0 beyond n, times the scales of the values.
-VEC_INLINE void bytes_of_weights(const float* weights, const float* scales, int64_t n, const BytesScratch& to, int64_t lane) {
+VEC_INLINE void bytes_of_weights(const float* weights, const float* scales, int64_t n, const BytesScratch& to,
+                                 int64_t lane) {
   using V = Vec<float>;
   V most(0.0f);
   const auto product = [&](int64_t i) VEC_LAMBDA { return V::load(weights + i) * V::load(scales + i); };
@@ -122,8 +124,8 @@ __attribute__((noinline)) void byte_scores(const int8_t* const* keys, int64_t of
 // w.o[lane + r] = (at > 0 ? w.o : 0) + integer product of the weights of keys [at, at + n) and n rows of values. Quarter L of
 // vector j of 64 elements holds elements 16 L + 4 j to 16 L + 4 j + 3.
 template <int kRows, bool half>
-VEC_INLINE void byte_values_half(const int8_t* const* values, int64_t offset, int64_t n, const BytesScratch& w, int64_t lane,
-                                 int64_t at, int64_t first, int64_t elements) {
+VEC_INLINE void byte_values_half(const int8_t* const* values, int64_t offset, int64_t n, const BytesScratch& w,
+                                 int64_t lane, int64_t at, int64_t first, int64_t elements) {
   const uint8_t *p_high = w.p_high + lane * kBlock + at, *p_low = w.p_low + lane * kBlock + at;
   const __mmask64 in_row = ~__mmask64(0) >> (64 - elements);
   __m512i high[kRows][2], low[kRows][2], sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};

@@ -87,8 +87,8 @@ template <typename P, typename S> constexpr bool kTwins = P::step == 2 && is_bf1
 
 // o[r][e..] = (opens ? 0 : factor[r] * o[r][e..]) + sum of p[r][i] * v[i][e..] over rows of values; kVectors of d at a time.
 template <typename P, int kRows, int kVectors, typename S, typename N>
-VEC_INLINE void few_values(const S* const* values, int64_t offset, int64_t n, const typename P::Element* p, const typename P::Acc* factor,
-                           bool opens, typename P::Acc* o, int64_t width, int64_t e, N lanes) {
+VEC_INLINE void few_values(const S* const* values, int64_t offset, int64_t n, const typename P::Element* p,
+                           const typename P::Acc* factor, bool opens, typename P::Acc* o, int64_t width, int64_t e, N lanes) {
   using V = Vec<typename P::Acc>;
   V acc[kRows][kVectors];
 #pragma GCC unroll 8
@@ -132,8 +132,8 @@ VEC_INLINE void few_values(const S* const* values, int64_t offset, int64_t n, co
 
 template <typename P, int kRows, typename S>
 __attribute__((noinline)) void few_values_of(const S* const* values, int64_t offset, int64_t n,
-                                             const typename P::Element* p, const typename P::Acc* factor, bool opens, typename P::Acc* o, int64_t width,
-                                             int64_t d) {
+                                             const typename P::Element* p, const typename P::Acc* factor, bool opens,
+                                             typename P::Acc* o, int64_t width, int64_t d) {
   constexpr int64_t lanes = Vec<typename P::Acc>::size;
   constexpr int registers = kTileRows * kTileVectors, fit = registers / kRows;
   constexpr int vectors = fit >= 8 && kTwins<P, S> ? 8 : fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
@@ -142,7 +142,9 @@ __attribute__((noinline)) void few_values_of(const S* const* values, int64_t off
     few_values<P, kRows, vectors>(values, offset, n, p, factor, opens, o, width, e, All{});
   }
   if constexpr (kTwins<P, S>) {
-    for (; e + 2 * lanes <= d; e += 2 * lanes) few_values<P, kRows, 2>(values, offset, n, p, factor, opens, o, width, e, All{});
+    for (; e + 2 * lanes <= d; e += 2 * lanes) {
+      few_values<P, kRows, 2>(values, offset, n, p, factor, opens, o, width, e, All{});
+    }
   }
   for (; e + lanes <= d; e += lanes) few_values<P, kRows, 1>(values, offset, n, p, factor, opens, o, width, e, All{});
   if (e < d) few_values<P, kRows, 1>(values, offset, n, p, factor, opens, o, width, e, static_cast<int>(d - e));
@@ -164,7 +166,9 @@ template <typename T, typename Keys> class Few {
       pack_rows<P>(count_, d_, [&](int64_t i) VEC_LAMBDA { return map(h).q(i); }, q, w_.d_steps);
       for (int64_t i = count_ * w_.d_steps; i < w_.rows * w_.d_steps; ++i) q[i] = 0;
       if constexpr (kBytes<T, Stored>) {
-        for (int64_t i = 0; i < w_.rows; ++i) bytes_of_queries(map(h).q(lesser(i, count_ - 1)), d_, w_.bytes_of, h * w_.rows + i);
+        for (int64_t i = 0; i < w_.rows; ++i) {
+          bytes_of_queries(map(h).q(lesser(i, count_ - 1)), d_, w_.bytes_of, h * w_.rows + i);
+        }
       }
     }
   }
@@ -194,7 +198,8 @@ template <typename T, typename Keys> class Few {
   void join(const State<Acc>& part, bool alone) {
     for (int64_t r = 0; r < w_.lanes; ++r) {
       const Acc old = alone ? static_cast<Acc>(-kInfinity) : w_.total.m[r], one = part.m[r];
-      const V m = max(V(one), V(old)), shift = finite_shift(m), a = exp_of<T>(V(old) - shift), b = exp_of<T>(V(one) - shift);
+      const V m = max(V(one), V(old)), shift = finite_shift(m);
+      const V a = exp_of<T>(V(old) - shift), b = exp_of<T>(V(one) - shift);
       const V l = V(part.l[r]) * b;
       m.store(w_.total.m + r, 1);
       (alone ? l : V(w_.total.l[r]) * a + l).store(w_.total.l + r, 1);
@@ -257,7 +262,8 @@ template <typename T, typename Keys> class Few {
             byte_scores<count()>(rows + i, keys_.k_head(h), w_.bytes_of, r, d_, w_.s + r * kBlock + i);
           } else {
             for (int64_t e = 0; e < w_.d_steps; e += kChain<P> / P::step) {
-              few_scores<P, count()>(rows + i, keys_.k_head(h), w_.q + r * w_.d_steps, w_.d_steps, e, w_.s + r * kBlock + i);
+              few_scores<P, count()>(rows + i, keys_.k_head(h), w_.q + r * w_.d_steps, w_.d_steps, e,
+                                     w_.s + r * kBlock + i);
             }
           }
         });

@@ -27,7 +27,8 @@ template <typename Form> VEC_INLINE void run_unit(Form& form, const FlashFwd& a,
   form.finish(a.out, static_cast<Acc*>(a.lse));
 }
 
-template <typename Form> VEC_INLINE void join_unit(Form& form, const FlashFwd& a, void* states, int64_t stride, int64_t splits) {
+template <typename Form>
+VEC_INLINE void join_unit(Form& form, const FlashFwd& a, void* states, int64_t stride, int64_t splits) {
   using Acc = std::remove_pointer_t<decltype(form.part().m)>;
   for (int64_t i = 0; i < splits; ++i) form.join(form.state_at(static_cast<char*>(states) + i * stride), i == 0);
   form.finish(a.out, static_cast<Acc*>(a.lse));

@@ -48,7 +48,8 @@ template <typename T, typename Keys> class Unit {
   static constexpr int64_t panel = kPanel<P>;
 
   Unit(const Attention& a, const FlashUnit& u, const Keys& keys, void* scratch)
-      : keys_(keys), score_(score_of<T>(a)), map_(a, u, u.kv_head), head_(u.kv_head), d_(a.d), lanes_(map_.count()), w_(lanes_, a.d, scratch) {
+      : keys_(keys), score_(score_of<T>(a)), map_(a, u, u.kv_head), head_(u.kv_head), d_(a.d), lanes_(map_.count()),
+        w_(lanes_, a.d, scratch) {
     map_.ranges(w_.first, w_.last);
     for (int64_t from = 0; from < lanes_; from += panel) {
       pack_lanes<P>(count(from), d_, [&](int64_t i) VEC_LAMBDA { return map_.q(from + i); }, w_.q + from * w_.d_steps, panel);

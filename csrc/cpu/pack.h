@@ -123,7 +123,8 @@ template <> struct Elements<Pairs> {
   }
   // The same for two whole vectors in the order that one instruction each makes: quarters 0 of x and y hold elements 0 to 7.
   static VEC_INLINE void twins(const bf16* a, const bf16* b, int64_t e, V& x, V& y) {
-    const __m512i first = _mm512_loadu_si512(a + e), second = b == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(b + e);
+    const __m512i first = _mm512_loadu_si512(a + e);
+    const __m512i second = b == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(b + e);
     x = bits(_mm512_unpacklo_epi16(first, second));
     y = bits(_mm512_unpackhi_epi16(first, second));
   }
@@ -149,7 +150,9 @@ VEC_INLINE void from_twins(Vec<float>& x, Vec<float>& y) {
 }
 #endif
 
-template <typename P> VEC_INLINE typename P::Acc* as_acc(typename P::Element* p) { return reinterpret_cast<typename P::Acc*>(p); }
+template <typename P> VEC_INLINE typename P::Acc* as_acc(typename P::Element* p) {
+  return reinterpret_cast<typename P::Acc*>(p);
+}
 
 // ------------------------------------------------------------------------------------------------------- whole blocks
 // to[i][e] = element e of row i: k runs along the rows.
@@ -159,7 +162,9 @@ VEC_INLINE void pack_rows(int64_t rows, int64_t d, const F& row, typename P::Ele
   for (int64_t i = 0; i < rows; ++i) {
     const auto* from = row(i);
     auto* out = as_acc<P>(to + i * stride);
-    for_vectors<V, Single>(d / P::step, [&](int64_t e, auto n) VEC_LAMBDA { store(out + e, Elements<P>::row(from, e, n), n); });
+    for_vectors<V, Single>(d / P::step, [&](int64_t e, auto n) VEC_LAMBDA {
+      store(out + e, Elements<P>::row(from, e, n), n);
+    });
   }
 }
 

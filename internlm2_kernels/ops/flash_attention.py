@@ -283,12 +283,13 @@ def flash_attention(q, k, v, *, causal=False, scale=None, window=None, softcap=0
     Dtypes:   float32 | bfloat16 | float16 | float64, all equal; scores, softmax and sums in float32 (float64 for float64),
               probabilities enter the second product in the inputs' dtype; out and each gradient are rounded once. Under
               autocast the inputs are cast to its dtype
-    Backward: saves q, k, v, out and lse (4 bytes a query and head) and computes the scores again; dq in one pass, dk and dv
-              in another, both accumulated in float32. Extra memory O(T). Deterministic: yes; forward is batch-invariant: a
-              sequence's bits do not change with what else is in the batch
+    Backward: saves q, k, v, out and lse (4 bytes a query and head) and computes the scores again. triton: dq in one pass, dk
+              and dv in another; cpp: all in one, key blocks adding to dq in rising order. Sums in float32, extra memory
+              O(T): 4 H d bytes a token for dq's. Deterministic: yes; forward is batch-invariant: a sequence's bits do not
+              change with what else is in the batch
     Errors:   ValueError, TypeError. cu_seqlens that fall or overrun raise on CPU before memory is touched; on CUDA the rows
               of such a sequence become NaN and `internlm2_kernels.check()` reports them
-    Cost:     4 d H flops a pair (query, allowed key) forward, 10 backward (of which 14 are spent). On CUDA with cu_seqlens,
+    Cost:     4 d H flops a pair (query, allowed key) forward, 10 d H backward (triton spends 14). On CUDA with cu_seqlens,
               max_seqlen_q or max_seqlen_k None costs one synchronisation: give both.
               Source: arXiv:2205.14135, arXiv:2307.08691
     """

@@ -99,3 +99,5 @@ def audit(dtype, meta):
                 lambda q=q, k=k: apply_rope_fwd(q, k, cos, cos, None, False, True))
             yield f"{heads} and 8 heads of 128, interleaved", (
                 lambda q=q, k=k: apply_rope_fwd(q, k, cos, cos, positions, True, False))
+    q, cos2 = meta(4096, 1, 2, dtype=dtype), meta(32768, 1, dtype=torch.float32)
+    yield "1 head of 2", lambda: apply_rope_fwd(q, q, cos2, cos2, positions, False, False)

@@ -207,3 +207,5 @@ def audit(dtype, meta):
             lambda x=qkv, h=heads: qkv_rope_cache_fwd(x, cos, cos, positions, h, 8, cache, cache, None, None, slots))
         yield f"{label}, int8 cache", (
             lambda x=qkv, h=heads: qkv_rope_cache_fwd(x, cos, cos, positions, h, 8, cache8, cache8, scale, scale, slots))
+    small, cos2 = meta(4096, 6, dtype=dtype), meta(32768, 1, dtype=torch.float32)
+    yield "1 and 1 heads of 2", lambda: qkv_rope_fwd(small, cos2, cos2, positions, 1, 1)

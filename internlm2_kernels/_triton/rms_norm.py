@@ -288,7 +288,7 @@ def _backward_wide(arguments, rows, cols, device, hf, needs_dweight):
 
 def audit(dtype, meta):
     """Launches whose kernels the static audit compiles: every tile of the tables, each option at one size or more."""
-    for cols in (128, 2048, 4096, 6144, 16384, 65536):
+    for cols in (1, 128, 2048, 4096, 6144, 16384, 65536):
         x, weight, rstd = meta(4096, cols, dtype=dtype), meta(cols, dtype=dtype), meta(4096, dtype=torch.float32)
         yield f"cols {cols}", lambda x=x, w=weight: rms_norm_fwd(x, w, 1e-5, False)
         yield f"cols {cols}, residual", lambda x=x, w=weight: rms_norm_add_fwd(x, x, w, 1e-5, False)

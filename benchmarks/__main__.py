@@ -101,7 +101,7 @@ def measure(args: argparse.Namespace) -> int:
         state = "done"
     except KeyboardInterrupt:
         console.print(f"stopped; the {len(rows)} rows so far are in {run.path}")
-    everything = not (args.op or args.direction or args.dtype or args.quick or args.no_compile)
+    everything = not (args.direction or args.dtype or args.quick or args.no_compile)  # of the operators it measured
     run.finish(complete=everything and state == "done", state=record.gpu_state() if device.type == "cuda" else "")
     finish(console, run, rows, bench.notes, time.perf_counter() - started)
     return 130 if state == "killed" else int(any(row.red for row in rows))

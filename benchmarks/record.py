@@ -170,14 +170,20 @@ def load(path: Path) -> dict[str, Any]:
 def rows_of(data: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a run, as dicts of `Row`."""
     timed = [entry["extra_info"]["row"] for entry in data["benchmarks"] if "row" in entry["extra_info"]]
-    return timed + data["run"]["red"]
+    return [row for row in timed + data["run"]["red"] if row["op"] in data.get("ops", {row["op"]})]
 
 
 def newest(results: Path = RESULTS) -> list[dict[str, Any]]:
-    """For every device the latest complete run."""
-    latest = {}
-    for path in sorted(results.glob("*/[0-9][0-9][0-9][0-9]_*.json")):
-        data = load(path)
-        if data["run"]["complete"]:
-            latest[path.parent.name] = data
-    return list(latest.values())
+    """For every device the latest complete run of each operator: the runs, newest first, each with the operators (`ops`) that
+    no later one has measured."""
+    latest = []
+    folders = sorted({path.parent for path in results.glob("*/[0-9][0-9][0-9][0-9]_*.json")})
+    for folder in folders:
+        seen: set[str] = set()
+        for path in sorted(folder.glob("[0-9][0-9][0-9][0-9]_*.json"), reverse=True):
+            data = load(path)
+            ops = set(data["run"]["options"]["ops"]) - seen
+            if data["run"]["complete"] and ops:
+                latest.append(data | {"ops": ops})
+                seen |= ops
+    return latest

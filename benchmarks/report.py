@@ -159,7 +159,7 @@ def markdown(data: dict[str, Any]) -> str:
 
 
 def section(runs: list[dict[str, Any]]) -> str:
-    """The README's section: geometric means of the newest complete run on each device, with links to the rest."""
+    """The README's section: geometric means of each operator's newest complete run on each device, with links to the rest."""
     if not runs:
         return "No complete run is recorded yet: `python -m benchmarks` makes one."
     parts = ["A ratio is the peer's time over ours, interleaved call by call in one run, against the fastest form of each "

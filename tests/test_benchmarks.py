@@ -237,7 +237,7 @@ def bench():
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """A small real run, recorded: rms_norm forward and training, two dtypes, and a small call."""
-    run = record.Record(tmp_path_factory.mktemp("results"), CPU, PEAKS, {"quick": True})
+    run = record.Record(tmp_path_factory.mktemp("results"), CPU, PEAKS, {"ops": ["rms_norm"], "quick": True})
     timer, rows = bench(), []
     for kind in ("forward", "training", "call"):
         for dtype in (torch.bfloat16, torch.float32):
@@ -365,8 +365,18 @@ def test_readme_section_is_rewritten_between_its_markers(measured, monkeypatch):
         report.with_section("# no markers\n", runs)
 
 
+def test_an_operator_measured_again_replaces_only_its_own_rows(tmp_path):
+    for number, ops, complete in ((1, ["swiglu", "rms_norm"], True), (2, ["swiglu"], True), (3, ["rms_norm"], False)):
+        entries = [{"extra_info": {"row": {"op": op, "run": number}}} for op in ops]
+        (tmp_path / "cpu").mkdir(exist_ok=True)
+        (tmp_path / "cpu" / f"{number:04d}_abc.json").write_text(json.dumps(
+            {"run": {"complete": complete, "options": {"ops": ops}, "red": []}, "benchmarks": entries}))
+    runs = record.newest(tmp_path)
+    assert [record.rows_of(data) for data in runs] == [[{"op": "swiglu", "run": 2}], [{"op": "rms_norm", "run": 1}]]
+
+
 def test_readme_is_up_to_date():
-    """`python -m benchmarks report` rewrites it from the newest complete run of each device."""
+    """`python -m benchmarks report` rewrites it from the newest complete run of each operator on each device."""
     text = (ROOT / "README.md").read_text()
     assert report.with_section(text, record.newest()) == text, "stale: run `python -m benchmarks report`"
 

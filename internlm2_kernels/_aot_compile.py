@@ -212,9 +212,15 @@ def nvcc_version() -> str | None:
 
 
 def cuda_digest(source: str) -> str:
-    """A digest of a .cu file and of every header that it might include."""
-    headers = sorted([*CSRC.glob("*.cuh"), *CSRC.glob("*.h"), *CSRC.parent.glob("*.h")])
-    return digest(*(path.read_text() for path in (Path(source), *headers)))
+    """A digest of a .cu file and of our headers that it includes, and they."""
+    found: dict[Path, str] = {}
+    waiting = [Path(source)]
+    while waiting:
+        path = waiting.pop().resolve()
+        if path not in found and path.exists():
+            found[path] = path.read_text()
+            waiting += [path.parent / name for name in re.findall(r'^\s*#include "(.+?)"', found[path], re.M)]
+    return digest(*(found[path] for path in sorted(found)))
 
 
 def compile_cuda(source: str, arch: str) -> dict[str, dict]:

@@ -25,6 +25,7 @@ AVX2 = "-mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX2 -DCPU_CAPABILITY_AVX2"
 AVX512 = ("-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -DCPU_CAPABILITY=AVX512 "
           "-DCPU_CAPABILITY_AVX512 -Wno-maybe-uninitialized -Wno-uninitialized")  # gcc 12's intrinsics warn falsely
 AVX512_BF16 = AVX512.replace("=AVX512", "=AVX512_BF16 -DCPU_CAPABILITY_AVX512_BF16 -mavx512bf16 -mavx512vnni")
+AMX = AVX512_BF16.replace("=AVX512_BF16", "=AMX -DCPU_CAPABILITY_AMX -mamx-tile -mamx-bf16")
 
 
 def cuda_home():
@@ -39,7 +40,7 @@ def cuda_home():
 
 
 def ninja_file(torch_dir, torch_version, build):
-    """The text of build.ninja: baseline, AVX2, AVX-512, AVX-512 with bfloat16, CUDA objects, linked in this order."""
+    """The text of build.ninja: baseline, AVX2, AVX-512, AVX-512 with bfloat16, AMX, CUDA objects, linked in this order."""
     home = cuda_home()
     archs = [a for a in re.split("[; ,]+", os.environ.get("CUDA_ARCHS", "80;90a;100a")) if a] if home else []
     facts = f'-DINTERNLM2_BUILD_TORCH=\\"{torch_version}\\"' + (
@@ -63,9 +64,9 @@ def ninja_file(torch_dir, torch_version, build):
 
     for source in sorted((ROOT / "csrc").glob("*.cpp")):
         add("cxx", source, flags=facts if source.name == "module.cpp" else "-DINTERNLM2_CUDA" if archs else "")
-    for tag, flags, names in ((".avx2", AVX2, "*"), (".avx512", AVX512, "*"), (".avx512_bf16", AVX512_BF16, "*attention*")):
-        for source in sorted((ROOT / "csrc/cpu").glob(f"{names}.cpp")):
-            add("cxx", source, tag, flags)
+    for tag, flags in (("avx2", AVX2), ("avx512", AVX512), ("avx512_bf16", AVX512_BF16), ("amx", AMX)):
+        for source in sorted((ROOT / "csrc/cpu").glob("*.cpp" if tag in ("avx2", "avx512") else "*attention*.cpp")):
+            add("cxx", source, f".{tag}", flags)
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) if archs else ():
         add("cuda", source)
     return "\n".join([*lines, f"build {build}/_C.so: link {' '.join(objects)} | {build}/exports", ""])
@@ -73,8 +74,7 @@ def ninja_file(torch_dir, torch_version, build):
 
 class Build(build_ext):
     def build_extension(self, ext):
-        spec = importlib.util.find_spec("torch")  # found, not imported: importing it takes seconds
-        if spec is None:
+        if (spec := importlib.util.find_spec("torch")) is None:  # found, not imported: importing it takes seconds
             raise SystemExit("internlm2-kernels is built against the installed torch, which is not to be seen from here: "
                              "use `pip install --no-build-isolation .` with torch installed, or USE_CPP=0.")
         compiler = os.environ.get("CXX", "g++").split()[0]

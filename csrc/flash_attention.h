@@ -87,6 +87,7 @@ namespace cpu {
 namespace AVX2 { INTERNLM2_FLASH_ATTENTION_CPU }
 namespace AVX512 { INTERNLM2_FLASH_ATTENTION_CPU }
 namespace AVX512_BF16 { INTERNLM2_FLASH_ATTENTION_CPU }
+namespace AMX { INTERNLM2_FLASH_ATTENTION_CPU }
 }  // namespace cpu
 
 }  // namespace internlm2

@@ -21,7 +21,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
     return info;
   }, "Compiler, torch version at build time, and the CUDA architectures (empty: built without nvcc).");
-  m.def("cpu_isa", [] { return std::string(isa_name(isa())); }, "Instruction set in use: avx512_bf16, avx512, avx2 or '' (none).");
+  m.def("cpu_isa", [] { return std::string(isa_name(isa())); },
+        "Instruction set in use: amx, avx512_bf16, avx512, avx2 or '' (none).");
   m.def("best_cpu_isa", [] { return std::string(isa_name(best_isa())); }, "The most this processor offers.");
   m.def("set_cpu_isa", [](const std::string& name) {
     if (!set_isa(name)) {

@@ -22,6 +22,7 @@ namespace cpu {
 namespace AVX2 { INTERNLM2_PAGED_ATTENTION_CPU }
 namespace AVX512 { INTERNLM2_PAGED_ATTENTION_CPU }
 namespace AVX512_BF16 { INTERNLM2_PAGED_ATTENTION_CPU }
+namespace AMX { INTERNLM2_PAGED_ATTENTION_CPU }
 }  // namespace cpu
 
 }  // namespace internlm2

@@ -1,6 +1,11 @@
 #include "runtime.h"
 
 #include <pthread.h>
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <array>
 #include <atomic>
@@ -12,6 +17,27 @@
 namespace internlm2 {
 namespace {
 
+// The most that is chosen by itself. The tiles have so far run in emulation alone (tests/test_amx_emulated.py): until they
+// have been tested and timed on a processor that has them, `set_cpu_isa("amx")` asks for them.
+constexpr Isa kMostChosen = Isa::avx512_bf16;
+
+// The processor's tiles and bfloat16 products, the operating system's care for their state, and its leave to use it.
+bool tiles_usable() {
+#if defined(INTERNLM2_EMULATE_AMX)
+  return true;
+#elif defined(__x86_64__) && defined(__linux__)
+  unsigned a, b, c, d;
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24, xsave = 1u << 27, states = 3u << 17;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (bf16 | tile)) != (bf16 | tile)) return false;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & xsave)) return false;
+  asm volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+  constexpr long request = 0x1023, data = 18;  // ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA, for the whole process
+  return (a & states) == states && syscall(SYS_arch_prctl, request, data) == 0;
+#else
+  return false;
+#endif
+}
+
 Isa detect() {
 #if defined(__x86_64__)
   __builtin_cpu_init();  // checks the operating system's XSAVE state too
@@ -22,7 +48,8 @@ Isa detect() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (!avx512) return Isa::avx2;
   const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-  return bf16 ? Isa::avx512_bf16 : Isa::avx512;
+  if (!bf16) return Isa::avx512;
+  return tiles_usable() ? Isa::amx : Isa::avx512_bf16;
 #else
   return Isa::none;
 #endif
@@ -34,7 +61,7 @@ Isa initial() {  // torch's own switch is honoured, so that one variable forces 
   if (wanted != nullptr && best >= Isa::avx512 && (!std::strcmp(wanted, "avx2") || !std::strcmp(wanted, "default"))) {
     return Isa::avx2;
   }
-  return best;
+  return best < kMostChosen ? best : kMostChosen;
 }
 
 std::atomic<int>& current() {
@@ -73,7 +100,7 @@ Isa best_isa() {
 }
 
 bool set_isa(const std::string& name) {
-  for (Isa value : {Isa::avx2, Isa::avx512, Isa::avx512_bf16}) {
+  for (Isa value : {Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx}) {
     if (name == isa_name(value) && value <= best_isa()) {
       current().store(static_cast<int>(value));
       return true;

@@ -6,14 +6,13 @@
 
 namespace internlm2 {
 
-// In rising order, each with all of the one before. avx512_bf16 adds VDPBF16PS and VNNI; amx is the level of the tile products, which
-// no kernel here uses yet, so that it is never chosen.
+// In rising order, each with all of the one before. avx512_bf16 adds VDPBF16PS and VNNI, amx products of bfloat16 in tiles.
 enum class Isa : int { none = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 
 Isa isa();                                // in use now
 Isa best_isa();                           // the most this processor and operating system offer
 bool set_isa(const std::string& name);    // false where the processor lacks it
-const char* isa_name(Isa value);          // "", "avx2", "avx512", "avx512_bf16"
+const char* isa_name(Isa value);          // "", "avx2", "avx512", "avx512_bf16", "amx"
 
 bool in_forked_child();
 
@@ -30,7 +29,10 @@ const std::map<std::string, std::string>& signatures();
 // Calls the build of a CPU kernel for the instruction set in use: AVX2 or AVX-512.
 #define INTERNLM2_CPU(kernel, ...) \
   (::internlm2::isa() >= ::internlm2::Isa::avx512 ? cpu::AVX512::kernel(__VA_ARGS__) : cpu::AVX2::kernel(__VA_ARGS__))
-// The same for kernels made of matrix products (csrc/cpu/*attention*.cpp), which have a third build with bfloat16 products.
-#define INTERNLM2_CPU_MATRIX(kernel, ...)                                                             \
-  (::internlm2::isa() >= ::internlm2::Isa::avx512_bf16 ? cpu::AVX512_BF16::kernel(__VA_ARGS__) \
-                                                       : INTERNLM2_CPU(kernel, __VA_ARGS__))
+// The same for kernels made of matrix products (csrc/cpu/*attention*.cpp), whose first argument is a struct with a dtype. They
+// have a third build with bfloat16 products, and a fourth, of bfloat16 tensors alone, with products in tiles.
+#define INTERNLM2_CPU_MATRIX(kernel, args, ...)                                                                      \
+  (::internlm2::isa() >= ::internlm2::Isa::amx && (args).dtype == ::internlm2::Dtype::bf16                           \
+       ? cpu::AMX::kernel(args, ##__VA_ARGS__)                                                                       \
+   : ::internlm2::isa() >= ::internlm2::Isa::avx512_bf16 ? cpu::AVX512_BF16::kernel(args, ##__VA_ARGS__)             \
+                                                         : INTERNLM2_CPU(kernel, args, ##__VA_ARGS__))

@@ -32,8 +32,9 @@ def lines(*command):
 
 def test_instruction_set_objects_define_no_shared_symbol(objects):
     """A weak symbol in both builds is one function to the linker: AVX-512 code would run where AVX2 was chosen."""
-    names = {path.name for path in (ROOT / "csrc" / "cpu").glob("*.cpp")}
-    for isa, namespace in (("avx2", "AVX2"), ("avx512", "AVX512")):
+    for isa, namespace in (("avx2", "AVX2"), ("avx512", "AVX512"), ("avx512_bf16", "AVX512_BF16"), ("amx", "AMX")):
+        pattern = "*.cpp" if isa in ("avx2", "avx512") else "*attention*.cpp"
+        names = {path.name for path in (ROOT / "csrc" / "cpu").glob(pattern)}
         found = list((objects / "cpu").glob(f"*.{isa}.o"))
         assert {path.name.removesuffix(f".{isa}.o") for path in found} >= names
         for path in found:
@@ -55,6 +56,15 @@ def test_no_object_uses_more_than_its_instruction_set(objects):
         for path in found:
             bad = [line for line in lines("objdump", "-d", "--no-show-raw-insn", path) if re.search(forbidden, line)]
             assert not bad, f"{path.name}: {bad[0]}"
+
+
+def test_tiles_are_in_their_own_objects_alone(objects):
+    """The instructions themselves, not their emulation, and nowhere else."""
+    for path in (objects / "cpu").glob("*.o"):
+        instructions = {line.split("\t")[-1].split()[0] for line in lines("objdump", "-d", "--no-show-raw-insn", path)
+                        if "\t" in line}
+        tiles = {"ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"}
+        assert instructions & tiles == (tiles if path.name.endswith(".amx.o") else set()), path.name
 
 
 def test_library_exports_its_entry_alone():

@@ -12,8 +12,6 @@
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
-constexpr int64_t kStrip = 12;  // rows of S at a time, and of the edge of the mask: a multiple of kTileRows
-
 VEC_INLINE int64_t clip(int64_t x, int64_t low, int64_t high) { return greater(low, lesser(x, high)); }
 
 template <typename T> struct Bwd {
@@ -21,8 +19,11 @@ template <typename T> struct Bwd {
   using E = typename P::Element;
   using Acc = typename P::Acc;
   using V = Vec<Acc>;
-  static constexpr int64_t step = P::step, lanes = V::size;
-  static constexpr bool in_place = std::is_same_v<T, Acc> || P::step == 2;  // the products read rows of T as they are
+  static constexpr int64_t step = P::step, depth = P::depth, lanes = V::size;
+  static constexpr int64_t kGrain = depth > lanes ? depth : lanes;  // keys at the edge of the mask
+  static constexpr int64_t kStrip = kTiles<P> ? 32 : 12;  // rows of S, and of the edge: a multiple of a product's tile
+  static constexpr int64_t kSteps = (kBwdQueries + depth - 1) / depth * depth / step;
+  static constexpr bool in_place = std::is_same_v<T, Acc> || (step == 2 && !kTiles<P>);  // the products read rows of T
   // Rows of lanes that are read down a column: an odd number of cache lines apart, lest they share the same few sets.
   static constexpr int64_t kStride = kBwdKeys + 64 / static_cast<int64_t>(sizeof(E));
 
@@ -35,7 +36,8 @@ template <typename T> struct Bwd {
     E *ds_rows, *ds_rest;    // [queries][kStride / step]: A's rows of dQ (ds where step is 1), and what rounding took
     Acc *s, *dp;             // [kStrip][kBwdKeys]
     Acc *dk, *dv;            // [keys][columns]
-    Acc *q, *dout;           // [queries][d] converted, where the products do not read T
+    E *q, *dout;             // [queries][d] converted, where the products do not read T
+    E *p_turned, *ds_turned; // [keys][kSteps], for tiles: A's rows of dV and dK
 
     // Returns the bytes that it takes.
     int64_t carve(char* base, int64_t d, int64_t columns) {
@@ -44,11 +46,11 @@ template <typename T> struct Bwd {
         p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(at);
         at += round_up(n * static_cast<int64_t>(sizeof(*p)), 64);
       };
-      take(keys, d / step * kBwdKeys);
-      take(values, d / step * kBwdKeys);
+      take(keys, steps_of(d) * kBwdKeys);
+      take(values, steps_of(d) * kBwdKeys);
       take(key_rows, kBwdKeys / step * columns);
-      take(q_rows, kBwdQueries / step * columns);
-      take(dout_rows, kBwdQueries / step * columns);
+      take(q_rows, kSteps * columns);
+      take(dout_rows, kSteps * columns);
       take(p, kBwdQueries / step * kStride);
       take(ds, kBwdQueries / step * kStride);
       take(ds_rows, step == 1 ? 0 : kBwdQueries * kStride / step);
@@ -58,13 +60,16 @@ template <typename T> struct Bwd {
       take(dp, kStrip * kBwdKeys);
       take(dk, kBwdKeys * columns);
       take(dv, kBwdKeys * columns);
-      take(q, in_place ? 0 : kBwdQueries * d);
-      take(dout, in_place ? 0 : kBwdQueries * d);
+      take(q, in_place ? 0 : kBwdQueries * steps_of(d));
+      take(dout, in_place ? 0 : kBwdQueries * steps_of(d));
+      take(p_turned, kTiles<P> ? kBwdKeys * kSteps : 0);
+      take(ds_turned, kTiles<P> ? kBwdKeys * kSteps : 0);
       return at - base;
     }
   };
 
   static int64_t columns_of(const Attention& a) { return round_up(a.d, lanes); }
+  static VEC_INLINE int64_t steps_of(int64_t n) { return round_up(n, depth) / step; }  // elements of n indices along k
 
   const FlashBwd& a;
   const BwdUnit& unit;
@@ -79,7 +84,7 @@ template <typename T> struct Bwd {
     shift = sk - sq;
     c0 = u.block * kBwdKeys;
     nc = lesser(kBwdKeys, sk - c0);
-    wide = round_up(nc, lanes);
+    wide = round_up(nc, kGrain);
   }
 
   // This block's keys [low, high) that row r may see.
@@ -101,7 +106,7 @@ template <typename T> struct Bwd {
 
   // n rows of T, `stride` apart, as B operand whose k is the row, and as one whose lanes are the rows.
   void pack_rows_as_steps(const T* rows, int64_t stride, int64_t n, E* out) const {
-    const int64_t steps = round_up(n, step) / step;
+    const int64_t steps = steps_of(n);
     for (int64_t j = 0; j < columns; j += kPanel<P>) {
       pack_steps<P>(n, lesser(kPanel<P>, d - j), [&](int64_t i) VEC_LAMBDA { return rows + i * stride + j; },
                     out + j * steps, lesser(kPanel<P>, columns - j));
@@ -110,7 +115,7 @@ template <typename T> struct Bwd {
   void pack_rows_as_lanes(const T* rows, int64_t stride, int64_t n, E* out) const {
     for (int64_t j = 0; j < n; j += kPanel<P>) {
       pack_lanes<P>(lesser(kPanel<P>, n - j), d, [&](int64_t i) VEC_LAMBDA { return rows + (j + i) * stride; },
-                    out + j * (d / step), lesser(kPanel<P>, wide - j));
+                    out + j * steps_of(d), lesser(kPanel<P>, wide - j));
     }
   }
 
@@ -159,10 +164,11 @@ template <typename T> struct Bwd {
     r.q_a = {r.q, r.q_stride * size, step * size};
     r.dout_a = {r.dout, r.dout_stride * size, step * size};
     if constexpr (!in_place) {
-      pack_rows<P>(r.n, d, [&](int64_t i) VEC_LAMBDA { return r.q + i * r.q_stride; }, w.q, d);
-      pack_rows<P>(r.n, d, [&](int64_t i) VEC_LAMBDA { return r.dout + i * r.dout_stride; }, w.dout, d);
-      r.q_a = {w.q, d * static_cast<int64_t>(sizeof(Acc)), sizeof(Acc)};
-      r.dout_a = {w.dout, d * static_cast<int64_t>(sizeof(Acc)), sizeof(Acc)};
+      const int64_t steps = steps_of(d), element = sizeof(E);
+      pack_rows<P>(r.n, d, [&](int64_t i) VEC_LAMBDA { return r.q + i * r.q_stride; }, w.q, steps);
+      pack_rows<P>(r.n, d, [&](int64_t i) VEC_LAMBDA { return r.dout + i * r.dout_stride; }, w.dout, steps);
+      r.q_a = {w.q, steps * element, element};
+      r.dout_a = {w.dout, steps * element, element};
     }
     return r;
   }
@@ -258,20 +264,10 @@ template <typename T> struct Bwd {
   static VEC_INLINE void clear(E* p, int64_t from, int64_t to) {
     if (from < to) std::memset(p + from, 0, static_cast<size_t>(to - from) * sizeof(E));
   }
-  static VEC_INLINE V between(V x, int first, int last) {  // lanes outside [first, last) become 0
-#if defined(CPU_CAPABILITY_AVX512)
-    if constexpr (sizeof(Acc) == 4) return _mm512_maskz_mov_ps(V::first(last) & ~V::first(first), x.v);
-    else return _mm512_maskz_mov_pd(V::first(last) & ~V::first(first), x.v);
-#else
-    const __m256i keep = _mm256_andnot_si256(V::first(first), V::first(last));
-    if constexpr (sizeof(Acc) == 4) return _mm256_and_ps(x.v, _mm256_castsi256_ps(keep));
-    else return _mm256_and_pd(x.v, _mm256_castsi256_pd(keep));
-#endif
-  }
 
   // Sums over d in the chains of the forward, so that S is bitwise what lse was made of.
   VEC_INLINE void scores(Operand rows, int64_t n, const E* b, int64_t from, int64_t to, Acc* out) const {
-    const int64_t steps = d / step, chain = kChain<P> / step;
+    const int64_t steps = steps_of(d), chain = kChain<P> / step;
     multiply<Start::zero>(rows, n, b, steps, wide, from, to, 0, lesser(chain, steps), out, kBwdKeys);
     for (int64_t e = chain; e < steps; e += chain) {
       multiply<Start::apart>(rows, n, b, steps, wide, from, to, e, lesser(e + chain, steps), out, kBwdKeys);
@@ -291,8 +287,8 @@ template <typename T> struct Bwd {
         ask(r.q + (kBwdQueries + x) * r.q_stride, d * static_cast<int64_t>(sizeof(T)));
         ask(r.dout + (kBwdQueries + x) * r.dout_stride, d * static_cast<int64_t>(sizeof(T)));
       }
-      const int64_t from = full ? 0 : low(r.r0 + i) / lanes * lanes;
-      const int64_t to = full ? wide : greater(from, round_up(high(r.r0 + i + n - 1), lanes));
+      const int64_t from = full ? 0 : low(r.r0 + i) / kGrain * kGrain;
+      const int64_t to = full ? wide : greater(from, round_up(high(r.r0 + i + n - 1), kGrain));
       const auto down = [&](Operand x) {
         return Operand{static_cast<const char*>(x.p) + i * x.row_bytes, x.row_bytes, x.step_bytes};
       };
@@ -317,24 +313,30 @@ template <typename T> struct Bwd {
   }
 
   void add_to_keys(const Queries& r, bool full, bool fresh) const {
-    const int64_t steps = round_up(r.n, step) / step, strip = full ? nc : kStrip;
+    const int64_t steps = steps_of(r.n), strip = full ? nc : kStrip, size = sizeof(E);
+    if constexpr (kTiles<P>) {
+      turn<P>((r.n + 1) / step, steps, wide, w.p, kStride, w.p_turned, kSteps);
+      turn<P>((r.n + 1) / step, steps, wide, w.ds, kStride, w.ds_turned, kSteps);
+    }
+    const auto column = [&](const E* lying, const E* turned, int64_t x) {
+      return kTiles<P> ? Operand{turned + x * kSteps, kSteps * size, size} : Operand{lying + x, size, kStride * size};
+    };
     for (int64_t x = 0; x < nc; x += strip) {
       const int64_t m = lesser(strip, nc - x);
-      const int64_t first = full ? 0 : (first_row(r.r0, r.r0 + r.n, x) - r.r0) / step;
-      const int64_t last = full ? steps : (last_row(r.r0, r.r0 + r.n, x + m) - r.r0 + step - 1) / step;
-      const int64_t size = sizeof(E);
-      add(fresh, {w.p + x, size, kStride * size}, m, w.dout_rows, steps, first, last, w.dv + x * columns);
-      add(fresh, {w.ds + x, size, kStride * size}, m, w.q_rows, steps, first, last, w.dk + x * columns);
+      const int64_t first = full ? 0 : (first_row(r.r0, r.r0 + r.n, x) - r.r0) / depth * depth / step;
+      const int64_t last = full ? steps : steps_of(last_row(r.r0, r.r0 + r.n, x + m) - r.r0);
+      add(fresh, column(w.p, w.p_turned, x), m, w.dout_rows, steps, first, last, w.dv + x * columns);
+      add(fresh, column(w.ds, w.ds_turned, x), m, w.q_rows, steps, first, last, w.dk + x * columns);
     }
   }
 
   void add_to_queries(const Queries& r, bool full, bool fresh, Acc* sum) const {
-    const int64_t steps = round_up(nc, step) / step, strip = full ? r.n : kStrip;
+    const int64_t steps = steps_of(nc), strip = full ? r.n : kStrip;
     const int64_t row_bytes = kStride / step * static_cast<int64_t>(sizeof(E));
     for (int64_t i = 0; i < r.n; i += strip) {
       const int64_t n = lesser(strip, r.n - i);
-      const int64_t first = full ? 0 : low(r.r0 + i) / step;
-      const int64_t last = full ? steps : (high(r.r0 + i + n - 1) + step - 1) / step;
+      const int64_t first = full ? 0 : low(r.r0 + i) / depth * depth / step;
+      const int64_t last = full ? steps : steps_of(high(r.r0 + i + n - 1));
       const auto part = [&](const E* ds, bool alone) {
         const void* rows = reinterpret_cast<const char*>(ds) + i * row_bytes;
         add(alone, {rows, row_bytes, sizeof(E)}, n, w.key_rows, steps, first, last, sum + i * columns);

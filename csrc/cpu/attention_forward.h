@@ -5,14 +5,17 @@
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
+// Tiles sum in an order of their own: at that level decoding is a unit of many lanes, to give the bits of a prefill.
+template <typename T> constexpr int64_t kFew = kTiles<matrix_t<T>> ? 0 : kFewLanes;
+
 template <typename T> VEC_INLINE FlashPlan plan_of(const Attention& a, int64_t longest) {
   const int64_t rows = greater(1, lesser(longest, kLanes / a.group())), lanes = rows * a.group();
   UnitScratch<T> many(lanes, a.d, nullptr);
-  FewScratch<T> few(a.kv_heads, lesser(lanes, kFewLanes), a.d, nullptr);
+  FewScratch<T> few(a.kv_heads, lesser(lanes, kFew<T>), a.d, nullptr);
   Carver state(nullptr), other(nullptr);
   state.take(many.part, many.lanes, a.d);
   other.take(few.part, few.lanes, few.width);
-  return {rows, kSplit, kFewLanes, greater(many.bytes, few.bytes), greater(state.bytes, other.bytes)};
+  return {rows, kSplit, kFew<T>, greater(many.bytes, few.bytes), greater(state.bytes, other.bytes)};
 }
 
 template <typename Form> VEC_INLINE void run_unit(Form& form, const FlashFwd& a, const FlashUnit& u) {
@@ -37,13 +40,16 @@ VEC_INLINE void join_unit(Form& form, const FlashFwd& a, void* states, int64_t s
 // body(form) with the unit in its form.
 template <typename T, typename Keys, typename F>
 VEC_INLINE void with_form(const FlashFwd& a, const FlashUnit& u, const Keys& keys, void* scratch, const F& body) {
-  if ((u.end - u.begin) * a.group() <= kFewLanes) {
-    Few<T, Keys> form(a, u, keys, scratch);
-    body(form);
-  } else {
-    Unit<T, Keys> form(a, u, keys, scratch);
-    body(form);
+  if constexpr (kFew<T> > 0) {
+    if ((u.end - u.begin) * a.group() <= kFew<T>) {
+      Few<T, Keys> form(a, u, keys, scratch);
+      return body(form);
+    }
   }
+  begin_tiles();
+  Unit<T, Keys> form(a, u, keys, scratch);
+  body(form);
+  end_tiles();
 }
 
 }}}}  // namespace internlm2::cpu::CPU_CAPABILITY::(unnamed)

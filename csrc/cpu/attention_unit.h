@@ -20,11 +20,12 @@ template <typename T> struct UnitScratch {
   UnitScratch(int64_t count, int64_t d, void* memory) {
     Carver carver(memory);
     lanes = round_up(count, kPanel<P>);
-    d_steps = d / P::step;
-    v_stride = d + 16;  // not a power of two: consecutive steps fall into different sets of the cache
+    d_steps = round_up(d, P::depth) / P::step;
+    // Of rows of V, or for tiles of rows of its transpose. Not a power of two: they fall into different sets of the cache.
+    v_stride = kTiles<P> ? kBlock / P::step + 16 : d + 16;
     carver.take(q, lanes * d_steps);
     carver.take(k, kBlock * d_steps);
-    carver.take(v, kBlock / P::step * v_stride);
+    carver.take(v, (kTiles<P> ? round_up(d, 16) : kBlock / P::step) * v_stride);
     carver.take(s, kBlock * kPanel<P>);
     if constexpr (P::step == 1) p = s;
     else carver.take(p, kBlock / P::step * kPanel<P>);
@@ -81,13 +82,15 @@ template <typename T, typename Keys> class Unit {
       if (lesser(last, w_.last[end]) <= greater(first, w_.first[from])) fill<V>(part.o + from * d_, panel * d_, 0);
     }
     for (int64_t key = begin + (first - begin) / kBlock * kBlock; key < last; key += kBlock) {
-      const int64_t low = greater(first, key) / P::step * P::step, high = lesser(key + kBlock, last);
+      const int64_t low = greater(first, key) / P::depth * P::depth, high = lesser(key + kBlock, last);
       keys_.select(low, high - low);
       pack_rows<P>(high - low, d_, [&](int64_t i) VEC_LAMBDA { return keys_.k_row(i, head_); }, w_.k, w_.d_steps);
-      pack_steps<P>(high - low, d_, [&](int64_t i) VEC_LAMBDA { return keys_.v_row(i, head_); }, w_.v, w_.v_stride);
+      const auto v_row = [&](int64_t i) VEC_LAMBDA { return keys_.v_row(i, head_); };
+      if constexpr (kTiles<P>) pack_turned<P>(high - low, d_, v_row, w_.v, w_.v_stride);
+      else pack_steps<P>(high - low, d_, v_row, w_.v, w_.v_stride);
       for (int64_t from = 0; from < lanes_; from += panel) {
         const int64_t end = from + count(from) - 1;
-        const int64_t begin_key = greater(low, w_.first[from] / P::step * P::step), end_key = lesser(high, w_.last[end]);
+        const int64_t begin_key = greater(low, w_.first[from] / P::depth * P::depth), end_key = lesser(high, w_.last[end]);
         if (begin_key >= end_key) continue;
         const bool opens = greater(begin, w_.first[from]) >= key;  // the panel's first block of this split
         const bool masked = w_.first[end] > begin_key || w_.last[from] < end_key;
@@ -147,8 +150,15 @@ template <typename T, typename Keys> class Unit {
     if (masked) scores<true>(wide, n, at);
     else if (Keys::scaled || score_.cap > 0) scores<false>(wide, n, at);
     weights(part, from, wide, n, at);
-    ProductArgs<P> pv{w_.v + at / P::step * w_.v_stride, sizeof(Element), w_.v_stride * int64_t(sizeof(Element)), w_.p, panel,
-                      part.o + from * d_, panel, d_, wide, (n + P::step - 1) / P::step, w_.factor};
+    const int64_t size = sizeof(Element), steps = round_up(n, P::depth) / P::step;
+    ProductArgs<P> pv{w_.v + at / P::step * w_.v_stride, size, w_.v_stride * size, w_.p, panel,
+                      part.o + from * d_, panel, d_, wide, steps, w_.factor};
+    if constexpr (kTiles<P>) {
+      pv.a = w_.v + at / P::step;
+      pv.a_row_bytes = w_.v_stride * size;
+      pv.a_step_bytes = size;
+      for (int64_t j = (n + 1) / P::step; j < steps; ++j) fill<V>(as_acc<P>(w_.p + j * panel), wide, 0);
+    }
     if (opens) product<P, Start::zero>(pv);
     else product<P, Start::scaled>(pv);
   }

@@ -2,6 +2,13 @@
 #pragma once
 #include "vec.h"
 
+#if defined(CPU_CAPABILITY_AMX)  // the build of bfloat16 alone (INTERNLM2_CPU_MATRIX)
+#define WITH_STORAGE(tag, T, ...)                                          \
+  if ((tag) == ::internlm2::Dtype::bf16) {                                 \
+    using T = ::internlm2::bf16;                                           \
+    __VA_ARGS__                                                            \
+  }
+#else
 #define WITH_STORAGE(tag, T, ...)                                        \
   switch (tag) {                                                         \
     case ::internlm2::Dtype::f32: { using T = float; __VA_ARGS__ } break; \
@@ -10,3 +17,4 @@
     case ::internlm2::Dtype::f64: { using T = double; __VA_ARGS__ } break; \
     default: break;                                                      \
   }
+#endif

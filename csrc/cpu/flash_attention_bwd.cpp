@@ -50,7 +50,9 @@ void flash_attention_bwd_prepare(const FlashBwd& a, const BwdUnit& unit) {
 }
 
 void flash_attention_bwd(const FlashBwd& a, const BwdUnit& unit, void* scratch) {
+  begin_tiles();
   WITH_STORAGE(a.dtype, T, { Bwd<T>(a, unit, scratch).run(); })
+  end_tiles();
 }
 
 }}}  // namespace internlm2::cpu::CPU_CAPABILITY

@@ -150,6 +150,16 @@ VEC_INLINE void from_twins(Vec<float>& x, Vec<float>& y) {
 }
 #endif
 
+#if defined(CPU_CAPABILITY_AMX)
+template <> struct Elements<Tiles> : Elements<Pairs> {};
+#endif
+
+// How much of a partial vector is written: for tiles all of it, whose rest is 0.
+template <typename P, typename N> VEC_INLINE auto filled_up(N n) {
+  if constexpr (kTiles<P>) return All{};
+  else return n;
+}
+
 template <typename P> VEC_INLINE typename P::Acc* as_acc(typename P::Element* p) {
   return reinterpret_cast<typename P::Acc*>(p);
 }
@@ -163,7 +173,7 @@ VEC_INLINE void pack_rows(int64_t rows, int64_t d, const F& row, typename P::Ele
     const auto* from = row(i);
     auto* out = as_acc<P>(to + i * stride);
     for_vectors<V, Single>(d / P::step, [&](int64_t e, auto n) VEC_LAMBDA {
-      store(out + e, Elements<P>::row(from, e, n), n);
+      store(out + e, Elements<P>::row(from, e, n), filled_up<P>(n));
     });
   }
 }
@@ -175,9 +185,14 @@ VEC_INLINE void pack_steps(int64_t rows, int64_t d, const F& row, typename P::El
   if constexpr (P::step == 1) {
     pack_rows<P>(rows, d, row, to, stride);
   } else {
-    for (int64_t i = 0; i < rows; i += 2) {
-      const auto *a = row(i), *b = i + 1 < rows ? row(i + 1) : nullptr;
+    const int64_t end = (rows + P::depth - 1) / P::depth * P::depth;
+    for (int64_t i = 0; i < end; i += 2) {
       auto* out = as_acc<P>(to + i / 2 * stride);
+      if (i >= rows) {
+        for_vectors<V, Single>(d, [&](int64_t e, auto n) VEC_LAMBDA { store(out + e, V(0), n); });
+        continue;
+      }
+      const auto *a = row(i), *b = i + 1 < rows ? row(i + 1) : nullptr;
       for_vectors<V, Single>(d, [&](int64_t e, auto n) VEC_LAMBDA { store(out + e, Elements<P>::rows(a, b, e, n), n); });
     }
   }
@@ -194,9 +209,42 @@ VEC_INLINE void pack_lanes(int64_t rows, int64_t d, const F& row, typename P::El
       for (int u = 0; u < count; ++u) r[u] = Elements<P>::row(row(i + u), e, n);
       transpose(r);
       int steps = V::size;
-      if constexpr (std::is_same_v<decltype(n), int>) steps = n;
+      if constexpr (std::is_same_v<decltype(n), int> && !kTiles<P>) steps = n;
       for (int u = 0; u < steps; ++u) r[u].store(as_acc<P>(to + (e + u) * stride + i));
     });
+  }
+}
+
+// to[e][i / 2] = element e of rows i and i + 1: what pack_steps gives, turned, so that it can be A. Rows of `to` up to a whole
+// vector and rows missing at the end are 0.
+template <typename P, typename F>
+VEC_INLINE void pack_turned(int64_t rows, int64_t d, const F& row, typename P::Element* to, int64_t stride) {
+  using V = Vec<typename P::Acc>;
+  for (int64_t i = 0; i < rows; i += P::depth) {
+    for_vectors<V, Single>(d, [&](int64_t e, auto n) VEC_LAMBDA {
+      V r[V::size];
+      for (int u = 0; u < V::size; ++u) {
+        const int64_t at = i + 2 * u;
+        r[u] = at < rows ? Elements<P>::rows(row(at), at + 1 < rows ? row(at + 1) : nullptr, e, n) : V(0);
+      }
+      transpose(r);
+      for (int u = 0; u < V::size; ++u) r[u].store(as_acc<P>(to + (e + u) * stride + i / 2));
+    });
+  }
+}
+
+// to[j][i] = from[i][j] for i < rows, 0 for the others of `all`; all and columns are whole vectors.
+template <typename P>
+VEC_INLINE void turn(int64_t rows, int64_t all, int64_t columns, typename P::Element* from, int64_t stride,
+                     typename P::Element* to, int64_t to_stride) {
+  using V = Vec<typename P::Acc>;
+  for (int64_t i = 0; i < all; i += V::size) {
+    for (int64_t j = 0; j < columns; j += V::size) {
+      V r[V::size];
+      for (int u = 0; u < V::size; ++u) r[u] = i + u < rows ? V::load(as_acc<P>(from + (i + u) * stride + j)) : V(0);
+      transpose(r);
+      for (int u = 0; u < V::size; ++u) r[u].store(as_acc<P>(to + (j + u) * to_stride + i));
+    }
   }
 }
 

@@ -6,6 +6,7 @@
 //   Pairs  two bfloat16 that follow each other along k (one 32-bit element), float accumulators; AVX512_BF16 build only.
 //          Its products flush subnormals to zero.
 //   Real<float>, Real<double>  one number
+//   Tiles  Pairs multiplied in AMX tiles; AMX build only (product_amx.h). An element of C is then a chain of sums of 32.
 // MatrixOf<T> is the policy in which this build multiplies tensors of storage type T: bfloat16 and float16 that have no
 // products of their own are converted to float when they are packed.
 #pragma once
@@ -16,7 +17,8 @@ namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 template <typename T> struct Real {
   using Element = T;
   using Acc = T;
-  static constexpr int step = 1;  // indices of k in one element
+  static constexpr int step = 1;   // indices of k in one element
+  static constexpr int depth = 1;  // indices of k of which operands hold a multiple, filled up with zeros
   struct Lanes { Vec<T> v; };
   static VEC_INLINE Lanes broadcast(const char* p) {
     T x;
@@ -31,7 +33,7 @@ template <typename T> struct Real {
 struct Pairs {
   using Element = uint32_t;
   using Acc = float;
-  static constexpr int step = 2;
+  static constexpr int step = 2, depth = 2;
   struct Lanes { __m512i v; };
   static VEC_INLINE Lanes broadcast(const char* p) {
     int32_t x;
@@ -43,11 +45,18 @@ struct Pairs {
     return _mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v));
   }
 };
-template <typename T> struct MatrixOf { using type = std::conditional_t<is_bf16<T>, Pairs, Real<acc_t<T>>>; };
+#if defined(CPU_CAPABILITY_AMX)
+struct Tiles : Pairs { static constexpr int depth = 32; };
+template <typename T> using pairs_t = Tiles;
+#else
+template <typename T> using pairs_t = Pairs;
+#endif
+template <typename T> struct MatrixOf { using type = std::conditional_t<is_bf16<T>, pairs_t<T>, Real<acc_t<T>>>; };
 #else
 template <typename T> struct MatrixOf { using type = Real<acc_t<T>>; };
 #endif
 template <typename T> using matrix_t = typename MatrixOf<T>::type;
+template <typename P> constexpr bool kTiles = P::depth > P::step;
 
 template <typename P> VEC_INLINE typename P::Lanes lanes_of(Vec<typename P::Acc> bits) {  // elements held as a vector
   if constexpr (P::step == 1) return {bits};
@@ -77,6 +86,20 @@ template <typename P> struct ProductArgs {
   int64_t m, n, k;  // n: a multiple of the lanes of a vector; k: in elements (pairs)
   const typename P::Acc* factor = nullptr;  // [n], with Start::scaled
 };
+
+}}}}  // namespace internlm2::cpu::CPU_CAPABILITY::(unnamed)
+
+#if defined(CPU_CAPABILITY_AMX)
+#include "product_amx.h"
+#endif
+
+namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
+
+#if !defined(CPU_CAPABILITY_AMX)
+// Around a unit's products.
+VEC_INLINE void begin_tiles() {}
+VEC_INLINE void end_tiles() {}
+#endif
 
 template <typename P, Start start, int kRows, int kVectors>
 VEC_INLINE void product_tile(const ProductArgs<P>& p, const char* a, const typename P::Element* b, typename P::Acc* c,
@@ -133,6 +156,9 @@ __attribute__((noinline)) void product_rows(const ProductArgs<P>& p, const char*
 }
 
 template <typename P, Start start> void product(const ProductArgs<P>& p) {
+#if defined(CPU_CAPABILITY_AMX)
+  if constexpr (kTiles<P>) return product_amx<P, start>(p);
+#endif
   constexpr int64_t lanes = Vec<typename P::Acc>::size, panel = kPanel<P>;
   const int64_t tiles = (p.m + kTileRows - 1) / kTileRows;  // rows shared out evenly: no tile is left with one or two
   for (int64_t j = 0; j < p.n; j += panel) {

@@ -62,6 +62,19 @@ template <typename Acc> VEC_INLINE Acc largest(Vec<Acc> x) {
 }
 #endif
 
+// x, and 0 in the lanes outside [first, last).
+template <typename Acc> VEC_INLINE Vec<Acc> between(Vec<Acc> x, int first, int last) {
+  using V = Vec<Acc>;
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (sizeof(Acc) == 4) return _mm512_maskz_mov_ps(V::first(last) & ~V::first(first), x.v);
+  else return _mm512_maskz_mov_pd(V::first(last) & ~V::first(first), x.v);
+#else
+  const __m256i keep = _mm256_andnot_si256(V::first(first), V::first(last));
+  if constexpr (sizeof(Acc) == 4) return _mm256_and_ps(x.v, _mm256_castsi256_ps(keep));
+  else return _mm256_and_pd(x.v, _mm256_castsi256_pd(keep));
+#endif
+}
+
 // Weights of `step` successive keys as one vector of elements. Pairs are rounded to nearest, a half away from zero: an
 // addition and a shift, where half to even takes three more steps.
 template <typename P> struct Weights {
@@ -78,6 +91,10 @@ template <> struct Weights<Pairs> {
     _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaau, low, high));
   }
 };
+#endif
+
+#if defined(CPU_CAPABILITY_AMX)
+template <> struct Weights<Tiles> : Weights<Pairs> {};
 #endif
 
 // The same with lanes running over the keys: whole elements of a row of weights.

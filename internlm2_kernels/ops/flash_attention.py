@@ -216,7 +216,7 @@ FLASH_ATTENTION = Op(
     magnitude=_magnitude,
     rowwise=False,
     autocast=True,
-    isas=("avx2", "avx512", "avx512_bf16"),
+    isas=("avx2", "avx512", "avx512_bf16", "amx"),
     domain={"batch": (0, 2, 1), "queries": (0, 70, 1), "keys": (0, 70, 1), "head_dim": (32, 136, 8)},
 )
 _FWD, _BWD = FLASH_ATTENTION.overloads["fwd"], FLASH_ATTENTION.overloads["bwd"]

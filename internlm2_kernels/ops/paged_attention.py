@@ -202,7 +202,7 @@ PAGED_ATTENTION = Op(
     directions=("forward",),
     rowwise=False,
     contiguous=("k_cache", "v_cache", "k_scale", "v_scale"),
-    isas=("avx2", "avx512", "avx512_bf16"),
+    isas=("avx2", "avx512", "avx512_bf16", "amx"),
     domain={"head_dim": (32, 136, 8), "block_size": (1, 20, 1)},
 )
 _FWD = PAGED_ATTENTION.overloads["fwd"]

@@ -46,15 +46,17 @@ def run(command):
 # Of the tests that run at every instruction set those at level amx: values on the error ladder, the same bits at one and two
 # threads, whatever else is in the batch and in decoding as in prefill, nothing read from poisoned neighbours.
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("file", ("test_ops.py", "test_ops_bits.py", "ops/test_flash_attention.py",
-                                  "ops/test_paged_attention.py"))
-def test_emulated(library, file):
+@pytest.mark.parametrize("file,among", (("test_ops.py", "test_ladder"), ("test_ops_bits.py", "test_bitwise_repeatable"),
+                                        ("ops/test_flash_attention.py", "test_packed_is_batch_invariant"),
+                                        ("ops/test_paged_attention.py", "test_a_decoded_token_has_the_bits_of_prefill")))
+def test_emulated(library, file, among):
     environment = os.environ | {"INTERNLM2_TEST_LIBRARY": str(library), "PYTHONPATH": str(TESTS)}
-    chosen = "amx and not float32 and not float16 and not fullgraph and not opcheck and not export"
-    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "amx_emulated", "-p", "no:cacheprovider", "-k", chosen,
+    chosen = "amx and not float32 and (bfloat16 or not float16) and not fullgraph and not opcheck and not export"
+    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "amx_emulated", "-p", "no:cacheprovider", "-rp", "-k", chosen,
                            str(TESTS / file)], env=environment, capture_output=True, text=True, cwd=TESTS.parent)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    print(done.stdout)
+    passed = [line for line in done.stdout.splitlines() if line.startswith("PASSED") and f"::{among}[" in line]
+    assert any("bfloat16" in line for line in passed), done.stdout
 
 
 def test_the_tiles_are_what_is_tested(library):

@@ -289,8 +289,8 @@ def flash_attention(q, k, v, *, causal=False, scale=None, window=None, softcap=0
               change with what else is in the batch
     Errors:   ValueError, TypeError. cu_seqlens that fall or overrun raise on CPU before memory is touched; on CUDA the rows
               of such a sequence become NaN and `internlm2_kernels.check()` reports them
-    Cost:     4 d H flops a pair (query, allowed key) forward, 10 d H backward (triton spends 14). On CUDA with cu_seqlens,
-              max_seqlen_q or max_seqlen_k None costs one synchronisation: give both.
+    Cost:     4 d H flops a pair (query, allowed key) forward, 10 d H backward (triton spends 14). max_seqlen_q and
+              max_seqlen_k are bounds that help to choose tiles; without them nothing waits for the device either.
               Source: arXiv:2205.14135, arXiv:2307.08691
     """
     check_float("flash_attention", "q", q)

@@ -272,8 +272,8 @@ def paged_attention(q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=
     Cache:    q's dtype, or int8 with k_scale, v_scale float32 [blocks, block_size, G], a scale of 0 counting as 1: what
               `qkv_rope` writes. Entries of block_table behind a sequence's last block, and slots behind its end, are never
               used: they may hold anything
-    Options:  scale, softcap, return_lse as for `flash_attention`; max_seqlen_q bounds the new tokens of a sequence (on CUDA,
-              with cu_seqlens_q, None costs one synchronisation)
+    Options:  scale, softcap, return_lse as for `flash_attention`; max_seqlen_q bounds the new tokens of a sequence and
+              helps to choose tiles; without it nothing waits for the device either
     Dtypes:   float32 | bfloat16 | float16 | float64; float32 accumulation. A token's result is bit for bit what
               `flash_attention` gives it in one packed prefill with the same backend and an unquantised cache. The keys
               are split at fixed places and merged in order, so neither the batch nor the number of threads plays a part

@@ -67,7 +67,7 @@ def test_a_decoded_token_has_the_bits_of_prefill(dtype, lengths, chunk, native, 
 
 
 @pytest.mark.parametrize("heads,kv_heads,dim,size,window", ((12, 2, 128, 5, None), (3, 3, 40, 1, None), (8, 1, 256, 64, None),
-                                                            (4, 2, 64, 16, (100, 0))))
+                                                            (4, 2, 64, 16, (100, 0)), (16, 2, 128, 16, (100, 0))))
 def test_the_bits_of_prefill_in_other_shapes(heads, kv_heads, dim, size, window, native, generator):
     for chunk in (1, 3, 20):
         decoded_like_prefill((150, 333), chunk, torch.bfloat16, native, generator, heads, kv_heads, dim, size, window)

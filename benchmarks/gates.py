@@ -14,7 +14,7 @@ from .suite import size_of
 
 GATES = Path(__file__).with_name("gates.toml")
 WHERE = ("device", "op", "direction", "dtype")
-RATIOS = ("eager", "compile", "liger", "flex", "mask", "folded", "bf16 cache")
+RATIOS = ("eager", "compile", "liger", "flex", "mask", "folded", "bf16 cache", "sequence")
 OPTIONAL = ("liger", "mask")  # not installed everywhere, or too slow to be timed at every size
 SHARES = {"bw": "copy_fraction", "read": "read_fraction", "roof": "roof_fraction"}
 

@@ -73,7 +73,7 @@ def build(args: argparse.Namespace) -> int:
 
 def checks(args: argparse.Namespace) -> int:
     chosen = ["-k", " or ".join(args.op)] if args.op else ["--require-cells"]
-    tests = ["tests/test_ops.py", "tests/test_ops_bits.py", "tests/ops"]
+    tests = ["tests/test_ops.py", "tests/test_ops_bits.py", "tests/test_ops_autograd.py", "tests/ops"]
     return stream([sys.executable, "-u", "-m", "pytest", *tests, "--device", "cuda", *chosen], args.out / "checks.log")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from internlm2_kernels import FusedAdamW
 from internlm2_kernels.ops._attention import allowed_keys
 from internlm2_kernels.ops.paged_attention import Contiguous, paged_attention
 
@@ -123,6 +124,43 @@ def _bf16_cache(k_cache, v_cache, k_scale=None, v_scale=None, **inputs):
     return dict(inputs, k_cache=wide(k_cache, k_scale), v_cache=wide(v_cache, v_scale))
 
 
+_TENSORS = 200  # among which an optimizer's elements are divided
+
+
+def _optimizer_inputs(make):
+    """A model's parameters with gradients, and an optimizer over them with its state; what is timed is its step."""
+    def prepare(param, grad, exp_avg, exp_avg_sq, master, *, step, lr, seed, index):
+        parts = [[piece.clone() for piece in t.chunk(_TENSORS)] for t in (param, grad, master)]
+        return make(*parts, lr)
+
+    return prepare
+
+
+def _fused_adamw(params, grads, masters, lr):
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad
+    return {"optimizer": FusedAdamW(params, lr=lr, max_grad_norm=1.0)}
+
+
+def _step(optimizer, backend=None):
+    optimizer.step()
+
+
+def _torch_adamw(params, grads, masters, lr):
+    for master in masters:
+        master.grad = torch.zeros_like(master)
+    return {"optimizer": torch.optim.AdamW(masters, lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True), "params": params,
+            "grads": grads, "masters": masters}
+
+
+def _torch_sequence(optimizer, params, grads, masters):
+    """Gradients to float32, clipping, the fused step on float32 masters, masters to bfloat16."""
+    torch._foreach_copy_([master.grad for master in masters], grads)
+    torch.nn.utils.clip_grad_norm_(masters, 1.0)
+    optimizer.step()
+    torch._foreach_copy_(params, masters)
+
+
 def _documents(dims):
     return "lengths" in dims and sum(dims["lengths"]) <= MASK_TOKENS
 
@@ -140,6 +178,11 @@ PEERS: dict[str, dict[str, Peer]] = {
         "folded": Peer(_folded.run, "cpu", _folded.prepare),
         "bf16 cache": Peer(paged_attention, "cpu", _bf16_cache, fits=lambda dims: bool(dims.get("int8"))),
     },
+    "adamw": {"sequence": Peer(_torch_sequence, "cpu", _optimizer_inputs(_torch_adamw))},
+}
+# What is timed of ours in place of the public function, where users call another form of it: without eager forms beside it.
+OURS: dict[str, Callable[..., Any]] = {
+    "adamw": Peer(_step, "any", _optimizer_inputs(_fused_adamw)),
 }
 # Where torch.compile leaves eager's form as it is: SDPA is one call to it.
 NOT_COMPILED = ("flash_attention", "paged_attention")

@@ -100,23 +100,28 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
+def commit() -> dict[str, Any]:
+    here = os.getcwd()
+    os.chdir(ROOT)  # pytest-benchmark asks git in the current directory
+    try:
+        return get_commit_info("internlm2_kernels")
+    finally:
+        os.chdir(here)
+
+
 class Record:
     """The file of one run. `add` puts a pass in and writes; `finish` marks it complete."""
 
     def __init__(self, folder: Path, device: torch.device, peaks: Peaks, options: dict[str, Any]) -> None:
-        here = os.getcwd()
-        os.chdir(ROOT)  # pytest-benchmark asks git in the current directory
-        commit = get_commit_info("internlm2_kernels")
-        os.chdir(here)
-        info = machine(device)
-        self.head = {"machine_info": info, "commit_info": commit, "datetime": datetime.now(timezone.utc).isoformat(),
+        commit_info, info = commit(), machine(device)
+        self.head = {"machine_info": info, "commit_info": commit_info, "datetime": datetime.now(timezone.utc).isoformat(),
                      "version": pytest_benchmark_version,
                      "run": {"peaks": asdict(peaks), "options": options, "complete": False, "notes": [], "red": []}}
         self.entries: list[dict[str, Any]] = []
         folder = folder / info["node"]
         folder.mkdir(parents=True, exist_ok=True)
         numbers = [int(p.name[:4]) for p in folder.glob("[0-9][0-9][0-9][0-9]_*.json")]
-        self.path = folder / f"{max(numbers, default=0) + 1:04d}_{commit['id'][:7]}.json"
+        self.path = folder / f"{max(numbers, default=0) + 1:04d}_{commit_info['id'][:7]}.json"
 
     def add(self, job: Pass, rows: list[Row], paired: Paired | None) -> None:
         for row in rows:

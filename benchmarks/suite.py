@@ -16,7 +16,7 @@ from internlm2_kernels._registry import Case, Op, Sample
 from internlm2_kernels.testing import draw_upstream, ladder, ladder_table, run, with_leaves
 from internlm2_kernels.timing import Contender, Paired, Peaks, cold_sets, interleave, quantiles
 
-from .peers import NOT_COMPILED, PEERS, peers_of
+from .peers import NOT_COMPILED, OURS, PEERS, peers_of
 
 PASSES = {"forward": ("forward",), "training": ("backward", "both"), "call": ("call",), "call_grad": ("call_grad",)}
 STAGES = {"call": "forward", "call_grad": "forward"}  # the stage of `Paired` a direction is read from, else its own name
@@ -194,8 +194,11 @@ class Bench:
         if any(row.red for row in rows):
             return rows, None
         functions = {name: value for name, value in functions.items() if name not in red}
+        if op.name in OURS and not job.small:
+            functions = {name: value if value[0] else ("ours", OURS[op.name]) for name, value in functions.items()
+                         if value[0] != "eager"}
         torch._dynamo.reset()  # else the recompile limit turns later compiled rows into eager ones
-        if self.settings.compiled and not job.small and op.name not in NOT_COMPILED:
+        if self.settings.compiled and not job.small and op.name not in NOT_COMPILED and op.name not in OURS:
             forms = list(op.eager.items())[:1 if self.settings.quick else None]
             functions |= {f"compile {name}": ("compile", torch.compile(form, dynamic=False)) for name, form in forms}
         with torch.set_grad_enabled(job.training):
@@ -223,7 +226,7 @@ class Bench:
                              for _ in range(sets)]
         shared, contenders = make_sets(), []
         for name, (family, function) in functions.items():
-            own = make_sets() if family in PEERS.get(job.op.name, {}) else shared
+            own = make_sets() if family in PEERS.get(job.op.name, {}) and job.op.name not in OURS else shared
             contender = self._contender(name, family, function, own, job)
             if contender is not None:
                 contenders.append(contender)

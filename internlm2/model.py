@@ -33,6 +33,7 @@ class Operators:
     rope_table: Callable
     qkv_rope: Callable
     flash_attention: Callable
+    linear_cross_entropy: Callable
 
     @classmethod
     def of(cls, module: Any) -> "Operators":
@@ -149,7 +150,8 @@ class InternLM2(nn.Module):
     """A causal language model.
 
     config:            sizes
-    operators:         a module with rms_norm, swiglu, rope_table, qkv_rope, flash_attention; default internlm2_kernels
+    operators:         a module with rms_norm, swiglu, rope_table, qkv_rope, flash_attention, linear_cross_entropy;
+                       default internlm2_kernels
     compute_dtype:     dtype of activations and matrix products; default the parameters'. Norms keep their weights' dtype
     device, dtype:     of the parameters; device "meta" allocates and initialises nothing
     seed:              of the initial weights: normal, standard deviation initializer_range; wo and w2 of layer i divided
@@ -215,7 +217,8 @@ class InternLM2(nn.Module):
         self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None, *,
         reduction: str = "mean",
     ) -> Tensor:  # fmt: skip
-        """Cross-entropy in nats, float32, of labels int64 [T] (the next token of each; -100 does not count).
+        """Cross-entropy in nats, float32, of labels int64 [T] (the next token of each; -100 does not count). On the kernels
+        the logits are never in memory.
 
         reduction "mean" divides by the number of labels that count (0 if none does), "sum" does not.
         """
@@ -227,10 +230,9 @@ class InternLM2(nn.Module):
                 raise ValueError(f"labels must be -100 or in [0, {self.config.vocab_size}), got {int(wrong[0])}")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-        logits = self(tokens, cu_seqlens, positions)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        total = F.cross_entropy(logits.to(wide), labels, ignore_index=-100, reduction="sum")
-        return total if reduction == "sum" else total / (labels != -100).sum().clamp(min=1)
+        hidden = self.hidden_states(tokens, cu_seqlens, positions)
+        head = self.output.weight.to(hidden.dtype)
+        return self.operators.linear_cross_entropy(hidden, head, labels, ignore_index=-100, reduction=reduction)
 
     def _packing(
         self, lengths: list[int], cu_seqlens: Tensor, positions: Tensor | None, device: torch.device

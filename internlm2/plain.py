@@ -9,7 +9,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from internlm2_kernels import rope_table
 
-__all__ = ["flash_attention", "qkv_rope", "rms_norm", "rope_table", "swiglu"]
+__all__ = ["flash_attention", "linear_cross_entropy", "qkv_rope", "rms_norm", "rope_table", "swiglu"]
 
 
 def rms_norm(x, weight, eps=1e-5, residual=None):
@@ -63,6 +63,14 @@ def flash_attention(q, k, v, *, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q
         out = F.scaled_dot_product_attention(q_HSd, k_GSd, v_GSd, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
         outputs.append(out.squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
+
+
+def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, reduction="mean"):
+    """Cross-entropy of the logits hidden weight^T, in float32; 0 where no label counts."""
+    logits = F.linear(hidden, weight)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    total = F.cross_entropy(logits.to(wide), labels, ignore_index=ignore_index, reduction="sum")
+    return total if reduction == "sum" else total / (labels != ignore_index).sum().clamp(min=1)
 
 
 _known = WeakIdKeyDictionary()

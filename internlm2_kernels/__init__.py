@@ -3,15 +3,30 @@
 from . import nn
 from ._device_errors import check, validate
 from ._registry import OPS, use_backend
+from .ops.adamw import adamw
 from .ops.apply_rope import apply_rope
+from .ops.cross_entropy import cross_entropy
 from .ops.flash_attention import flash_attention
+from .ops.focal_ranking_loss import focal_ranking_loss
+from .ops.gae import gae
+from .ops.kl_penalty import kl_penalty
+from .ops.linear_cross_entropy import linear_cross_entropy
+from .ops.linear_logprobs import linear_logprobs
+from .ops.log_barrier_penalty import log_barrier_penalty
 from .ops.paged_attention import paged_attention
+from .ops.ppo_policy_loss import ppo_policy_loss
+from .ops.ppo_value_loss import ppo_value_loss
 from .ops.qkv_rope import KVCache, qkv_rope
+from .ops.reward_loss import reward_loss, reward_loss_from_last
 from .ops.rms_norm import rms_norm
 from .ops.rope_table import rope_table
+from .ops.squared_norm import squared_norm
 from .ops.swiglu import swiglu
+from .optim import FusedAdamW
 
 __version__ = "0.1.0"
-__all__ = ["OPS", "KVCache", "apply_rope", "check", "flash_attention", "nn",
-           "paged_attention", "qkv_rope", "rms_norm", "rope_table", "swiglu", "use_backend",
+__all__ = ["FusedAdamW", "KVCache", "OPS", "adamw", "apply_rope", "check", "cross_entropy", "flash_attention",
+           "focal_ranking_loss", "gae", "kl_penalty", "linear_cross_entropy", "linear_logprobs",
+           "log_barrier_penalty", "nn", "paged_attention", "ppo_policy_loss", "ppo_value_loss", "qkv_rope",
+           "reward_loss", "reward_loss_from_last", "rms_norm", "rope_table", "squared_norm", "swiglu", "use_backend",
            "validate"]

@@ -19,6 +19,11 @@ CODES = {
     ("paged_attention", "cu_seqlens_q"): 1 << 5,
     ("paged_attention", "seq_lens"): 1 << 6,
     ("paged_attention", "block_table"): 1 << 7,
+    ("cross_entropy", "labels"): 1 << 8,
+    ("linear_cross_entropy", "labels"): 1 << 9,
+    ("linear_logprobs", "tokens"): 1 << 10,
+    ("reward_loss", "cu_seqlens"): 1 << 11,
+    ("gae", "cu_seqlens"): 1 << 12,
 }
 _EXPECTED = {
     ("apply_rope", "positions"): "values from 0 to the rows of cos minus 1",
@@ -29,6 +34,11 @@ _EXPECTED = {
     ("paged_attention", "cu_seqlens_q"): "values that start at 0, never fall and end at the tokens of q",
     ("paged_attention", "seq_lens"): "values from the new tokens of a sequence to max_blocks * block_size",
     ("paged_attention", "block_table"): "values from 0 to the blocks of the cache minus 1 in the blocks in use",
+    ("cross_entropy", "labels"): "values from 0 to V - 1 or ignore_index",
+    ("linear_cross_entropy", "labels"): "values from 0 to V - 1 or ignore_index",
+    ("linear_logprobs", "tokens"): "values from 0 to V - 1",
+    ("reward_loss", "cu_seqlens"): "values that start at 0, rise by at least 1 and end at the tokens of hidden",
+    ("gae", "cu_seqlens"): "values that start at 0, never fall and end at the tokens of rewards",
 }
 _CONSEQUENCE = {
     "positions": "the outputs of those tokens are NaN and were not cached",
@@ -37,6 +47,9 @@ _CONSEQUENCE = {
     "cu_seqlens_k": "all results of the call are NaN",
     "seq_lens": "the outputs of those sequences are NaN",
     "block_table": "the outputs of those sequences are NaN",
+    "labels": "the losses and gradients of those tokens are NaN",
+    "tokens": "the results of those tokens are NaN",
+    "cu_seqlens": "all results of the call are NaN",
 }
 _words: dict[torch.device, torch.Tensor] = {}
 

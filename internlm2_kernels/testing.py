@@ -77,10 +77,12 @@ def run(op: Op, sample: Sample, backend: str | Callable | None,
 
 
 def draw_upstream(op: Op, sample: Sample, scale: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Normal gradients of size `scale` for every floating-point output, in its dtype; none where nothing takes one."""
+    """Normal gradients of size `scale` for every differentiable output, in its dtype; none where nothing takes one."""
     if not sample.grad or "backward" not in op.directions:
         return {}
-    shapes = {name: value for name, value in run(op, sample, op.reference).items() if value.is_floating_point()}
+    with torch.enable_grad():
+        outputs = call(op, with_leaves(sample), op.reference)
+    shapes = {name: value for name, value in outputs.items() if value.requires_grad}
     return {name: (torch.randn(value.shape, generator=generator, device=value.device) * scale).to(value.dtype)
             for name, value in shapes.items()}
 

@@ -8,6 +8,9 @@ import torch
 
 from internlm2.data import PackedBatch
 from internlm2.training.config import OptimizerConfig
+from internlm2_kernels import FusedAdamW
+
+_NO_CLIPPING = torch.finfo(torch.float32).max  # a bound that still has the norm measured
 
 Loss = Callable[[torch.nn.Module, PackedBatch], torch.Tensor]
 
@@ -30,20 +33,21 @@ class StepResult:
 class Learner:
     """A model, its optimizer and the loss it minimises.
 
-    AdamW (arXiv:1711.05101) with float32 moments. Weight decay acts on matrices (embeddings and output head included)
+    AdamW (arXiv:1711.05101) with float32 moments: `FusedAdamW`, or PyTorch's where plain=True, for comparison. Weight decay acts on matrices (embeddings and output head included)
     and leaves out norm weights, whose scale the next layer cannot undo.
     """
 
-    def __init__(self, model: torch.nn.Module, config: OptimizerConfig, loss: Loss = next_token_loss):
+    def __init__(self, model: torch.nn.Module, config: OptimizerConfig, loss: Loss = next_token_loss, *,
+                 plain: bool = False):
         self.model, self.config, self.loss = model, config, loss
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         decayed = [p for p in self._named.values() if p.ndim >= 2]
         others = [p for p in self._named.values() if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps,
-            fused=True,
-        )  # fmt: skip
+        groups, options = [g for g in groups if g["params"]], {"betas": (config.beta1, config.beta2), "eps": config.eps}
+        self.plain, max_norm = plain, config.max_grad_norm or _NO_CLIPPING
+        self.optimizer = (torch.optim.AdamW(groups, lr=config.lr, fused=True, **options) if plain else
+                          FusedAdamW(groups, lr=config.lr, max_grad_norm=max_norm, **options))
 
     def step(self, batches: Sequence[PackedBatch], lr: float) -> StepResult:
         """One update from one or more packed batches, each weighted by its targets, as if they had been one batch.
@@ -61,14 +65,21 @@ class Learner:
                 loss = self.loss(self.model, batch) * (count / total)
                 loss.backward()
                 loss_sum += float(loss.detach())
-        max_norm = self.config.max_grad_norm or math.inf
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._named.values(), max_norm))
-        if not math.isfinite(grad_norm):
-            return StepResult(loss_sum, grad_norm, skipped=True)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
-        return StepResult(loss_sum, grad_norm, skipped=False)
+        grad_norm = self._update()
+        return StepResult(loss_sum, grad_norm, skipped=not math.isfinite(grad_norm))
+
+    def _update(self) -> float:
+        """Clips and updates, unless the gradient's norm is not finite; returns the norm."""
+        if not self.plain:
+            self.optimizer.step()
+            return float(self.optimizer.grad_norm)
+        max_norm = self.config.max_grad_norm or math.inf
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self._named.values(), max_norm))
+        if math.isfinite(grad_norm):
+            self.optimizer.step()
+        return grad_norm
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[PackedBatch]) -> float:
@@ -93,10 +104,10 @@ class Learner:
         if by_parameter and set(by_parameter) != set(self._named):
             missing = sorted(set(self._named) - set(by_parameter))
             raise ValueError(f"optimizer state must cover every parameter, got none for {missing}")
-        expected = {"step", "exp_avg", "exp_avg_sq"}
+        expected = {"step", "exp_avg", "exp_avg_sq"}  # and a master, where the parameter is not float32
         for name, fields in by_parameter.items():
             shape = self._named[name].shape
-            if set(fields) != expected or any(fields[k].shape != shape for k in ("exp_avg", "exp_avg_sq")):
+            if set(fields) - {"master"} != expected or any(fields[k].shape != shape for k in set(fields) - {"step"}):
                 got = {k: list(v.shape) for k, v in fields.items()}
                 raise ValueError(f"optimizer state of {name!r} must be {sorted(expected)} of {list(shape)}, got {got}")
         saved = self.optimizer.state_dict()

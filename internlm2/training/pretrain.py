@@ -95,7 +95,7 @@ def build_learner(config: TrainConfig, *, operators: str | None = None, seed: in
         device=config.device,
         seed=config.seed if seed is None else seed,
     )
-    return Learner(model, config.optimizer)
+    return Learner(model, config.optimizer, plain=(operators or config.operators) == "plain")
 
 
 def build_batches(config: TrainConfig, corpus: Corpus) -> tuple[PackedBatches, list[PackedBatch]]:

@@ -1,0 +1,93 @@
+"""Cross-entropy of a linear head whose vocabulary is sharded over a process group."""
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from .._checks import fail, last_stride_1
+from ..ops._losses import check_label_values, check_labels, check_reduction, reduced
+from ..ops.apply_rope import native
+from ..ops.cross_entropy import check_ignore_index, check_loss_options
+from ..ops.linear_cross_entropy import _check_weights, as_matrix, check_head
+from ..ops.linear_logprobs import BWD, FWD, LINEAR_LOGPROBS
+
+NAME = "vocab_parallel_linear_cross_entropy"
+
+
+def _global_lse(lse, group):
+    """log of the sum over all ranks of exp(lse)."""
+    largest = lse.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+    finite = largest.masked_fill(largest.isinf(), 0)
+    total = torch.exp(lse - finite)
+    dist.all_reduce(total, group=group)
+    return finite + torch.log(total)
+
+
+class _Losses(torch.autograd.Function):
+    """The loss of every token from this rank's rows of the weight."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, smoothing, z_loss, softcap, start, vocab_size, group, backend):
+        options = 1.0, softcap, start, vocab_size
+        logprobs, lse, _, _, _, total = native(FWD[backend], hidden, weight, labels, *options, False, smoothing > 0)
+        label = torch.where((labels >= start) & (labels < start + weight.shape[0]), logprobs + lse, 0)
+        parts = torch.stack((label, total)) if smoothing > 0 else label[None]
+        dist.all_reduce(parts, group=group)
+        lse = _global_lse(lse, group)
+        loss = (1 - smoothing) * (lse - parts[0]) + z_loss * lse.square()
+        if smoothing > 0:
+            loss = loss + smoothing * (lse - parts[1] / vocab_size)
+        ctx.save_for_backward(hidden, weight, labels, lse)
+        ctx.options, ctx.coefficients, ctx.group, ctx.backend = options, (smoothing, z_loss), group, backend
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        hidden, weight, labels, lse = ctx.saved_tensors
+        (smoothing, z_loss), vocab_size, needs = ctx.coefficients, ctx.options[-1], ctx.needs_input_grad
+        dlse = dloss * (smoothing + 2 * z_loss * lse) if smoothing or z_loss else None
+        dsum = (-smoothing / vocab_size * dloss).contiguous() if smoothing else None
+        dhidden, dweight = BWD[ctx.backend](((smoothing - 1) * dloss).contiguous(), None, dlse, dsum, hidden, weight, labels,
+                                            lse, None, *ctx.options, needs[0], needs[1])
+        if needs[0]:
+            dist.all_reduce(dhidden, group=ctx.group)
+        return dhidden if needs[0] else None, dweight if needs[1] else None, *[None] * 8
+
+
+def vocab_parallel_linear_cross_entropy(hidden, weight, labels, *, vocab_start, vocab_size, group=None, ignore_index=-100,
+                                        label_smoothing=0.0, z_loss=0.0, softcap=0.0, token_weights=None, reduction="mean",
+                                        backend=None):
+    """`linear_cross_entropy` with rows [vocab_start, vocab_start + V_local) of the head's weight on this rank.
+
+    Shapes:   hidden [..., D] and labels [...], the same on all ranks of `group` (default: all); weight [V_local, D]; shards of
+              any sizes that together cover vocab_size rows -> loss [] or [...], the same on all ranks
+    Dtypes:   as `linear_cross_entropy`; float32 (float64) statistics travel: two or three numbers a token forward, and
+              dhidden [T, D] in hidden's dtype backward
+    Backward: saves hidden, weight, labels and lse; dhidden is summed over the ranks, dweight stays local. Deterministic as far
+              as the group's all-reduce is
+    Errors:   ValueError, TypeError as `linear_cross_entropy`, and for a shard outside the vocabulary; every rank must raise or
+              none, so the values of labels are looked at before anything is sent
+    Cost:     four products of this rank's share of the flops.   Source: arXiv:1909.08053 section 3
+    """
+    hidden, weight = check_head(NAME, hidden, weight)
+    for name, value in (("vocab_start", vocab_start), ("vocab_size", vocab_size)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            fail(ValueError, NAME, name, "an integer >= 0", repr(value))
+    if vocab_start + weight.shape[0] > vocab_size:
+        fail(ValueError, NAME, "vocab_start", f"at most vocab_size - V_local = {vocab_size - weight.shape[0]}", vocab_start)
+    shape = hidden.shape[:-1]
+    labels = check_labels(NAME, "labels", labels, shape, hidden, "hidden")
+    ignore_index = check_ignore_index(NAME, ignore_index)
+    smoothing, z_loss, softcap = check_loss_options(NAME, label_smoothing, z_loss, softcap)
+    check_reduction(NAME, reduction)
+    check_label_values(NAME, "labels", labels, vocab_size, ignore_index)
+    token_weights = _check_weights(token_weights, labels, hidden)
+    chosen = LINEAR_LOGPROBS.select(hidden, backend)
+    if chosen == "reference":
+        fail(ValueError, NAME, "backend", "a compiled one", "'reference'")
+    valid = labels != ignore_index
+    losses = _Losses.apply(as_matrix(hidden), last_stride_1(weight), labels.masked_fill(~valid, 0).view(-1), smoothing, z_loss,
+                           softcap, vocab_start, vocab_size, group, chosen)
+    return reduced(losses.view(shape), valid, reduction, token_weights)

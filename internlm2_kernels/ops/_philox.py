@@ -1,0 +1,49 @@
+"""Counter-based random bits (Philox4x32-10) and stochastic rounding in PyTorch: the references' form of what kernels do.
+
+Element i of tensor k takes 16 bits of Philox4x32-10 with key (seed low, seed high) and counter (e low, e high, 4 k + stream,
+step), e = i // 8: of the four words, word (i % 8) / 2, its low half for even i. Source: J. Salmon et al., Parallel random
+numbers: as easy as 1, 2, 3 (SC 2011).
+"""
+
+import torch
+
+MULTIPLIERS, WEYL, WORD = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 0xFFFFFFFF
+
+
+def _high_low(a, b):
+    """The two words of a * b, b a tensor of 32-bit numbers in int64: by halves, since int64 would overflow."""
+    low = a * (b & 0xFFFF)
+    high = a * (b >> 16) + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox(counter, key):
+    """Four words (int64 tensors) for four words of counter (tensors or integers that broadcast) and two of key."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _high_low(MULTIPLIERS[0], c0)
+        high1, low1 = _high_low(MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + WEYL[0]) & WORD, (k1 + WEYL[1]) & WORD
+    return c0, c1, c2, c3
+
+
+def bits16(elements, seed, tensor_index, stream, step, device="cpu"):
+    """Sixteen random bits for each of `elements` elements, as int64."""
+    e = torch.arange((elements + 7) // 8, dtype=torch.int64, device=device)
+    other = lambda value: torch.full_like(e, value & WORD)
+    words = philox((e & WORD, e >> 32, other(tensor_index * 4 + stream), other(step)), (seed & WORD, (seed >> 32) & WORD))
+    halves = torch.stack([part for word in words for part in (word & 0xFFFF, word >> 16)], 1)
+    return halves.flatten()[:elements]
+
+
+def stochastic_bfloat16(x, random):
+    """float32 `x` rounded up with the probability of what is cut off; what is not finite is rounded to nearest."""
+    number = x.float().contiguous().view(torch.int32).long() & WORD
+    up = ((number + random.view(x.shape)) >> 16) << 16
+    signed = torch.where(up >= 2**31, up - 2**32, up).to(torch.int32)
+    rounded = signed.view(torch.float32).to(torch.bfloat16)
+    largest = torch.finfo(torch.bfloat16).max
+    rounded = torch.where(rounded.isinf(), torch.copysign(torch.full_like(rounded, largest), rounded), rounded)
+    return torch.where(x.isfinite(), rounded, x.to(torch.bfloat16))

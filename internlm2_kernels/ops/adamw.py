@@ -1,0 +1,181 @@
+"""One step of AdamW on tensors: the operator under `internlm2_kernels.optim.FusedAdamW`."""
+
+import torch
+
+from .._checks import check_device, check_float, check_shape, fail
+from .._registry import Case, Op, Sample
+from ._losses import check_number
+from ._philox import bits16, stochastic_bfloat16
+
+MOMENTS = ((torch.float32, torch.bfloat16), (torch.float64,))
+
+
+def reference(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
+              maximize=False, stochastic_rounding=False, seed=0, index=0):
+    acc = torch.promote_types(param.dtype, torch.float32)
+    w = (param if master is None else master).to(acc)
+    g = -grad.to(acc) if maximize else grad.to(acc)
+    beta1, beta2 = betas
+    w = w * (1 - lr * weight_decay)
+    m = beta1 * exp_avg.to(acc) + (1 - beta1) * g
+    v = beta2 * exp_avg_sq.to(acc) + (1 - beta2) * g.square()
+    w = w - lr / (1 - beta1**step) * m / (v.sqrt() / (1 - beta2**step) ** 0.5 + eps)
+
+    def stored(x, dtype, stream, random):
+        if not random:
+            return x.to(dtype)
+        return stochastic_bfloat16(x, bits16(x.numel(), seed, index, stream, step, x.device))
+
+    low = torch.bfloat16
+    results = (stored(w, param.dtype, 0, stochastic_rounding and master is None and param.dtype == low),
+               stored(m, exp_avg.dtype, 1, exp_avg.dtype == low), stored(v, exp_avg_sq.dtype, 2, exp_avg_sq.dtype == low))
+    return results if master is None else (*results, w)
+
+
+def reference_step(params, grads, masters, exp_avgs, exp_avg_sqs, steps, skipped, total_sq, grad_scale, found_inf, lr, beta1,
+                   beta2, eps, weight_decay, max_grad_norm, stochastic_rounding, maximize, seed, first_index):
+    """`step_` in plain PyTorch, in place; it may wait for the device."""
+    norm = None if total_sq is None else total_sq.sqrt() / (1 if grad_scale is None else grad_scale)
+    if (found_inf is not None and bool(found_inf)) or (norm is not None and not bool(norm.isfinite())):
+        skipped += 1
+        return
+    factor = 1.0 if grad_scale is None else 1 / float(grad_scale)
+    if max_grad_norm > 0 and norm is not None:
+        factor *= min(1.0, max_grad_norm / (float(norm) + 1e-6))
+    for i, param in enumerate(params):
+        steps[i] += 1
+        old = param, grads[i].to(torch.promote_types(param.dtype, torch.float32)) * factor, exp_avgs[i], exp_avg_sqs[i]
+        master = (masters[i],) if masters else ()
+        new = reference(*old, *master, step=int(steps[i]), lr=float(lr), betas=(beta1, beta2), eps=eps,
+                        weight_decay=weight_decay, maximize=maximize, stochastic_rounding=stochastic_rounding, seed=seed,
+                        index=first_index + i)
+        for tensor, value in zip((param, exp_avgs[i], exp_avg_sqs[i], *master), new, strict=True):
+            tensor.copy_(value)
+
+
+def _eager(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
+           maximize=False, stochastic_rounding=False, seed=0, index=0):
+    """torch.optim.AdamW's functional form on a float32 copy, and the casts around it."""
+    acc = torch.promote_types(param.dtype, torch.float32)
+    w = (param if master is None else master).to(acc, copy=True)
+    m, v = exp_avg.to(acc, copy=True), exp_avg_sq.to(acc, copy=True)
+    before = torch.tensor(float(step - 1), device=param.device)
+    torch.optim._functional.adamw([w], [grad.to(acc)], [m], [v], [], [before], foreach=False, amsgrad=False, beta1=betas[0],
+                                  beta2=betas[1], lr=lr, weight_decay=weight_decay, eps=eps, maximize=maximize)
+    results = w.to(param.dtype), m.to(exp_avg.dtype), v.to(exp_avg_sq.dtype)
+    return results if master is None else (*results, w)
+
+
+def _sample(case, dtype, device, generator):
+    dims = case.dims
+    draw = lambda size: size * torch.randn(dims["elements"], generator=generator, device=device)
+    param = draw(1)
+    inputs = {"param": param.to(dtype), "grad": draw(0.1).to(dtype), "exp_avg": draw(0.1), "exp_avg_sq": draw(0.1).square()}
+    if dims.get("master"):
+        inputs["master"] = param
+    if dtype == torch.float64:
+        inputs = {name: value.double() for name, value in inputs.items()}
+    elif dims.get("moments") == "bfloat16":
+        inputs |= {name: inputs[name].bfloat16() for name in ("exp_avg", "exp_avg_sq")}
+    options = {key: dims[key] for key in ("maximize", "stochastic_rounding") if dims.get(key)}
+    return Sample({**inputs, "step": dims.get("step", 3), "lr": 1e-2, "seed": 2**40 + 7, "index": 5, **options})
+
+
+def _bytes(dims, size, direction):
+    """Reads gradient (twice: its norm comes first), moments and master; writes moments, master and parameter."""
+    moments = 2 if dims.get("moments") == "bfloat16" else 4
+    return dims["elements"] * (2 * size + 4 * moments + (8 + size if dims.get("master") else 2 * size))
+
+
+ADAMW = Op(
+    name="adamw",
+    source="arXiv:1711.05101 algorithm 2; stochastic rounding with Philox4x32-10 (SC 2011)",
+    summary="AdamW step with master weights or stochastic rounding",
+    reference=reference,
+    public=lambda *args, **kwargs: adamw(*args, **kwargs),
+    schemas={"step_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] exp_avgs,"
+                      " Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] steps, Tensor(f!) skipped, Tensor? total_sq,"
+                      " Tensor? grad_scale, Tensor? found_inf, Tensor lr, float beta1, float beta2, float eps,"
+                      " float weight_decay, float max_grad_norm, bool stochastic_rounding, bool maximize, int seed,"
+                      " int first_index) -> ()"},
+    fakes={"step_": lambda *args: None},
+    outputs=("param", "exp_avg", "exp_avg_sq", "master"),
+    sample=_sample,
+    cases=(
+        Case("smoke", {"elements": 1000, "master": True}),
+        Case("smoke", {"elements": 333, "step": 1, "maximize": True}),
+        Case("smoke", {"elements": 517, "moments": "bfloat16", "stochastic_rounding": True}),
+        Case("edge", {"elements": 0}),
+        Case("edge", {"elements": 1, "master": True, "step": 1}),
+        Case("edge", {"elements": 4099, "master": True, "moments": "bfloat16", "step": 1000}),
+        Case("model", {"elements": 2**26, "master": True}, dtypes=(torch.bfloat16,)),
+    ),
+    eager={"torch.optim.AdamW": _eager},
+    batched=("param", "grad", "exp_avg", "exp_avg_sq", "master"),
+    bytes=_bytes,
+    flops=lambda dims, direction: 15 * dims["elements"],
+    directions=("forward",),
+    rowwise=False,
+    copies=("clone", "full"),
+    domain={"elements": (0, 3000, 1), "step": (1, 100, 1)},
+)
+STEP = ADAMW.overloads["step_"]
+
+
+def check_tensors(param, grad, exp_avg, exp_avg_sq, master):
+    check_float("adamw", "param", param)
+    wide = param.dtype == torch.float64
+    for name, tensor in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("master", master)):
+        if tensor is None and name == "master":
+            continue
+        check_float("adamw", name, tensor)
+        allowed = {"grad": (param.dtype, torch.float64 if wide else torch.float32),
+                   "master": (torch.float64 if wide else torch.float32,)}.get(name, MOMENTS[wide])
+        if tensor.dtype not in allowed:
+            fail(TypeError, "adamw", name, " or ".join(str(d) for d in dict.fromkeys(allowed)), tensor.dtype)
+        check_shape("adamw", name, tensor, param.shape, "the shape of param")
+        check_device("adamw", name, tensor, param, "param")
+
+
+def check_settings(op, betas, eps, weight_decay):
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        fail(ValueError, op, "betas", "two numbers from 0 up to below 1", repr(betas))
+    beta1, beta2 = (check_number(op, "betas", b, "two numbers from 0 up to below 1", lambda v: 0 <= v < 1) for b in betas)
+    return (beta1, beta2, check_number(op, "eps", eps, "a finite number >= 0", lambda v: v >= 0),
+            check_number(op, "weight_decay", weight_decay, "a finite number >= 0", lambda v: v >= 0))
+
+
+def adamw(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
+          maximize=False, stochastic_rounding=False, seed=0, index=0, backend=None):
+    """One step of AdamW into new tensors: m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2,
+    w = w (1 - lr weight_decay) - lr / (1 - b1^step) m / (sqrt(v) / sqrt(1 - b2^step) + eps).
+
+    Shapes:   param, grad, exp_avg, exp_avg_sq, master, all of one shape -> (param, exp_avg, exp_avg_sq) and, where a master is
+              given, master. step counts from 1
+    Dtypes:   param float32 | bfloat16 | float16 | float64; grad param's or float32; master float32; moments float32 | bfloat16
+              (all float64 for float64); computed in float32 (float64). w is the master, or param where there is none; param
+              is w rounded to nearest, or stochastically for bfloat16 without a master on request. bfloat16 moments are always
+              stored stochastically rounded: to nearest, b2 = 0.999 would stall far below the true second moment
+    Random:   Philox4x32-10 keyed by seed, step, index (of the tensor in the optimizer) and element: the same bits on CPU and GPU
+    Backward: none: an update. Deterministic: yes
+    Errors:   ValueError, TypeError
+    Cost:     memory-bound; `FusedAdamW` updates all parameters in place in one call.   Source: arXiv:1711.05101 algorithm 2
+    """
+    check_tensors(param, grad, exp_avg, exp_avg_sq, master)
+    beta1, beta2, eps, weight_decay = check_settings("adamw", betas, eps, weight_decay)
+    for name, value in (("step", step), ("seed", seed), ("index", index)):
+        if not isinstance(value, int) or isinstance(value, bool) or not (name == "step") <= value < 2**63:
+            fail(ValueError, "adamw", name, f"an integer of at least {int(name == 'step')}", repr(value))
+    lr = check_number("adamw", "lr", lr, "a finite number >= 0", lambda v: v >= 0)
+    chosen = ADAMW.select(param, backend)
+    tensors = [t if t is None else t.detach() for t in (param, grad, exp_avg, exp_avg_sq, master)]
+    if chosen == "reference":
+        return reference(*tensors, step=step, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay,
+                         maximize=maximize, stochastic_rounding=stochastic_rounding, seed=seed, index=index)
+    grad = tensors.pop(1).contiguous()
+    new = [None if t is None else t.clone(memory_format=torch.contiguous_format) for t in tensors]
+    scalar = lambda value, dtype=torch.float32: torch.full((), value, dtype=dtype, device=param.device)
+    STEP[chosen]([new[0]], [grad], [] if master is None else [new[3]], [new[1]], [new[2]], [scalar(step - 1.0)],
+                 scalar(0, torch.int64), None, None, None, scalar(lr), beta1, beta2, eps, weight_decay, 0.0,
+                 bool(stochastic_rounding), bool(maximize), seed, index)
+    return tuple(t for t in new if t is not None)

@@ -1,0 +1,102 @@
+"""The focal ranking loss of a reward model, pair by pair."""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from .._checks import check_float
+from .._registry import Case, Op, Sample
+from ._losses import accumulator, check_number, check_vector
+
+
+def reference(chosen, rejected, *, gamma=2.0):
+    acc = accumulator(chosen.dtype)
+    d = chosen.to(acc) - rejected.to(acc)
+    # where() keeps the weight's derivative 0 up to and including d = 0, where a head that starts at zero stands
+    weight = torch.where(d > 0, (2 * torch.sigmoid(-d)) ** gamma, 1.0)
+    return weight * F.softplus(-d)
+
+
+def _eager(chosen, rejected, *, gamma=2.0):
+    d = chosen.to(accumulator(chosen.dtype)) - rejected.to(accumulator(rejected.dtype))
+    p = torch.sigmoid(d)
+    return -((1 - 2 * torch.clamp(p - 0.5, min=0)) ** gamma) * F.logsigmoid(d)
+
+
+def _sample(case, dtype, device, generator):
+    draw = lambda: 3 * torch.randn(case.dims["rows"], generator=generator, device=device)
+    options = {"gamma": case.dims["gamma"]} if "gamma" in case.dims else {}
+    return Sample({"chosen": draw().to(dtype), "rejected": draw().to(dtype), **options}, ("chosen", "rejected"))
+
+
+FOCAL_RANKING_LOSS = Op(
+    name="focal_ranking_loss",
+    source="arXiv:2403.17297 section 4.2.1 eq. 1",
+    summary="focal ranking loss of pairs of rewards",
+    reference=reference,
+    public=lambda *args, **kwargs: focal_ranking_loss(*args, **kwargs),
+    schemas={
+        "fwd": "(Tensor chosen, Tensor rejected, float gamma) -> Tensor",
+        "bwd": "(Tensor dloss, Tensor chosen, Tensor rejected, float gamma) -> (Tensor dchosen, Tensor drejected)",
+    },
+    fakes={"fwd": lambda chosen, rejected, gamma: chosen.new_empty(chosen.shape, dtype=accumulator(chosen.dtype)),
+           "bwd": lambda dloss, chosen, rejected, gamma: (chosen.new_empty(chosen.shape), chosen.new_empty(chosen.shape))},
+    outputs=("loss",),
+    sample=_sample,
+    cases=(
+        Case("smoke", {"rows": 37}),
+        Case("smoke", {"rows": 64, "gamma": 0.5}),
+        Case("edge", {"rows": 0}),
+        Case("edge", {"rows": 1, "gamma": 0.0}),
+        Case("edge", {"rows": 1031, "gamma": 3.0}),
+        Case("model", {"rows": 65536}),
+    ),
+    eager={"sigmoid form": _eager},
+    batched=("chosen", "rejected"),
+    bytes=lambda dims, size, direction: dims["rows"] * (2 * size + 4 if direction == "forward" else 4 * size + 4),
+    flops=lambda dims, direction: 20 * dims["rows"],
+    magnitude=lambda sample, upstream: {"loss": 1.0, **{f"d_{name}": float(upstream["loss"].abs().max())
+                                                        for name in sample.grad if upstream and upstream["loss"].numel()}},
+)
+_FWD, _BWD = FOCAL_RANKING_LOSS.overloads["fwd"], FOCAL_RANKING_LOSS.overloads["bwd"]
+
+
+class _FocalRankingLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, chosen, rejected, gamma, backend):
+        ctx.save_for_backward(chosen, rejected)
+        ctx.gamma, ctx.backend = gamma, backend
+        return _FWD[backend](chosen, rejected, gamma)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        return *_BWD[ctx.backend](dloss.contiguous(), *ctx.saved_tensors, ctx.gamma), None, None
+
+
+def check_gamma(op, gamma):
+    return check_number(op, "gamma", gamma, "a number from 0 to 100", lambda v: 0 <= v <= 100)
+
+
+def focal_ranking_loss(chosen, rejected, *, gamma=2.0, backend=None):
+    """Focal ranking loss of pairs: loss = -(1 - 2 max(0, P - 1/2))^gamma log P, P = sigmoid(chosen - rejected).
+
+    Shapes:   chosen, rejected [...] rewards -> loss [...]
+    Dtypes:   float32 | bfloat16 | float16 | float64, both equal; computed in float32 (float64), the loss stays so. log P is
+              -softplus(-d) and the weight for P > 1/2 is (2 sigmoid(-d))^gamma, so nothing cancels
+    Backward: saves its inputs. The gradient flows through the weight: d loss / d d = -sigmoid(-d) for d <= 0 (-1/2 at 0),
+              -(2s)^gamma (s + gamma (1 - s) softplus(-d)) with s = sigmoid(-d) for d > 0. Deterministic: yes
+    Errors:   ValueError for a shape, a device or gamma; TypeError for a dtype
+    Cost:     one launch each way.   Source: arXiv:2403.17297 section 4.2.1 eq. 1
+    """
+    check_float("focal_ranking_loss", "chosen", chosen)
+    shape = chosen.shape
+    flat_rejected = check_vector("focal_ranking_loss", "rejected", rejected, shape, chosen, "chosen").view(-1)
+    gamma = check_gamma("focal_ranking_loss", gamma)
+    backend = FOCAL_RANKING_LOSS.select(chosen, backend)
+    if backend == "reference":
+        return reference(chosen, rejected, gamma=gamma)
+    flat = chosen.contiguous().view(-1)
+    if torch.is_grad_enabled() and (flat.requires_grad or flat_rejected.requires_grad):
+        return _FocalRankingLoss.apply(flat, flat_rejected, gamma, backend).view(shape)
+    return _FWD[backend](flat, flat_rejected, gamma).view(shape)

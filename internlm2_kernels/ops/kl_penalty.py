@@ -1,0 +1,99 @@
+"""Estimators of the divergence between policy and reference, token by token."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .._checks import check_choice, check_float
+from .._registry import Case, Op, Sample
+from ._losses import accumulator, check_vector
+
+ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
+
+
+def reference(logprobs, ref_logprobs, *, estimator="k1"):
+    acc = accumulator(logprobs.dtype)
+    x = logprobs.to(acc) - ref_logprobs.to(acc)
+    return x if estimator == "k1" else x.square() / 2 if estimator == "k2" else torch.expm1(-x) + x
+
+
+def _eager(logprobs, ref_logprobs, *, estimator="k1"):
+    acc = accumulator(logprobs.dtype)
+    x = logprobs.to(acc) - ref_logprobs.to(acc)
+    return x if estimator == "k1" else 0.5 * x**2 if estimator == "k2" else torch.exp(-x) - 1 + x
+
+
+def _sample(case, dtype, device, generator):
+    draw = lambda size: size * torch.randn(case.dims["rows"], generator=generator, device=device)
+    logprobs = draw(1) - 2
+    inputs = {"logprobs": logprobs.to(dtype), "ref_logprobs": (logprobs + draw(0.5)).to(dtype)}
+    return Sample({**inputs, "estimator": case.dims.get("estimator", "k1")}, ("logprobs", "ref_logprobs"))
+
+
+KL_PENALTY = Op(
+    name="kl_penalty",
+    source="J. Schulman, Approximating KL divergence (2020), joschu.net/blog/kl-approx.html",
+    summary="k1, k2, k3 estimators of the KL divergence, token by token",
+    reference=reference,
+    public=lambda *args, **kwargs: kl_penalty(*args, **kwargs),
+    schemas={
+        "fwd": "(Tensor logprobs, Tensor ref_logprobs, int estimator) -> Tensor",
+        "bwd": "(Tensor dkl, Tensor logprobs, Tensor ref_logprobs, int estimator, bool needs_ref)"
+               " -> (Tensor dlogprobs, Tensor dref)",
+    },
+    fakes={"fwd": lambda a, b, estimator: a.new_empty(a.shape, dtype=accumulator(a.dtype)),
+           "bwd": lambda dkl, a, b, estimator, needs_ref: (a.new_empty(a.shape), a.new_empty(a.shape if needs_ref else (0,)))},
+    outputs=("kl",),
+    sample=_sample,
+    cases=(
+        Case("smoke", {"rows": 37, "estimator": "k3"}),
+        Case("smoke", {"rows": 64, "estimator": "k1"}),
+        Case("smoke", {"rows": 33, "estimator": "k2"}),
+        Case("edge", {"rows": 0, "estimator": "k3"}),
+        Case("edge", {"rows": 1031, "estimator": "k3"}),
+        Case("model", {"rows": 16384, "estimator": "k3"}),
+    ),
+    eager={"exp(-x) - 1 + x": _eager},
+    batched=("logprobs", "ref_logprobs"),
+    bytes=lambda dims, size, direction: dims["rows"] * ((2 if direction == "forward" else 4) * size + 4),
+    flops=lambda dims, direction: 10 * dims["rows"],
+    magnitude=lambda sample, upstream: {"kl": 1.0, **{f"d_{name}": float(upstream["kl"].abs().max())
+                                                      for name in sample.grad if upstream and upstream["kl"].numel()}},
+)
+_FWD, _BWD = KL_PENALTY.overloads["fwd"], KL_PENALTY.overloads["bwd"]
+
+
+class _KLPenalty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logprobs, ref_logprobs, estimator, backend):
+        ctx.save_for_backward(logprobs, ref_logprobs)
+        ctx.estimator, ctx.backend = estimator, backend
+        return _FWD[backend](logprobs, ref_logprobs, estimator)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dkl):
+        needs_ref = ctx.needs_input_grad[1]
+        dlogprobs, dref = _BWD[ctx.backend](dkl.contiguous(), *ctx.saved_tensors, ctx.estimator, needs_ref)
+        return dlogprobs, dref if needs_ref else None, None, None
+
+
+def kl_penalty(logprobs, ref_logprobs, *, estimator="k1", backend=None):
+    """With x = logprobs - ref_logprobs: k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x.
+
+    Shapes:   logprobs, ref_logprobs [...] -> kl [...]
+    Dtypes:   float32 | bfloat16 | float16 | float64, both equal; computed in float32 (float64), in which kl is. k3 is infinite
+              where exp(-x) overflows
+    Backward: saves its inputs; both may take a gradient: 1, x, 1 - exp(-x), and their negatives. Deterministic: yes
+    Errors:   ValueError for a shape, a device or estimator; TypeError for a dtype
+    Cost:     one launch each way; reads two, writes one.   Source: joschu.net/blog/kl-approx.html
+    """
+    check_float("kl_penalty", "logprobs", logprobs)
+    other = check_vector("kl_penalty", "ref_logprobs", ref_logprobs, logprobs.shape, logprobs, "logprobs").view(-1)
+    check_choice("kl_penalty", "estimator", estimator, tuple(ESTIMATORS))
+    chosen = KL_PENALTY.select(logprobs, backend)
+    if chosen == "reference":
+        return reference(logprobs, ref_logprobs, estimator=estimator)
+    flat, code = logprobs.contiguous().view(-1), ESTIMATORS[estimator]
+    if torch.is_grad_enabled() and (flat.requires_grad or other.requires_grad):
+        return _KLPenalty.apply(flat, other, code, chosen).view(logprobs.shape)
+    return _FWD[chosen](flat, other, code).view(logprobs.shape)

@@ -1,0 +1,152 @@
+"""Log-probabilities of given tokens under a linear head, and the head's entropy, without its logits in memory."""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from .._checks import last_stride_1
+from .._registry import Case, Op, Sample
+from ._losses import accumulator, check_label_values, check_labels, check_number
+from .apply_rope import native
+from .linear_cross_entropy import HEAD_CASES, as_matrix, check_head, gradient_shapes, head_bytes, head_flops, head_sample
+
+
+def reference(hidden, weight, tokens, *, temperature=1.0, return_entropy=False):
+    acc = accumulator(hidden.dtype)
+    logp = torch.log_softmax(hidden.to(acc) @ weight.to(acc).T / temperature, -1)
+    logprobs = logp.gather(-1, tokens.long()[..., None])[..., 0]
+    if not return_entropy:
+        return logprobs
+    return logprobs, -(logp.exp() * logp).sum(-1)
+
+
+def _eager(hidden, weight, tokens, *, temperature=1.0, return_entropy=False):
+    acc = accumulator(hidden.dtype)
+    logp = F.log_softmax(F.linear(hidden, weight).to(acc) / temperature, -1)
+    logprobs = logp.gather(-1, tokens.long()[..., None])[..., 0]
+    return (logprobs, -(logp.exp() * logp).sum(-1)) if return_entropy else logprobs
+
+
+def _fake_fwd(hidden, weight, tokens, inv_temperature, softcap, vocab_start, vocab_size, needs_entropy, needs_sum):
+    acc = accumulator(hidden.dtype)
+    each = lambda wanted=True, dtype=acc: hidden.new_empty((tokens.shape[0] if wanted else 0,), dtype=dtype)
+    return each(), each(), each(needs_entropy), each(), each(dtype=torch.int64), each(needs_sum)
+
+
+def _fake_bwd(dlogprobs, dentropy, dlse, dsum, hidden, weight, tokens, lse, entropy, inv_temperature, softcap, vocab_start,
+              vocab_size, needs_dhidden, needs_dweight):
+    shape_h, shape_w = gradient_shapes(hidden, weight, needs_dhidden, needs_dweight)
+    return hidden.new_empty(shape_h), weight.new_empty(shape_w)
+
+
+def _sample(case, dtype, device, generator):
+    hidden, weight, tokens = head_sample(case, dtype, device, generator)
+    options = {"temperature": case.dims["temperature"]} if "temperature" in case.dims else {}
+    if case.dims.get("entropy"):
+        options["return_entropy"] = True
+    return Sample({"hidden": hidden, "weight": weight, "tokens": tokens, **options}, ("hidden", "weight"))
+
+
+def _magnitude(sample, upstream):
+    """Logits are sums over D, gradients sums over the vocabulary or the tokens, with terms of both signs."""
+    hidden, weight = sample.inputs["hidden"], sample.inputs["weight"]
+    if not sample.inputs["tokens"].numel():
+        return {}
+    temperature = sample.inputs.get("temperature", 1.0)
+    size = float((hidden.abs() @ weight.abs().T).max()) / temperature
+    each = sum(float(u.abs().max()) * (size if name == "entropy" else 1) for name, u in upstream.items()) / temperature
+    return {"logprobs": size, "entropy": size, "d_hidden": each * float(weight.abs().max()),
+            "d_weight": each * float(hidden.abs().max())}
+
+
+LINEAR_LOGPROBS = Op(
+    name="linear_logprobs",
+    source="log softmax of a linear head at one token: arXiv:2411.09009 section 4",
+    summary="log-probabilities and entropy under a linear head, logits never in memory",
+    reference=reference,
+    public=lambda *args, **kwargs: linear_logprobs(*args, **kwargs),
+    schemas={
+        "fwd": "(Tensor hidden, Tensor weight, Tensor tokens, float inv_temperature, float softcap, int vocab_start,"
+               " int vocab_size, bool needs_entropy, bool needs_sum)"
+               " -> (Tensor logprobs, Tensor lse, Tensor entropy, Tensor best, Tensor best_index, Tensor sum)",
+        "bwd": "(Tensor? dlogprobs, Tensor? dentropy, Tensor? dlse, Tensor? dsum, Tensor hidden, Tensor weight, Tensor tokens,"
+               " Tensor lse, Tensor? entropy, float inv_temperature, float softcap, int vocab_start, int vocab_size,"
+               " bool needs_dhidden, bool needs_dweight) -> (Tensor dhidden, Tensor dweight)",
+    },
+    fakes={"fwd": _fake_fwd, "bwd": _fake_bwd},
+    outputs=("logprobs", "entropy"),
+    sample=_sample,
+    cases=(
+        Case("smoke", {"rows": 5, "cols": 64, "vocab": 100, "entropy": True}),
+        Case("smoke", {"rows": 33, "cols": 48, "vocab": 517, "temperature": 0.7}),
+        Case("smoke", {"rows": 18, "cols": 40, "vocab": 129, "temperature": 1.5, "entropy": True}),
+        *HEAD_CASES,
+        Case("edge", {"rows": 6, "cols": 24, "vocab": 2049, "entropy": True}),
+        Case("model", {"rows": 512, "cols": 2048, "vocab": 92544, "entropy": True}),
+    ),
+    eager={"log_softmax(F.linear)": _eager},
+    batched=("hidden", "tokens"),
+    bytes=head_bytes,
+    flops=head_flops,
+    magnitude=_magnitude,
+    autocast=True,
+    isas=("avx2", "avx512", "avx512_bf16", "amx"),
+    domain={"vocab": (1, 300, 1)},
+)
+FWD, BWD = LINEAR_LOGPROBS.overloads["fwd"], LINEAR_LOGPROBS.overloads["bwd"]
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, tokens, inv_temperature, needs_entropy, backend):
+        ctx.options = inv_temperature, 0.0, 0, weight.shape[0]
+        logprobs, lse, entropy, *_ = native(FWD[backend], hidden, weight, tokens, *ctx.options, needs_entropy, False)
+        ctx.save_for_backward(hidden, weight, tokens, lse, entropy if needs_entropy else None)
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogprobs, dentropy):
+        hidden, weight, tokens, lse, entropy = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if dlogprobs is None and dentropy is None:
+            return None, None, None, None, None, None
+        dlogprobs, dentropy = (None if d is None else d.contiguous() for d in (dlogprobs, dentropy))
+        dhidden, dweight = BWD[ctx.backend](dlogprobs, dentropy if entropy is not None else None, None, None, hidden, weight,
+                                            tokens, lse, entropy, *ctx.options, needs[0], needs[1])
+        return dhidden if needs[0] else None, dweight if needs[1] else None, None, None, None, None
+
+
+def linear_logprobs(hidden, weight, tokens, *, temperature=1.0, return_entropy=False, backend=None):
+    """log p_t(token_t), p_t = softmax(hidden_t weight^T / temperature); entropy_t = -sum_j p_tj log p_tj.
+
+    Shapes:   hidden [..., D], weight [V, D], tokens [...] int64 or int32 -> logprobs [...], with return_entropy also
+              entropy [...] (nats)
+    Dtypes:   hidden, weight float32 | bfloat16 | float16 | float64, both equal; under autocast its dtype. Results float32
+              (float64), as are all sums
+    Backward: saves hidden, weight, tokens, lse and entropy (8 bytes a token) and computes the logits again: four products
+              in all. dweight is summed in float32: 4 V D bytes while the backward runs. A frozen hidden or weight costs no
+              product. Deterministic: yes; forward is batch-invariant
+    Errors:   ValueError, TypeError; a token outside [0, V) raises on CPU before memory is touched; on CUDA its results are
+              NaN and `internlm2_kernels.check()` reports it
+    Cost:     2 T D V flops a product; extra memory: one chunk of scores, independent of T.
+              Source: arXiv:2411.09009 section 4
+    """
+    hidden, weight = check_head("linear_logprobs", hidden, weight)
+    shape = hidden.shape[:-1]
+    tokens = check_labels("linear_logprobs", "tokens", tokens, shape, hidden, "hidden")
+    temperature = check_number("linear_logprobs", "temperature", temperature, "a number from 1e-6 to 1e6",
+                               lambda v: 1e-6 <= v <= 1e6)
+    chosen = LINEAR_LOGPROBS.select(hidden, backend)
+    if chosen == "reference":
+        check_label_values("linear_logprobs", "tokens", tokens, weight.shape[0])
+        return reference(hidden, weight, tokens, temperature=temperature, return_entropy=return_entropy)
+    flat, weight, tokens = as_matrix(hidden), last_stride_1(weight), tokens.view(-1)
+    if torch.is_grad_enabled() and (flat.requires_grad or weight.requires_grad):
+        logprobs, entropy = _LinearLogprobs.apply(flat, weight, tokens, 1 / temperature, bool(return_entropy), chosen)
+    else:
+        logprobs, _, entropy, *_ = native(FWD[chosen], flat, weight, tokens, 1 / temperature, 0.0, 0, weight.shape[0],
+                                          bool(return_entropy), False)
+    return (logprobs.view(shape), entropy.view(shape)) if return_entropy else logprobs.view(shape)

@@ -1,0 +1,118 @@
+"""The penalty that keeps rewards inside a bound, finite outside it."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .._checks import check_choice, check_float
+from .._registry import Case, Op, Sample
+from ._losses import accumulator, check_number
+
+
+def reference(rewards, *, bound=5.0, margin=1e-3, outside="linear"):
+    x = rewards.to(accumulator(rewards.dtype))
+    edge = bound * (1 - margin)
+    inside = x.clamp(-edge, edge)
+    value = -(torch.log(inside + bound) + torch.log(bound - inside))
+    if outside == "clamp":
+        return value
+    slope = 1 / (bound - edge) - 1 / (bound + edge)
+    return value + slope * (x.abs() - edge).clamp(min=0)
+
+
+def _eager(rewards, *, bound=5.0, margin=1e-3, outside="linear"):
+    x = rewards.float() if rewards.dtype != torch.float64 else rewards
+    edge = bound * (1 - margin)
+    barrier = lambda v: -(torch.log(v + bound) + torch.log(bound - v))
+    clamped = barrier(x.clamp(-edge, edge))
+    slope = 1 / (bound - edge) - 1 / (bound + edge)
+    return clamped if outside == "clamp" else torch.where(x.abs() <= edge, clamped, clamped + slope * (x.abs() - edge))
+
+
+def _sample(case, dtype, device, generator):
+    rewards = (case.dims.get("spread", 2) * torch.randn(case.dims["rows"], generator=generator, device=device)).to(dtype)
+    options = {key: case.dims[key] for key in ("bound", "outside") if key in case.dims}
+    return Sample({"rewards": rewards, **options}, ("rewards",))
+
+
+def _magnitude(sample, upstream):
+    """Near the bound a reward's own distance to it cancels: errors are as large as those of the edge's slope."""
+    x, bound = sample.inputs["rewards"], sample.inputs.get("bound", 5.0)
+    if not x.numel():
+        return {}
+    near = (bound - x.abs().clamp(max=bound * (1 - 1e-3))).min()
+    size = float(bound / near)
+    return {"penalty": size, **({"d_rewards": float(upstream["penalty"].abs().max()) * size / float(near)} if upstream else {})}
+
+
+LOG_BARRIER_PENALTY = Op(
+    name="log_barrier_penalty",
+    source="arXiv:2403.17297 section 4.2.1 eq. 2; its continuation outside the bound is this library's",
+    summary="log barrier that keeps rewards inside a bound",
+    reference=reference,
+    public=lambda *args, **kwargs: log_barrier_penalty(*args, **kwargs),
+    schemas={
+        "fwd": "(Tensor rewards, float bound, float margin, bool clamp) -> Tensor",
+        "bwd": "(Tensor dpenalty, Tensor rewards, float bound, float margin, bool clamp) -> Tensor",
+    },
+    fakes={"fwd": lambda rewards, bound, margin, clamp: rewards.new_empty(rewards.shape, dtype=accumulator(rewards.dtype)),
+           "bwd": lambda dpenalty, rewards, bound, margin, clamp: rewards.new_empty(rewards.shape)},
+    outputs=("penalty",),
+    sample=_sample,
+    cases=(
+        Case("smoke", {"rows": 37, "spread": 4}),
+        Case("smoke", {"rows": 64, "spread": 4, "outside": "clamp"}),
+        Case("edge", {"rows": 0, "spread": 1}),
+        Case("edge", {"rows": 1, "spread": 1, "bound": 2.0}),
+        Case("edge", {"rows": 1031, "spread": 40}),
+        Case("model", {"rows": 65536, "spread": 2}),
+    ),
+    eager={"torch.log": _eager},
+    batched=("rewards",),
+    bytes=lambda dims, size, direction: dims["rows"] * (size + 4 if direction == "forward" else 2 * size + 4),
+    flops=lambda dims, direction: 20 * dims["rows"],
+    magnitude=_magnitude,
+)
+_FWD, _BWD = LOG_BARRIER_PENALTY.overloads["fwd"], LOG_BARRIER_PENALTY.overloads["bwd"]
+
+
+class _LogBarrierPenalty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rewards, options, backend):
+        ctx.save_for_backward(rewards)
+        ctx.options, ctx.backend = options, backend
+        return _FWD[backend](rewards, *options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dpenalty):
+        return _BWD[ctx.backend](dpenalty.contiguous(), *ctx.saved_tensors, *ctx.options), None, None
+
+
+def check_barrier(op, bound, margin):
+    return (check_number(op, "bound", bound, "a number from 1e-6 to 1e6", lambda v: 1e-6 <= v <= 1e6),
+            check_number(op, "margin", margin, "a number from 1e-6 to 0.5", lambda v: 1e-6 <= v <= 0.5))
+
+
+def log_barrier_penalty(rewards, *, bound=5.0, margin=1e-3, outside="linear", backend=None):
+    """Log barrier: penalty = -(log(x + bound) + log(bound - x)) up to |x| = edge = bound (1 - margin).
+
+    Shapes:   rewards [...] -> penalty [...]
+    Options:  outside the edge "linear" continues with the value and the slope at the edge, so that a reward which starts
+              beyond the bound has a finite loss and comes back; "clamp" holds the edge's value, with no gradient outside, as
+              XTuner does
+    Dtypes:   float32 | bfloat16 | float16 | float64; computed in float32 (float64), the penalty stays so. At 0 it is
+              -2 log(bound): a total loss may be negative
+    Backward: saves rewards; slope 1 / (bound - x) - 1 / (bound + x). Deterministic: yes
+    Errors:   ValueError for bound, margin or outside; TypeError for a dtype
+    Cost:     one launch each way.   Source: arXiv:2403.17297 section 4.2.1 eq. 2
+    """
+    check_float("log_barrier_penalty", "rewards", rewards)
+    bound, margin = check_barrier("log_barrier_penalty", bound, margin)
+    check_choice("log_barrier_penalty", "outside", outside, ("linear", "clamp"))
+    chosen = LOG_BARRIER_PENALTY.select(rewards, backend)
+    if chosen == "reference":
+        return reference(rewards, bound=bound, margin=margin, outside=outside)
+    flat, options = rewards.contiguous().view(-1), (bound, margin, outside == "clamp")
+    if torch.is_grad_enabled() and flat.requires_grad:
+        return _LogBarrierPenalty.apply(flat, options, chosen).view(rewards.shape)
+    return _FWD[chosen](flat, *options).view(rewards.shape)

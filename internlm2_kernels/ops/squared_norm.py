@@ -1,0 +1,80 @@
+"""The squared global norm of a list of tensors, in one pass."""
+
+import torch
+
+from .._checks import check_device, check_float, fail
+from .._registry import Case, Op, Sample
+
+
+def _listed(tensors):
+    return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+
+
+def reference(tensors):
+    tensors = _listed(tensors)
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    total = sum((t.detach().double().square().sum() for t in tensors), torch.zeros((), dtype=torch.float64))
+    return total.to(wide)
+
+
+def _eager(tensors):
+    tensors = _listed(tensors)
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return torch.stack([torch.linalg.vector_norm(t.detach().to(wide)).square() for t in tensors]).sum()
+
+
+def dense(tensor):
+    """Whether the tensor's elements fill its memory, in whatever order: what is done element by element needs no more."""
+    return tensor.is_contiguous() or tensor._is_non_overlapping_and_dense()
+
+
+SQUARED_NORM = Op(
+    name="squared_norm",
+    source="sum of squares; clipping by it: arXiv:1211.5063 algorithm 1",
+    summary="squared global norm of a list of tensors",
+    reference=reference,
+    public=lambda *args, **kwargs: squared_norm(*args, **kwargs),
+    schemas={"fwd": "(Tensor[] tensors) -> Tensor"},
+    fakes={"fwd": lambda tensors: tensors[0].new_empty(
+        (), dtype=torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32)},
+    outputs=("total",),
+    sample=lambda case, dtype, device, generator: Sample(
+        {"tensors": torch.randn(case.dims["elements"], generator=generator, device=device).to(dtype)}),
+    cases=(
+        Case("smoke", {"elements": 1000}),
+        Case("edge", {"elements": 0}),
+        Case("edge", {"elements": 1}),
+        Case("edge", {"elements": 70001}),
+        Case("model", {"elements": 2**26}),
+    ),
+    eager={"vector_norm": _eager},
+    batched=("tensors",),
+    bytes=lambda dims, size, direction: dims["elements"] * size,
+    flops=lambda dims, direction: 2 * dims["elements"],
+    directions=("forward",),
+    rowwise=False,
+    domain={"elements": (0, 3000, 1)},
+)
+_FWD = SQUARED_NORM.overloads["fwd"]
+
+
+def squared_norm(tensors, *, backend=None):
+    """Sum of the squares of all elements of one tensor or of a list: the square of the list's global norm.
+
+    Shapes:   tensors: a tensor or a list of at least one, any shapes, on one device -> [] total
+    Dtypes:   float32 | bfloat16 | float16, in any mixture, -> float32; float64 -> float64. The order of the sum is fixed by
+              the sizes alone
+    Backward: none: a measurement for clipping. Deterministic: yes
+    Errors:   ValueError for an empty list or a device; TypeError for a dtype
+    Cost:     memory-bound: one read.   Source: arXiv:1211.5063 algorithm 1
+    """
+    tensors = _listed(tensors)
+    if not tensors:
+        fail(ValueError, "squared_norm", "tensors", "at least one tensor", "none")
+    for tensor in tensors:
+        check_float("squared_norm", "tensors", tensor)
+        check_device("squared_norm", "tensors", tensor, tensors[0], "the first")
+    chosen = SQUARED_NORM.select(tensors[0], backend)
+    if chosen == "reference":
+        return reference(tensors)
+    return _FWD[chosen]([t.detach() if dense(t) else t.detach().contiguous() for t in tensors])

@@ -184,6 +184,8 @@ PEERS: dict[str, dict[str, Peer]] = {
 OURS: dict[str, Callable[..., Any]] = {
     "adamw": Peer(_step, "any", _optimizer_inputs(_fused_adamw)),
 }
+# What only reads much: beside the copy a sum of as many bytes is timed.
+READ_BOUND = ("paged_attention", "squared_norm")
 # Where torch.compile leaves eager's form as it is: SDPA is one call to it.
 NOT_COMPILED = ("flash_attention", "paged_attention")
 

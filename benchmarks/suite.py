@@ -16,7 +16,7 @@ from internlm2_kernels._registry import Case, Op, Sample
 from internlm2_kernels.testing import draw_upstream, ladder, ladder_table, run, with_leaves
 from internlm2_kernels.timing import Contender, Paired, Peaks, cold_sets, interleave, quantiles
 
-from .peers import NOT_COMPILED, OURS, PEERS, peers_of
+from .peers import NOT_COMPILED, OURS, PEERS, READ_BOUND, peers_of
 
 PASSES = {"forward": ("forward",), "training": ("backward", "both"), "call": ("call",), "call_grad": ("call_grad",)}
 STAGES = {"call": "forward", "call_grad": "forward"}  # the stage of `Paired` a direction is read from, else its own name
@@ -233,6 +233,8 @@ class Bench:
         if job.small:
             return interleave(contenders, 1, self.device, seconds=0.3, rounds=(31, 101), repeat=100, host=True)
         contenders.append(self._clone(job, sets))
+        if job.op.name in READ_BOUND:
+            contenders.append(self._read(job, sets))
         return interleave(contenders, sets, self.device, seconds=self.settings.seconds, rounds=self.settings.rounds,
                           longest=self.settings.longest)
 
@@ -267,6 +269,12 @@ class Bench:
         sources = [torch.randn(count, device=self.device).to(job.dtype) for _ in range(sets)]
         return Contender("clone", lambda i: sources[i].clone())
 
+    def _read(self, job: Pass, sets: int) -> Contender:
+        """A sum over as many bytes as the forward moves: the yardstick of what reads a cache and writes next to nothing."""
+        count = max(1, job.op.bytes(job.case.dims, torch.empty((), dtype=job.dtype).element_size(), "forward") // 4)
+        sources = [torch.randn(count, device=self.device) for _ in range(sets)]
+        return Contender("read", lambda i: sources[i].sum())
+
     def _row(self, row: Row, job: Pass, paired: Paired) -> Row:
         stage, ours = STAGES.get(row.direction, row.direction), f"ours {row.backend}"
         times = paired.times[stage]
@@ -295,9 +303,12 @@ class Bench:
             copy_fraction = quantiles([count / ours / (moved / clone) for clone, ours in pairs])[0]
         else:
             copy_fraction = count / seconds / self.peaks.copy_bytes_per_s
-        peaks = self.peaks
+        peaks, read_fraction = self.peaks, count / seconds / self.peaks.read_bytes_per_s
+        if "read" in paired.times["forward"]:  # interleaved with the row, which a machine whose speed drifts needs
+            reads = zip(paired.times["forward"]["read"], paired.times[stage][f"ours {row.backend}"], strict=True)
+            read_fraction = quantiles([read / ours for read, ours in reads])[0]
         matrix = peaks.matmul_float32_flops_per_s if job.dtype == torch.float32 else peaks.matmul_flops_per_s
         matrix_fraction = flops / seconds / matrix
         return {"bytes": count, "flops": flops, "bytes_per_s": count / seconds, "copy_fraction": copy_fraction,
-                "read_fraction": count / seconds / peaks.read_bytes_per_s,
+                "read_fraction": read_fraction,
                 "roof_fraction": max(copy_fraction, matrix_fraction)}

@@ -67,7 +67,7 @@ def measure(args: argparse.Namespace) -> int:
 
     from . import record, report, suite
     ops, directions, dtypes, device = choose(args)
-    passes = suite.plan(ops, directions, dtypes, args.quick)
+    passes = suite.plan(ops, directions, dtypes, args.quick, device.type)
     console = Console(width=None if sys.stdout.isatty() else 170)
     if args.list:
         return list_plan(console, passes)

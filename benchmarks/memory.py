@@ -116,7 +116,7 @@ def main(argv: list[str]) -> int:
     for tokens in args.tokens:
         for form in forms():
             if expected(rows, form, tokens) > SAFE * available():
-                console.print(f"{tokens:>7} tokens  {form:<36} left out: it would need more than {SAFE:.0%} of the free memory")
+                console.print(f"{tokens:>7} tokens  {form:<36} left out: beyond {SAFE:.0%} of the free memory")
                 continue
             with console.status(f"{tokens} tokens, {form}"):
                 done = subprocess.run([sys.executable, "-m", "benchmarks.memory", "--one", form, "--tokens", str(tokens),

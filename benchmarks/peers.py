@@ -16,18 +16,20 @@ from internlm2_kernels import FusedAdamW
 from internlm2_kernels.ops._attention import allowed_keys
 from internlm2_kernels.ops.paged_attention import Contiguous, paged_attention
 
+CPU, CUDA, ANY = ("cpu",), ("cuda",), ("cpu", "cuda")
+SDPA = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
 MASK_TOKENS = 4096  # beyond, SDPA under a mask takes longer than it is worth waiting for
 
 
 @dataclass(frozen=True)
 class Peer:
     """`run(**prepare(**inputs))` is the call; what `prepare` does is not timed (a layout that a user of the peer would hold
-    already, a compilation). `device`: where it runs; `backward`: it has one; `fits`: whether a size is worth timing."""
+    already, a compilation). `devices`: where it runs; `trains`: where it has a backward; `fits`: whether a size is worth it."""
 
     run: Callable
-    device: str
+    devices: tuple[str, ...]
     prepare: Callable[..., dict[str, Any]] | None = None
-    backward: bool = True
+    trains: tuple[str, ...] = ("cpu", "cuda")
     fits: Callable[[dict[str, Any]], bool] = lambda dims: True
 
     def __call__(self, **inputs: Any) -> Any:
@@ -50,6 +52,60 @@ def _swiglu(gate, up=None):
     if up is None:
         gate, up = gate.chunk(2, -1)
     return LigerSiLUMulFunction.apply(gate, up)
+
+
+def _cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean"):
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+
+    # It writes the gradient over the logits in the forward; the copy that keeps them is the caller's, as in a model's loss.
+    return LigerCrossEntropyFunction.apply(logits, labels, None, ignore_index, z_loss, label_smoothing, reduction,
+                                           softcap or None, False)[0]
+
+
+def _linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0,
+                          token_weights=None, reduction="mean"):
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    if token_weights is not None:
+        raise NotImplementedError("no token weights")
+    return LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, labels, None, None, ignore_index, z_loss,
+                                                      label_smoothing, reduction, softcap or None, False)[0]
+
+
+def _dense_inputs(q, k, v, *, causal=False, scale=None, window=None, softcap=0.0, cu_seqlens_q=None, return_lse=False, **_):
+    if cu_seqlens_q is not None or window or softcap or return_lse or q.shape[1] != k.shape[1]:
+        raise NotImplementedError("dense, equal lengths, no further option")
+    return dict(zip(("q", "k", "v"), (t.transpose(1, 2) for t in (q, k, v)), strict=True), causal=causal, scale=scale)
+
+
+def _sdpa(name):
+    """SDPA with one backend and no other."""
+    def run(q, k, v, causal, scale):
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel(getattr(SDPBackend, name)):
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale,
+                                                                   enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2)
+
+    return run
+
+
+def _varlen_inputs(q, k, v, *, causal=False, scale=None, window=None, softcap=0.0, cu_seqlens_q=None, cu_seqlens_k=None,
+                   max_seqlen_q=None, max_seqlen_k=None, return_lse=False):
+    if cu_seqlens_q is None or window or softcap or return_lse or scale is not None:
+        raise NotImplementedError("packed, no further option")
+    group = q.shape[1] // k.shape[1]
+    longest = [int((cu[1:] - cu[:-1]).max()) for cu in (cu_seqlens_q, cu_seqlens_k)]
+    return dict(q=q, k=k, v=v, group=group, cu=(cu_seqlens_q, cu_seqlens_k), longest=longest, causal=causal)
+
+
+def _varlen(q, k, v, group, cu, longest, causal):
+    """torch's packed FlashAttention 2, keys expanded."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    return varlen_attn(q, k, v, *cu, *longest, is_causal=causal)
 
 
 def _flex_inputs(q, k, v, *, causal=False, window=None, softcap=0.0, scale=None, cu_seqlens_q=None, cu_seqlens_k=None,
@@ -168,21 +224,25 @@ def _documents(dims):
 _folded = Contiguous(True, folded=True)
 
 PEERS: dict[str, dict[str, Peer]] = {
-    "rms_norm": {"liger": Peer(_rms_norm, "cuda")},
-    "swiglu": {"liger": Peer(_swiglu, "cuda")},
+    "rms_norm": {"liger": Peer(_rms_norm, CUDA)},
+    "swiglu": {"liger": Peer(_swiglu, CUDA)},
+    "cross_entropy": {"liger": Peer(_cross_entropy, CUDA)},
+    "linear_cross_entropy": {"liger": Peer(_linear_cross_entropy, CUDA)},
     "flash_attention": {
-        "flex": Peer(_flex, "cpu", _flex_inputs, backward=False),
-        "mask": Peer(_masked, "cpu", _masked_inputs, fits=_documents, backward=False),
+        "flex": Peer(_flex, ANY, _flex_inputs, trains=CUDA),
+        "mask": Peer(_masked, CPU, _masked_inputs, fits=_documents, trains=()),
+        **{name: Peer(_sdpa(backend), CUDA, _dense_inputs) for name, backend in SDPA.items()},
+        "varlen": Peer(_varlen, CUDA, _varlen_inputs),
     },
     "paged_attention": {
-        "folded": Peer(_folded.run, "cpu", _folded.prepare),
-        "bf16 cache": Peer(paged_attention, "cpu", _bf16_cache, fits=lambda dims: bool(dims.get("int8"))),
+        "folded": Peer(_folded.run, ANY, _folded.prepare),
+        "bf16 cache": Peer(paged_attention, ANY, _bf16_cache, fits=lambda dims: bool(dims.get("int8"))),
     },
-    "adamw": {"sequence": Peer(_torch_sequence, "cpu", _optimizer_inputs(_torch_adamw))},
+    "adamw": {"sequence": Peer(_torch_sequence, ANY, _optimizer_inputs(_torch_adamw))},
 }
 # What is timed of ours in place of the public function, where users call another form of it: without eager forms beside it.
 OURS: dict[str, Callable[..., Any]] = {
-    "adamw": Peer(_step, "any", _optimizer_inputs(_fused_adamw)),
+    "adamw": Peer(_step, ANY, _optimizer_inputs(_fused_adamw)),
 }
 # What only reads much: beside the copy a sum of as many bytes is timed.
 READ_BOUND = ("paged_attention", "squared_norm")
@@ -193,4 +253,4 @@ NOT_COMPILED = ("flash_attention", "paged_attention")
 def peers_of(op: str, device: str, training: bool, dims: dict[str, Any]) -> dict[str, Peer]:
     """The peers that can run here."""
     return {name: peer for name, peer in PEERS.get(op, {}).items()
-            if peer.device == device and (peer.backward or not training) and peer.fits(dims)}
+            if device in peer.devices and (device in peer.trains or not training) and peer.fits(dims)}

@@ -104,7 +104,7 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def plan(ops: list[str], directions: list[str], dtypes: list[torch.dtype], quick: bool) -> list[Pass]:
+def plan(ops: list[str], directions: list[str], dtypes: list[torch.dtype], quick: bool, device: str = "cpu") -> list[Pass]:
     """Every pass that `directions` (forward, backward, both, call) needs; `quick` takes an operator's first model size."""
     passes = []
     for name in ops:
@@ -112,7 +112,8 @@ def plan(ops: list[str], directions: list[str], dtypes: list[torch.dtype], quick
         trains = "backward" in op.directions
         kinds = ["forward"] if "forward" in directions else []
         kinds += ["training"] if trains and {"backward", "both"} & set(directions) else []
-        cases = [case for case in op.cases if case.kind == "model"][:1 if quick else None]
+        kind = "gpu" if device == "cuda" and any(case.kind == "gpu" for case in op.cases) else "model"
+        cases = [case for case in op.cases if case.kind == kind][:1 if quick else None]
         chosen = [dtype for dtype in dtypes if dtype in op.dtypes]
         passes += [Pass(op, case, dtype, kind) for case in cases for dtype in chosen for kind in kinds
                    if kind in (case.passes or kinds) and dtype in (case.dtypes or chosen)]
@@ -137,6 +138,8 @@ def check(op: Op, dtype: torch.dtype, device: torch.device, implementations: dic
                     continue
                 try:  # copies: some peers write into their inputs
                     rungs = ladder(op, sample, run(op, _copy(sample), implementation, _clones(upstream)), upstream)
+                except NotImplementedError:  # not what this peer does
+                    continue
                 except Exception as error:  # whatever a peer raises, it is not timed, and the run says why
                     red[name] = f"{type(error).__name__}: {error}"
                     continue

@@ -215,15 +215,19 @@ def test_plan_covers_the_registry_and_every_gate_is_measured():
                 kinds &= set(case.passes or kinds)
                 assert dtypes and kinds, case
                 assert {(str(case), dtype, kind) for dtype in dtypes for kind in kinds} <= planned
-    rows = {(p.op.name, direction, suite.short(p.dtype), suite.size_of(p.case.dims))
-            for p in every for direction in suite.PASSES[p.kind]}
+    on_gpu = suite.plan(list(OPS), ["forward", "backward", "both", "call"], [torch.bfloat16, torch.float32], False, "cuda")
+    rows_on = {device: {(p.op.name, direction, suite.short(p.dtype), suite.size_of(p.case.dims))
+                        for p in passes for direction in suite.PASSES[p.kind]}
+               for device, passes in (("cpu", every), ("cuda", on_gpu))}
+    rows = rows_on["cpu"]
     for gate in gates.load():
         assert any(gate["op"] == op and gate["direction"] == direction and gate.get("dtype", dtype) == dtype
-                   and fnmatch.fnmatchcase(size, gate.get("size", "*")) for op, direction, dtype, size in rows), gate
+                   and fnmatch.fnmatchcase(size, gate.get("size", "*"))
+                   for op, direction, dtype, size in rows_on[gate["device"]]), gate
     # Every size of attention has its gate: a pattern that catches nothing, or two sizes too many, would pass unseen.
     sizes = {size for op, direction, dtype, size in rows if op == "flash_attention" and direction == "forward"}
     for size in sizes:
-        caught = [g for g in gates.load() if g["op"] == "flash_attention" and g["direction"] == "forward"
+        caught = [g for g in gates.load() if (g["op"], g["device"], g["direction"]) == ("flash_attention", "cpu", "forward")
                   and fnmatch.fnmatchcase(size, g.get("size", "*"))]
         assert 1 <= len([g for g in caught if "size" in g]) <= 1, (size, caught)
     first = suite.plan(["rms_norm"], ["forward"], [torch.float32], quick=True)

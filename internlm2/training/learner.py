@@ -33,8 +33,9 @@ class StepResult:
 class Learner:
     """A model, its optimizer and the loss it minimises.
 
-    AdamW (arXiv:1711.05101) with float32 moments: `FusedAdamW`, or PyTorch's where plain=True, for comparison. Weight decay acts on matrices (embeddings and output head included)
-    and leaves out norm weights, whose scale the next layer cannot undo.
+    AdamW (arXiv:1711.05101) with float32 moments: `FusedAdamW`, or PyTorch's where plain=True, for comparison. Weight decay
+    acts on matrices (embeddings and output head included) and leaves out norm weights, whose scale the next layer cannot
+    undo.
     """
 
     def __init__(self, model: torch.nn.Module, config: OptimizerConfig, loss: Loss = next_token_loss, *,

@@ -126,8 +126,8 @@ def main(argv: list[str]) -> int:
                 console.print(f"{tokens:>7} tokens  {form:<36} failed: {done.stderr.strip().splitlines()[-1]}", markup=False)
                 continue
             rows.append(json.loads(done.stdout.splitlines()[-1]))
-            console.print(f"{tokens:>7} tokens  {form:<36} peak {rows[-1]['peak_bytes'] / 2**30:6.2f} GiB, beyond gradients and "
-                          f"accumulator {rows[-1]['extra_bytes'] / 2**30:6.3f} GiB", highlight=False)
+            console.print(f"{tokens:>7} tokens  {form:<36} peak {rows[-1]['peak_bytes'] / 2**30:6.2f} GiB, beyond gradients, "
+                          f"accumulator: {rows[-1]['extra_bytes'] / 2**30:6.3f} GiB", highlight=False)
     folder = (args.out or record.RESULTS / info["node"]).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     commit = record.commit()

@@ -14,6 +14,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "rope_table.h"
 #include "runtime.h"
@@ -45,6 +46,8 @@ inline torch::headeronly::ScalarType accumulator_of(const Tensor& t) {
                                                                   : torch::headeronly::ScalarType::Float;
 }
 
+inline Dtype accumulator_tag(const Tensor& t) { return dtype_of(t) == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
+
 // A tensor seen as rows along its last dimension: at most two leading strides, which the public functions guarantee.
 inline Rows rows_of(const Tensor& t) {
   const int64_t dim = t.dim();
@@ -62,6 +65,10 @@ inline Rows rows_of(const Tensor& t) {
   for (int64_t i = 0; i + 1 < dim; ++i) rows *= t.size(i);
   return {rows, 1, t.size(dim - 1), 0};
 }
+
+// Contiguous tensors of one dimension; Out also of a fresh tensor of any shape.
+inline In in_of(const Tensor& t) { return {dtype_of(t), t.const_data_ptr()}; }
+inline Out out_of(const Tensor& t) { return {dtype_of(t), t.mutable_data_ptr()}; }
 
 inline Tensor empty_as(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
 
@@ -164,6 +171,7 @@ inline void check_launch(const char* error) { STD_TORCH_CHECK(error == nullptr, 
 template <typename T> struct TypeName;
 template <> struct TypeName<Tensor> { static std::string get() { return "Tensor"; } };
 template <> struct TypeName<OptTensor> { static std::string get() { return "Tensor?"; } };
+template <> struct TypeName<std::vector<Tensor>> { static std::string get() { return "Tensor[]"; } };
 template <> struct TypeName<double> { static std::string get() { return "float"; } };
 template <> struct TypeName<int64_t> { static std::string get() { return "int"; } };
 template <> struct TypeName<bool> { static std::string get() { return "bool"; } };

@@ -12,6 +12,10 @@ enum DeviceError : int { kQkvRopePositions = 1 << 1, kQkvRopeSlots = 1 << 2 };
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
 
+// A contiguous tensor of one dimension, to read and to write.
+struct In { Dtype dtype; const void* data; };
+struct Out { Dtype dtype; void* data; };
+
 // Row i of a tensor begins at (i / inner) * outer_stride + (i % inner) * inner_stride; strides in elements.
 struct Rows {
   int64_t outer, inner, outer_stride, inner_stride;

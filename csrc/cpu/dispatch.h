@@ -18,3 +18,8 @@
     default: break;                                                      \
   }
 #endif
+
+// The same for what is computed in the accumulator's type alone: double for f64, else float.
+#define WITH_ACC(tag, Acc, ...)                                               \
+  if ((tag) == ::internlm2::Dtype::f64) { using Acc = double; __VA_ARGS__ }   \
+  else { using Acc = float; __VA_ARGS__ }

@@ -6,7 +6,7 @@ namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
 // exp(x) = 2^n * (1 + p), n = round(x / ln 2); with r = x - n ln 2, |r| <= ln 2 / 2, p = r + r^2 q(r). ln 2 is split in two
 // so that n * (upper part) is exact.
-template <typename V> struct ExpParts { V p, n; };
+template <typename V> struct ExpParts { V p, n, r, t; };  // t = r^2 q(r)
 
 // q fitted for least maximum relative error of 1 + p (3.1e-9).
 VEC_INLINE ExpParts<Vec<float>> exp_parts(Vec<float> x) {
@@ -18,7 +18,7 @@ VEC_INLINE ExpParts<Vec<float>> exp_parts(Vec<float> x) {
   q = fma(q, r, V(0x1.5558f2p-5f));
   q = fma(q, r, V(0x1.555492p-3f));
   q = fma(q, r, V(0x1.fffffcp-2f));
-  return {fma(q * r, r, r), n};
+  return {fma(q * r, r, r), n, r, q * r * r};
 }
 
 // The same in double; Taylor's polynomial of degree 13 is exact to 5e-18 on this interval.
@@ -39,7 +39,7 @@ VEC_INLINE ExpParts<Vec<double>> exp_parts(Vec<double> x) {
   q = fma(q, r, V(1.0 / 24.0));
   q = fma(q, r, V(1.0 / 6.0));
   q = fma(q, r, V(0.5));
-  return {fma(q * r, r, r), n};
+  return {fma(q * r, r, r), n, r, q * r * r};
 }
 
 // Within 1 ulp; NaN stays NaN (in this order min and max pass it on), overflow is inf, underflow goes through the

@@ -91,6 +91,7 @@ TWO_OPERATOR(/)
 #undef TWO_OPERATOR
 template <typename V> VEC_INLINE Two<V> fma(Two<V> x, Two<V> y, Two<V> z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
 template <typename V> VEC_INLINE Two<V> fma(Two<V> x, Two<V> y, V z) { return {fma(x.a, y.a, z), fma(x.b, y.b, z)}; }
+template <typename V> VEC_INLINE Two<V> fma(Two<V> x, V y, Two<V> z) { return {fma(x.a, y, z.a), fma(x.b, y, z.b)}; }
 template <typename V> VEC_INLINE Two<V> fnma(Two<V> x, V y, Two<V> z) { return {fnma(x.a, y, z.a), fnma(x.b, y, z.b)}; }
 template <typename V> VEC_INLINE Two<V> min(V x, Two<V> y) { return {min(x, y.a), min(x, y.b)}; }
 

@@ -1,0 +1,212 @@
+#include "adamw.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "stable.h"
+
+namespace internlm2 {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+// ------------------------------------------------------------------------------------- the chunks of a list of tensors
+// Chunks are counted over all tensors together, so that many small ones are as good as a few large ones.
+class Chunks {
+ public:
+  void add(int64_t numel) { ends_.push_back(count() + (numel + kListChunk - 1) / kListChunk); }
+  int64_t count() const { return ends_.empty() ? 0 : ends_.back(); }
+  // f(chunk, tensor, first element) for each, by as many threads as there are.
+  template <typename F> void run(const F& f) const {
+    for_units(count(), workers_for(count()), [&](int64_t chunk, int64_t) {
+      const auto tensor = static_cast<size_t>(std::upper_bound(ends_.begin(), ends_.end(), chunk) - ends_.begin());
+      f(chunk, tensor, (chunk - (tensor ? ends_[tensor - 1] : 0)) * kListChunk);
+    });
+  }
+
+ private:
+  std::vector<int64_t> ends_;
+};
+
+// Elements lie without gaps, in whatever order of dimensions.
+bool dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    if (t.size(i) > 1) dims.emplace_back(t.stride(i), t.size(i));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+Tensor squared_norm_fwd_cpp(const Tensors& tensors) {
+  check_cpu();
+  STD_TORCH_CHECK(!tensors.empty(), "ValueError: tensors: expected at least one tensor, got none");
+  Chunks chunks;
+  std::vector<In> ins;
+  bool wide = false;
+  for (const Tensor& tensor : tensors) {
+    STD_TORCH_CHECK(dense(tensor), "ValueError: tensors: expected dense tensors, got one with gaps at ", ins.size());
+    ins.push_back(in_of(tensor));
+    chunks.add(tensor.numel());
+    wide = wide || ins.back().dtype == Dtype::f64;
+  }
+  const auto f64 = torch::headeronly::ScalarType::Double, f32 = torch::headeronly::ScalarType::Float;
+  Tensor total = torch::stable::new_empty(tensors[0], {}, wide ? f64 : f32);
+  Tensor partial = torch::stable::new_empty(tensors[0], {chunks.count()}, f64);
+  auto* sums = static_cast<double*>(data(partial));
+  chunks.run([&](int64_t chunk, size_t i, int64_t begin) {
+    sums[chunk] = INTERNLM2_CPU(sum_of_squares, ins[i], begin, std::min(begin + kListChunk, tensors[i].numel()));
+  });
+  double sum = 0;
+  for (int64_t chunk = 0; chunk < chunks.count(); ++chunk) sum += sums[chunk];
+  if (wide) *static_cast<double*>(data(total)) = sum;
+  else *static_cast<float*>(data(total)) = static_cast<float>(sum);
+  return total;
+}
+
+// ---------------------------------------------------------------------------------------------------------------- checks
+const char* name_of(Dtype dtype) {
+  static const char* const names[] = {"float32", "bfloat16", "float16", "float64", "int32", "int64", "int8"};
+  return names[static_cast<int>(dtype)];
+}
+
+void check_length(const char* argument, const Tensors& list, size_t length) {
+  STD_TORCH_CHECK(list.size() == length, "ValueError: ", argument, ": expected ", length, " tensors, as many as params, got ",
+                  list.size());
+}
+
+// Entry i of a list has the elements of its parameter in the same places.
+void check_entry(const char* argument, const Tensor& entry, const Tensor& param, size_t i) {
+  STD_TORCH_CHECK(entry.numel() == param.numel(), "ValueError: ", argument, ": expected ", param.numel(),
+                  " elements at ", i, ", as in params, got ", entry.numel());
+  bool same = entry.is_contiguous() && param.is_contiguous();
+  if (!same && entry.dim() == param.dim() && dense(entry)) {
+    same = true;
+    for (int64_t d = 0; d < param.dim(); ++d) {
+      same = same && entry.size(d) == param.size(d) && (param.size(d) <= 1 || entry.stride(d) == param.stride(d));
+    }
+  }
+  STD_TORCH_CHECK(same, "ValueError: ", argument, ": expected a dense tensor of the layout of params at ", i, ", got another");
+}
+
+void check_dtype(const char* argument, const Tensor& entry, std::initializer_list<Dtype> accepted, size_t i) {
+  const Dtype got = dtype_of(entry);
+  std::string names;
+  for (Dtype dtype : accepted) {
+    if (dtype == got) return;
+    names += (names.empty() ? "" : " or ") + std::string(name_of(dtype));
+  }
+  STD_TORCH_CHECK(false, "ValueError: ", argument, ": expected ", names, " at ", i, ", got ", name_of(got));
+}
+
+double scalar_of(const char* argument, const Tensor& t) {
+  STD_TORCH_CHECK(t.numel() == 1, "ValueError: ", argument, ": expected one element, got ", t.numel());
+  const Dtype dtype = dtype_of(t);
+  STD_TORCH_CHECK(dtype == Dtype::f32 || dtype == Dtype::f64, "ValueError: ", argument, ": expected float32, got ",
+                  name_of(dtype));
+  return dtype == Dtype::f32 ? static_cast<double>(*static_cast<const float*>(cdata(t))) : *static_cast<const double*>(cdata(t));
+}
+
+struct Lists { const Tensors &params, &grads, &masters, &exp_avgs, &exp_avg_sqs, &steps; };
+
+void check_lists(const Lists& l) {
+  check_length("grads", l.grads, l.params.size());
+  if (!l.masters.empty()) check_length("masters", l.masters, l.params.size());
+  check_length("exp_avgs", l.exp_avgs, l.params.size());
+  check_length("exp_avg_sqs", l.exp_avg_sqs, l.params.size());
+  check_length("steps", l.steps, l.params.size());
+  for (size_t i = 0; i < l.params.size(); ++i) {
+    const Tensor& param = l.params[i];
+    const Dtype dtype = dtype_of(param);
+    const bool wide = dtype == Dtype::f64;
+    check_dtype("params", param, {Dtype::f32, Dtype::bf16, Dtype::f16, Dtype::f64}, i);
+    STD_TORCH_CHECK(dense(param), "ValueError: params: expected dense tensors, got one with gaps at ", i);
+    check_entry("grads", l.grads[i], param, i);
+    wide ? check_dtype("grads", l.grads[i], {dtype}, i) : check_dtype("grads", l.grads[i], {dtype, Dtype::f32}, i);
+    if (!l.masters.empty()) {
+      check_entry("masters", l.masters[i], param, i);
+      check_dtype("masters", l.masters[i], {wide ? Dtype::f64 : Dtype::f32}, i);
+    }
+    check_entry("exp_avgs", l.exp_avgs[i], param, i);
+    wide ? check_dtype("exp_avgs", l.exp_avgs[i], {dtype}, i)
+         : check_dtype("exp_avgs", l.exp_avgs[i], {Dtype::f32, Dtype::bf16}, i);
+    check_entry("exp_avg_sqs", l.exp_avg_sqs[i], param, i);
+    check_dtype("exp_avg_sqs", l.exp_avg_sqs[i], {dtype_of(l.exp_avgs[i])}, i);
+    check_dtype("steps", l.steps[i], {Dtype::f32}, i);
+    STD_TORCH_CHECK(l.steps[i].numel() == 1, "ValueError: steps: expected one element at ", i, ", got ", l.steps[i].numel());
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------------ step
+// Counts the update and gathers what one tensor's chunks need of it.
+std::vector<AdamwTensor> tensors_of(const Lists& l, const Adamw& a, double lr, double weight_decay, int64_t first_index) {
+  std::vector<AdamwTensor> tensors;
+  tensors.reserve(l.params.size());
+  for (size_t i = 0; i < l.params.size(); ++i) {
+    auto* count = static_cast<float*>(data(l.steps[i]));
+    *count += 1;
+    const double step = *count;
+    AdamwTensor t{};
+    t.dtype = dtype_of(l.params[i]);
+    t.grad_dtype = dtype_of(l.grads[i]);
+    t.moment_dtype = dtype_of(l.exp_avgs[i]);
+    t.param = data(l.params[i]);
+    t.grad = cdata(l.grads[i]);
+    t.master = l.masters.empty() ? nullptr : data(l.masters[i]);
+    t.exp_avg = data(l.exp_avgs[i]);
+    t.exp_avg_sq = data(l.exp_avg_sqs[i]);
+    t.numel = l.params[i].numel();
+    t.decay = 1 - lr * weight_decay;
+    t.step_size = lr / (1 - std::pow(a.beta1, step));
+    t.root_scale = 1 / std::sqrt(1 - std::pow(a.beta2, step));
+    t.index = static_cast<uint32_t>(first_index + static_cast<int64_t>(i));
+    t.step = static_cast<uint32_t>(static_cast<int64_t>(step));
+    tensors.push_back(t);
+  }
+  return tensors;
+}
+
+void adamw_step_cpp(const Tensors& params, const Tensors& grads, const Tensors& masters, const Tensors& exp_avgs,
+                    const Tensors& exp_avg_sqs, const Tensors& steps, const Tensor& skipped, const OptTensor& total_sq,
+                    const OptTensor& grad_scale, const OptTensor& found_inf, const Tensor& lr, double beta1, double beta2,
+                    double eps, double weight_decay, double max_grad_norm, bool stochastic_rounding, bool maximize,
+                    int64_t seed, int64_t first_index) {
+  check_cpu();
+  const Lists lists{params, grads, masters, exp_avgs, exp_avg_sqs, steps};
+  check_lists(lists);
+  STD_TORCH_CHECK(dtype_of(skipped) == Dtype::i64 && skipped.numel() == 1,
+                  "ValueError: skipped: expected one int64, got ", skipped.numel(), " of ", name_of(dtype_of(skipped)));
+  const double scale = grad_scale.has_value() ? scalar_of("grad_scale", *grad_scale) : 1;
+  const double norm = total_sq.has_value() ? std::sqrt(scalar_of("total_sq", *total_sq)) / scale : 0;
+  const double rate = scalar_of("lr", lr);
+  const bool overflow = found_inf.has_value() && scalar_of("found_inf", *found_inf) != 0;
+  if (overflow || !std::isfinite(norm)) {
+    *static_cast<int64_t*>(data(skipped)) += 1;
+    return;
+  }
+  const double coefficient = total_sq.has_value() && max_grad_norm > 0 ? std::min(1.0, max_grad_norm / (norm + 1e-6)) : 1;
+  const auto bits = static_cast<uint64_t>(seed);
+  const Adamw a{beta1, beta2, eps, (maximize ? -coefficient : coefficient) / scale, stochastic_rounding,
+                static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
+  const std::vector<AdamwTensor> tensors = tensors_of(lists, a, rate, weight_decay, first_index);
+  Chunks chunks;
+  for (const AdamwTensor& t : tensors) chunks.add(t.numel);
+  chunks.run([&](int64_t, size_t i, int64_t begin) {
+    INTERNLM2_CPU(adamw_step, a, tensors[i], begin, std::min(begin + kListChunk, tensors[i].numel));
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(internlm2, CPU, m) {
+  INTERNLM2_IMPL(m, "squared_norm_fwd.cpp", squared_norm_fwd_cpp);
+  INTERNLM2_IMPL(m, "adamw_step_.cpp", adamw_step_cpp);
+}
+
+}  // namespace internlm2

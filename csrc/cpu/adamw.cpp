@@ -1,0 +1,152 @@
+#include "../adamw.h"
+
+#include <algorithm>
+
+#include "dispatch.h"
+#include "mask.h"
+#include "philox.h"
+
+namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
+namespace {
+
+// -------------------------------------------------------------------------------------------------- sum of squares
+VEC_INLINE void add_squares(Two<Vec<double>>& sum, Vec<float> x) {  // in double: no square overflows
+  const Vec<double> low = lower_half(x), high = upper_half(x);
+  sum = {fma(low, low, sum.a), fma(high, high, sum.b)};
+}
+VEC_INLINE void add_squares(Two<Vec<double>>& sum, Vec<double> x) { sum.a = fma(x, x, sum.a); }
+template <typename V> VEC_INLINE void add_squares(Two<Vec<double>>& sum, Two<V> x) {
+  add_squares(sum, x.a);
+  add_squares(sum, x.b);
+}
+
+template <typename T> double squares(const T* x, int64_t n) {
+  Two<Vec<double>> sums[4];
+  for_unrolled<4, Vec<acc_t<T>>, T>(n, [&](int64_t i, auto lanes, int u) VEC_LAMBDA {
+    add_squares(sums[u], load<Vec<acc_t<T>>>(x + i, lanes));
+  });
+  const Two<Vec<double>> sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  return (sum.a + sum.b).sum();
+}
+
+// ------------------------------------------------------------------------------------------------------------ step
+template <typename P, typename G, typename M> struct Pointers { P* param; const G* grad; acc_t<P>* master; M *m, *v; };
+
+template <typename Acc> struct Constants {
+  using V = Vec<Acc>;
+  V factor, decay, beta1, rest1, beta2, rest2, root_scale, eps, step_size;
+  Constants(const Adamw& a, const AdamwTensor& t)
+      : factor(static_cast<Acc>(a.grad_factor)), decay(static_cast<Acc>(t.decay)), beta1(static_cast<Acc>(a.beta1)),
+        rest1(static_cast<Acc>(1 - a.beta1)), beta2(static_cast<Acc>(a.beta2)), rest2(static_cast<Acc>(1 - a.beta2)),
+        root_scale(static_cast<Acc>(t.root_scale)), eps(static_cast<Acc>(a.eps)), step_size(static_cast<Acc>(t.step_size)) {}
+};
+
+template <typename V> VEC_INLINE Two<V> root(Two<V> x) { return {root(x.a), root(x.b)}; }
+
+// One call of Philox serves kPairs pairs of vectors: so many elements are one block.
+constexpr int kPairs = 2;
+
+template <typename P, typename G, typename M, bool kMaster, bool kStochastic> struct Step {
+  using Acc = acc_t<P>;
+  using V = Vec<Acc>;
+  // Random bits come for even and odd elements apart; where there are none, memory's order costs no shuffles.
+  using Order = std::conditional_t<kStochastic || is_bf16<M>, bf16, Acc>;
+  static constexpr int kElements = kPairs * 2 * V::size;
+  static_assert(!(kStochastic || is_bf16<M>) || kElements == kPhiloxElements);
+
+  const Constants<Acc> c;
+  const PhiloxKey key;
+  const uint32_t stream, step;  // of the parameter; exp_avg and exp_avg_sq have the next two
+
+  Step(const Adamw& a, const AdamwTensor& t)
+      : c(a, t), key{a.seed_low, a.seed_high}, stream(t.index * 4), step(t.step) {}
+
+  template <typename T> VEC_INLINE void put(T* p, const Two<V> (&x)[kPairs], int64_t, uint32_t) const {
+    for (int k = 0; k < kPairs; ++k) store(p + k * 2 * V::size, x[k], Both<Order>{});
+  }
+  VEC_INLINE void put_random(bf16* p, const Two<V> (&x)[kPairs], int64_t element, uint32_t of) const {
+    Words random[kPairs];
+    philox(key, static_cast<uint64_t>(element) / 8, of, step, random[0], random[1]);
+    for (int k = 0; k < kPairs; ++k) store_stochastic(p + k * 2 * V::size, x[k].a, x[k].b, random[k]);
+  }
+
+  VEC_INLINE void block(const Pointers<P, G, M>& p, int64_t i, int64_t element) const {
+    Two<V> w[kPairs], m[kPairs], v[kPairs];
+    for (int k = 0; k < kPairs; ++k) {
+      const int64_t j = i + k * 2 * V::size;
+      const Two<V> g = load<V>(p.grad + j, Both<Order>{}) * c.factor;
+      if constexpr (kMaster) w[k] = load<V>(p.master + j, Both<Order>{}) * c.decay;
+      else w[k] = load<V>(p.param + j, Both<Order>{}) * c.decay;
+      m[k] = fma(load<V>(p.m + j, Both<Order>{}), c.beta1, g * c.rest1);
+      v[k] = fma(load<V>(p.v + j, Both<Order>{}), c.beta2, g * g * c.rest2);
+      const Two<V> size = root(v[k]) * c.root_scale + c.eps;
+      w[k] = fnma(m[k] / size, c.step_size, w[k]);
+    }
+    if constexpr (kMaster) put(p.master + i, w, element, 0);
+    if constexpr (kStochastic) put_random(p.param + i, w, element, stream);
+    else put(p.param + i, w, element, 0);
+    if constexpr (is_bf16<M>) {
+      put_random(p.m + i, m, element, stream + 1);
+      put_random(p.v + i, v, element, stream + 2);
+    } else {
+      put(p.m + i, m, element, 0);
+      put(p.v + i, v, element, 0);
+    }
+  }
+
+  void range(const Pointers<P, G, M>& p, int64_t n, int64_t element) const {
+    int64_t i = 0;
+    for (; i + kElements <= n; i += kElements) block(p, i, element + i);
+    if (i == n) return;
+    P param[kElements] = {};
+    G grad[kElements] = {};
+    Acc master[kMaster ? kElements : 1] = {};
+    M m[kElements] = {}, v[kElements] = {};
+    const int64_t rest = n - i;
+    std::copy_n(p.param + i, rest, param);
+    std::copy_n(p.grad + i, rest, grad);
+    if constexpr (kMaster) std::copy_n(p.master + i, rest, master);
+    std::copy_n(p.m + i, rest, m);
+    std::copy_n(p.v + i, rest, v);
+    block({param, grad, master, m, v}, 0, element + i);
+    std::copy_n(param, rest, p.param + i);
+    if constexpr (kMaster) std::copy_n(master, rest, p.master + i);
+    std::copy_n(m, rest, p.m + i);
+    std::copy_n(v, rest, p.v + i);
+  }
+};
+
+template <typename P, typename G, typename M>
+void step_typed(const Adamw& a, const AdamwTensor& t, int64_t begin, int64_t end) {
+  const Pointers<P, G, M> p{static_cast<P*>(t.param) + begin, static_cast<const G*>(t.grad) + begin,
+                            t.master ? static_cast<acc_t<P>*>(t.master) + begin : nullptr, static_cast<M*>(t.exp_avg) + begin,
+                            static_cast<M*>(t.exp_avg_sq) + begin};
+  if (t.master != nullptr) return Step<P, G, M, true, false>(a, t).range(p, end - begin, begin);
+  if constexpr (is_bf16<P>) {
+    if (a.stochastic_rounding) return Step<P, G, M, false, true>(a, t).range(p, end - begin, begin);
+  }
+  Step<P, G, M, false, false>(a, t).range(p, end - begin, begin);
+}
+
+template <typename P, typename G>
+void step_of_grad(const Adamw& a, const AdamwTensor& t, int64_t begin, int64_t end) {
+  if constexpr (std::is_same_v<P, double>) return step_typed<P, G, double>(a, t, begin, end);
+  else if (t.moment_dtype == Dtype::bf16) return step_typed<P, G, bf16>(a, t, begin, end);
+  else return step_typed<P, G, float>(a, t, begin, end);
+}
+
+}  // namespace
+
+double sum_of_squares(const In& grad, int64_t begin, int64_t end) {
+  WITH_STORAGE(grad.dtype, T, { return squares(static_cast<const T*>(grad.data) + begin, end - begin); })
+  return 0;
+}
+
+void adamw_step(const Adamw& a, const AdamwTensor& t, int64_t begin, int64_t end) {
+  WITH_STORAGE(t.dtype, P, {
+    if (t.grad_dtype == t.dtype) return step_of_grad<P, P>(a, t, begin, end);
+    if constexpr (sizeof(P) == 2) return step_of_grad<P, float>(a, t, begin, end);
+  })
+}
+
+}}}  // namespace internlm2::cpu::CPU_CAPABILITY

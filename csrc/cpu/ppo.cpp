@@ -1,0 +1,294 @@
+#include "../ppo.h"
+
+#include <algorithm>
+
+#include "dispatch.h"
+#include "log.h"
+
+namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
+namespace {
+
+constexpr double kMostRatio = 20;  // bound of the log-ratio
+constexpr double kInfinity = __builtin_huge_val();
+
+// What the two policy passes share. A NaN passes: it is never smaller.
+template <typename Acc> struct Policy {
+  using V = Vec<Acc>;
+  V low, high;
+  explicit Policy(double clip) : low(static_cast<Acc>(1 - clip)), high(static_cast<Acc>(1 + clip)) {}
+  VEC_INLINE V bounded(V ratio, V advantage) const { return min(high, max(low, ratio)) * advantage; }
+};
+
+template <typename Acc> void policy_fwd(const PolicyLoss& a, int64_t chunk) {
+  using V = Vec<Acc>;
+  const Policy<Acc> policy(a.clip);
+  Acc new_buffer[kBlock], old_buffer[kBlock], advantage_buffer[kBlock];
+  WideSum loss, kl;
+  V clipped_terms, count;
+  const int64_t last = std::min(a.n, (chunk + 1) * kPpoChunk);
+  for (int64_t i = chunk * kPpoChunk; i < last; i += kBlock) {
+    const int64_t n = std::min(kBlock, last - i);
+    const Acc *logprobs = block_of(a.logprobs, i, n, new_buffer), *old = block_of(a.old_logprobs, i, n, old_buffer);
+    const Acc* advantages = block_of(a.advantages, i, n, advantage_buffer);
+    for_vectors<V, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
+      const auto keep = true_lanes<V>(a.mask + i + j, lanes);
+      const V difference = load<V>(logprobs + j, lanes) - load<V>(old + j, lanes);
+      const V x = min(V(Acc(kMostRatio)), max(V(Acc(-kMostRatio)), difference));
+      const auto e = exp_terms(x);
+      const V advantage = load<V>(advantages + j, lanes), full = e.whole * advantage;
+      const V bounded = policy.bounded(e.whole, advantage);
+      const auto clipped = less(bounded, full);
+      loss.add(only(keep, pick(clipped, bounded, full)));
+      clipped_terms = clipped_terms + only(keep, only(clipped, V(1)));
+      kl.add(only(keep, expm1_minus(x, e)));
+      count = count + only(keep, V(1));
+    });
+  }
+  double* out = a.partial + chunk * kPolicySums;
+  out[0] = loss.sum();
+  out[1] = clipped_terms.sum();
+  out[2] = kl.sum();
+  out[3] = count.sum();
+}
+
+template <typename Acc> void policy_total(const PolicyLoss& a) {
+  double sums[kPolicySums] = {};
+  for (int64_t chunk = 0; chunk * kPpoChunk < a.n; ++chunk) {
+    for (int k = 0; k < kPolicySums; ++k) sums[k] += a.partial[chunk * kPolicySums + k];
+  }
+  const double count = sums[3];
+  *static_cast<Acc*>(a.loss) = static_cast<Acc>(count > 0 ? -sums[0] / count : 0);
+  *static_cast<Acc*>(a.clip_fraction) = static_cast<Acc>(count > 0 ? sums[1] / count : 0);
+  *static_cast<Acc*>(a.approx_kl) = static_cast<Acc>(count > 0 ? sums[2] / count : 0);
+  *static_cast<Acc*>(a.count) = static_cast<Acc>(count);
+}
+
+// Upstream over the number of counted entries; where there are none, every entry is masked.
+template <typename Acc, typename A> Acc upstream(const A& a) {
+  const Acc count = *static_cast<const Acc*>(a.count);
+  return count > 0 ? *static_cast<const Acc*>(a.dloss) / count : Acc(0);
+}
+
+template <typename Acc> void policy_bwd(const PolicyLoss& a, int64_t begin, int64_t end) {
+  using V = Vec<Acc>;
+  const Policy<Acc> policy(a.clip);
+  const V scale(-upstream<Acc>(a)), most(static_cast<Acc>(kMostRatio));
+  Acc new_buffer[kBlock], old_buffer[kBlock], advantage_buffer[kBlock], out_buffer[kBlock];
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int64_t n = std::min(kBlock, end - i);
+    const Acc *logprobs = block_of(a.logprobs, i, n, new_buffer), *old = block_of(a.old_logprobs, i, n, old_buffer);
+    const Acc* advantages = block_of(a.advantages, i, n, advantage_buffer);
+    Acc* out = block_for(a.dlogprobs, i, out_buffer);
+    for_vectors<V, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
+      const V x = load<V>(logprobs + j, lanes) - load<V>(old + j, lanes), advantage = load<V>(advantages + j, lanes);
+      const V ratio = exp(min(most, max(V(0) - most, x))), full = ratio * advantage;
+      const V through = pick(less(policy.bounded(ratio, advantage), full), V(0), full * scale);
+      const V near = pick(less(most, magnitude(x)), V(0), through);
+      store(out + j, only(true_lanes<V>(a.mask + i + j, lanes), near), lanes);
+    });
+    put_block(a.dlogprobs, i, n, out);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------- value loss
+// The clipped value: v itself where it is near the old one, so that the two forms agree there to the bit.
+template <typename Acc> struct Clip {
+  using V = Vec<Acc>;
+  V most;
+  explicit Clip(double clip) : most(static_cast<Acc>(clip < 0 ? kInfinity : clip)) {}
+  VEC_INLINE V operator()(V v, V old) const {
+    const V difference = v - old;
+    const V edge = pick(less(difference, V(0)), old - most, old + most);
+    return pick(less(most, magnitude(difference)), edge, v);
+  }
+};
+
+// Count, mean and sum of squared deviations of what has been seen so far; two of them add up without cancellation.
+struct Moments {
+  double count = 0, mean = 0, squares = 0;
+  void add(const Moments& other) {
+    if (other.count == 0) return;
+    const double all = count + other.count, delta = other.mean - mean;
+    squares += other.squares + delta * delta * (count * other.count / all);
+    mean += delta * (other.count / all);
+    count = all;
+  }
+};
+
+// A row of `partial`: the sums of losses and clipped terms, the returns' range and moments, the errors' mean and squares.
+struct ValueSums {
+  double loss = 0, clipped = 0, least = kInfinity, most = -kInfinity;
+  Moments returns, errors;
+  void save(double* p) const {
+    const double row[kValueSums] = {loss, clipped, least, most, returns.count, returns.mean, returns.squares, errors.mean,
+                                    errors.squares};
+    std::copy(row, row + kValueSums, p);
+  }
+  void add(const double* p) {
+    loss += p[0];
+    clipped += p[1];
+    least = std::min(least, p[2]);
+    most = std::max(most, p[3]);
+    returns.add({p[4], p[5], p[6]});
+    errors.add({p[4], p[7], p[8]});
+  }
+};
+
+// The moments of x(j, lanes) over the kept of a block, by a second pass over it around the first one's mean.
+template <typename Acc, typename F> VEC_INLINE Moments moments_of(int64_t n, const uint8_t* mask, double count, double sum,
+                                                                  const F& x) {
+  using V = Vec<Acc>;
+  if (count == 0) return {};
+  const Acc near = static_cast<Acc>(sum / count);
+  V rest, squares;
+  for_vectors<V, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
+    const V d = only(true_lanes<V>(mask + j, lanes), x(j, lanes) - V(near));
+    rest = rest + d;
+    squares = fma(d, d, squares);
+  });
+  const double left = static_cast<double>(rest.sum());
+  return {count, static_cast<double>(near) + left / count,
+          std::max(0.0, static_cast<double>(squares.sum()) - left * left / count)};
+}
+
+template <typename Acc> double least_of(Vec<Acc> x) {
+  Acc lanes[Vec<Acc>::size];
+  x.store(lanes);
+  return *std::min_element(lanes, lanes + Vec<Acc>::size);
+}
+
+template <typename Acc> void value_fwd(const ValueLoss& a, int64_t chunk) {
+  using V = Vec<Acc>;
+  const Clip<Acc> clip(a.clip);
+  Acc value_buffer[kBlock], old_buffer[kBlock], return_buffer[kBlock];
+  ValueSums sums;
+  const int64_t last = std::min(a.n, (chunk + 1) * kPpoChunk);
+  for (int64_t i = chunk * kPpoChunk; i < last; i += kBlock) {
+    const int64_t n = std::min(kBlock, last - i);
+    const Acc *values = block_of(a.values, i, n, value_buffer), *old = block_of(a.old_values, i, n, old_buffer);
+    const Acc* returns = block_of(a.returns, i, n, return_buffer);
+    const uint8_t* mask = a.mask + i;
+    const V infinity(static_cast<Acc>(kInfinity));
+    WideSum loss;
+    V clipped_terms, count, return_sum, error_sum, least = infinity, most_negative = infinity;
+    for_vectors<V, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
+      const auto keep = true_lanes<V>(mask + j, lanes);
+      const V v = load<V>(values + j, lanes), r = load<V>(returns + j, lanes), error = r - v;
+      const V far = r - clip(v, load<V>(old + j, lanes)), plain = error * error, other = far * far;
+      const auto clipped = less(plain, other);
+      loss.add(only(keep, pick(clipped, other, plain)));
+      clipped_terms = clipped_terms + only(keep, only(clipped, V(1)));
+      count = count + only(keep, V(1));
+      return_sum = return_sum + only(keep, r);
+      error_sum = error_sum + only(keep, error);
+      least = min(least, pick(keep, r, infinity));
+      most_negative = min(most_negative, pick(keep, V(0) - r, infinity));
+    });
+    const double kept = count.sum();
+    sums.loss += loss.sum();
+    sums.clipped += clipped_terms.sum();
+    sums.least = std::min(sums.least, least_of(least));
+    sums.most = std::max(sums.most, -least_of(most_negative));
+    sums.returns.add(moments_of<Acc>(n, mask, kept, return_sum.sum(), [&](int64_t j, auto lanes) VEC_LAMBDA {
+      return load<V>(returns + j, lanes);
+    }));
+    sums.errors.add(moments_of<Acc>(n, mask, kept, error_sum.sum(), [&](int64_t j, auto lanes) VEC_LAMBDA {
+      return load<V>(returns + j, lanes) - load<V>(values + j, lanes);
+    }));
+  }
+  sums.save(a.partial + chunk * kValueSums);
+}
+
+template <typename Acc> void value_total(const ValueLoss& a) {
+  ValueSums sums;
+  for (int64_t chunk = 0; chunk * kPpoChunk < a.n; ++chunk) sums.add(a.partial + chunk * kValueSums);
+  const double count = sums.returns.count, squares = sums.returns.squares;
+  const bool flat = count == 0 || (sums.least == sums.most && squares == squares);  // returns that are all the same
+  *static_cast<Acc*>(a.loss) = static_cast<Acc>(count > 0 ? 0.5 * sums.loss / count : 0);
+  *static_cast<Acc*>(a.clip_fraction) = static_cast<Acc>(count > 0 ? sums.clipped / count : 0);
+  *static_cast<Acc*>(a.explained_variance) = static_cast<Acc>(flat ? 0 : 1 - sums.errors.squares / squares);
+  *static_cast<Acc*>(a.count) = static_cast<Acc>(count);
+}
+
+template <typename Acc> void value_bwd(const ValueLoss& a, int64_t begin, int64_t end) {
+  using V = Vec<Acc>;
+  const Clip<Acc> clip(a.clip);
+  const V scale(upstream<Acc>(a));
+  Acc value_buffer[kBlock], old_buffer[kBlock], return_buffer[kBlock], out_buffer[kBlock];
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int64_t n = std::min(kBlock, end - i);
+    const Acc *values = block_of(a.values, i, n, value_buffer), *old = block_of(a.old_values, i, n, old_buffer);
+    const Acc* returns = block_of(a.returns, i, n, return_buffer);
+    Acc* out = block_for(a.dvalues, i, out_buffer);
+    for_vectors<V, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
+      const V v = load<V>(values + j, lanes), r = load<V>(returns + j, lanes), error = v - r;
+      const V far = clip(v, load<V>(old + j, lanes)) - r;
+      const V through = pick(less(error * error, far * far), V(0), error * scale);
+      store(out + j, only(true_lanes<V>(a.mask + i + j, lanes), through), lanes);
+    });
+    put_block(a.dvalues, i, n, out);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------- KL penalty
+template <typename Acc> void kl_fwd(const KlPenalty& a, int64_t begin, int64_t end) {
+  using V = Vec<Acc>;
+  Acc new_buffer[kBlock], ref_buffer[kBlock];
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int64_t n = std::min(kBlock, end - i);
+    const Acc *logprobs = block_of(a.logprobs, i, n, new_buffer), *ref = block_of(a.ref_logprobs, i, n, ref_buffer);
+    Acc* kl = static_cast<Acc*>(a.kl) + i;
+    for_vectors<V, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
+      const V p = load<V>(logprobs + j, lanes), q = load<V>(ref + j, lanes), l = p - q;
+      if (a.estimator == 1) return store(kl + j, l, lanes);
+      store(kl + j, a.estimator == 2 ? V(Acc(0.5)) * l * l : expm1_minus(q - p), lanes);
+    });
+  }
+}
+
+// d kl / d l: 1, l, 1 - exp(-l).
+template <typename Acc> void kl_bwd(const KlPenalty& a, int64_t begin, int64_t end) {
+  using V = Vec<Acc>;
+  Acc new_buffer[kBlock], ref_buffer[kBlock], out_buffer[kBlock], dref_buffer[kBlock];
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int64_t n = std::min(kBlock, end - i);
+    const Acc *logprobs = block_of(a.logprobs, i, n, new_buffer), *ref = block_of(a.ref_logprobs, i, n, ref_buffer);
+    const Acc* dkl = static_cast<const Acc*>(a.dkl) + i;
+    Acc *out = block_for(a.dlogprobs, i, out_buffer), *dref = a.dref.data ? block_for(a.dref, i, dref_buffer) : nullptr;
+    for_vectors<V, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
+      const V p = load<V>(logprobs + j, lanes), q = load<V>(ref + j, lanes), up = load<V>(dkl + j, lanes);
+      const V slope = a.estimator == 1 ? V(1) : a.estimator == 2 ? p - q : V(0) - expm1(q - p);
+      store(out + j, up * slope, lanes);
+      if (dref != nullptr) store(dref + j, V(0) - up * slope, lanes);
+    });
+    put_block(a.dlogprobs, i, n, out);
+    if (dref != nullptr) put_block(a.dref, i, n, dref);
+  }
+}
+
+}  // namespace
+
+void ppo_policy_loss_fwd(const PolicyLoss& a, int64_t begin, int64_t end) {
+  WITH_ACC(a.acc, Acc, { for (; begin < end; ++begin) policy_fwd<Acc>(a, begin); })
+}
+void ppo_policy_loss_total(const PolicyLoss& a) { WITH_ACC(a.acc, Acc, { policy_total<Acc>(a); }) }
+void ppo_policy_loss_bwd(const PolicyLoss& a, int64_t begin, int64_t end) {
+  WITH_ACC(a.acc, Acc, { policy_bwd<Acc>(a, begin, end); })
+}
+
+void ppo_value_loss_fwd(const ValueLoss& a, int64_t begin, int64_t end) {
+  WITH_ACC(a.acc, Acc, { for (; begin < end; ++begin) value_fwd<Acc>(a, begin); })
+}
+void ppo_value_loss_total(const ValueLoss& a) { WITH_ACC(a.acc, Acc, { value_total<Acc>(a); }) }
+void ppo_value_loss_bwd(const ValueLoss& a, int64_t begin, int64_t end) {
+  WITH_ACC(a.acc, Acc, { value_bwd<Acc>(a, begin, end); })
+}
+
+void kl_penalty_fwd(const KlPenalty& a, int64_t begin, int64_t end) {
+  WITH_ACC(a.acc, Acc, { kl_fwd<Acc>(a, begin, end); })
+}
+void kl_penalty_bwd(const KlPenalty& a, int64_t begin, int64_t end) {
+  WITH_ACC(a.acc, Acc, { kl_bwd<Acc>(a, begin, end); })
+}
+
+}}}  // namespace internlm2::cpu::CPU_CAPABILITY

@@ -1,0 +1,59 @@
+#include "gae.h"
+
+#include <algorithm>
+
+#include "stable.h"
+
+namespace internlm2 {
+namespace {
+
+constexpr int64_t kTokens = 8192;  // a unit of work: sequences of so many tokens together, at least one
+
+void check_sequences(const Tensor& cu, int64_t tokens) {
+  const auto* p = static_cast<const int32_t*>(cdata(cu));
+  const int64_t n = cu.numel() - 1;
+  STD_TORCH_CHECK(n >= 0 && p[0] == 0, "ValueError: cu_seqlens: expected values that start at 0, got ", n >= 0 ? p[0] : -1);
+  for (int64_t i = 0; i < n; ++i) {
+    STD_TORCH_CHECK(p[i + 1] >= p[i], "ValueError: cu_seqlens: expected values that never fall, got ", p[i + 1], " after ",
+                    p[i]);
+  }
+  STD_TORCH_CHECK(p[n] == tokens, "ValueError: cu_seqlens: expected values that end at ", tokens, ", got ", p[n]);
+}
+
+// Where the units begin, and the end.
+std::vector<int64_t> units_of(const int32_t* cu, int64_t n) {
+  std::vector<int64_t> starts{0};
+  for (int64_t i = 1; i <= n; ++i) {
+    if (i == n || cu[i] - cu[starts.back()] >= kTokens) starts.push_back(i);
+  }
+  return starts;
+}
+
+std::tuple<Tensor, Tensor> gae_fwd_cpp(const Tensor& rewards, const Tensor& values, const Tensor& cu_seqlens,
+                                       const OptTensor& mask, const OptTensor& bootstrap, double gamma, double lam) {
+  check_cpu();
+  check_sequences(cu_seqlens, rewards.numel());
+  const auto acc = accumulator_of(rewards);
+  Tensor advantages = torch::stable::new_empty(rewards, rewards.sizes(), acc);
+  Tensor returns = torch::stable::new_empty(rewards, rewards.sizes(), acc);
+  Gae a{accumulator_tag(rewards), in_of(rewards), in_of(values)};
+  a.cu_seqlens = static_cast<const int32_t*>(cdata(cu_seqlens));
+  if (mask.has_value()) a.mask = static_cast<const uint8_t*>(cdata(*mask));
+  if (bootstrap.has_value()) a.bootstrap = cdata(*bootstrap);
+  a.advantages = data(advantages);
+  a.returns = data(returns);
+  a.gamma = gamma;
+  a.lam = lam;
+  const auto starts = units_of(a.cu_seqlens, cu_seqlens.numel() - 1);
+  const int64_t units = static_cast<int64_t>(starts.size()) - 1;
+  for_units(units, workers_for(units), [&](int64_t unit, int64_t) {
+    INTERNLM2_CPU(gae_fwd, a, starts[static_cast<size_t>(unit)], starts[static_cast<size_t>(unit) + 1]);
+  });
+  return {advantages, returns};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(internlm2, CPU, m) { INTERNLM2_IMPL(m, "gae_fwd.cpp", gae_fwd_cpp); }
+
+}  // namespace internlm2

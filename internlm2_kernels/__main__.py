@@ -73,12 +73,13 @@ def backend_table(explain: bool, names: list[str]) -> list[str]:
     """A line an operator: for each device the backends that can run, the automatic choice first; with reasons if asked."""
     from ._registry import BACKENDS, OPS, why_not
 
-    lines = []
-    for name in names or OPS:
+    lines, names = [], names or list(OPS)
+    width, backends = max(map(len, OPS)), max(len(" > ".join(op.usable["cpu"])) for op in OPS.values())
+    for name in names:
         if name not in OPS:
             raise SystemExit(f"ops: NAME: expected one of {', '.join(OPS)}, got {name!r}")
         op = OPS[name]
-        lines.append(f"{name:<12} cpu: {' > '.join(op.usable['cpu']):<28} cuda: {' > '.join(op.usable['cuda'])}")
+        lines.append(f"{name:<{width}}  cpu: {' > '.join(op.usable['cpu']):<{backends}}  cuda: {' > '.join(op.usable['cuda'])}")
         if explain:
             lines.append(f"  {op.summary}; {op.source}")
             for device in ("cpu", "cuda"):
@@ -98,7 +99,7 @@ def self_test(report) -> bool:
     from .testing import draw_upstream, ladder, run
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sound = True
+    sound, width = True, max(map(len, OPS))
     for op in OPS.values():
         for where in {torch.device("cpu"), device}:
             for backend in op.usable[where.type]:
@@ -115,7 +116,7 @@ def self_test(report) -> bool:
                     problem = f"{type(error).__name__}: {error}"
                 passed = not problem and worst <= 1
                 sound &= passed
-                report(f"{op.name:<12} {where.type:<5} {backend:<10} {'ok' if passed else 'FAILED'}   "
+                report(f"{op.name:<{width}}  {where.type:<5} {backend:<10} {'ok' if passed else 'FAILED'}   "
                        + (problem or f"largest error {worst:.2f} of what is allowed"))
     return sound
 

@@ -33,7 +33,8 @@ _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", 
 
 @dataclass(frozen=True)
 class Facts:
-    """What one compiled kernel takes. `loads` and `stores` count global accesses by their width in bits."""
+    """What one compiled kernel takes. `loads` and `stores` count global accesses by their width in bits; `mma`, `wgmma` and
+    `tcgen05` count the tensor cores' instructions, of which sm_100 has the first and the last, sm_90 the first two."""
 
     registers: int
     stack_bytes: int
@@ -42,6 +43,7 @@ class Facts:
     occupancy: float
     mma: int
     wgmma: int
+    tcgen05: int
     loads: str
     stores: str
 
@@ -64,7 +66,8 @@ def read_ptx(text: str) -> dict[str, Any]:
         widths["loads"][int(size, 0) * 8] += 1
     as_text = {name: " ".join(f"{n}x{bits}" for bits, n in sorted(counts.items(), reverse=True))
                for name, counts in widths.items()}
-    return {"mma": len(re.findall(r"\bmma\.sync", text)), "wgmma": len(re.findall(r"\bwgmma\.mma_async", text)), **as_text}
+    products = {"mma": r"\bmma\.sync\b", "wgmma": r"\bwgmma\.mma_async\b", "tcgen05": r"\btcgen05\.mma\b"}
+    return {**{name: len(re.findall(pattern, text)) for name, pattern in products.items()}, **as_text}
 
 
 def read_resources(cuobjdump: str, cubin: Path) -> dict[str, dict[str, int]]:
@@ -264,4 +267,4 @@ def _worst(rows: list[Facts]) -> dict:
     heaviest = max(rows, key=lambda facts: facts.registers)
     return {**asdict(heaviest), "stack_bytes": max(r.stack_bytes for r in rows),
             "shared_bytes": max(r.shared_bytes for r in rows), "occupancy": min(r.occupancy for r in rows),
-            "mma": max(r.mma for r in rows), "wgmma": max(r.wgmma for r in rows)}
+            **{name: max(getattr(r, name) for r in rows) for name in ("mma", "wgmma", "tcgen05")}}

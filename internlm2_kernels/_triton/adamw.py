@@ -1,0 +1,186 @@
+"""AdamW over lists of tensors. Contract: ops/adamw.py.
+
+Two launches: a small one decides on the device whether the step is skipped, computes what multiplies the gradients and
+counts the steps; the main one updates chunks of all tensors, found through a table of addresses (tables.py). Tensors of
+other dtypes than the first's take a main launch of their own. Thread and element: groups of eight neighbouring elements
+share one Philox counter and are one thread's, so their 16-bit numbers never leave its registers.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import check_dtype, launch
+from .functions import expm1
+from .squared_norm import TYPES
+from .tables import aligned, find_chunk, table
+
+CHUNK = 8192  # elements of a program
+GROUPS = 256  # of eight elements, at a time
+# Rows of the table behind the chunks'; masters' addresses are 0 where there are none.
+SIZE, PARAM, GRAD, MASTER, EXP_AVG, EXP_AVG_SQ, STEPS, INDEX = (tl.constexpr(i) for i in range(1, 9))
+
+
+@triton.jit(do_not_specialize=["tensors"])
+def adamw_prepare_kernel(table_ptr, state_ptr, skipped_ptr, total_sq_ptr, grad_scale_ptr, found_inf_ptr, tensors,
+                         max_grad_norm, sign, BLOCK: tl.constexpr):
+    """state = (1 if the step is taken, what multiplies the gradients); steps or skipped grow by one."""
+    taken = tensors * 0 + 1
+    factor = sign
+    if grad_scale_ptr is not None:
+        factor = tl.div_rn(factor, tl.load(grad_scale_ptr).to(tl.float32))
+    if found_inf_ptr is not None:
+        taken = tl.where(tl.load(found_inf_ptr).to(tl.float32) == 0.0, taken, 0)
+    if total_sq_ptr is not None:
+        norm = tl.sqrt_rn(tl.load(total_sq_ptr)) * tl.abs(factor)
+        taken = tl.where(norm < float("inf"), taken, 0)  # not for NaN either
+        clip = tl.div_rn(max_grad_norm, norm + 1e-6)
+        factor = tl.where((max_grad_norm > 0.0) & (clip < 1.0), factor * clip, factor)
+    tl.store(state_ptr, taken.to(tl.float32))
+    tl.store(state_ptr + 1, factor)
+    tl.store(skipped_ptr, tl.load(skipped_ptr) + (1 - taken))
+    for start in range(0, tensors, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        known = index < tensors
+        address = tl.load(table_ptr + STEPS * (tensors + 1) + index, mask=known, other=0)
+        step_ptr = address.to(tl.pointer_type(tl.float32))
+        step = tl.load(step_ptr, mask=known, other=0.0)
+        tl.store(step_ptr, step + 1.0, mask=known & (taken != 0))
+
+
+@triton.jit
+def _random(bits, seed, group, tensor, stream, step):
+    """Sixteen random bits for each of `bits`' [groups, 8] elements."""
+    low = (group & 0xFFFFFFFF).to(tl.uint32)
+    high = (group >> 32).to(tl.uint32)
+    third = low * 0 + (tensor * 4 + stream).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, low, high, third, low * 0 + step.to(tl.uint32))
+    place = tl.arange(0, 8)[None, :]
+    word = tl.where(place < 4, tl.where(place < 2, w0[:, None], w1[:, None]), tl.where(place < 6, w2[:, None], w3[:, None]))
+    return (word >> ((place % 2) * 16).to(tl.uint32)) & 0xFFFF
+
+
+@triton.jit
+def _stochastic(x, seed, group, tensor, stream, step):
+    """float32 x rounded to a value of bfloat16, up with the probability of what is cut off; inf and NaN pass."""
+    bits = x.to(tl.uint32, bitcast=True)
+    up = (bits + _random(bits, seed, group, tensor, stream, step)) & 0xFFFF0000
+    up = tl.where((up & 0x7F800000) == 0x7F800000, up - 0x10000, up)  # no finite number becomes infinite
+    return tl.where((bits & 0x7F800000) == 0x7F800000, x, up.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _address(table_ptr, tensors, row, tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    address = tl.load(table_ptr + row * (tensors + 1) + tensor)
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address.to(tl.pointer_type(DTYPE))
+
+
+@triton.jit(do_not_specialize=["tensors", "seed"])
+def adamw_step_kernel(table_ptr, state_ptr, lr_ptr, tensors, seed, beta1, one_less_beta1, log_beta1, beta2, one_less_beta2,
+                      log_beta2, eps, weight_decay,
+                      PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, AVG_TYPE: tl.constexpr, SQ_TYPE: tl.constexpr,
+                      HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
+                      CHUNK: tl.constexpr, GROUPS: tl.constexpr):
+    if tl.load(state_ptr) == 0.0:
+        return
+    factor = tl.load(state_ptr + 1)
+    lr = tl.load(lr_ptr)
+    tensor, chunk = find_chunk(table_ptr, tensors, tl.program_id(0).to(tl.int64))
+    size = tl.load(table_ptr + SIZE * (tensors + 1) + tensor)
+    index = tl.load(table_ptr + INDEX * (tensors + 1) + tensor)
+    step = tl.load(_address(table_ptr, tensors, STEPS, tensor, tl.float32, False))
+    param_ptr = _address(table_ptr, tensors, PARAM, tensor, PARAM_TYPE, ALIGNED)
+    grad_ptr = _address(table_ptr, tensors, GRAD, tensor, GRAD_TYPE, ALIGNED)
+    avg_ptr = _address(table_ptr, tensors, EXP_AVG, tensor, AVG_TYPE, ALIGNED)
+    sq_ptr = _address(table_ptr, tensors, EXP_AVG_SQ, tensor, SQ_TYPE, ALIGNED)
+    if HAS_MASTER:
+        master_ptr = _address(table_ptr, tensors, MASTER, tensor, tl.float32, ALIGNED)
+    rate = tl.div_rn(lr, 0.0 - expm1(step * log_beta1))  # 1 - beta^step without cancellation
+    root = tl.sqrt_rn(0.0 - expm1(step * log_beta2))
+    decay = 1.0 - lr * weight_decay
+    for start in range(0, CHUNK // 8, GROUPS):
+        group = chunk * (CHUNK // 8) + start + tl.arange(0, GROUPS)
+        at = group[:, None] * 8 + tl.arange(0, 8)[None, :]
+        mask = at < size
+        g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32) * factor
+        if HAS_MASTER:
+            w = tl.load(master_ptr + at, mask=mask, other=0.0)
+        else:
+            w = tl.load(param_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        m = beta1 * tl.load(avg_ptr + at, mask=mask, other=0.0).to(tl.float32) + one_less_beta1 * g
+        v = beta2 * tl.load(sq_ptr + at, mask=mask, other=0.0).to(tl.float32) + one_less_beta2 * (g * g)
+        w = w * decay - rate * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
+        if HAS_MASTER:
+            tl.store(master_ptr + at, w, mask=mask)
+        if STOCHASTIC:
+            w = _stochastic(w, seed, group, index, 0, step)
+        if AVG_TYPE == tl.bfloat16:
+            m = _stochastic(m, seed, group, index, 1, step)
+        if SQ_TYPE == tl.bfloat16:
+            v = _stochastic(v, seed, group, index, 2, step)
+        tl.store(param_ptr + at, w.to(PARAM_TYPE), mask=mask)
+        tl.store(avg_ptr + at, m.to(AVG_TYPE), mask=mask)
+        tl.store(sq_ptr + at, v.to(SQ_TYPE), mask=mask)
+
+
+def _table(entries, first_index, device):
+    """The rows of these entries (position in the list, param, grad, master, exp_avg, exp_avg_sq, step)."""
+    columns = list(zip(*entries, strict=True))
+    address = lambda tensors: [0 if t is None else t.data_ptr() for t in tensors]
+    sizes = [t.numel() for t in columns[1]]
+    return table(CHUNK, sizes, [sizes, *(address(c) for c in columns[1:]), [first_index + i for i in columns[0]]], device)
+
+
+def _log(beta):
+    return math.log(beta) if beta > 0 else -1e4
+
+
+def adamw_step_(params, grads, masters, exp_avgs, exp_avg_sqs, steps, skipped, total_sq, grad_scale, found_inf, lr, beta1,
+                beta2, eps, weight_decay, max_grad_norm, stochastic_rounding, maximize, seed, first_index):
+    if not params:
+        return
+    for param in params:
+        check_dtype("adamw", "param", param)
+    device = params[0].device
+    entries = list(zip(range(len(params)), params, grads, masters or [None] * len(params), exp_avgs, exp_avg_sqs, steps,
+                       strict=True))
+    groups: dict[tuple, list] = {}
+    for entry in entries:
+        groups.setdefault(tuple(entry[i].dtype for i in (1, 2, 4, 5)), []).append(entry)
+    state = torch.empty(2, dtype=torch.float32, device=device)
+    rows, count = _table(entries, first_index, device)
+    launch(adamw_prepare_kernel, 1, device,
+           dict(table_ptr=rows, state_ptr=state, skipped_ptr=skipped, total_sq_ptr=total_sq, grad_scale_ptr=grad_scale,
+                found_inf_ptr=found_inf, tensors=len(params), max_grad_norm=max_grad_norm, sign=-1.0 if maximize else 1.0,
+                BLOCK=256), num_warps=4)
+    for (param, grad, avg, sq), own in groups.items():
+        if len(groups) > 1:
+            rows, count = _table(own, first_index, device)
+        if not count:
+            continue
+        lists = [[entry[i] for entry in own] for i in ((1, 2, 3, 4, 5) if masters else (1, 2, 4, 5))]
+        launch(adamw_step_kernel, count, device,
+               dict(table_ptr=rows, state_ptr=state, lr_ptr=lr, tensors=len(own), seed=seed, beta1=beta1,
+                    one_less_beta1=1 - beta1, log_beta1=_log(beta1), beta2=beta2, one_less_beta2=1 - beta2,
+                    log_beta2=_log(beta2), eps=eps, weight_decay=weight_decay, PARAM_TYPE=TYPES[param],
+                    GRAD_TYPE=TYPES[grad], AVG_TYPE=TYPES[avg], SQ_TYPE=TYPES[sq], HAS_MASTER=bool(masters),
+                    STOCHASTIC=stochastic_rounding and not masters and param == torch.bfloat16, ALIGNED=aligned(*lists),
+                    CHUNK=CHUNK, GROUPS=GROUPS), num_warps=8)
+
+
+def audit(dtype, meta):
+    """Launches whose kernels the static audit compiles: masters, stochastic rounding, moments of both dtypes."""
+    lists = lambda dtype: [meta(1 << 20, dtype=dtype) for _ in range(300)]
+    params, full, low = lists(dtype), lists(torch.float32), lists(torch.bfloat16)
+    steps = [meta(dtype=torch.float32) for _ in params]
+    one, skipped = meta(dtype=torch.float32), meta(dtype=torch.int64)
+    settings = one, 0.9, 0.95, 1e-8, 0.1, 1.0
+    for label, masters, moments, random in (("masters", full, full, False), ("no masters", [], full, False),
+                                            ("random rounding", [], full, True), ("random, low moments", [], low, True)):
+        if dtype == torch.bfloat16 or not masters:
+            yield label, lambda masters=masters, moments=moments, random=random: adamw_step_(
+                params, params, masters, moments, moments, steps, skipped, one, one, one, *settings, random, False, 2**40, 0)

@@ -1,0 +1,74 @@
+"""Focal ranking loss of pairs. Contract: ops/focal_ranking_loss.py. Each element by itself, one launch each way."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import check_dtype, launch
+from .functions import exponential, sigmoid, softplus
+
+BLOCK = 1024
+
+
+@triton.jit
+def focal(d, gamma):
+    """(loss, d loss / dd) of differences chosen - rejected."""
+    s = sigmoid(-d)
+    nll = softplus(-d)
+    # (2 s)^gamma with 2 s <= 1 = exp(gamma log(2 s)): below d = -87 s is 0, and with it the weight, but for gamma = 0
+    weight = tl.where(gamma == 0.0, 1.0, exponential(gamma * (0.6931471805599453 - softplus(d))))
+    ahead = d > 0.0
+    loss = tl.where(ahead, weight * nll, nll)
+    slope = tl.where(ahead, -weight * (s + gamma * (1.0 - s) * nll), -s)
+    return loss, slope
+
+
+@triton.jit
+def focal_ranking_loss_fwd_kernel(chosen_ptr, rejected_ptr, loss_ptr, size, gamma, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < size
+    chosen = tl.load(chosen_ptr + index, mask=mask, other=0.0).to(tl.float32)
+    rejected = tl.load(rejected_ptr + index, mask=mask, other=0.0).to(tl.float32)
+    loss, _ = focal(chosen - rejected, gamma)
+    tl.store(loss_ptr + index, loss, mask=mask)
+
+
+@triton.jit
+def focal_ranking_loss_bwd_kernel(dloss_ptr, chosen_ptr, rejected_ptr, dchosen_ptr, drejected_ptr, size, gamma,
+                                  BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < size
+    chosen = tl.load(chosen_ptr + index, mask=mask, other=0.0).to(tl.float32)
+    rejected = tl.load(rejected_ptr + index, mask=mask, other=0.0).to(tl.float32)
+    _, slope = focal(chosen - rejected, gamma)
+    d = tl.load(dloss_ptr + index, mask=mask, other=0.0) * slope
+    tl.store(dchosen_ptr + index, d.to(dchosen_ptr.dtype.element_ty), mask=mask)
+    tl.store(drejected_ptr + index, (-d).to(drejected_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(kernel, chosen, rejected, gamma, **tensors):
+    check_dtype("focal_ranking_loss", "chosen", chosen)
+    check_dtype("focal_ranking_loss", "rejected", rejected)
+    if chosen.numel():
+        launch(kernel, triton.cdiv(chosen.numel(), BLOCK), chosen.device,
+               dict(chosen_ptr=chosen, rejected_ptr=rejected, size=chosen.numel(), gamma=gamma, BLOCK=BLOCK, **tensors),
+               num_warps=4)
+
+
+def focal_ranking_loss_fwd(chosen, rejected, gamma):
+    loss = torch.empty(chosen.shape, dtype=torch.float32, device=chosen.device)
+    _launch(focal_ranking_loss_fwd_kernel, chosen, rejected, gamma, loss_ptr=loss)
+    return loss
+
+
+def focal_ranking_loss_bwd(dloss, chosen, rejected, gamma):
+    dchosen, drejected = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (chosen, rejected))
+    _launch(focal_ranking_loss_bwd_kernel, chosen, rejected, gamma, dloss_ptr=dloss, dchosen_ptr=dchosen,
+            drejected_ptr=drejected)
+    return dchosen, drejected
+
+
+def audit(dtype, meta):
+    x, d = meta(4096, dtype=dtype), meta(4096, dtype=torch.float32)
+    yield "pairs 4096", lambda: focal_ranking_loss_fwd(x, x, 2.0)
+    yield "pairs 4096", lambda: focal_ranking_loss_bwd(d, x, x, 2.0)

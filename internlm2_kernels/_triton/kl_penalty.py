@@ -1,0 +1,74 @@
+"""Estimators of a KL divergence by token. Contract: ops/kl_penalty.py. Each element by itself, one launch each way."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import check_dtype, launch
+from .functions import expm1, expm1_less_x
+
+BLOCK = 1024
+
+
+@triton.jit
+def kl_penalty_fwd_kernel(logprobs_ptr, ref_ptr, kl_ptr, size, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < size
+    x = tl.load(logprobs_ptr + index, mask=mask, other=0.0).to(tl.float32)
+    x -= tl.load(ref_ptr + index, mask=mask, other=0.0).to(tl.float32)
+    if ESTIMATOR == 1:
+        kl = x
+    elif ESTIMATOR == 2:
+        kl = 0.5 * x * x
+    else:
+        kl = expm1_less_x(0.0 - x)
+    tl.store(kl_ptr + index, kl, mask=mask)
+
+
+@triton.jit
+def kl_penalty_bwd_kernel(dkl_ptr, logprobs_ptr, ref_ptr, dlogprobs_ptr, dref_ptr, size, ESTIMATOR: tl.constexpr,
+                          BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < size
+    d = tl.load(dkl_ptr + index, mask=mask, other=0.0)
+    if ESTIMATOR != 1:
+        x = tl.load(logprobs_ptr + index, mask=mask, other=0.0).to(tl.float32)
+        x -= tl.load(ref_ptr + index, mask=mask, other=0.0).to(tl.float32)
+        if ESTIMATOR == 2:
+            d = d * x
+        else:
+            d = d * -expm1(0.0 - x)
+    tl.store(dlogprobs_ptr + index, d.to(dlogprobs_ptr.dtype.element_ty), mask=mask)
+    if dref_ptr is not None:
+        tl.store(dref_ptr + index, (0.0 - d).to(dref_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(kernel, logprobs, ref_logprobs, estimator, **tensors):
+    check_dtype("kl_penalty", "logprobs", logprobs)
+    check_dtype("kl_penalty", "ref_logprobs", ref_logprobs)
+    if logprobs.numel():
+        launch(kernel, triton.cdiv(logprobs.numel(), BLOCK), logprobs.device,
+               dict(logprobs_ptr=logprobs, ref_ptr=ref_logprobs, size=logprobs.numel(), ESTIMATOR=estimator, BLOCK=BLOCK,
+                    **tensors), num_warps=4)
+
+
+def kl_penalty_fwd(logprobs, ref_logprobs, estimator):
+    kl = torch.empty(logprobs.shape, dtype=torch.float32, device=logprobs.device)
+    _launch(kl_penalty_fwd_kernel, logprobs, ref_logprobs, estimator, kl_ptr=kl)
+    return kl
+
+
+def kl_penalty_bwd(dkl, logprobs, ref_logprobs, estimator, needs_ref):
+    dlogprobs = torch.empty(logprobs.shape, dtype=logprobs.dtype, device=logprobs.device)
+    dref = torch.empty(ref_logprobs.shape if needs_ref else (0,), dtype=ref_logprobs.dtype, device=logprobs.device)
+    _launch(kl_penalty_bwd_kernel, logprobs, ref_logprobs, estimator, dkl_ptr=dkl, dlogprobs_ptr=dlogprobs,
+            dref_ptr=dref if needs_ref else None)
+    return dlogprobs, dref
+
+
+def audit(dtype, meta):
+    x, d = meta(8192, dtype=dtype), meta(8192, dtype=torch.float32)
+    for estimator in (1, 2, 3):
+        yield f"k{estimator}", lambda e=estimator: kl_penalty_fwd(x, x, e)
+        yield f"k{estimator}", lambda e=estimator: kl_penalty_bwd(d, x, x, e, True)
+    yield "k3, no reference", lambda: kl_penalty_bwd(d, x, x, 3, False)

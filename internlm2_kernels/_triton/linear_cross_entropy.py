@@ -1,0 +1,163 @@
+"""Cross-entropy of hidden times vocabulary. Contract: ops/linear_cross_entropy.py; products: linear_head.py."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .._device_errors import CODES, error_word
+from . import linear_head as head
+from .common import check_dtype, launch
+from .linear_head import _merged
+from .losses import NONE, _label, _share, count_rows, reduce_losses, scaled
+
+MERGE_TILES, MERGE_ROWS = 32, 32
+
+
+@triton.jit
+def _write_coefficients(coefficients_ptr, row, stride, mask, share, lse, ignored, bad, smoothing, z_loss, vocab):
+    """The loss's d / d logit_j = share (p_j (1 + 2 z lse) - (1 - e) [j = label] - e / V) in linear_head's coefficients."""
+    share = tl.where(bad, float("nan"), tl.where(ignored, 0.0, share))
+    drift = tl.where(share == 0.0, 0.0, 2.0 * z_loss * lse)  # an ignored row's lse may be infinite
+    tl.store(coefficients_ptr + row, share * (1.0 + drift), mask=mask)
+    tl.store(coefficients_ptr + stride + row, share * 0.0, mask=mask)
+    tl.store(coefficients_ptr + 2 * stride + row, -share * tl.div_rn(smoothing, vocab * 1.0), mask=mask)
+    tl.store(coefficients_ptr + 3 * stride + row, share * (drift + smoothing), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "ignore_index", "coefficient_stride"])
+def linear_cross_entropy_merge_kernel(top_ptr, sum_ptr, total_ptr, label_ptr, labels_ptr, weights_ptr, count_ptr, loss_ptr,
+                                      lse_ptr, coefficients_ptr, error_ptr, rows, tiles, vocab, stride, coefficient_stride,
+                                      ignore_index, smoothing, z_loss,
+                                      ERROR: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = row < rows
+    top, log_z, total, _, _ = _merged(top_ptr, sum_ptr, total_ptr, None, None, row, mask, tiles, stride, TILES, BLOCK)
+    lse = top + log_z
+    label, ignored, bad = _label(labels_ptr, row, mask, ignore_index, vocab, error_ptr, ERROR)
+    own = tl.load(label_ptr + row, mask=mask & ((ignored | bad) == 0), other=0.0)
+    loss = (1.0 - smoothing) * (top - own + log_z) + z_loss * lse * lse
+    if total_ptr is not None:
+        loss += smoothing * (top - tl.div_rn(total, vocab * 1.0) + log_z)
+    if weights_ptr is not None:
+        weight = tl.load(weights_ptr + row, mask=mask, other=0.0)
+        loss = tl.where(weight == 0.0, 0.0, loss * weight)  # an infinite loss of no weight counts as none
+    tl.store(loss_ptr + row, tl.where(bad, float("nan"), tl.where(ignored, 0.0, loss)), mask=mask)
+    tl.store(lse_ptr + row, lse, mask=mask)
+    if coefficients_ptr is not None:
+        share = _share(None, row, 0, weights_ptr, count_ptr, mask)
+        _write_coefficients(coefficients_ptr, row, coefficient_stride, mask, share, lse, ignored, bad, smoothing, z_loss,
+                            vocab)
+
+
+@triton.jit(do_not_specialize=["rows", "ignore_index", "dloss_step", "coefficient_stride"])
+def linear_cross_entropy_coefficients_kernel(dloss_ptr, labels_ptr, lse_ptr, weights_ptr, count_ptr, coefficients_ptr,
+                                             error_ptr, rows, vocab, dloss_step, coefficient_stride, ignore_index,
+                                             smoothing, z_loss, ERROR: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = row < rows
+    label, ignored, bad = _label(labels_ptr, row, mask, ignore_index, vocab, error_ptr, ERROR)
+    lse = tl.load(lse_ptr + row, mask=mask, other=0.0)
+    share = _share(dloss_ptr, row, dloss_step, weights_ptr, count_ptr, mask)
+    _write_coefficients(coefficients_ptr, row, coefficient_stride, mask, share, lse, ignored, bad, smoothing, z_loss, vocab)
+
+
+def _merge(blocks, labels, weights, count, loss, lse, coefficients, vocab, ignore_index, smoothing, z_loss):
+    rows = labels.shape[0]
+    launch(linear_cross_entropy_merge_kernel, triton.cdiv(rows, MERGE_ROWS), labels.device,
+           dict(top_ptr=blocks.top, sum_ptr=blocks.sum, total_ptr=blocks.total, label_ptr=blocks.label, labels_ptr=labels,
+                weights_ptr=weights, count_ptr=count, loss_ptr=loss, lse_ptr=lse, coefficients_ptr=coefficients,
+                error_ptr=error_word(labels.device), rows=rows, tiles=blocks.top.shape[0], vocab=vocab,
+                stride=blocks.top.shape[1], coefficient_stride=0 if coefficients is None else coefficients.stride(0),
+                ignore_index=ignore_index, smoothing=smoothing, z_loss=z_loss,
+                ERROR=CODES["linear_cross_entropy", "labels"], TILES=MERGE_TILES, BLOCK=MERGE_ROWS), num_warps=4)
+
+
+def _part(x, begin, end):
+    return None if x is None else x[begin:end]
+
+
+def linear_cross_entropy_fwd(hidden, weight, labels, token_weights, ignore_index, label_smoothing, z_loss, softcap, reduction):
+    check_dtype("linear_cross_entropy", "hidden", hidden)
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    loss, lse = (torch.empty(rows, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    for begin, end in head.chunks(rows, head.FORWARD_ROWS):
+        blocks = head.forward(hidden[begin:end], weight, labels[begin:end], None, softcap, needs_sum=label_smoothing > 0)
+        _merge(blocks, labels[begin:end], _part(token_weights, begin, end), None, loss[begin:end], lse[begin:end], None,
+               vocab, ignore_index, label_smoothing, z_loss)
+    return reduce_losses(loss, labels, token_weights, ignore_index, reduction), lse
+
+
+def _gradients(hidden, weight, needs_dhidden, needs_dweight, dhidden_dtype, dweight_dtype):
+    """(dhidden, dweight) to be filled; of size 0 where not wanted, 0 where there are no rows."""
+    depth, device, rows = hidden.shape[1], hidden.device, hidden.shape[0]
+    dhidden = torch.empty((rows if needs_dhidden else 0, depth), dtype=dhidden_dtype, device=device)
+    make = torch.empty if rows else torch.zeros
+    return dhidden, make((weight.shape[0] if needs_dweight else 0, depth), dtype=dweight_dtype, device=device)
+
+
+def linear_cross_entropy_grad_fwd(hidden, weight, labels, token_weights, ignore_index, label_smoothing, z_loss, softcap,
+                                  reduction, needs_dhidden, needs_dweight):
+    check_dtype("linear_cross_entropy", "hidden", hidden)
+    (rows, _), vocab, half = hidden.shape, weight.shape[0], hidden.dtype == torch.float16
+    dhidden, dweight = _gradients(hidden, weight, needs_dhidden, needs_dweight, torch.float32 if half else hidden.dtype,
+                                  torch.float32)
+    loss, lse = (torch.empty(rows, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    count = count_rows(labels, token_weights, ignore_index, reduction)
+    ranges = head.gradient_chunks(rows, vocab, hidden.element_size())
+    if ranges:
+        buffer = head.chunk_buffer(ranges, weight)
+        gradients = head.Gradients(hidden, weight, dhidden if needs_dhidden else None, dweight if needs_dweight else None,
+                                   ranges)
+    for begin, end in ranges:
+        own, stored = labels[begin:end], buffer[: end - begin, :vocab]
+        coefficients = torch.empty((head.COEFFICIENTS, end - begin), dtype=torch.float32, device=hidden.device)
+        blocks = head.forward(hidden[begin:end], weight, own, None, softcap, stored=stored, needs_sum=label_smoothing > 0)
+        _merge(blocks, own, _part(token_weights, begin, end), count, loss[begin:end], lse[begin:end], coefficients, vocab,
+               ignore_index, label_smoothing, z_loss)
+        peak = head.peak_of(coefficients, hidden.dtype)
+        head.gradient_of_stored(stored, own, blocks, lse[begin:end], coefficients, peak, vocab, softcap)
+        gradients.add(begin, end, stored, peak)
+    return reduce_losses(loss, labels, token_weights, ignore_index, reduction), dhidden, dweight
+
+
+def linear_cross_entropy_bwd(dloss, hidden, weight, labels, token_weights, lse, ignore_index, label_smoothing, z_loss, softcap,
+                             reduction, needs_dhidden, needs_dweight):
+    check_dtype("linear_cross_entropy", "hidden", hidden)
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    dhidden, dweight = _gradients(hidden, weight, needs_dhidden, needs_dweight, hidden.dtype, weight.dtype)
+    if rows == 0 or not (needs_dhidden or needs_dweight):
+        return dhidden, dweight
+    coefficients = torch.empty((head.COEFFICIENTS, rows), dtype=torch.float32, device=hidden.device)
+    launch(linear_cross_entropy_coefficients_kernel, triton.cdiv(rows, 1024), hidden.device,
+           dict(dloss_ptr=dloss, labels_ptr=labels, lse_ptr=lse, weights_ptr=token_weights,
+                count_ptr=count_rows(labels, token_weights, ignore_index, reduction), coefficients_ptr=coefficients,
+                error_ptr=error_word(hidden.device), rows=rows, vocab=vocab, dloss_step=int(reduction == NONE),
+                coefficient_stride=rows, ignore_index=ignore_index, smoothing=label_smoothing, z_loss=z_loss,
+                ERROR=CODES["linear_cross_entropy", "labels"], BLOCK=1024), num_warps=4)
+    head.backward(hidden, weight, labels, lse, coefficients, dhidden if needs_dhidden else None,
+                  dweight if needs_dweight else None, None, softcap, 0, False)
+    return dhidden, dweight
+
+
+def linear_cross_entropy_scale_bwd(dloss, dhidden, dweight, hidden, weight):
+    return scaled(dhidden, dloss, hidden.dtype), scaled(dweight, dloss, weight.dtype)
+
+
+def audit(dtype, meta):
+    """Launches whose kernels the static audit compiles: InternLM2-7B's head, each option once, an odd vocabulary."""
+    one = meta(dtype=torch.float32)
+    for vocab, depth, label in ((92544, 4096, "7B"), (1003, 96, "odd")):
+        hidden, weight = meta(8192, depth, dtype=dtype), meta(vocab, depth, dtype=dtype)
+        labels, rows = meta(8192, dtype=torch.int64), meta(8192, dtype=torch.float32)
+        plain, rich = (None, -100, 0.0, 0.0, 0.0), (rows, -100, 0.1, 1e-4, 30.0)
+        for name, o in (("", plain), (", all options", rich))[: 2 if label == "7B" else 1]:
+            x = hidden, weight, labels
+            yield f"{label}{name}", lambda x=x, o=o: linear_cross_entropy_fwd(*x, *o, 1)
+            yield f"{label}{name}, gradient", lambda x=x, o=o: linear_cross_entropy_grad_fwd(*x, *o, 1, True, True)
+            yield f"{label}{name}", (
+                lambda x=x, o=o, rows=rows: linear_cross_entropy_bwd(rows, *x, o[0], rows, *o[1:], 0, True, True))
+        if label == "odd":
+            yield "mean", (
+                lambda x=x, rows=rows, o=plain: linear_cross_entropy_bwd(one, *x, None, rows, *o[1:], 1, True, True))
+            grads = meta(8192, depth, dtype=dtype), meta(vocab, depth, dtype=torch.float32)
+            yield "scale", lambda x=x, g=grads: linear_cross_entropy_scale_bwd(one, *g, *x[:2])

@@ -1,0 +1,75 @@
+"""Log-barrier penalty of rewards. Contract: ops/log_barrier_penalty.py. Each element by itself, one launch each way."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import check_dtype, launch
+
+BLOCK = 1024
+
+
+@triton.jit
+def barrier(x, bound, margin, CLAMP: tl.constexpr):
+    """(penalty, slope): -(log(x + bound) + log(bound - x)) inside the edge bound (1 - margin); outside its tangent there, or,
+    with CLAMP, its value."""
+    edge = bound * (1.0 - margin)
+    inside = tl.abs(x) <= edge
+    far = tl.abs(x)
+    # at the edge, bound - |x| is bound * margin to the last bit of margin, and no difference of close numbers
+    near = tl.where(inside, bound - far, bound * margin)
+    a = tl.where(inside, far, edge)
+    slope = tl.div_rn(1.0, near) - tl.div_rn(1.0, bound + a)
+    value = -(tl.log(bound + a) + tl.log(near))
+    if CLAMP:
+        slope = tl.where(inside, slope, 0.0)
+    else:
+        value = tl.where(inside, value, value + slope * (far - edge))
+    slope = tl.where(x < 0.0, -slope, slope)
+    wrong = x != x
+    return tl.where(wrong, x, value), tl.where(wrong, x, slope)
+
+
+@triton.jit
+def log_barrier_penalty_fwd_kernel(rewards_ptr, penalty_ptr, size, bound, margin, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(rewards_ptr + index, mask=index < size, other=0.0).to(tl.float32)
+    penalty, _ = barrier(x, bound, margin, CLAMP)
+    tl.store(penalty_ptr + index, penalty, mask=index < size)
+
+
+@triton.jit
+def log_barrier_penalty_bwd_kernel(dpenalty_ptr, rewards_ptr, drewards_ptr, size, bound, margin, CLAMP: tl.constexpr,
+                                   BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(rewards_ptr + index, mask=index < size, other=0.0).to(tl.float32)
+    _, slope = barrier(x, bound, margin, CLAMP)
+    d = tl.load(dpenalty_ptr + index, mask=index < size, other=0.0) * slope
+    tl.store(drewards_ptr + index, d.to(drewards_ptr.dtype.element_ty), mask=index < size)
+
+
+def _launch(kernel, rewards, bound, margin, clamp, **tensors):
+    check_dtype("log_barrier_penalty", "rewards", rewards)
+    if rewards.numel():
+        launch(kernel, triton.cdiv(rewards.numel(), BLOCK), rewards.device,
+               dict(rewards_ptr=rewards, size=rewards.numel(), bound=bound, margin=margin, CLAMP=clamp, BLOCK=BLOCK,
+                    **tensors), num_warps=4)
+
+
+def log_barrier_penalty_fwd(rewards, bound, margin, clamp):
+    penalty = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
+    _launch(log_barrier_penalty_fwd_kernel, rewards, bound, margin, clamp, penalty_ptr=penalty)
+    return penalty
+
+
+def log_barrier_penalty_bwd(dpenalty, rewards, bound, margin, clamp):
+    drewards = torch.empty(rewards.shape, dtype=rewards.dtype, device=rewards.device)
+    _launch(log_barrier_penalty_bwd_kernel, rewards, bound, margin, clamp, dpenalty_ptr=dpenalty, drewards_ptr=drewards)
+    return drewards
+
+
+def audit(dtype, meta):
+    x, d = meta(4096, dtype=dtype), meta(4096, dtype=torch.float32)
+    for label, clamp in (("linear", False), ("clamp", True)):
+        yield label, lambda c=clamp: log_barrier_penalty_fwd(x, 5.0, 1e-3, c)
+        yield label, lambda c=clamp: log_barrier_penalty_bwd(d, x, 5.0, 1e-3, c)

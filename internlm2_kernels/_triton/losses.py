@@ -1,0 +1,125 @@
+"""What the losses over labels share: soft-capped logits, the count of valid rows, the sum of rows' losses, scaling.
+
+The count is taken from the labels alone, on the device and before the gradients, so that 1 / count can be part of them and
+nothing waits. Sums over rows run in one program, in an order that their number alone decides.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention import _tanh
+from .common import launch
+
+NONE, MEAN = 0, 1  # of `reduction`; 2 is the sum
+
+
+@triton.jit
+def _capped(x, softcap, SOFTCAP: tl.constexpr):
+    """The logit: softcap * tanh(x / softcap) where there is a cap."""
+    if SOFTCAP:
+        return softcap * _tanh(x * tl.div_rn(1.0, softcap))
+    else:
+        return x
+
+
+@triton.jit
+def _cap_slope(logit, softcap):
+    """d logit / d x of the soft-cap, from the capped logit."""
+    t = logit * tl.div_rn(1.0, softcap)
+    return (1.0 - t) * (1.0 + t)
+
+
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
+def reduce_rows_kernel(loss_ptr, labels_ptr, weights_ptr, result_ptr, count_ptr, rows, ignore_index,
+                       MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """count = the sum of the valid rows' weights (without weights, their number); result = the sum of the rows' losses, for
+    MEAN over count, 0 where that is 0."""
+    number = tl.zeros((BLOCK,), tl.int32)
+    weight = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, rows, BLOCK):
+        row = start + tl.arange(0, BLOCK).to(tl.int64)
+        valid = row < rows
+        if loss_ptr is not None:
+            total += tl.load(loss_ptr + row, mask=valid, other=0.0)
+        valid = valid & (tl.load(labels_ptr + row, mask=valid, other=0).to(tl.int64) != ignore_index)
+        if weights_ptr is not None:
+            weight += tl.load(weights_ptr + row, mask=valid, other=0.0)
+        else:
+            number += valid.to(tl.int32)
+    if weights_ptr is not None:
+        count = tl.sum(weight, axis=0)
+    else:
+        count = tl.sum(number.to(tl.int64), axis=0).to(tl.float32)
+    if count_ptr is not None:
+        tl.store(count_ptr, count)
+    if loss_ptr is not None:
+        result = tl.sum(total, axis=0)
+        if MEAN:
+            result = tl.where(count == 0.0, 0.0, tl.div_rn(result, tl.where(count == 0.0, 1.0, count)))
+        tl.store(result_ptr, result)
+
+
+def _reduce_rows(loss, labels, weights, result, count, ignore_index, reduction):
+    launch(reduce_rows_kernel, 1, labels.device,
+           dict(loss_ptr=loss, labels_ptr=labels, weights_ptr=weights, result_ptr=result, count_ptr=count,
+                rows=labels.shape[0], ignore_index=ignore_index, MEAN=reduction == MEAN, BLOCK=4096), num_warps=16)
+
+
+def count_rows(labels, weights, ignore_index, reduction):
+    """float32 [1], what the mean divides by; None for any other reduction."""
+    if reduction != MEAN:
+        return None
+    count = torch.empty(1, dtype=torch.float32, device=labels.device)
+    _reduce_rows(None, labels, weights, None, count, ignore_index, reduction)
+    return count
+
+
+def reduce_losses(loss, labels, weights, ignore_index, reduction):
+    """The rows' losses as they are, or their mean or sum, 0-dim."""
+    if reduction == NONE:
+        return loss
+    result = torch.empty((), dtype=torch.float32, device=labels.device)
+    _reduce_rows(loss, labels, weights, result, None, ignore_index, reduction)
+    return result
+
+
+@triton.jit
+def _share(upstream_ptr, row, step, weights_ptr, count_ptr, mask):
+    """What multiplies a row's own gradient: upstream gradient (None: 1) times weight, over count."""
+    share = (row * 0 + 1).to(tl.float32)
+    if upstream_ptr is not None:
+        share = tl.load(upstream_ptr + row * step, mask=mask, other=0.0)
+    if weights_ptr is not None:
+        share = share * tl.load(weights_ptr + row, mask=mask, other=0.0)
+    if count_ptr is not None:
+        count = tl.load(count_ptr)
+        share = tl.where(count == 0.0, 0.0, tl.div_rn(share, tl.where(count == 0.0, 1.0, count)))
+    return share
+
+
+@triton.jit
+def _label(labels_ptr, row, mask, ignore_index, vocab, error_ptr, ERROR: tl.constexpr):
+    """(label, ignored, bad): a bad one is neither ignored nor in the vocabulary, and sets the error's bit."""
+    label = tl.load(labels_ptr + row, mask=mask, other=0).to(tl.int64)
+    ignored = label == ignore_index
+    bad = mask & (ignored == 0) & ((label < 0) | (label >= vocab))
+    tl.atomic_or(error_ptr + label * 0, ERROR, mask=bad)
+    return label, ignored, bad
+
+
+@triton.jit
+def scale_kernel(x_ptr, scale_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + index, mask=index < size, other=0.0).to(tl.float32) * tl.load(scale_ptr)
+    tl.store(out_ptr + index, x.to(out_ptr.dtype.element_ty), mask=index < size)
+
+
+def scaled(x, scale, dtype):
+    """x (contiguous) times the 0-dim `scale`, rounded once to `dtype`."""
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if x.numel():
+        launch(scale_kernel, triton.cdiv(x.numel(), 4096), x.device,
+               dict(x_ptr=x, scale_ptr=scale, out_ptr=out, size=x.numel(), BLOCK=4096), num_warps=8)
+    return out

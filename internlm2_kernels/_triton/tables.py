@@ -1,0 +1,74 @@
+"""Tables of tensors for kernels that work on a whole list in one launch: addresses and the place of each tensor's chunks.
+
+A table is an int64 tensor [rows, n + 1] on the device: row 0 counts the chunks before each tensor (column n: all of them),
+the other rows are the caller's, one column a tensor. It is made on the host and copied from pinned memory without waiting.
+
+CUDA graphs: while a stream is being captured, pinned memory must not be allocated, and what the recorded copy reads must
+stay as it is for as long as the graph is replayed. So the first call outside a capture sets an arena of pinned memory
+aside for each device; captured tables take their part of it for good. It holds thousands of parameters' tables.
+"""
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+
+ARENA_ELEMENTS = 1 << 20  # 8 MiB of int64
+
+
+class _Arena:
+    """Pinned memory that captured copies read; nothing in it is used twice."""
+
+    def __init__(self):
+        self.memory = torch.empty(ARENA_ELEMENTS, dtype=torch.int64, pin_memory=True)
+        self.used = 0
+
+    def take(self, table: torch.Tensor) -> torch.Tensor:
+        if self.used + table.numel() > ARENA_ELEMENTS:
+            raise RuntimeError("the pinned memory for captured optimizer steps is used up: record one graph and replay it "
+                               "instead of many")
+        part = self.memory[self.used: self.used + table.numel()].view(table.shape)
+        self.used += table.numel()
+        return part.copy_(table)
+
+
+_arenas: dict[torch.device, _Arena] = {}
+
+
+def table(chunk: int, sizes: list[int], rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, int]:
+    """The table of tensors of `sizes` elements in chunks of `chunk`, and the number of chunks."""
+    counts = list(itertools.accumulate((-(-size // chunk) for size in sizes), initial=0))
+    if device.type == "meta":
+        return torch.empty((1 + len(rows), len(counts)), dtype=torch.int64, device=device), counts[-1]
+    host = torch.tensor([counts, *([*row, 0] for row in rows)], dtype=torch.int64)
+    if device.type != "cuda":
+        return host, counts[-1]
+    if torch.cuda.is_current_stream_capturing():
+        if device not in _arenas:
+            raise RuntimeError("the first call of an operator on lists of tensors sets pinned memory aside: make one call "
+                               "before capturing a CUDA graph")
+        pinned = _arenas[device].take(host)
+    else:
+        if device not in _arenas:
+            _arenas[device] = _Arena()
+        pinned = host.pin_memory()  # the caching allocator keeps it until the copy is done
+    return pinned.to(device, non_blocking=True), counts[-1]
+
+
+@triton.jit
+def find_chunk(table_ptr, tensors, chunk):
+    """(tensor, chunk of it): the last tensor with no more than `chunk` chunks before it, found by bisection."""
+    low = chunk * 0
+    high = low + tensors
+    while low + 1 < high:
+        middle = (low + high) // 2
+        before = tl.load(table_ptr + middle) <= chunk
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return low, chunk - tl.load(table_ptr + low)
+
+
+def aligned(*lists) -> bool:
+    """Whether every tensor begins on a 16-byte boundary."""
+    return all(t.data_ptr() % 16 == 0 for tensors in lists for t in tensors)

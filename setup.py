@@ -48,7 +48,7 @@ def ninja_file(torch_dir, torch_version, build):
     cxx = f"{CXX} -ffile-prefix-map={ROOT}/= -isystem {torch_dir}/include -isystem {sysconfig.get_path('include')}"
     gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
     libraries = f"-L{home}/lib64 -L{home}/lib -lcudart_static" if archs else ""
-    lines = ["ninja_required_version = 1.5", "rule cxx",
+    objects, lines = [], ["ninja_required_version = 1.5", "rule cxx",
              f"  command = {os.environ.get('CXX', 'g++')} -MMD -MF $out.d {cxx} $flags -c $in -o $out",
              "  depfile = $out.d", "  deps = gcc", "rule cuda",
              f"  command = {home}/bin/nvcc -MMD -MF $out.d -O3 -std=c++17 {gencode} -Xcompiler -fPIC,-fvisibility=hidden"
@@ -56,7 +56,6 @@ def ninja_file(torch_dir, torch_version, build):
              f"  command = {os.environ.get('CXX', 'g++')} -shared $in -o $out -L{torch_dir}/lib -Wl,--no-as-needed -ltorch"
              f" -ltorch_cpu -Wl,--as-needed {libraries} -ldl -lrt -lpthread -Wl,--exclude-libs,ALL"
              f" -Wl,--version-script={build}/exports"]
-    objects = []
 
     def add(rule, source, tag="", flags=""):
         objects.append(f"{build}/{source.relative_to(ROOT / 'csrc')}{tag}.o")
@@ -65,8 +64,9 @@ def ninja_file(torch_dir, torch_version, build):
     for source in sorted((ROOT / "csrc").glob("*.cpp")):
         add("cxx", source, flags=facts if source.name == "module.cpp" else "-DINTERNLM2_CUDA" if archs else "")
     for tag, flags in (("avx2", AVX2), ("avx512", AVX512), ("avx512_bf16", AVX512_BF16), ("amx", AMX)):
-        for source in sorted((ROOT / "csrc/cpu").glob("*.cpp" if tag in ("avx2", "avx512") else "*attention*.cpp")):
-            add("cxx", source, f".{tag}", flags)
+        for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+            if "bf16" not in flags or re.search("attention|linear", source.name):  # those made of matrix products
+                add("cxx", source, f".{tag}", flags)
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) if archs else ():
         add("cuda", source)
     return "\n".join([*lines, f"build {build}/_C.so: link {' '.join(objects)} | {build}/exports", ""])

@@ -1,0 +1,226 @@
+#include "../cross_entropy.h"
+
+#include <math.h>
+
+#include "dispatch.h"
+#include "math.h"
+
+namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
+namespace {
+
+constexpr double kInfinity = __builtin_huge_val();
+constexpr int64_t kBlock = 1024;  // elements that are read twice, for their maximum and for their sum: from the first-level cache
+
+// C's functions: C++'s own are inline, one copy for all builds.
+VEC_INLINE float log_of(float x) { return ::logf(x); }
+VEC_INLINE double log_of(double x) { return ::log(x); }
+VEC_INLINE float expm1_of(float x) { return ::expm1f(x); }
+VEC_INLINE double expm1_of(double x) { return ::expm1(x); }
+
+#if defined(CPU_CAPABILITY_AVX512)
+VEC_INLINE float largest(Vec<float> x) { return _mm512_reduce_max_ps(x.v); }
+VEC_INLINE double largest(Vec<double> x) { return _mm512_reduce_max_pd(x.v); }
+#else
+template <typename Acc> VEC_INLINE Acc largest(Vec<Acc> x) {
+  alignas(64) Acc lanes[Vec<Acc>::size];
+  x.store(lanes);
+  Acc most = lanes[0];
+  for (int i = 1; i < Vec<Acc>::size; ++i) most = lanes[i] > most ? lanes[i] : most;
+  return most;
+}
+#endif
+template <typename V> VEC_INLINE Two<V> largest_of(Two<V> x, Two<V> y) { return {max(x.a, y.a), max(x.b, y.b)}; }
+template <typename V> VEC_INLINE Two<V> largest_of(Two<V> x, V y) { return {max(x.a, y), x.b}; }
+template <typename V> VEC_INLINE Two<V> plus(Two<V> x, Two<V> y) { return {x.a + y.a, x.b + y.b}; }
+template <typename V> VEC_INLINE Two<V> plus(Two<V> x, V y) { return {x.a + y, x.b}; }
+template <typename V> VEC_INLINE Two<V> tanh(Two<V> x) { return {tanh(x.a), tanh(x.b)}; }
+
+// One row at a time. Its sums run in an order that its length alone fixes.
+template <typename T> struct Row {
+  using Acc = acc_t<T>;
+  using V = Vec<Acc>;
+
+  const CrossEntropy& a;
+  const T* x;
+  Acc cap, inverse;
+
+  Row(const CrossEntropy& args, int64_t t)
+      : a(args), x(static_cast<const T*>(args.logits) + t * args.stride), cap(static_cast<Acc>(args.softcap)),
+        inverse(static_cast<Acc>(1 / args.softcap)) {}
+
+  VEC_INLINE Acc capped(Acc l) const {
+    Acc lanes[V::size];
+    if (a.softcap <= 0) return l;
+    (V(cap) * tanh(V(l) * V(inverse))).store(lanes);
+    return lanes[0];
+  }
+  // Logits as loaded; lanes past the row's end are -inf.
+  template <typename N> VEC_INLINE auto raw(int64_t i, N n) const {
+    const auto l = load<V>(x + i, n);
+    if constexpr (std::is_same_v<N, int>) {
+      Acc lanes[V::size];
+      l.store(lanes);
+      for (int u = n; u < V::size; ++u) lanes[u] = static_cast<Acc>(-kInfinity);
+      return V::load(lanes);
+    } else {
+      return l;
+    }
+  }
+  // exp(l - shift) and l; lanes past the end 0.
+  template <typename N> VEC_INLINE auto logits(int64_t i, N n) const {
+    auto l = raw(i, n);
+    if (a.softcap > 0) l = V(cap) * tanh(l * V(inverse));
+    return l;
+  }
+
+  struct Sums { Acc lse, total; };
+  Sums sums() const {
+    Two<V> sum{}, total{};
+    sum = {V(Acc(0)), V(Acc(0))};
+    total = sum;
+    Acc most = static_cast<Acc>(-kInfinity);
+    for (int64_t first = 0; first < a.cols; first += kBlock) {
+      const int64_t n = a.cols - first < kBlock ? a.cols - first : kBlock;
+      const Acc top = capped(block_max(first, n));
+      if (!(top <= most)) {  // a NaN too
+        const Acc before = most;
+        most = top;
+        const V less(before == static_cast<Acc>(-kInfinity) ? Acc(0) : lane(exp(V(before - top))));
+        sum = {sum.a * less, sum.b * less};
+      }
+      const Two<V> more = block_sum(first, n, most == static_cast<Acc>(-kInfinity) ? Acc(0) : most);
+      sum = plus(sum, more);
+      if (a.total != nullptr) total = plus(total, block_total(first, n));
+    }
+    const Acc shift = most == static_cast<Acc>(-kInfinity) ? Acc(0) : most;
+    return {shift + log_of((sum.a + sum.b).sum()), (total.a + total.b).sum()};
+  }
+  static VEC_INLINE Acc lane(V x) {
+    Acc lanes[V::size];
+    x.store(lanes);
+    return lanes[0];
+  }
+
+  VEC_INLINE Acc block_max(int64_t first, int64_t n) const {
+    const V none(static_cast<Acc>(-kInfinity));
+    Two<V> most[2] = {{none, none}, {none, none}};
+    for_unrolled<2, V, T>(n, [&](int64_t i, auto part, int u) VEC_LAMBDA { most[u] = largest_of(most[u], raw(first + i, part)); });
+    return largest(max(max(most[0].a, most[0].b), max(most[1].a, most[1].b)));
+  }
+  VEC_INLINE Two<V> block_sum(int64_t first, int64_t n, Acc shift) const {
+    const V zero(Acc(0)), down(shift);
+    Two<V> sum[2] = {{zero, zero}, {zero, zero}};
+    for_unrolled<2, V, T>(n, [&](int64_t i, auto part, int u) VEC_LAMBDA {
+      sum[u] = plus(sum[u], exp(logits_before(first + i, part) - down));
+    });
+    return plus(sum[0], sum[1]);
+  }
+  // As `logits`, but what lies past the end stays -inf under a soft-cap.
+  template <typename N> VEC_INLINE auto logits_before(int64_t i, N n) const {
+    if constexpr (std::is_same_v<N, int>) {
+      Acc lanes[V::size];
+      logits(i, n).store(lanes);
+      for (int u = n; u < V::size; ++u) lanes[u] = static_cast<Acc>(-kInfinity);
+      return V::load(lanes);
+    } else {
+      return logits(i, n);
+    }
+  }
+  VEC_INLINE Two<V> block_total(int64_t first, int64_t n) const {
+    const V zero(Acc(0));
+    Two<V> sum{zero, zero};
+    for_vectors<V, T>(n, [&](int64_t i, auto part) VEC_LAMBDA {
+      if constexpr (std::is_same_v<decltype(part), int>) {
+        V l = load<V>(x + first + i, part);
+        if (a.softcap > 0) l = V(cap) * tanh(l * V(inverse));  // 0 stays 0
+        sum = plus(sum, l);
+      } else {
+        sum = plus(sum, logits(first + i, part));
+      }
+    });
+    return sum;
+  }
+
+  // exp as exactly as a result of type T can show.
+  template <typename X> static VEC_INLINE X exp_for_result(X d) {
+    if constexpr (sizeof(T) == 2) return exp2_for_16_bits(d * V(Acc(1.4426950408889634)));
+    else return exp(d);
+  }
+  void gradient(Acc lse, Acc label_logit, int64_t label, double r, T* out) const {
+    if (r == 0) return static_cast<void>(std::memset(static_cast<void*>(out), 0, static_cast<size_t>(a.cols) * sizeof(T)));
+    const double slope = 2 * a.z_loss * static_cast<double>(lse);
+    const Acc fa = static_cast<Acc>(r * (1 + slope)), fk = static_cast<Acc>(r * (slope + a.label_smoothing));
+    const Acc fs = static_cast<Acc>(-r * a.label_smoothing / static_cast<double>(a.cols));
+    const V va(fa), vs(fs), down(lse);
+    if (a.softcap > 0) {
+      for_vectors<V, T>(a.cols, [&](int64_t i, auto n) VEC_LAMBDA {
+        const auto u = tanh(load<V>(x + i, n) * V(inverse));
+        const auto g = exp_for_result(V(cap) * u - down) * va + vs;
+        store(out + i, g - g * u * u, n);
+      });
+    } else {
+      for_vectors<V, T>(a.cols, [&](int64_t i, auto n) VEC_LAMBDA {
+        store(out + i, fma(exp_for_result(load<V>(x + i, n) - down), va, vs), n);
+      });
+    }
+    Acc g = fa * expm1_of(label_logit - lse) + fk + fs;  // p - 1 from its own series: nothing cancels
+    if (a.softcap > 0) g *= 1 - label_logit * inverse * (label_logit * inverse);
+    V(g).store(out + label, 1);
+  }
+};
+
+template <typename V> VEC_INLINE Two<V> fma(Two<V> x, V y, V z) { return {fma(x.a, y, z), fma(x.b, y, z)}; }
+
+template <typename T> void forward(const CrossEntropy& a, int64_t begin, int64_t end) {
+  using Acc = acc_t<T>;
+  for (int64_t t = begin; t < end; ++t) {
+    const Row<T> row(a, t);
+    const auto sums = row.sums();
+    const int64_t label = a.label[t];
+    const Acc logit = label < 0 ? Acc(0) : row.capped(to_acc(row.x[label]));
+    static_cast<Acc*>(a.lse)[t] = sums.lse;
+    static_cast<Acc*>(a.label_logit)[t] = logit;
+    if (a.total != nullptr) static_cast<Acc*>(a.total)[t] = sums.total;
+    if (a.dlogits != nullptr) {
+      row.gradient(sums.lse, logit, label, a.factor[t], static_cast<T*>(a.dlogits) + t * a.dlogits_stride);
+    }
+  }
+}
+
+template <typename T> void backward(const CrossEntropy& a, int64_t begin, int64_t end) {
+  using Acc = acc_t<T>;
+  for (int64_t t = begin; t < end; ++t) {
+    const Row<T> row(a, t);
+    const int64_t label = a.label[t];
+    const Acc logit = label < 0 ? Acc(0) : row.capped(to_acc(row.x[label]));
+    row.gradient(static_cast<const Acc*>(a.lse)[t], logit, label, a.factor[t],
+                 static_cast<T*>(a.dlogits) + t * a.dlogits_stride);
+  }
+}
+
+template <typename From, typename To> void scale(const ScaleGradient& a, int64_t begin, int64_t end) {
+  using V = Vec<acc_t<To>>;
+  const V factor(static_cast<acc_t<To>>(a.factor));
+  const From* in = static_cast<const From*>(a.in) + begin;
+  To* out = static_cast<To*>(a.out) + begin;
+  for_vectors<V, To>(end - begin, [&](int64_t i, auto n) VEC_LAMBDA { store(out + i, load<V>(in + i, n) * factor, n); });
+}
+
+}  // namespace
+
+void cross_entropy_fwd(const CrossEntropy& a, int64_t begin, int64_t end) {
+  WITH_STORAGE(a.dtype, T, { forward<T>(a, begin, end); })
+}
+
+void cross_entropy_bwd(const CrossEntropy& a, int64_t begin, int64_t end) {
+  WITH_STORAGE(a.dtype, T, { backward<T>(a, begin, end); })
+}
+
+void scale_gradient(const ScaleGradient& a, int64_t begin, int64_t end) {
+  WITH_STORAGE(a.to, T, {
+    if (a.from == a.to) scale<T, T>(a, begin, end);
+    else scale<acc_t<T>, T>(a, begin, end);
+  })
+}
+
+}}}  // namespace internlm2::cpu::CPU_CAPABILITY

@@ -1,0 +1,256 @@
+// The head over a vocabulary in three products, S = H W^T, dW += G^T H, dH = G W, for a chunk of tokens at a time:
+//   scores   a unit is kHeadBlock columns of the vocabulary: W's rows become lanes, S of all the chunk's tokens stays in the
+//            second-level cache, and what leaves it is statistics and, where gradients are wanted, what HeadStore says;
+//   merge    the blocks' statistics, in rising order, become the lse (linear_head_rows.h);
+//   dweight  a unit is kHeadSpan columns: their G is formed in place, rounded to G's type, and multiplied with all tokens;
+//   dhidden  a unit is kHeadColumns columns of hidden: one chain over the whole vocabulary.
+// An element of S is a chain over each kSteps of d, of dhidden one over each span, of dW one over each chunk, summed in rising
+// order: nothing depends on how units and threads cut the products, and a token's statistics and dhidden not on other tokens.
+#pragma once
+#include "linear_head_rows.h"
+#include "pack.h"
+
+namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
+
+VEC_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+VEC_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Hands out memory; every part begins on a cache line. From null it counts the bytes.
+struct Carver {
+  char* at;
+  template <typename U> VEC_INLINE void take(U*& part, int64_t count) {
+    part = reinterpret_cast<U*>(at);
+    at += round_up(count * static_cast<int64_t>(sizeof(U)), 64);
+  }
+};
+
+template <typename T> struct Head : HeadRows<T> {
+  using Rows = HeadRows<T>;
+  using typename Rows::Acc;
+  using typename Rows::G;
+  using typename Rows::V;
+  using Rows::a;
+  using P = matrix_t<T>;
+  using E = typename P::Element;
+  static constexpr int64_t step = P::step, depth = P::depth, lanes = V::size, size = sizeof(E);
+  static constexpr int64_t kSteps = step == 1 ? 512 : 1024;  // of k in a block of W's, and in a chain of S
+  static constexpr int64_t kStrip = kTiles<P> ? 32 : kTileRows;
+  static constexpr int64_t kPackRows = 48;                   // rows of hidden in a unit of packing
+  static constexpr bool in_place = step == 2 || std::is_same_v<G, Acc>;  // G's rows are operands as they lie
+  // Rows that are read down a column: an odd number of cache lines apart, lest they share the same few sets.
+  static constexpr int64_t kTurnedStride = kHeadSpan + 64 / size;
+
+  explicit Head(const LinearHead& args) : Rows{args} {}
+
+  static VEC_INLINE int64_t steps_of(int64_t n) { return round_up(n, depth) / step; }  // elements of n indices along k
+  int64_t row_steps() const {
+    const int64_t lines = round_up(steps_of(a.d) * size, 64) / 64;
+    return (lines | 1) * 64 / size;
+  }
+  int64_t columns() const { return round_up(a.d, lanes); }
+  const T* weight(int64_t row) const { return static_cast<const T*>(a.weight) + row * a.weight_stride; }
+  int64_t span_width(int64_t span) const { return lesser(kHeadSpan, a.vocab - span * kHeadSpan); }
+
+  // The last of an odd number of elements has no partner: rows are copied, with a 0 after them.
+  bool odd() const { return step == 2 && a.d % 2 != 0; }
+  static VEC_INLINE void copy_even(const T* from, int64_t n, T* to) {
+    std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
+    if (n % 2 != 0) std::memset(to + n, 0, sizeof(T));
+  }
+
+  // -------------------------------------------------------------------------------------------------------- scratch
+  struct ScoreScratch {
+    E* w;         // [steps][kHeadBlock]
+    Acc* logits;  // [capacity][kHeadBlock]
+    T* even;      // [kHeadBlock][kSteps * step]
+    int64_t carve(void* memory, const Head& h) {
+      Carver c{static_cast<char*>(memory)};
+      c.take(w, lesser(kSteps, round_up(steps_of(h.a.d), 16)) * kHeadBlock);
+      c.take(logits, h.a.capacity * kHeadBlock);
+      c.take(even, h.odd() ? kHeadBlock * kSteps * step : 0);
+      return c.at - static_cast<char*>(memory);
+    }
+  };
+  struct WeightScratch {
+    E* g;        // dW's A: G down its columns
+    Acc *edge;   // [kHeadSpan][kPanel]: the last columns, where they are no whole vector
+    Acc *sum;    // [kHeadSpan][d]
+    int64_t carve(void* memory, const Head& h) {
+      Carver c{static_cast<char*>(memory)};
+      c.take(g, kTiles<P> ? kHeadSpan * h.turned_steps() : steps_of(h.a.capacity) * kTurnedStride);
+      c.take(edge, h.a.d % lanes != 0 ? kHeadSpan * kPanel<P> : 0);
+      c.take(sum, h.a.dweight_sum == nullptr && h.a.dweight != nullptr ? kHeadSpan * h.a.d : 0);
+      return c.at - static_cast<char*>(memory);
+    }
+  };
+  struct HiddenScratch {
+    E* w;       // [panels][steps of a span][kPanel]
+    Acc* sum;   // [capacity][kHeadColumns]
+    E* g;       // [capacity][kHeadSpan], where G is not in place
+    int64_t carve(void* memory, const Head& h) {
+      Carver c{static_cast<char*>(memory)};
+      c.take(w, steps_of(kHeadSpan) * kHeadColumns);
+      c.take(sum, h.a.capacity * kHeadColumns);
+      c.take(g, in_place ? 0 : h.a.capacity * kTurnedStride);
+      return c.at - static_cast<char*>(memory);
+    }
+  };
+  int64_t turned_steps() const { return ((steps_of(a.capacity) * size / 64) | 1) * 64 / size; }
+
+  HeadSizes sizes() const {
+    constexpr int64_t budget = 1056;  // bytes of scores for each column of the vocabulary
+    const int64_t stored = a.store == HeadStore::exponentials || (a.store == HeadStore::gradient && is_bf16<T>)
+                               ? int64_t{2} : static_cast<int64_t>(sizeof(Acc));
+    const int64_t spans = (a.vocab + kHeadSpan - 1) / kHeadSpan;
+    int64_t scratch = ScoreScratch().carve(nullptr, *this);
+    if (a.store != HeadStore::none) {
+      const int64_t weight = WeightScratch().carve(nullptr, *this), hidden = HiddenScratch().carve(nullptr, *this);
+      scratch = scratch > weight ? scratch : weight;
+      scratch = scratch > hidden ? scratch : hidden;
+    }
+    return {budget / stored, 2 * budget / static_cast<int64_t>(sizeof(Acc)), a.capacity * row_steps() * size,
+            steps_of(a.capacity) * columns() * size,
+            a.store == HeadStore::none ? 0 : spans * kHeadSpan * a.capacity * stored, scratch};
+  }
+
+  // ------------------------------------------------------------------------------------------------- packing of hidden
+  int64_t pack_row_units() const { return (a.rows + kPackRows - 1) / kPackRows; }
+  int64_t pack_units() const {
+    return pack_row_units() + (a.dweight_sum || a.dweight ? (columns() + kPanel<P> - 1) / kPanel<P> : 0);
+  }
+  const T* hidden(int64_t row) const { return static_cast<const T*>(a.hidden) + row * a.hidden_stride; }
+
+  void pack(int64_t unit) const {
+    const int64_t rows = pack_row_units();
+    if (unit >= rows) {
+      const int64_t j = (unit - rows) * kPanel<P>;
+      return pack_steps<P>(a.rows, lesser(kPanel<P>, a.d - j), [&](int64_t i) VEC_LAMBDA { return hidden(i) + j; },
+                           static_cast<E*>(a.hidden_steps) + j * steps_of(a.rows), lesser(kPanel<P>, columns() - j));
+    }
+    E* to = static_cast<E*>(a.hidden_rows);
+    for (int64_t i = unit * kPackRows; i < lesser((unit + 1) * kPackRows, a.rows); ++i) {
+      E* out = to + i * row_steps();
+      if (odd()) {  // the row's memory holds it in even length, where it is packed in place
+        copy_even(hidden(i), a.d, reinterpret_cast<T*>(out));
+        if constexpr (kTiles<P>) std::memset(out + (a.d + 1) / 2, 0, (steps_of(a.d) - (a.d + 1) / 2) * size);
+      } else {
+        pack_rows<P>(1, a.d, [&](int64_t) VEC_LAMBDA { return hidden(i); }, out, row_steps());
+      }
+    }
+  }
+
+  // ----------------------------------------------------------------------------------------------------------- scores
+  // Rows of A against n lanes of B.
+  template <Start start>
+  static VEC_INLINE void multiply(const void* rows, int64_t row_bytes, int64_t step_bytes, int64_t m, const E* b,
+                                  int64_t b_stride, int64_t n, int64_t k, Acc* c, int64_t c_stride) {
+    for (int64_t i = 0; i < m; i += kStrip) {
+      product<P, start>({static_cast<const char*>(rows) + i * row_bytes, row_bytes, step_bytes, b, b_stride,
+                         c + i * c_stride, c_stride, lesser(kStrip, m - i), n, k});
+    }
+  }
+  static VEC_INLINE void multiply(bool fresh, const void* rows, int64_t row_bytes, int64_t step_bytes, int64_t m,
+                                  const E* b, int64_t b_stride, int64_t n, int64_t k, Acc* c, int64_t c_stride) {
+    if (fresh) multiply<Start::zero>(rows, row_bytes, step_bytes, m, b, b_stride, n, k, c, c_stride);
+    else multiply<Start::apart>(rows, row_bytes, step_bytes, m, b, b_stride, n, k, c, c_stride);
+  }
+
+  void scores(int64_t block, void* scratch) const {
+    ScoreScratch w;
+    w.carve(scratch, *this);
+    const int64_t first = block * kHeadBlock, count = lesser(kHeadBlock, a.vocab - first);
+    const int64_t n = round_up(count, lanes), all = steps_of(a.d);
+    for (int64_t k = 0; k == 0 || k < all; k += kSteps) {
+      const int64_t from = k * step, d = lesser(kSteps * step, a.d - from);
+      if (odd()) {
+        for (int64_t i = 0; i < count; ++i) copy_even(weight(first + i) + from, d, w.even + i * kSteps * step);
+        pack_lanes<P>(count, d + d % 2, [&](int64_t i) VEC_LAMBDA { return w.even + i * kSteps * step; }, w.w, kHeadBlock);
+      } else {
+        pack_lanes<P>(count, d, [&](int64_t i) VEC_LAMBDA { return weight(first + i) + from; }, w.w, kHeadBlock);
+      }
+      multiply(k == 0, static_cast<const E*>(a.hidden_rows) + k, row_steps() * size, size, a.rows, w.w, kHeadBlock, n,
+               lesser(kSteps, all - k), w.logits, kHeadBlock);
+    }
+    for (int64_t t = 0; t < a.rows; ++t) this->finish_scores(t, block, count, w.logits + t * kHeadBlock);
+  }
+
+  // ---------------------------------------------------------------------------------------------------------- dweight
+  void dweight(int64_t span, void* scratch) const {
+    const int64_t first = span * kHeadSpan, count = span_width(span), steps = steps_of(a.rows);
+    if (a.store != HeadStore::gradient) this->form_gradient(span, count);
+    if (a.dweight == nullptr && a.dweight_sum == nullptr) return;
+    WeightScratch w;
+    w.carve(scratch, *this);
+    const auto row = [&](int64_t t) VEC_LAMBDA { return this->gradient_row(t, span); };
+    const int64_t row_bytes = kTiles<P> ? turned_steps() * size : size;
+    const int64_t step_bytes = kTiles<P> ? size : kTurnedStride * size;
+    if constexpr (kTiles<P>) pack_turned<P>(a.rows, count, row, w.g, turned_steps());
+    else pack_steps<P>(a.rows, count, row, w.g, kTurnedStride);
+
+    Acc* sum = a.dweight_sum ? static_cast<Acc*>(a.dweight_sum) + first * a.d : w.sum;
+    for (int64_t j = 0; j < a.d; j += kPanel<P>) {
+      const E* b = static_cast<const E*>(a.hidden_steps) + j * steps;
+      const int64_t width = lesser(kPanel<P>, a.d - j), n = round_up(width, lanes);
+      if (width == n) {
+        multiply(a.fresh, w.g, row_bytes, step_bytes, count, b, n, n, steps, sum + j, a.d);
+        continue;
+      }
+      if (!a.fresh) copy_columns(sum + j, a.d, count, width, w.edge, kPanel<P>);
+      multiply(a.fresh, w.g, row_bytes, step_bytes, count, b, n, n, steps, w.edge, kPanel<P>);
+      copy_columns(w.edge, kPanel<P>, count, width, sum + j, a.d);
+    }
+    if (a.last && a.dweight != nullptr) write(a.dweight_dtype, sum, a.d, count, a.d, a.dweight, first * a.d);
+  }
+
+  static void copy_columns(const Acc* from, int64_t from_stride, int64_t rows, int64_t columns, Acc* to, int64_t to_stride) {
+    for (int64_t i = 0; i < rows; ++i) {
+      std::memcpy(to + i * to_stride, from + i * from_stride, static_cast<size_t>(columns) * sizeof(Acc));
+    }
+  }
+
+  // Sums to the result's dtype: the accumulator's or T. Its rows lie a.d apart, from element `at` on.
+  void write(Dtype dtype, const Acc* sum, int64_t stride, int64_t rows, int64_t columns, void* out, int64_t at) const {
+    const auto each = [&](auto* to) {
+      for (int64_t i = 0; i < rows; ++i) {
+        for_vectors<V, Single>(columns, [&](int64_t j, auto part) VEC_LAMBDA {
+          store(to + i * a.d + j, load<V>(sum + i * stride + j, part), part);
+        });
+      }
+    };
+    if (dtype == a.dtype) each(static_cast<T*>(out) + at);
+    else each(static_cast<Acc*>(out) + at);
+  }
+
+  // ---------------------------------------------------------------------------------------------------------- dhidden
+  // G of rows [r, r + m) in a span, as A's rows.
+  const void* gradient_operand(int64_t span, int64_t r, int64_t m, int64_t count, E* packed, int64_t& row_bytes) const {
+    if constexpr (in_place) {
+      row_bytes = this->gradient_bytes();
+      return this->gradient_row(r, span);
+    } else {
+      row_bytes = kTurnedStride * size;
+      pack_rows<P>(m, count, [&](int64_t t) VEC_LAMBDA { return this->gradient_row(r + t, span); }, packed, kTurnedStride);
+      return packed;
+    }
+  }
+
+  void dhidden(int64_t r, int64_t m, int64_t column, int64_t wide, void* scratch) const {
+    HiddenScratch w;
+    w.carve(scratch, *this);
+    const int64_t spans = (a.vocab + kHeadSpan - 1) / kHeadSpan;
+    for (int64_t span = 0; span < spans; ++span) {
+      const int64_t count = span_width(span), steps = steps_of(count);
+      int64_t row_bytes;
+      const void* g = gradient_operand(span, r, m, count, w.g, row_bytes);
+      for (int64_t j = 0; j < wide; j += kPanel<P>) {
+        const int64_t width = lesser(kPanel<P>, wide - j), n = round_up(width, lanes);
+        E* b = w.w + j * steps;
+        pack_steps<P>(count, width, [&](int64_t i) VEC_LAMBDA { return weight(span * kHeadSpan + i) + column + j; }, b, n);
+        multiply(span == 0, g, row_bytes, size, m, b, n, n, steps, w.sum + j, kHeadColumns);
+      }
+    }
+    write(a.dhidden_dtype, w.sum, kHeadColumns, m, wide, a.dhidden, r * a.d + column);
+  }
+};
+
+}}}}  // namespace internlm2::cpu::CPU_CAPABILITY::(unnamed)

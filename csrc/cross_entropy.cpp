@@ -1,0 +1,142 @@
+#include "cross_entropy.h"
+
+#include <algorithm>
+
+#include "loss_args.h"
+
+namespace internlm2 {
+namespace {
+
+using Pair = std::tuple<Tensor, Tensor>;
+
+// What both directions share: the kernels' argument, and each row's label and factor.
+class Call {
+ public:
+  CrossEntropy a{};
+
+  Call(const Tensor& logits, const Tensor& labels, int64_t ignore_index, double label_smoothing, double z_loss,
+       double softcap, int64_t reduction)
+      : logits_(logits), label_(static_cast<size_t>(logits.size(0))), factor_(label_.size()) {
+    check_cpu();
+    a.dtype = dtype_of(logits);
+    a.logits = cdata(logits);
+    a.stride = logits.stride(0);
+    a.cols = logits.size(1);
+    a.label_smoothing = label_smoothing;
+    a.z_loss = z_loss;
+    a.softcap = softcap;
+    read_labels("labels", labels, a.cols, &ignore_index, 0, a.cols, label_.data());
+    a.label = label_.data();
+    a.factor = factor_.data();
+    loss_ = {label_.data(), nullptr, rows(), static_cast<Reduction>(reduction), label_smoothing, z_loss, a.cols};
+  }
+
+  int64_t rows() const { return logits_.size(0); }
+  bool each() const { return loss_.reduction == Reduction::none; }
+  Tensor row_numbers(bool wanted = true) const {
+    return torch::stable::new_empty(logits_, {wanted ? rows() : 0}, accumulator_of(logits_));
+  }
+  void set_factors(const Numbers* upstream) {
+    const double divided = loss_.factor();
+    for (int64_t t = 0; t < rows(); ++t) {
+      const double up = upstream == nullptr ? 1 : upstream->get(each() ? t : 0);
+      factor_[t] = loss_.weight(t) * divided * up;
+    }
+  }
+  int64_t grain() const { return std::max<int64_t>(1, 16384 / std::max<int64_t>(a.cols, 1)); }
+
+  // The loss, and what else the kernel was asked for.
+  Tensor forward(const Tensor& lse) {
+    const Tensor logit = row_numbers(), total = row_numbers(loss_.label_smoothing != 0);
+    a.lse = data(lse);
+    a.label_logit = data(logit);
+    a.total = loss_.label_smoothing != 0 ? data(total) : nullptr;
+    for_rows(rows(), grain(), [&](int64_t b, int64_t e) { INTERNLM2_CPU(cross_entropy_fwd, a, b, e); });
+    Tensor loss = each() ? row_numbers() : torch::stable::new_empty(logits_, {}, accumulator_of(logits_));
+    const Numbers out(loss), lses(lse), labels(logit), totals(total);
+    double sum = 0;
+    for (int64_t t = 0; t < rows(); ++t) {
+      const double mean = a.total != nullptr ? totals.get(t) / static_cast<double>(a.cols) : 0;
+      const double row = loss_.weight(t) == 0 ? 0 : loss_.loss(lses.get(t), labels.get(t), mean);
+      if (each()) out.set(t, row);
+      else sum += row;
+    }
+    if (!each()) out.set(0, sum * loss_.factor());
+    return loss;
+  }
+  void backward(const Tensor& dloss, const Tensor& lse) {
+    const Numbers upstream(dloss);
+    set_factors(&upstream);
+    a.lse = data(lse);
+    for_rows(rows(), grain(), [&](int64_t b, int64_t e) { INTERNLM2_CPU(cross_entropy_bwd, a, b, e); });
+  }
+
+ private:
+  const Tensor& logits_;
+  std::vector<int64_t> label_;
+  std::vector<double> factor_;
+  LossRows loss_{};
+};
+
+Pair cross_entropy_fwd_cpp(const Tensor& logits, const Tensor& labels, int64_t ignore_index, double label_smoothing,
+                           double z_loss, double softcap, int64_t reduction) {
+  Call call(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction);
+  Tensor lse = call.row_numbers();
+  Tensor loss = call.forward(lse);
+  return {loss, lse};
+}
+
+Pair cross_entropy_grad_fwd_cpp(const Tensor& logits, const Tensor& labels, int64_t ignore_index, double label_smoothing,
+                                double z_loss, double softcap, int64_t reduction) {
+  Call call(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction);
+  Tensor dlogits = empty_as(logits);
+  call.set_factors(nullptr);
+  call.a.dlogits = data(dlogits);
+  call.a.dlogits_stride = call.a.cols;
+  Tensor loss = call.forward(call.row_numbers());
+  return {loss, dlogits};
+}
+
+Tensor cross_entropy_bwd_cpp(const Tensor& dloss, const Tensor& logits, const Tensor& labels, const Tensor& lse,
+                             int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
+                             int64_t reduction) {
+  Call call(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction);
+  Tensor dlogits = empty_as(logits);
+  call.a.dlogits = data(dlogits);
+  call.a.dlogits_stride = call.a.cols;
+  call.backward(dloss, lse);
+  return dlogits;
+}
+
+void cross_entropy_bwd_inplace_cpp(const Tensor& dloss, const Tensor& logits, const Tensor& labels, const Tensor& lse,
+                                   int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
+                                   int64_t reduction) {
+  Call call(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction);
+  call.a.dlogits = data(logits);
+  call.a.dlogits_stride = call.a.stride;
+  call.backward(dloss, lse);
+}
+
+Tensor cross_entropy_scale_bwd_cpp(const Tensor& dloss, const Tensor& dlogits) {
+  check_cpu();
+  Tensor out = empty_as(dlogits);
+  scale_gradient(dloss, dlogits, out);
+  return out;
+}
+
+}  // namespace
+
+void scale_gradient(const Tensor& dloss, const Tensor& gradient, const Tensor& out) {
+  const ScaleGradient a{dtype_of(gradient), dtype_of(out), cdata(gradient), data(out), Numbers(dloss).get(0)};
+  for_rows(gradient.numel(), 16384, [&](int64_t b, int64_t e) { INTERNLM2_CPU(scale_gradient, a, b, e); });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(internlm2, CPU, m) {
+  INTERNLM2_IMPL(m, "cross_entropy_fwd.cpp", cross_entropy_fwd_cpp);
+  INTERNLM2_IMPL(m, "cross_entropy_grad_fwd.cpp", cross_entropy_grad_fwd_cpp);
+  INTERNLM2_IMPL(m, "cross_entropy_bwd.cpp", cross_entropy_bwd_cpp);
+  INTERNLM2_IMPL(m, "cross_entropy_bwd_.cpp", cross_entropy_bwd_inplace_cpp);
+  INTERNLM2_IMPL(m, "cross_entropy_scale_bwd.cpp", cross_entropy_scale_bwd_cpp);
+}
+
+}  // namespace internlm2

@@ -1,0 +1,169 @@
+#include "linear_head_call.h"
+
+namespace internlm2 {
+namespace {
+
+using Pair = std::tuple<Tensor, Tensor>;
+using Triple = std::tuple<Tensor, Tensor, Tensor>;
+
+struct Options {
+  const Tensor& labels;
+  const OptTensor& token_weights;
+  int64_t ignore_index;
+  double label_smoothing, z_loss, softcap;
+  int64_t reduction;
+};
+
+// A HeadCall whose rows have losses.
+class LossCall : public HeadCall {
+ public:
+  LossCall(const Tensor& hidden, const Tensor& weight, const Options& o, HeadStore store)
+      : HeadCall(hidden, weight, 1, o.softcap, store), label_(static_cast<int64_t*>(take(tokens() * 8))) {
+    read_labels("labels", o.labels, a.vocab, &o.ignore_index, 0, a.vocab, label_);
+    if (o.token_weights.has_value()) weights_.emplace(*o.token_weights);
+    rows_ = {label_,   weights_.has_value() ? &*weights_ : nullptr, tokens(), static_cast<Reduction>(o.reduction),
+             o.label_smoothing, o.z_loss, a.vocab};
+    factor_ = rows_.factor();
+  }
+
+  // What the gradient of the loss and its statistics need beyond HeadCall's.
+  void prepare_loss() {
+    prepare();
+    if (a.store != HeadStore::gradient && rows_.label_smoothing != 0) {
+      a.block_total = statistic(acc_size());
+      a.total = row_numbers();
+    }
+    if (a.store == HeadStore::none) return;
+    for (const void** p : {&a.a, &a.b, &a.s, &a.k}) *p = row_numbers();
+  }
+  void at(int64_t first) { a.label = label_ + first; }
+
+  // The weighted loss of the chunk's row t, 0 where it is ignored.
+  double loss(int64_t first, int64_t t) const {
+    const double weight = rows_.weight(first + t), mean = a.total ? number(a.total, t) / a.vocab : 0;
+    return weight == 0 ? 0 : weight * rows_.loss(number(a.lse, t), number(a.label_logit, t), mean);
+  }
+  void coefficients(int64_t first, int64_t t, double dloss) const {
+    const double lse = number(a.lse, t), r = rows_.weight(first + t) * factor_ * dloss;
+    const auto set = [&](const void* to, double x) { Numbers(const_cast<void*>(to), wide()).set(t, r == 0 ? 0 : r * x); };
+    set(a.a, rows_.a(lse));
+    set(a.b, 0);
+    set(a.s, rows_.s());
+    set(a.k, rows_.k(lse));
+  }
+  double factor() const { return factor_; }
+
+ private:
+  double number(const void* p, int64_t t) const { return Numbers(const_cast<void*>(p), wide()).get(t); }
+
+  int64_t* label_;
+  std::optional<Numbers> weights_;
+  LossRows rows_{};
+  double factor_ = 1;
+};
+
+Pair linear_cross_entropy_fwd_cpp(const Tensor& hidden, const Tensor& weight, const Tensor& labels,
+                                  const OptTensor& token_weights, int64_t ignore_index, double label_smoothing,
+                                  double z_loss, double softcap, int64_t reduction) {
+  check_cpu();
+  LossCall call(hidden, weight, {labels, token_weights, ignore_index, label_smoothing, z_loss, softcap, reduction},
+                HeadStore::none);
+  call.prepare_loss();
+  const bool each = static_cast<Reduction>(reduction) == Reduction::none;
+  Tensor loss = each ? call.numbers({call.tokens()}) : call.numbers({}), lse = call.numbers({call.tokens()});
+  const Numbers losses(loss);
+  double sum = 0;
+  call.run(
+      [&](int64_t first) {
+        call.at(first);
+        call.a.lse = static_cast<char*>(data(lse)) + first * call.acc_size();
+      },
+      [&](int64_t first, int64_t rows) {
+        for (int64_t t = 0; t < rows; ++t) {
+          if (each) losses.set(first + t, call.loss(first, t));
+          else sum += call.loss(first, t);
+        }
+      });
+  if (!each) losses.set(0, sum * call.factor());
+  return {loss, lse};
+}
+
+Triple linear_cross_entropy_grad_fwd_cpp(const Tensor& hidden, const Tensor& weight, const Tensor& labels,
+                                         const OptTensor& token_weights, int64_t ignore_index, double label_smoothing,
+                                         double z_loss, double softcap, int64_t reduction, bool needs_dhidden,
+                                         bool needs_dweight) {
+  check_cpu();
+  const bool rounded = dtype_of(hidden) == Dtype::bf16 && softcap <= 0;
+  LossCall call(hidden, weight, {labels, token_weights, ignore_index, label_smoothing, z_loss, softcap, reduction},
+                rounded ? HeadStore::exponentials : HeadStore::logits);
+  const auto acc = accumulator_of(hidden);
+  const bool half = dtype_of(hidden) == Dtype::f16;  // whose range gradients of a mean leave
+  Tensor loss = call.numbers({});
+  Tensor dhidden = torch::stable::new_empty(hidden, {needs_dhidden ? call.tokens() : 0, call.a.d},
+                                            half ? acc : hidden.scalar_type());
+  Tensor dweight = call.numbers({needs_dweight ? call.a.vocab : 0, call.a.d});
+  call.a.dhidden_dtype = dtype_of(dhidden);
+  call.a.dweight_sum = needs_dweight ? data(dweight) : nullptr;
+  call.a.dhidden = needs_dhidden ? data(dhidden) : nullptr;
+  call.prepare_loss();
+  call.a.lse = call.row_numbers();
+  double sum = 0;
+  call.run(
+      [&](int64_t first) {
+        call.at(first);
+        if (needs_dhidden) {
+          call.a.dhidden = static_cast<char*>(data(dhidden)) + first * call.a.d * dhidden.element_size();
+        }
+      },
+      [&](int64_t first, int64_t rows) {
+        for (int64_t t = 0; t < rows; ++t) {
+          sum += call.loss(first, t);
+          call.coefficients(first, t, 1);
+        }
+      });
+  Numbers(loss).set(0, sum * call.factor());
+  if (call.tokens() == 0) clear(dweight);
+  return {loss, dhidden, dweight};
+}
+
+Pair linear_cross_entropy_bwd_cpp(const Tensor& dloss, const Tensor& hidden, const Tensor& weight, const Tensor& labels,
+                                  const OptTensor& token_weights, const Tensor& lse, int64_t ignore_index,
+                                  double label_smoothing, double z_loss, double softcap, int64_t reduction,
+                                  bool needs_dhidden, bool needs_dweight) {
+  check_cpu();
+  LossCall call(hidden, weight, {labels, token_weights, ignore_index, label_smoothing, z_loss, softcap, reduction},
+                HeadStore::gradient);
+  HeadGradients gradients(call, hidden, weight, needs_dhidden, needs_dweight);
+  call.prepare_loss();
+  const Numbers upstream(dloss);
+  const bool each = static_cast<Reduction>(reduction) == Reduction::none;
+  call.run(
+      [&](int64_t first) {
+        call.at(first);
+        gradients.at(first);
+        call.a.lse = static_cast<char*>(data(lse)) + first * call.acc_size();
+        for (int64_t t = 0; t < call.a.rows; ++t) call.coefficients(first, t, upstream.get(each ? first + t : 0));
+      },
+      [](int64_t, int64_t) {});
+  return gradients.done();
+}
+
+Pair linear_cross_entropy_scale_bwd_cpp(const Tensor& dloss, const Tensor& dhidden, const Tensor& dweight,
+                                        const Tensor& hidden, const Tensor& weight) {
+  check_cpu();
+  Tensor dh = torch::stable::new_empty(hidden, dhidden.sizes()), dw = torch::stable::new_empty(weight, dweight.sizes());
+  scale_gradient(dloss, dhidden, dh);
+  scale_gradient(dloss, dweight, dw);
+  return {dh, dw};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(internlm2, CPU, m) {
+  INTERNLM2_IMPL(m, "linear_cross_entropy_fwd.cpp", linear_cross_entropy_fwd_cpp);
+  INTERNLM2_IMPL(m, "linear_cross_entropy_grad_fwd.cpp", linear_cross_entropy_grad_fwd_cpp);
+  INTERNLM2_IMPL(m, "linear_cross_entropy_bwd.cpp", linear_cross_entropy_bwd_cpp);
+  INTERNLM2_IMPL(m, "linear_cross_entropy_scale_bwd.cpp", linear_cross_entropy_scale_bwd_cpp);
+}
+
+}  // namespace internlm2

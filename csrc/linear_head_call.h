@@ -1,0 +1,168 @@
+// One call of a head over a vocabulary: its memory, its chunks of tokens, and their units on threads.
+#pragma once
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "linear_head.h"
+#include "loss_args.h"
+
+namespace internlm2 {
+
+inline void clear(const Tensor& t) {
+  if (t.numel() > 0) std::memset(data(t), 0, static_cast<size_t>(t.numel()) * t.element_size());
+}
+
+class HeadCall {
+ public:
+  LinearHead a{};
+
+  // Both directions' common part. What is wanted beyond it is set in `a` before prepare().
+  HeadCall(const Tensor& hidden, const Tensor& weight, double scale, double softcap, HeadStore store)
+      : hidden_(hidden), weight_(weight), tokens_(hidden.size(0)) {
+    a.dtype = dtype_of(hidden);
+    a.hidden_stride = hidden.stride(0);
+    a.weight_stride = weight.stride(0);
+    a.weight = cdata(weight);
+    a.d = hidden.size(1);
+    a.vocab = weight.size(0);
+    a.scale = scale;
+    a.softcap = softcap;
+    a.store = store;
+    a.dhidden_dtype = a.dweight_dtype = a.dtype;
+  }
+
+  int64_t tokens() const { return tokens_; }
+  bool wide() const { return a.dtype == Dtype::f64; }
+  int64_t acc_size() const { return wide() ? 8 : 4; }
+  bool one_chunk() {
+    const HeadSizes sizes = INTERNLM2_CPU_MATRIX(linear_head_sizes, a);
+    return tokens_ <= most_rows(sizes);
+  }
+  // A fresh tensor of the accumulator's dtype.
+  Tensor numbers(std::initializer_list<int64_t> sizes) const {
+    return torch::stable::new_empty(hidden_, {sizes.begin(), sizes.size()}, accumulator_of(hidden_));
+  }
+  void* take(int64_t bytes) {
+    kept_.push_back(torch::stable::new_empty(hidden_, {bytes}, torch::headeronly::ScalarType::Char));
+    return data(kept_.back());
+  }
+  void* statistic(int64_t size) { return take(blocks() * a.capacity * size); }
+  void* row_numbers() { return take(a.capacity * acc_size()); }
+
+  // Sizes the chunks and takes their memory; dweight, dhidden and dweight_sum are set (to be wanted or not) before.
+  void prepare() {
+    HeadSizes sizes = INTERNLM2_CPU_MATRIX(linear_head_sizes, a);
+    const int64_t most = most_rows(sizes), chunks = std::max<int64_t>(1, (tokens_ + most - 1) / most);
+    chunk_ = std::min(most, ((tokens_ + chunks - 1) / chunks + 11) / 12 * 12);  // even chunks of whole register tiles
+    a.rows = chunk_;
+    a.capacity = (chunk_ + 15) / 16 * 16;
+    sizes = INTERNLM2_CPU_MATRIX(linear_head_sizes, a);
+    const bool serial = static_cast<double>(tokens_) * a.vocab * a.d < kSerial;
+    workers_ = serial ? 1 : workers_for(std::max(blocks(), chunk_));
+    a.hidden_rows = take(sizes.hidden_rows);
+    if (wants_dweight()) a.hidden_steps = take(sizes.hidden_steps);
+    if (a.store != HeadStore::none) a.scores = take(sizes.scores);
+    scratch_bytes_ = sizes.scratch;
+    scratch_ = static_cast<char*>(take(workers_ * sizes.scratch));
+    if (a.store == HeadStore::gradient) return;
+    a.block_max = statistic(acc_size());
+    a.block_sum = statistic(acc_size());
+    a.label_logit = row_numbers();
+  }
+
+  // `merged(first, rows)` follows a chunk's statistics, of which pointers to [rows] results are moved along before it:
+  // at(first) sets them.
+  template <typename At, typename F> void run(const At& at, const F& merged) {
+    for (int64_t first = 0; first < tokens_; first += chunk_) {
+      a.rows = std::min(chunk_, tokens_ - first);
+      a.hidden = static_cast<const char*>(cdata(hidden_)) + first * a.hidden_stride * hidden_.element_size();
+      a.fresh = first == 0;
+      a.last = first + a.rows == tokens_;
+      at(first);
+      units(INTERNLM2_CPU_MATRIX(linear_head_pack_units, a),
+            [&](int64_t i, int64_t) { INTERNLM2_CPU_MATRIX(linear_head_pack, a, i); });
+      units(blocks(), [&](int64_t i, int64_t w) { INTERNLM2_CPU_MATRIX(linear_head_scores, a, i, scratch(w)); });
+      if (a.store != HeadStore::gradient) {
+        units((a.rows + 15) / 16, [&](int64_t i, int64_t) {
+          INTERNLM2_CPU_MATRIX(linear_head_merge, a, 16 * i, std::min(16 * (i + 1), a.rows));
+        });
+        merged(first, a.rows);
+      }
+      if (a.store == HeadStore::none) continue;
+      units((a.vocab + kHeadSpan - 1) / kHeadSpan,
+            [&](int64_t i, int64_t w) { INTERNLM2_CPU_MATRIX(linear_head_dweight, a, i, scratch(w)); });
+      if (a.dhidden != nullptr) run_dhidden();
+    }
+  }
+
+ private:
+  static constexpr double kSerial = 1 << 20;  // multiplications below which a second thread costs more than it saves
+
+  const Tensor &hidden_, &weight_;
+  int64_t tokens_, chunk_ = 0, workers_ = 1, scratch_bytes_ = 0;
+  char* scratch_ = nullptr;
+  std::vector<Tensor> kept_;
+
+  int64_t blocks() const { return (a.vocab + kHeadBlock - 1) / kHeadBlock; }
+  bool wants_dweight() const { return a.dweight != nullptr || a.dweight_sum != nullptr; }
+  int64_t most_rows(const HeadSizes& sizes) const {
+    return a.store == HeadStore::none ? sizes.most_rows_alone : sizes.most_rows;
+  }
+  void* scratch(int64_t worker) const { return scratch_ + worker * scratch_bytes_; }
+  template <typename F> void units(int64_t n, const F& f) const { for_units(n, std::min(workers_, n), f); }
+
+  // Columns of hidden are cut for the threads, and rows where that does not give each one: each column is one chain.
+  void run_dhidden() {
+    const auto parts = [](int64_t n, int64_t most, int64_t wanted, int64_t least) {
+      const int64_t cuts = std::max((n + most - 1) / most, std::min(wanted, n / least));
+      const int64_t each = ((n + cuts - 1) / std::max<int64_t>(cuts, 1) + least - 1) / least * least;
+      return std::min(each, most);
+    };
+    if (a.d == 0) return;
+    const int64_t columns = parts(a.d, kHeadColumns, workers_, 64), across = (a.d + columns - 1) / columns;
+    const int64_t rows = parts(a.rows, a.rows, (workers_ + across - 1) / across, 48), down = (a.rows + rows - 1) / rows;
+    units(across * down, [&](int64_t i, int64_t w) {
+      const int64_t row = i / across * rows, column = i % across * columns;
+      INTERNLM2_CPU_MATRIX(linear_head_dhidden, a, row, std::min(rows, a.rows - row), column,
+                           std::min(columns, a.d - column), scratch(w));
+    });
+  }
+};
+
+// The gradients of a backward in the dtypes of hidden and weight: dweight's sums are its own memory where they have its dtype,
+// else, with more than one chunk, one accumulator.
+class HeadGradients {
+ public:
+  HeadGradients(HeadCall& call, const Tensor& hidden, const Tensor& weight, bool needs_dhidden, bool needs_dweight)
+      : call_(call),
+        dhidden_(torch::stable::new_empty(hidden, {needs_dhidden ? hidden.size(0) : 0, hidden.size(1)})),
+        dweight_(torch::stable::new_empty(weight, {needs_dweight ? weight.size(0) : 0, weight.size(1)})) {
+    LinearHead& a = call.a;
+    if (needs_dhidden) a.dhidden = data(dhidden_);
+    if (!needs_dweight) return;
+    if (dweight_.scalar_type() == accumulator_of(weight)) {
+      a.dweight_sum = data(dweight_);
+      return;
+    }
+    a.dweight = data(dweight_);
+    if (call.one_chunk()) return;
+    sum_.emplace(call.numbers({weight.size(0), weight.size(1)}));
+    a.dweight_sum = data(*sum_);
+  }
+  void at(int64_t first) const {
+    if (call_.a.dhidden == nullptr) return;
+    call_.a.dhidden = static_cast<char*>(data(dhidden_)) + first * call_.a.d * dhidden_.element_size();
+  }
+  std::tuple<Tensor, Tensor> done() const {
+    if (call_.tokens() == 0) clear(dweight_);
+    return {dhidden_, dweight_};
+  }
+
+ private:
+  HeadCall& call_;
+  Tensor dhidden_, dweight_;
+  OptTensor sum_;
+};
+
+}  // namespace internlm2

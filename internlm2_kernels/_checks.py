@@ -15,6 +15,10 @@ def check_float(op: str, argument: str, tensor: object) -> None:
         fail(TypeError, op, argument, "a tensor", type(tensor).__name__)
     if tensor.dtype not in FLOAT_DTYPES:
         fail(TypeError, op, argument, "float32, bfloat16, float16 or float64", tensor.dtype)
+    check_layout(op, argument, tensor)
+
+
+def check_layout(op: str, argument: str, tensor: torch.Tensor) -> None:
     if tensor.layout != torch.strided:
         fail(TypeError, op, argument, "a dense (strided) tensor", tensor.layout)
 
@@ -25,6 +29,7 @@ def check_same(op: str, argument: str, tensor: object, like: torch.Tensor, of: s
         fail(TypeError, op, argument, "a tensor", type(tensor).__name__)
     if tensor.dtype != like.dtype:
         fail(TypeError, op, argument, f"the dtype of {of}, {like.dtype}", tensor.dtype)
+    check_layout(op, argument, tensor)
     check_device(op, argument, tensor, like, of)
 
 

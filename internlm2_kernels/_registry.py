@@ -43,7 +43,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @dataclass(frozen=True)
 class Case:
-    """One problem size: `kind` is smoke (every check), edge (odd sizes) or model (benchmarks).
+    """One problem size: `kind` is smoke (every check), edge (odd sizes), model (benchmarks) or gpu (benchmarks on a GPU
+    in place of model).
 
     `passes` and `dtypes` limit what the benchmark measures of it (empty: everything): some sizes take minutes a call.
     """
@@ -103,9 +104,10 @@ class Op:
     # (device type, dims) -> backend, where a recorded run shows another than the first usable to be faster
     prefer: Callable[[torch.Tensor], str] | None = None
     rowwise: bool = True  # each row or token is computed by itself, under any leading dimensions
-    autocast: bool = False  # under autocast the floating-point inputs are cast to its dtype
+    autocast: bool = False  # under autocast the floating-point inputs, but for caches, are cast to its dtype
     isas: tuple[str, ...] = ("avx2", "avx512")  # the instruction sets for which `cpp` has builds of their own
     contiguous: tuple[str, ...] = ()  # arguments that must be: anything else is an error
+    copies: tuple[str, ...] = ()  # aten operators that a call uses to copy its inputs, where it updates in place
     domain: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # dims with limits: lowest, highest, step
     overloads: dict[str, dict[str, Any]] = field(default_factory=dict)
     usable: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -145,9 +147,13 @@ class Op:
                 wanted = wanted if self.prefer is None else self.prefer(tensor)
         elif wanted not in usable:
             raise_unusable(self, wanted, device)
-        if _forward_ad._current_level >= 0 and wanted != "reference":
-            raise RuntimeError(f"{self.name}: backend={wanted!r} has no forward-mode derivative (jvp, jacfwd); "
-                               "inside a dual level use backend='reference'")
+        if wanted != "reference":
+            if _forward_ad._current_level >= 0:
+                raise RuntimeError(f"{self.name}: backend={wanted!r} has no forward-mode derivative (jvp, jacfwd); "
+                                   "inside a dual level use backend='reference'")
+            if torch._C._are_functorch_transforms_active():  # they would lose the gradient without a word
+                raise RuntimeError(f"{self.name}: backend={wanted!r} does not take part in functorch transforms (vmap, grad, "
+                                   "jacrev, ...); inside them use backend='reference'")
         return wanted
 
 

@@ -1,4 +1,4 @@
-"""The shared checks of bits, memory, strides and autograd's other uses: every operator x backend, as in test_ops.py."""
+"""The shared checks of bits, memory and strides: every operator x backend, as in test_ops.py."""
 
 import subprocess
 import sys
@@ -57,7 +57,7 @@ for op in shared.OPS.values():
         generator = torch.Generator().manual_seed(11)
         sample = shared.sample_of(op, case, torch.float32, "cpu", generator)
         result = shared.forward_backward(op, sample, "cpp", generator)
-        bits = b"".join(t.contiguous().numpy().tobytes() for t in result.values())
+        bits = b"".join(t.flatten().contiguous().view(torch.uint8).numpy().tobytes() for t in result.values())
         print(op.name, case, hashlib.sha256(bits).hexdigest())
 """
 
@@ -111,7 +111,7 @@ def test_strides(op, variant, backend, native, device, generator):
                              for e in (expanded, expanded.contiguous()))
                 assert_bitwise(got, flat, f"{argument} expanded")
         for output, gradient in upstream.items():
-            for what, strided in strided_copies(gradient):
+            for what, strided in strided_copies(gradient) if gradient.dim() else ():
                 assert_bitwise(run(op, sample, backend, {**upstream, output: strided}), want, f"d {output} {what}")
             ones = torch.ones((), device=device).expand_as(gradient)
             assert_bitwise(run(op, sample, backend, {**upstream, output: ones}),
@@ -187,7 +187,7 @@ def test_native_calls_run_no_aten_compute(op, variant, backend, device, generato
     if backend != "cpp":
         pytest.skip("the rule is cpp's")
     allowed = {"empty", "new_empty", "empty_like", "view", "_unsafe_view", "slice", "detach", "alias", "reshape", "arange",
-               "scalar_tensor", "lift_fresh", "_to_copy", "empty_strided"}
+               "scalar_tensor", "lift_fresh", "_to_copy", "empty_strided", "_local_scalar_dense"}
     for case in smoke_cases(op):
         sample = sample_of(op, case, torch.bfloat16 if torch.bfloat16 in op.dtypes else torch.float32, device, generator)
         upstream = draw_upstream(op, sample, 1.0, generator)
@@ -195,82 +195,6 @@ def test_native_calls_run_no_aten_compute(op, variant, backend, device, generato
             run(op, sample, backend, upstream)
         names = [call[0]._schema.name for call in recorder.calls]
         assert any(n.startswith("internlm2::") for n in names)
-        foreign = {n for n in names if not n.startswith("internlm2::") and n.removeprefix("aten::") not in allowed}
+        foreign = {n for n in names if not n.startswith("internlm2::")
+                   and n.removeprefix("aten::") not in allowed | set(op.copies)}
         assert not foreign, f"{case}: {foreign}"
-
-
-# --------------------------------------------------------------------------------------------- autograd's other uses
-def _first(op, device, generator):
-    return sample_of(op, smoke_cases(op)[0], torch.float32, device, generator)
-
-
-def test_activation_checkpointing(op, variant, backend, native, device, generator):
-    if "backward" not in op.directions:
-        pytest.skip("no backward")
-    sample = _first(op, device, generator)
-    upstream = draw_upstream(op, sample, 1.0, generator)
-    again = lambda **inputs: torch.utils.checkpoint.checkpoint(
-        lambda: op.public(**inputs, backend=backend), use_reentrant=False)
-    assert_bitwise(run(op, sample, again, upstream), run(op, sample, backend, upstream))
-
-
-def test_only_wanted_gradients(op, variant, backend, native, device, generator):
-    """Each differentiable argument alone gets the gradient that it gets among all."""
-    if "backward" not in op.directions:
-        pytest.skip("no backward")
-    for case in smoke_cases(op)[:2]:
-        sample = sample_of(op, case, torch.float32, device, generator)
-        upstream = draw_upstream(op, sample, 1.0, generator)
-        want = run(op, sample, backend, upstream)
-        for argument in sample.grad:
-            got = run(op, type(sample)(sample.inputs, (argument,)), backend, upstream)
-            assert_bitwise({f"d_{argument}": got[f"d_{argument}"]}, {f"d_{argument}": want[f"d_{argument}"]}, argument)
-
-
-def test_each_output_alone(op, variant, backend, native, device, generator):
-    """A loss that uses one output only: the others' gradients are absent, not garbage."""
-    if "backward" not in op.directions:
-        pytest.skip("no backward")
-    for case in smoke_cases(op)[:2]:
-        sample = sample_of(op, case, torch.float32, device, generator)
-        for output, gradient in draw_upstream(op, sample, 1.0, generator).items():
-            got, want = (run(op, sample, b, {output: gradient}) for b in (backend, "reference"))
-            for name in want:
-                if name.startswith("d_"):
-                    torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-4)
-
-
-def test_double_backward_and_functorch_say_no(op, variant, backend, native, device, generator):
-    if "backward" not in op.directions:
-        pytest.skip("no backward")
-    sample = with_leaves(_first(op, device, generator))
-    output = op.public(**sample.inputs, backend=backend)
-    output = output if isinstance(output, torch.Tensor) else output[0]
-    leaf = sample.inputs[sample.grad[0]]
-    (grad,) = torch.autograd.grad(output.square().sum(), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice|once_differentiable"):
-        grad.sum().backward()
-    one = lambda x: op.public(**{**sample.inputs, sample.grad[0]: x}, backend=backend)
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(lambda x: (lambda y: y if isinstance(y, torch.Tensor) else y[0])(one(x)).sum())(leaf.detach())
-
-
-def test_forward_mode_says_no(op, variant, backend, native, device, generator):
-    """A dropped tangent would be a wrong derivative without a word."""
-    if not (sample := _first(op, device, generator)).grad:
-        pytest.skip("nothing to differentiate")
-    name = sample.grad[0]
-    call = lambda chosen: torch.func.jvp(lambda x: op.public(**{**sample.inputs, name: x}, backend=chosen),
-                                         (sample.inputs[name],), (torch.ones_like(sample.inputs[name]),))
-    with pytest.raises(RuntimeError, match=f"{op.name}: backend='{backend}' has no forward-mode derivative"):
-        call(backend)
-    _, tangent = call("reference")
-    assert (tangent if isinstance(tangent, torch.Tensor) else tangent[0]).any()
-
-
-def test_autocast_keeps_the_dtype(op, variant, backend, native, device, generator):
-    """Operators keep their inputs' dtype; those that cast, compute in autocast's."""
-    sample = _first(op, device, generator)
-    want = run(op, sample.to(torch.bfloat16) if op.autocast else sample, backend)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        assert_bitwise(run(op, sample, backend), want)

@@ -1,8 +1,8 @@
 """Rotary position embedding applied to queries and keys."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from .._autograd import once_differentiable
 from .._checks import check_choice, check_device, check_float, check_same, fail, last_stride_1
 from .._registry import Case, Op, Sample
 from .rope_table import rope_table
@@ -105,7 +105,8 @@ APPLY_ROPE = Op(
         rope_case("edge", 1, 1, 1, 2),
         rope_case("edge", 7, 2, 1, 6, interleaved=True),
         rope_case("edge", 65, 3, 1, 34, positions="int64"),
-        *(rope_case("model", 4096, heads, 8, 128, positions="int64") for heads in (16, 32, 48)),
+        *(rope_case(kind, tokens, heads, 8, 128, positions="int64") for kind, tokens in (("model", 4096), ("gpu", 16384))
+          for heads in (16, 32, 48)),
     ),
     eager={"float32 halves": reference, "rotate_half": _eager_rotate_half},
     batched=("q", "k", "positions", "cos", "sin"),
@@ -123,7 +124,7 @@ class _ApplyRope(torch.autograd.Function):
         return native(_FWD[backend], q, k, cos, sin, positions, interleaved, False)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("apply_rope")
     def backward(ctx, dq, dk):
         cos, sin, positions = ctx.saved_tensors
         dq, dk = _FWD[ctx.backend](_as_heads(dq), _as_heads(dk), cos, sin, positions, ctx.interleaved, True)

@@ -3,9 +3,9 @@
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from .._checks import as_rows, check_device, check_float, check_shape, fail
+from .._autograd import once_differentiable
+from .._checks import as_rows, check_device, check_float, check_layout, check_shape, fail
 from .._registry import Op, Sample
 from .apply_rope import (
     _eager_rotate_half,
@@ -120,7 +120,8 @@ QKV_ROPE = Op(
         rope_case("edge", 0, 2, 1, 32, positions="int64"),
         rope_case("edge", 1, 1, 1, 2),
         rope_case("edge", 65, 12, 2, 34, positions="int64"),
-        *(rope_case("model", 4096, heads, 8, 128, positions="int64") for heads in (16, 32, 48)),
+        *(rope_case(kind, tokens, heads, 8, 128, positions="int64") for kind, tokens in (("model", 4096), ("gpu", 16384))
+          for heads in (16, 32, 48)),
     ),
     eager={"float32 halves": reference, "rotate_half": _eager_composition},
     batched=("qkv", "positions", "cos", "sin"),
@@ -139,7 +140,7 @@ class _QKVRope(torch.autograd.Function):
         return native(_FWD[backend], qkv, cos, sin, positions, num_heads, num_kv_heads)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("qkv_rope")
     def backward(ctx, dq, dk, dv):
         cos, sin, positions = ctx.saved_tensors
         dqkv = _BWD[ctx.backend](as_rows(dq), as_rows(dk), as_rows(dv), cos, sin, positions)
@@ -168,7 +169,10 @@ def _check_cache(qkv, cache, num_kv_heads, head_dim, tokens):
     for name, value in zip(cache._fields, cache, strict=True):
         if not isinstance(value, torch.Tensor) and (value is not None or not name.endswith("_scale")):
             fail(TypeError, "qkv_rope", f"cache.{name}", "a tensor", type(value).__name__)
-        if value is not None and value.requires_grad:
+        if value is None:
+            continue
+        check_layout("qkv_rope", f"cache.{name}", value)
+        if value.requires_grad:
             fail(ValueError, "qkv_rope", f"cache.{name}", "a tensor that requires no gradient", "requires_grad=True")
     for name, target, scale in (("k", cache.k, cache.k_scale), ("v", cache.v, cache.v_scale)):
         if target.dtype not in (qkv.dtype, torch.int8) or target.dtype != cache.k.dtype:

@@ -2,8 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from .._autograd import once_differentiable
 from .._checks import as_rows, check_choice, check_device, check_float, check_same, check_shape, fail
 from .._registry import Case, Op, Sample
 
@@ -114,7 +114,7 @@ RMS_NORM = Op(
         Case("edge", {"rows": 65, "cols": 17}),
         Case("edge", {"rows": 131, "cols": 31, "rounding": "hf", "weight": "float32"}),
         Case("edge", {"rows": 3, "cols": 2053}),
-        *(Case("model", {"rows": 4096, "cols": cols, "residual": residual})
+        *(Case(kind, {"rows": rows, "cols": cols, "residual": residual}) for kind, rows in (("model", 4096), ("gpu", 16384))
           for residual in (False, True) for cols in (2048, 4096, 6144)),
     ),
     eager={"F.rms_norm": _eager_functional, "explicit": _eager_explicit},
@@ -143,7 +143,7 @@ class _RMSNorm(torch.autograd.Function):
         return y, h
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("rms_norm")
     def backward(ctx, dy, dresidual=None):
         h, weight, rstd = ctx.saved_tensors
         hf, backend, has_residual = ctx.options

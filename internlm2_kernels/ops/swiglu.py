@@ -2,8 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from .._autograd import once_differentiable
 from .._checks import as_rows, check_float, check_same, check_shape, fail
 from .._registry import Case, Op, Sample
 
@@ -62,6 +62,7 @@ SWIGLU = Op(
         Case("edge", {"rows": 65, "cols": 31}),
         Case("edge", {"rows": 3, "cols": 1025, "packed": True}),
         *(Case("model", {"rows": 4096, "cols": cols}) for cols in (8192, 14336)),
+        *(Case("gpu", {"rows": 16384, "cols": cols}) for cols in (8192, 14336, 16384)),
         Case("model", {"rows": 4096, "cols": 8192, "packed": True}),
     ),
     eager={"F.silu(gate) * up": _eager},
@@ -80,7 +81,7 @@ class _SwiGLU(torch.autograd.Function):
         return _FWD[backend](gate, up)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("swiglu")
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
         dgate, dup = _BWD[ctx.backend](as_rows(dy), gate, up, False)
@@ -96,7 +97,7 @@ class _PackedSwiGLU(torch.autograd.Function):
         return _FWD[backend](packed[..., :half], packed[..., half:])
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("swiglu")
     def backward(ctx, dy):
         (packed,) = ctx.saved_tensors
         half = packed.shape[-1] // 2

@@ -1,0 +1,53 @@
+"""What the operators' autograd.Functions share: gradients that say by name that they cannot be differentiated again.
+
+`torch.autograd.function.once_differentiable` ties such a gradient to nothing, or to a tensor of its own making: where it is
+asked for by input (`torch.autograd.grad(..., allow_unused=True)`), or added to a loss, its part is missing without a word.
+Here it is tied to what it was computed from, so that every way back to an input meets the error.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def once_differentiable(op: str) -> Callable:
+    """Decorates the backward of an `autograd.Function` of the operator `op`; it returns a tuple."""
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def wrapper(ctx: Any, *upstream: torch.Tensor | None) -> tuple:
+            if not torch.is_grad_enabled():  # without create_graph, and in a compiled graph, which refuses by itself
+                return backward(ctx, *upstream)
+            unpacked = _Unpacked(ctx)
+            with torch.no_grad():
+                gradients = backward(unpacked, *upstream)
+            sources = [t for t in (*upstream, *unpacked.saved_tensors) if t is not None and t.requires_grad]
+            return _Refusal.apply(op, len(gradients), *gradients, *sources) if sources else gradients
+
+        return wrapper
+
+    return decorate
+
+
+class _Unpacked:
+    """A context whose saved tensors are fetched once: activation checkpointing hands them out no second time."""
+
+    def __init__(self, ctx: Any):
+        self.ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ctx, name)
+
+
+class _Refusal(torch.autograd.Function):
+    """The first `count` tensors, as functions of the others."""
+
+    @staticmethod
+    def forward(ctx, op, count, *tensors):
+        ctx.op = op
+        return tuple(None if t is None else t.detach() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"{ctx.op}: its gradient cannot be differentiated again; for that use backend='reference'")

@@ -22,8 +22,8 @@ struct Attention {
   const int32_t *cu_q, *cu_k;  // [sequences + 1]
   int64_t seqlen_q, seqlen_k;
   const int32_t* seqlens_k;  // [sequences], of a paged cache: in place of cu_k and seqlen_k
-  int64_t window_left, window_right;  // -1: unlimited
-  double scale, softcap;  // scale > 0; softcap 0: none
+  int64_t window_left, window_right;  // -1: unlimited, else at most 2^40
+  double scale, softcap;  // from 1e-37 to 1e37; softcap 0: none
   AttentionTensor q, k, v;
   int64_t lse_sequence_stride, lse_head_stride;  // of lse, and of what else is kept a query row and head
 
@@ -44,6 +44,12 @@ struct Attention {
   }
   ATTENTION_INLINE int64_t offset_lse(int64_t s, int64_t head) const {
     return (cu_q ? cu_q[s] : s * lse_sequence_stride) + head * lse_head_stride;
+  }
+  // The query rows of a sequence, all at its beginning, that see no key.
+  ATTENTION_INLINE int64_t blind_rows(int64_t s) const {
+    const int64_t rows = length_q(s), keys = length_k(s), blind = rows - keys - window_right;
+    if (keys == 0) return rows;
+    return window_right < 0 || blind < 0 ? 0 : blind;
   }
   // Keys [first, last) that query row i may see; last <= first: none. Row i stands at position i + length_k - length_q.
   ATTENTION_INLINE int64_t first_key(int64_t s, int64_t i) const {

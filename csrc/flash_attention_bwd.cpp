@@ -12,7 +12,6 @@ namespace {
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
 constexpr int64_t kSerial = 1 << 20;  // multiplications a product below which a second thread costs more than it saves
-constexpr int64_t kUnlimited = int64_t{1} << 40;  // windows are cut to this, lest a position plus a window overflow
 
 // Units of one block each: sequence by sequence, then `abreast` heads at a time, then block by block. With more heads
 // abreast than threads no thread waits for the block before its own; a few heads still fit the shared cache.
@@ -40,8 +39,6 @@ Gradients flash_attention_bwd_cpp(const Tensor& dout, const Tensor& q, const Ten
   check_cpu();
   FlashBwd a{};
   fill_attention(a, q, k, v, cu_q, cu_k, max_seqlen_q, max_seqlen_k, window_left, window_right, scale, softcap);
-  a.window_left = std::min(window_left, kUnlimited);
-  a.window_right = std::min(window_right, kUnlimited);
   a.tokens_q = cu_q.has_value() ? a.seqlen_q : a.sequences * a.seqlen_q;
   a.out = attention_tensor(out);
   a.dout = attention_tensor(dout);

@@ -21,7 +21,7 @@ struct FlashBwd : Attention {
 };
 
 // A part of the work for one thread: one block of keys with all queries of its key head's group that see it; or, to
-// prepare, one block of queries of one head.
+// prepare, one block of queries of one head. Blocks of queries with keys are counted from the first that sees one.
 struct BwdUnit {
   int64_t sequence, head, block;
 };

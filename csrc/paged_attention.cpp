@@ -5,15 +5,17 @@
 namespace internlm2 {
 namespace {
 
-// Lengths that hold the new tokens and fit the table; entries of used blocks within the cache.
+// Lengths that hold the new tokens and fit the table; entries of blocks that a new token sees within the cache. A sequence
+// without new tokens is not looked at.
 void check_values(const PagedFwd& a, int64_t blocks) {
   for (int64_t s = 0; s < a.sequences; ++s) {
+    if (a.length_q(s) == 0) continue;
     const int64_t length = a.length_k(s), most = a.max_blocks * a.block_size;
     STD_TORCH_CHECK(length >= a.length_q(s) && length <= most, "ValueError: paged_attention: seq_lens: expected values from "
                     "the new tokens of a sequence, ", a.length_q(s), " in sequence ", s, ", to max_blocks * block_size = ",
                     most, ", got ", length);
     const int64_t used = (length + a.block_size - 1) / a.block_size;
-    for (int64_t i = 0; i < used; ++i) {
+    for (int64_t i = a.first_key(s, 0) / a.block_size; i < used; ++i) {
       const int64_t block = a.block_table[s * a.max_blocks + i];
       STD_TORCH_CHECK(block >= 0 && block < blocks, "ValueError: paged_attention: block_table: expected values from 0 to ",
                       blocks - 1, " in the blocks in use, got ", block);

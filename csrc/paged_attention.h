@@ -8,7 +8,7 @@ namespace internlm2 {
 struct PagedFwd : FlashFwd {  // k and v unused
   const void *k_cache, *v_cache;      // contiguous [blocks, block_size, kv_heads, d], dtype or int8
   const float *k_scale, *v_scale;     // contiguous [blocks, block_size, kv_heads], or null
-  const int32_t* block_table;         // [sequences, max_blocks]; of a row, what its length needs is read
+  const int32_t* block_table;         // [sequences, max_blocks]; of a row, the blocks that new tokens see are read
   int64_t block_size, max_blocks;
 };
 

@@ -76,12 +76,13 @@ class RotaryEmbedding(torch.nn.Module):
 
 
 class FlashAttention(torch.nn.Module):
-    """`flash_attention` as a module without weights; drop-in for `flash_attn.modules.mha.FlashSelfAttention` and
-    `FlashCrossAttention` at dropout 0.
+    """`flash_attention` as a module without weights, options given once.
 
     `forward(q, k, v)` takes dense [B, S, heads, d]; with `cu_seqlens_q` (and `cu_seqlens_k`, `max_seqlen_q`, `max_seqlen_k`)
     packed [T, heads, d]. `forward(qkv)` takes one tensor [..., 3, H, d]. Options and errors: those of
-    `internlm2_kernels.flash_attention`.
+    `internlm2_kernels.flash_attention`. The computation is that of flash_attn's FlashSelfAttention and FlashCrossAttention at
+    dropout 0, the names are not: softmax_scale is `scale`, window_size `window`, cu_seqlens `cu_seqlens_q`, and a packed kv
+    is passed as kv[..., 0, :, :] and kv[..., 1, :, :].
     """
 
     def __init__(self, *, causal=False, scale=None, window=None, softcap=0.0):

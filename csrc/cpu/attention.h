@@ -10,6 +10,7 @@
 // A key that the mask hides has weight 0 and changes nothing, so that blocks without visible keys may be left out or not.
 #pragma once
 #include <cmath>
+#include <limits>
 
 #include "../flash_attention.h"
 #include "dispatch.h"
@@ -60,7 +61,9 @@ template <typename Acc> struct Score { Acc factor, cap, inverse; };
 template <typename T> VEC_INLINE Score<acc_t<T>> score_of(const Attention& a) {
   using Acc = acc_t<T>;
   if (a.softcap <= 0) return {static_cast<Acc>(a.scale / kLogBase<T>), 0, 0};
-  return {static_cast<Acc>(1 / kLogBase<T>), static_cast<Acc>(a.softcap), static_cast<Acc>(a.scale / a.softcap)};
+  constexpr double most = std::numeric_limits<Acc>::max();
+  const double inverse = a.scale / a.softcap;  // an infinite one would make a score of 0 NaN
+  return {static_cast<Acc>(1 / kLogBase<T>), static_cast<Acc>(a.softcap), static_cast<Acc>(inverse < most ? inverse : most)};
 }
 
 // The unfinished result of one split, or of those so far: maximum and sum of every lane, and its weighted values.

@@ -1,9 +1,10 @@
 // Attention's backward in five products, each a block of keys against a block of queries (rows) of one head:
 //   S = Q K^T,  P = exp(scale S - lse),  dV += P^T dO,  dP = dO V^T,  dS = P (dP - delta),  dK += dS^T Q,  dQ += dS K
 // A unit of work owns a block of keys: its dK and dV stay in its thread's second-level cache. dQ is summed in memory, the
-// key blocks taking their turns in rising order: no thread's pace changes a bit, and no product is done twice. Units are
-// handed out in rising order, so that whoever waits for its turn waits for a unit that is running. At the edge of the
-// mask each strip of rows takes only the keys, and each strip of keys only the rows, that it needs.
+// key blocks taking their turns in rising order: no thread's pace changes a bit, and of the products only S is one that was
+// done before, by the forward. Units are handed out in rising order, so that whoever waits for its turn waits for a unit that
+// is running. At the edge of the mask each strip of rows takes only the keys, and each strip of keys only the rows, that it
+// needs. Rows that see no key stand in no block: nothing that they hold, or that was given for them, is read.
 #pragma once
 #include <sched.h>
 
@@ -75,6 +76,7 @@ template <typename T> struct Bwd {
   const BwdUnit& unit;
   Scratch w;
   int64_t d, columns, sq, sk, shift;    // shift: a row's position less its index
+  int64_t seeing;                       // the first row that sees a key: there the first block of queries begins
   int64_t c0, nc, wide;                 // this block's keys: the first, how many, rounded up to whole vectors
 
   Bwd(const FlashBwd& args, const BwdUnit& u, void* scratch) : a(args), unit(u), d(args.d), columns(columns_of(args)) {
@@ -82,6 +84,7 @@ template <typename T> struct Bwd {
     sq = a.length_q(u.sequence);
     sk = a.length_k(u.sequence);
     shift = sk - sq;
+    seeing = a.blind_rows(u.sequence);
     c0 = u.block * kBwdKeys;
     nc = lesser(kBwdKeys, sk - c0);
     wide = round_up(nc, kGrain);
@@ -96,12 +99,6 @@ template <typename T> struct Bwd {
   }
   int64_t last_row(int64_t r0, int64_t r1, int64_t y) const {
     return a.window_left < 0 ? r1 : clip(c0 + y - shift + a.window_left, r0, r1);
-  }
-  // The key blocks [first, last) that rows [r0, r1) see.
-  static void key_blocks(const Attention& a, int64_t s, int64_t r0, int64_t r1, int64_t& first, int64_t& last) {
-    const int64_t from = a.first_key(s, r0), to = a.last_key(s, r1 - 1);
-    first = from / kBwdKeys;
-    last = from < to ? (to + kBwdKeys - 1) / kBwdKeys : first;
   }
 
   // n rows of T, `stride` apart, as B operand whose k is the row, and as one whose lanes are the rows.
@@ -148,7 +145,7 @@ template <typename T> struct Bwd {
   Queries rows_of(int64_t head, int64_t block, bool exact) const {
     Queries r;
     r.exact = exact && sizeof(T) == 2;
-    r.r0 = block * kBwdQueries;
+    r.r0 = seeing + block * kBwdQueries;
     r.n = lesser(kBwdQueries, sq - r.r0);
     r.q_stride = a.q.token_stride;
     r.dout_stride = a.dout.token_stride;
@@ -381,9 +378,9 @@ template <typename T> struct Bwd {
     pack_rows_as_steps(k, a.k.token_stride, nc, w.key_rows);
     bool fresh = true;
     for (int64_t head = unit.head * a.group(); head < (unit.head + 1) * a.group(); ++head) {
-      for (int64_t block = 0; block * kBwdQueries < sq; ++block) {
-        int64_t first, last;
-        key_blocks(a, unit.sequence, block * kBwdQueries, lesser((block + 1) * kBwdQueries, sq), first, last);
+      for (int64_t r0 = seeing, block = 0; r0 < sq; r0 += kBwdQueries, ++block) {
+        const int64_t first = a.first_key(unit.sequence, r0) / kBwdKeys;  // the key blocks that these rows see
+        const int64_t last = (a.last_key(unit.sequence, lesser(r0 + kBwdQueries, sq) - 1) + kBwdKeys - 1) / kBwdKeys;
         if (unit.block < first || unit.block >= last) continue;
         query_block(head, block, fresh, unit.block - first, unit.block == last - 1);
         fresh = false;

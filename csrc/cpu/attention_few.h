@@ -219,6 +219,7 @@ template <typename T, typename Keys> class Few {
         const V factor(reciprocal(l));
         T* to = map(h).out(out, i);
         Acc* o = w_.total.o + r * w_.width;
+        if (l == 0) fill<V>(o, w_.width, 0);  // no key: the other lanes' may have made it NaN
         if constexpr (kBytes<T, Stored>) in_order_of_bytes(o, w_.width);
         if constexpr (kTwins<P, Stored>) {
           for (int64_t e = 0; e + 2 * V::size <= d_; e += 2 * V::size) {

@@ -119,6 +119,7 @@ template <typename T, typename Keys> class Unit {
       for (int64_t i = 0; i < count(from); ++i) {
         const Acc l = w_.total.l[from + i];
         w_.factor[i] = reciprocal(l);
+        if (l == 0) clear_lane(from, i);
         lse[map_.lse(from + i)] = log_sum_exp<T>(w_.total.m[from + i], l);
       }
       unpack_lanes<Acc>(count(from), d_, w_.total.o + from * d_, panel, w_.factor,
@@ -129,6 +130,10 @@ template <typename T, typename Keys> class Unit {
  private:
   VEC_INLINE int64_t count(int64_t from) const { return lesser(panel, lanes_ - from); }
   VEC_INLINE int64_t width(int64_t from) const { return round_up(count(from), V::size); }
+
+  void clear_lane(int64_t from, int64_t i) {  // one without keys, which the others' may have made NaN
+    for (int64_t e = 0; e < d_; ++e) w_.total.o[from * d_ + e * panel + i] = 0;
+  }
 
   // Keys [key, end) on one panel; they begin at index `at` of what is packed.
   void block(const State<Acc>& part, int64_t from, int64_t key, int64_t end, int64_t at, bool opens, bool masked) {

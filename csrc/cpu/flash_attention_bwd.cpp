@@ -5,7 +5,7 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
-// shift and delta of a block of queries; zeros to dq where no key is allowed.
+// shift and delta of a block of queries; of those that see no key, which nothing else reads or writes, dq = 0.
 template <typename T> void prepare(const FlashBwd& a, const BwdUnit& u) {
   using Acc = acc_t<T>;
   using V = Vec<Acc>;
@@ -13,7 +13,12 @@ template <typename T> void prepare(const FlashBwd& a, const BwdUnit& u) {
   const int64_t at = a.offset_lse(u.sequence, u.head), d = a.d;
   const T* dout = static_cast<const T*>(a.dout.data) + a.offset_q(a.dout, u.sequence, u.head);
   const T* out = static_cast<const T*>(a.out.data) + a.offset_q(a.out, u.sequence, u.head);
-  for (int64_t r = r0; r < r1; ++r) {
+  const int64_t seeing = clip(a.blind_rows(u.sequence), r0, r1);
+  const int64_t token = a.cu_q ? a.cu_q[u.sequence] : u.sequence * a.seqlen_q;
+  for (int64_t r = r0; r < seeing; ++r) {
+    std::memset(static_cast<T*>(a.dq) + ((token + r) * a.heads + u.head) * d, 0, static_cast<size_t>(d) * sizeof(T));
+  }
+  for (int64_t r = seeing; r < r1; ++r) {
     Two<V> sum{};
     for_vectors<V, T>(d, [&](int64_t j, auto part) VEC_LAMBDA {
       add_to(sum, load<V>(dout + r * a.dout.token_stride + j, part), load<V>(out + r * a.out.token_stride + j, part));
@@ -23,13 +28,6 @@ template <typename T> void prepare(const FlashBwd& a, const BwdUnit& u) {
     static_cast<Acc*>(a.delta)[at + r] = (sum.a + sum.b).sum() - dlse;
     static_cast<Acc*>(a.shift)[at + r] =
         lse == Acc(-kInfinity) ? Acc(kInfinity) : lse * static_cast<Acc>(1 / kLogBase<T>);
-  }
-  int64_t first, last;
-  Bwd<T>::key_blocks(a, u.sequence, r0, r1, first, last);
-  if (first < last) return;
-  const int64_t token = a.cu_q ? a.cu_q[u.sequence] : u.sequence * a.seqlen_q;
-  for (int64_t r = r0; r < r1; ++r) {
-    std::memset(static_cast<T*>(a.dq) + ((token + r) * a.heads + u.head) * d, 0, static_cast<size_t>(d) * sizeof(T));
   }
 }
 

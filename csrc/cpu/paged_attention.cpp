@@ -14,11 +14,15 @@ template <typename T, typename S> class PagedKeys {
 
   PagedKeys(const PagedFwd& a, int64_t sequence)
       : k_(static_cast<const S*>(a.k_cache)), v_(static_cast<const S*>(a.v_cache)), k_scale_(a.k_scale), v_scale_(a.v_scale),
-        table_(a.block_table + sequence * a.max_blocks), size_(a.block_size), heads_(a.kv_heads), d_(a.d) {}
+        table_(a.block_table + sequence * a.max_blocks), size_(a.block_size), heads_(a.kv_heads), d_(a.d),
+        seen_(a.first_key(sequence, 0)) {}
 
+  // For the keys before any that is seen, whose block may be anything, stands the first that is.
   VEC_INLINE void select(int64_t first, int64_t n) {
-    int64_t block = first / size_, inside = first % size_, at = (table_[block] * size_ + inside) * heads_;
-    for (int64_t i = 0; i < n; ++i, ++inside, at += heads_) {
+    const int64_t key = greater(first, seen_);
+    int64_t i = 0, block = key / size_, inside = key % size_, at = (table_[block] * size_ + inside) * heads_;
+    for (; i < key - first; ++i) at_[i] = at;
+    for (; i < n; ++i, ++inside, at += heads_) {
       if (inside == size_) {
         inside = 0;
         at = table_[++block] * size_ * heads_;
@@ -38,7 +42,7 @@ template <typename T, typename S> class PagedKeys {
   const S *k_, *v_;
   const float *k_scale_, *v_scale_;
   const int32_t* table_;
-  const int64_t size_, heads_, d_;
+  const int64_t size_, heads_, d_, seen_;
   int64_t at_[kBlock];
 };
 

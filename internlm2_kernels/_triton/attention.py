@@ -42,8 +42,9 @@ class Options(NamedTuple):
 
 
 def options(scale: float, softcap: float, left: int, right: int) -> Options:
-    """The settings as kernels take them: no window where it is wider than any sequence, no scale that float32 rounds to 0."""
-    inner, outer = (scale / softcap, softcap * LOG2E) if softcap > 0 else (0.0, max(scale * LOG2E, 2.0**-126))
+    """The settings as kernels take them: no window where it is wider than any sequence, no factor that float32 lacks."""
+    # an infinite factor would make a score of 0 NaN
+    inner, outer = (min(scale / softcap, 3e38), softcap * LOG2E) if softcap > 0 else (0.0, scale * LOG2E)
     return Options(inner, outer, *(None if w < 0 or w > LARGEST_WINDOW else w for w in (left, right)))
 
 
@@ -258,7 +259,7 @@ def _merge(total, total_z, total_m, acc, z, m):
 
 @triton.jit
 def _finish(acc, z, m):
-    """(out, natural log-sum-exp); a row without a key gives (0, -inf), one with a NaN is NaN."""
+    """(out, natural log-sum-exp); a row without a key gives (0, -inf) whatever acc holds, one with a NaN is NaN."""
     some = tl.where(z == 0.0, 1.0, z)
     lse = tl.where(z == 0.0, float("-inf"), (m + tl.log2(some)) * _LN2)
-    return acc * tl.expand_dims(tl.div_rn(1.0, some), -1), lse
+    return tl.where(tl.expand_dims(z, -1) == 0.0, 0.0, acc * tl.expand_dims(tl.div_rn(1.0, some), -1)), lse

@@ -113,7 +113,7 @@ def _score_gradient(p, dp, delta, tanh, allowed, SOFTCAP: tl.constexpr):
     ds = p * (dp - delta)
     if SOFTCAP:
         ds = ds * (1.0 - tanh * tanh)
-    if allowed is not None:  # p is 0 there, but dp may be of a row without keys whose upstream gradient is NaN
+    if allowed is not None:  # p is 0 there, but dp may be NaN: of a value that is NaN, or an upstream gradient
         ds = tl.where(allowed, ds, 0.0)
     return ds
 
@@ -210,6 +210,10 @@ def flash_attention_bwd_dkdv_kernel(dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, dk_
     else:
         first = tl.load(cu_q_ptr + sequence)
         queries = tl.load(cu_q_ptr + sequence + 1) - first
+    if window_right is not None:  # the first rows may see no key: what they hold, or was given for them, is not read
+        blind = tl.maximum(queries - keys - window_right, 0)
+        first += blind
+        queries -= blind
     sequence = sequence.to(tl.int64)
     first = first.to(tl.int64)
     first_key = tl.cast(first_key, tl.int64)
@@ -333,6 +337,8 @@ def flash_attention_bwd_dq_kernel(dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, dq_pt
                   inner, outer, column, SOFTCAP, False, WIDE, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_V)
     dq = _dq_walk(dq, q, dout, lse, delta, k_rows, v_rows, k_row, v_row, position, c, end, keys, window_left, window_right,
                   inner, outer, column, SOFTCAP, True, WIDE, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_V)
+    if window_right is not None:  # a row without keys, which hidden keys may have made NaN
+        dq = tl.where((position + window_right < 0)[:, None], 0.0, dq)
     col = column + tl.arange(0, BLOCK_V)
     place = sequence * dq_batch + (first + row)[:, None] * dq_row + head * dq_head + col[None, :]
     tl.store(dq_ptr + place, (dq * scale).to(dq_ptr.dtype.element_ty),

@@ -41,11 +41,11 @@ def _load_scale(ptr, place, inside):
 
 @triton.jit
 def _paged_walk(state, bad, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, kv_head, kv_heads, blocks, v_cols, position,
-                start, end, keys, left, inner, outer, SOFTCAP: tl.constexpr, MULTI_SPLIT: tl.constexpr, SPLIT: tl.constexpr,
+                seen, start, end, keys, left, inner, outer, SOFTCAP: tl.constexpr, MULTI_SPLIT: tl.constexpr, SPLIT: tl.constexpr,
                 BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
                 BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Key blocks from start to end, all of them masked: decoding waits for memory, not for that. `bad` marks keys whose block
-    is not in the cache."""
+    """Key blocks from start to end, all of them masked: decoding waits for memory, not for that. `bad` marks keys from `seen`
+    on, the first that any row sees, whose block is not in the cache."""
     acc, z, m, total, total_z, total_m = state
     offset = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -60,6 +60,8 @@ def _paged_walk(state, bad, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr
                 m = tl.full(m.shape, float("-inf"), tl.float32)
         key = block + offset
         known = key < keys
+        if left is not None:
+            known = known & (key >= seen)
         entry = tl.load(table_ptr + key // BLOCK_SIZE, mask=known, other=0)
         inside = known & (entry >= 0) & (entry < blocks)
         bad |= (known & (inside == 0)).to(tl.int32)
@@ -119,6 +121,9 @@ def paged_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, ta
     table_ptr += sequence.to(tl.int64) * max_blocks
     last = tl.minimum(begin + BLOCK_M, new * group) - 1
     start, _, _, end = _edges(keys - new + begin // group, keys - new + last // group, keys, window_left, 0, BLOCK_N)
+    seen = start
+    if window_left is not None:
+        seen = tl.maximum(keys - new + begin // group - window_left, 0)
     nothing = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     none = tl.zeros((BLOCK_M,), tl.float32)
     lowest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -130,8 +135,8 @@ def paged_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, ta
         state = (nothing, none, lowest, nothing, none, lowest)
         acc, z, m, total, total_z, total_m, bad = _paged_walk(
             state, bad, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, kv_head, kv_heads, blocks, v_cols, position,
-            start, end, keys, window_left, inner, outer, SOFTCAP, MULTI_SPLIT, SPLIT, BLOCK_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D,
-            BLOCK_V)
+            seen, start, end, keys, window_left, inner, outer, SOFTCAP, MULTI_SPLIT, SPLIT, BLOCK_SIZE, HEAD_DIM, BLOCK_N,
+            BLOCK_D, BLOCK_V)
         if MULTI_SPLIT:
             acc, z, m = _merge(total, total_z, total_m, acc, z, m)
         wrong = tl.max(bad, axis=0) != 0
@@ -148,8 +153,8 @@ def paged_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, ta
             state = (nothing, none, lowest, nothing, none, lowest)
             acc, z, m, total, total_z, total_m, bad = _paged_walk(
                 state, bad, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, kv_head, kv_heads, blocks, v_cols,
-                position, tl.maximum(start, split * SPLIT), tl.minimum(end, split * SPLIT + SPLIT), keys, window_left, inner,
-                outer, SOFTCAP, False, SPLIT, BLOCK_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_V)
+                position, seen, tl.maximum(start, split * SPLIT), tl.minimum(end, split * SPLIT + SPLIT), keys, window_left,
+                inner, outer, SOFTCAP, False, SPLIT, BLOCK_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_V)
             wrong = tl.max(bad, axis=0) != 0
             tl.atomic_or(error_ptr, TABLE_ERROR, mask=wrong)
             z = tl.where(wrong, float("nan"), z)

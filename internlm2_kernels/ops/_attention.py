@@ -6,9 +6,13 @@ import numbers
 import torch
 import torch.nn.functional as F
 
-from .._checks import check_device, fail
+from .._checks import check_device, check_layout, fail
 
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 32, 256, 8
+SMALLEST, LARGEST = 1e-37, 1e37  # of scale and soft-cap: in float32 still normal after a factor of log2(e) or ln(2)
+UNLIMITED = 2**40  # windows and lengths are cut to this, more than any sequence: a position plus a window must not overflow
+SHAPES = "cpp"  # for meta tensors, on which nothing runs: any overload knows the shapes of its results
+_INTEGERS = (numbers.Integral, torch.SymInt)
 
 
 def allowed_keys(queries, keys, left, right, device):
@@ -25,18 +29,26 @@ def allowed_keys(queries, keys, left, right, device):
 
 def attend(q, k, v, left, right, scale, softcap):
     """One sequence: q [S_q, H, d], k, v [S_k, G, d] -> out [S_q, H, d], lse [H, S_q], in q's dtype as it stands."""
+    with torch.autocast(q.device.type, enabled=False):  # which would round what the products take
+        return _attend(q, k, v, left, right, scale, softcap)
+
+
+def _attend(q, k, v, left, right, scale, softcap):
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    allowed = allowed_keys(q.shape[0], k.shape[0], left, right, q.device)
+    some = allowed.any(-1)
+    # A row without a key is 0 here and cleared below, so that nothing which it or its gradient holds reaches the others; its
+    # scores stay finite, so that no derivative is infinity minus infinity.
+    q = torch.where(some[:, None, None], q, 0)
     s = torch.einsum("ihd,jhd->hij", q, k) * scale
     if softcap > 0:
         s = softcap * torch.tanh(s / softcap)
-    allowed = allowed_keys(q.shape[0], k.shape[0], left, right, q.device)
-    some = allowed.any(-1)
-    # A row without a key keeps finite scores here, so that no derivative is infinity minus infinity; it is cleared below.
     s = s.masked_fill(~allowed & some[:, None], -math.inf)
     lse = s.logsumexp(-1) if s.shape[-1] else s.new_full(s.shape[:-1], -math.inf)
     p = torch.exp(s - lse[..., None]).masked_fill(~allowed, 0)
-    return torch.einsum("hij,jhd->ihd", p, v), lse.masked_fill(~some, -math.inf)
+    out = torch.where(some[:, None, None], torch.einsum("hij,jhd->ihd", p, v), 0)
+    return out, lse.masked_fill(~some, -math.inf)
 
 
 def sdpa(q, k, v, left, right, scale, enable_gqa):
@@ -81,15 +93,17 @@ def check_options(op, head_dim, scale, window, softcap):
     """(scale, left, right, softcap) as the kernels take them."""
     if scale is None:
         scale = head_dim**-0.5
-    if not _number(scale) or not 0 < scale < math.inf:
-        fail(ValueError, op, "scale", "None or a finite number > 0", repr(scale))
-    if not _number(softcap) or not 0 <= softcap < math.inf:
-        fail(ValueError, op, "softcap", "a finite number >= 0 (0: none)", repr(softcap))
+    if not _number(scale) or not SMALLEST <= scale <= LARGEST:
+        fail(ValueError, op, "scale", "None or a number from 1e-37 to 1e37", repr(scale))
+    if not _number(softcap) or not (softcap == 0 or SMALLEST <= softcap <= LARGEST):
+        fail(ValueError, op, "softcap", "0 (none) or a number from 1e-37 to 1e37", repr(softcap))
+    if softcap and not SMALLEST <= scale / softcap <= LARGEST:
+        fail(ValueError, op, "softcap", f"at most 1e37 times more or less than scale, {scale}", repr(softcap))
     left = right = -1
     if window is not None:
         if not isinstance(window, tuple | list) or len(window) != 2 or not all(_int(w) and w >= -1 for w in window):
             fail(ValueError, op, "window", "None or (left, right), integers >= -1, -1 for no limit", repr(window))
-        left, right = window
+        left, right = (min(int(w), UNLIMITED) for w in window)
     return float(scale), left, right, float(softcap)
 
 
@@ -98,7 +112,7 @@ def _number(value):
 
 
 def _int(value):
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, _INTEGERS) and not isinstance(value, bool)
 
 
 def check_bound(op, argument, value):
@@ -107,7 +121,13 @@ def check_bound(op, argument, value):
         return -1
     if not _int(value) or value < 0:
         fail(ValueError, op, argument, "None or an integer >= 0", repr(value))
-    return value
+    return value if isinstance(value, torch.SymInt) else min(int(value), UNLIMITED)
+
+
+def check_longest(op, argument, bound, longest):
+    """A bound that was given (not -1) holds for sequences of the length `longest`."""
+    if 0 <= bound < longest:
+        fail(ValueError, op, argument, f"at least the longest sequence, {longest}", bound)
 
 
 def check_cu_seqlens(op, argument, cu, like):
@@ -116,6 +136,7 @@ def check_cu_seqlens(op, argument, cu, like):
         fail(TypeError, op, argument, "an int32 tensor [sequences + 1]", type(cu).__name__)
     if cu.dtype != torch.int32:
         fail(TypeError, op, argument, "torch.int32", cu.dtype)
+    check_layout(op, argument, cu)
     if cu.dim() != 1 or cu.shape[0] < 1:
         fail(ValueError, op, argument, "shape [sequences + 1]", list(cu.shape))
     check_device(op, argument, cu, like, "q")
@@ -135,15 +156,13 @@ def check_boundaries(op, argument, cu, total, longest=-1):
             fail(ValueError, op, argument, "values that never fall", f"{after} after {before}")
     if bounds[-1] != total:
         fail(ValueError, op, argument, f"values that end at {total}", bounds[-1])
-    if 0 <= longest < max(lengths, default=0):
-        name = argument.replace("cu_seqlens", "max_seqlen")
-        fail(ValueError, op, name, f"at least the longest sequence, {max(lengths)}", longest)
+    check_longest(op, argument.replace("cu_seqlens", "max_seqlen"), longest, max(lengths, default=0))
 
 
 def autocast(*tensors):
     """Under autocast attention computes in autocast's dtype; float64 stays."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

@@ -1,17 +1,19 @@
 """Grouped-query attention without the matrix of scores, on dense and packed sequences, forward and backward."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from .._autograd import once_differentiable
 from .._checks import check_float, check_same, fail, last_stride_1
 from .._registry import Case, Op, Sample
 from ._attention import (
+    SHAPES,
     attend,
     autocast,
     check_bound,
     check_boundaries,
     check_cu_seqlens,
     check_heads,
+    check_longest,
     check_options,
     pairs_of,
     sdpa,
@@ -172,6 +174,11 @@ def _model_cases():
     yield Case("model", _dense("model", 1, 16384, 16384, 16, 8, 128, causal=True).dims, ("forward",), low)
     for lengths in ((512,) * 8, (256,) * 16, (64,) * 64, (256, 2816, 512, 1024, 384, 768, 1536, 896), (8192, *(64,) * 7)):
         yield Case("model", _packed("model", lengths, 16, 8, 128, causal=True).dims, dtypes=low)
+    for heads, head_dim, length in ((32, 128, 8192), (32, 128, 32768), (16, 128, 16384), (48, 128, 16384), (32, 64, 16384)):
+        yield _dense("gpu", 1, length, length, heads, 8, head_dim, causal=True)
+    yield _dense("gpu", 1, 131072, 131072, 32, 8, 128, causal=True)
+    yield _packed("gpu", (4096,) * 8, 32, 8, 128, causal=True)
+    yield _packed("gpu", (256, 9216, 2048, 512, 12288, 1024, 1536, 5888), 32, 8, 128, causal=True)
 
 
 FLASH_ATTENTION = Op(
@@ -232,7 +239,7 @@ class _FlashAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("flash_attention")
     def backward(ctx, dout, dlse):
         if dout is None and dlse is None:
             return None, None, None, None, None, None, None
@@ -277,34 +284,47 @@ def flash_attention(q, k, v, *, causal=False, scale=None, window=None, softcap=0
               place
     Mask:     query i of a sequence stands at position i + S_k - S_q. causal: keys up to its position; window=(left, right):
               keys from position - left to position + right, -1 for no limit, causal makes right 0. A row with no key gives
-              out 0, lse -inf and no gradient
-    Options:  scale (default d^-0.5); softcap c > 0: s = c tanh(s / c); return_lse: also lse_i = log sum_j exp(s_ij)
-              (natural logarithm, float32, differentiable)
-    Dtypes:   float32 | bfloat16 | float16 | float64, all equal; scores, softmax and sums in float32 (float64 for float64),
-              probabilities enter the second product in the inputs' dtype; out and each gradient are rounded once. Under
-              autocast the inputs are cast to its dtype
+              out 0, lse -inf and dq 0 and adds nothing to dk and dv, whatever the tensors and dout hold
+    Options:  scale (default d^-0.5), softcap c: s = c tanh(s / c), from 1e-37 to 1e37 as is scale / c (0: none);
+              return_lse: also lse_i = log sum_j exp(s_ij) (natural logarithm, float32, differentiable)
+    Dtypes:   float32 | bfloat16 | float16 | float64, all equal; scores, softmax and sums in float32 (float64 for float64).
+              Under autocast the inputs are cast to its dtype, then compared. Probabilities, and the scores' gradients, enter
+              their products in the inputs' dtype with triton; with cpp in float32, but bfloat16 ones as bfloat16 on
+              processors with such products (levels avx512_bf16 and amx). out and each gradient are rounded once
+    NaN:      one in k or v, or an infinity, stays within its sequence, the query heads that read its key head, and that
+              head's dk and dv. There it may reach through the mask, since what is hidden is multiplied with 0: in v it may
+              reach out and every gradient, in k every gradient, but not out and lse
     Backward: saves q, k, v, out and lse (4 bytes a query and head) and computes the scores again. triton: dq in one pass, dk
-              and dv in another; cpp: all in one, key blocks adding to dq in rising order. Sums in float32, extra memory
-              O(T): 4 H d bytes a token for dq's. Deterministic: yes; forward is batch-invariant: a sequence's bits do not
-              change with what else is in the batch
-    Errors:   ValueError, TypeError. cu_seqlens that fall or overrun raise on CPU before memory is touched; on CUDA the rows
-              of such a sequence become NaN and `internlm2_kernels.check()` reports them
+              and dv in another, 16 H bytes a token of extra memory; cpp: all in one, key blocks adding to dq in rising
+              order, 4 H d bytes a token for its sums in float32. Not differentiable again, nor under functorch transforms
+              and in forward mode: errors, for which backend="reference". Deterministic: yes; forward is batch-invariant: a
+              sequence's bits do not change with what else is in the batch
+    Errors:   ValueError, TypeError. cu_seqlens that fall or overrun raise on CPU before memory is touched; on CUDA all
+              results of the call become NaN and `internlm2_kernels.check()` reports them
     Cost:     4 d H flops a pair (query, allowed key) forward, 10 d H backward (triton spends 14). max_seqlen_q and
               max_seqlen_k are bounds that help to choose tiles; without them nothing waits for the device either.
               Source: arXiv:2205.14135, arXiv:2307.08691
     """
-    check_float("flash_attention", "q", q)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_float("flash_attention", name, tensor)
+    q, k, v = autocast(q, k, v)
     check_same("flash_attention", "k", k, q, "q")
     check_same("flash_attention", "v", v, q, "q")
+    if not isinstance(causal, bool):
+        fail(TypeError, "flash_attention", "causal", "a bool", type(causal).__name__)
     cu_q, cu_k = _check_layout(q, k, v, cu_seqlens_q, cu_seqlens_k)
     check_heads("flash_attention", q, k, "k")
     scale, left, right, softcap = check_options("flash_attention", q.shape[-1], scale, window, softcap)
     right = 0 if causal else right
     max_q = check_bound("flash_attention", "max_seqlen_q", max_seqlen_q)
     max_k = check_bound("flash_attention", "max_seqlen_k", max_seqlen_k)
+    if cu_q is None and q.shape[0]:
+        check_longest("flash_attention", "max_seqlen_q", max_q, q.shape[1])
+        check_longest("flash_attention", "max_seqlen_k", max_k, k.shape[1])
     chosen = FLASH_ATTENTION.select(q, backend)
-    q, k, v = autocast(q, k, v)
-    if chosen == "reference":
+    if q.device.type == "meta":
+        chosen = SHAPES
+    elif chosen == "reference":
         if cu_q is not None:
             check_boundaries("flash_attention", "cu_seqlens_q", cu_q, q.shape[0], max_q)
             check_boundaries("flash_attention", "cu_seqlens_k", cu_k, k.shape[0], max_k)

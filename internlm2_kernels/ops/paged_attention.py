@@ -2,14 +2,17 @@
 
 import torch
 
-from .._checks import check_device, check_float, check_shape, fail, last_stride_1
+from .._checks import check_device, check_float, check_layout, check_shape, fail, last_stride_1
 from .._registry import Case, Op, Sample
 from ._attention import (
+    SHAPES,
     attend,
+    autocast,
     check_bound,
     check_boundaries,
     check_cu_seqlens,
     check_heads,
+    check_longest,
     check_options,
     pairs_of,
     sdpa,
@@ -32,13 +35,21 @@ def _rows(q, seq_lens, cu_q):
     return [(a, b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
-def _each(q, k_cache, v_cache, block_table, seq_lens, cu_q, k_scale, v_scale, dtype):
-    """(q [n, H, d], k, v [S, G, d]) of every sequence, gathered in `dtype`."""
+def _blocks_in_use(new, length, left, size):
+    """[first, last) of a sequence's blocks: those with a key that one of its new tokens sees."""
+    if new == 0:
+        return 0, 0
+    return max(0, length - new - left) // size if left >= 0 else 0, -(-length // size)
+
+
+def _each(q, k_cache, v_cache, block_table, seq_lens, cu_q, k_scale, v_scale, dtype, left):
+    """(q [n, H, d], k, v [S, G, d]) of every sequence, gathered in `dtype`; without the blocks before its window."""
     size = k_cache.shape[1]
     for (first, count), length, table in zip(_rows(q, seq_lens, cu_q), seq_lens.tolist(), block_table, strict=True):
-        blocks = table[: -(-length // size)]
-        yield (q[first: first + count].to(dtype), _gather(k_cache, k_scale, blocks, length, dtype),
-               _gather(v_cache, v_scale, blocks, length, dtype))
+        begin, end = _blocks_in_use(count, length, left, size)
+        blocks, keys = table[begin:end], max(0, min(length, end * size) - begin * size)
+        yield (q[first: first + count].to(dtype), _gather(k_cache, k_scale, blocks, keys, dtype),
+               _gather(v_cache, v_scale, blocks, keys, dtype))
 
 
 def reference(q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=None, scale=None, window=None, softcap=0.0,
@@ -46,7 +57,7 @@ def reference(q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=None, 
     scale, left, right, softcap = check_options("paged_attention", q.shape[-1], scale, window, softcap)
     wide = torch.promote_types(q.dtype, torch.float32)
     results = [attend(*one, left, 0, scale, softcap) for one in
-               _each(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, k_scale, v_scale, wide)]
+               _each(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, k_scale, v_scale, wide, left)]
     out = torch.cat([o for o, _ in results]).to(q.dtype) if results else q.clone()
     lse = torch.cat([x for _, x in results], 1) if results else q.new_empty((q.shape[1], 0), dtype=wide)
     return (out, lse) if return_lse else out
@@ -68,7 +79,7 @@ class Contiguous:
     def prepare(self, q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=None, scale=None, window=None, softcap=0.0,
                 k_scale=None, v_scale=None, return_lse=False, max_seqlen_q=None):
         scale, left, right, softcap = check_options("paged_attention", q.shape[-1], scale, window, softcap)
-        parts = list(_each(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, k_scale, v_scale, q.dtype))
+        parts = list(_each(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, k_scale, v_scale, q.dtype, left))
         if len({(one[0].shape, one[1].shape) for one in parts}) == 1:  # equal lengths: one batched call
             parts = [tuple(torch.stack(t) for t in zip(*parts, strict=True))]
         else:
@@ -111,14 +122,17 @@ def _sample(case, dtype, device, generator):
     dims, size = case.dims, case.dims["block_size"]
     heads, kv_heads, head_dim = dims["heads"], dims["kv_heads"], dims["head_dim"]
     lengths = _lengths(dims)
+    left = dims.get("window", (-1, 0))[0]
     used = [-(-length // size) for _, length in lengths]
     spare, widest = 2, max(used, default=0) + 1
     blocks = sum(used) + spare
     order = torch.randperm(blocks, generator=generator, device=device).int()
-    table = torch.full((len(lengths), widest), -(2**30), dtype=torch.int32, device=device)  # garbage behind the last block
+    # Garbage behind the last block, and before the first that the window leaves in sight.
+    table = torch.full((len(lengths), widest), -(2**30), dtype=torch.int32, device=device)
     first = 0
-    for row, count in enumerate(used):
-        table[row, :count] = order[first: first + count]
+    for row, (length, count) in enumerate(zip(lengths, used, strict=True)):
+        begin, end = _blocks_in_use(*length, left, size)
+        table[row, begin:end] = order[first + begin: first + end]
         first += count
     draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)
     inputs = {"q": draw(sum(new for new, _ in lengths), heads, head_dim).to(dtype)}
@@ -131,7 +145,7 @@ def _sample(case, dtype, device, generator):
         else:
             inputs[f"{name}_cache"] = x.to(dtype)
     if not dims.get("int8"):
-        _poison(inputs, table, lengths, size)
+        _poison(inputs, table, lengths, size, left)
     inputs |= {"block_table": table,
                "seq_lens": torch.tensor([length for _, length in lengths], dtype=torch.int32, device=device)}
     if any(new != 1 for new, _ in lengths):
@@ -141,12 +155,13 @@ def _sample(case, dtype, device, generator):
     return Sample(inputs)
 
 
-def _poison(inputs, table, lengths, size):
+def _poison(inputs, table, lengths, size, left):
     """Slots behind a sequence's end and blocks of nobody hold NaN, which must not be seen."""
     for name in ("k_cache", "v_cache"):
         kept = torch.zeros(inputs[name].shape[:2], dtype=torch.bool, device=table.device)
-        for row, (_, length) in enumerate(lengths):
-            slots = torch.arange(length, device=table.device)
+        for row, (new, length) in enumerate(lengths):
+            begin, end = _blocks_in_use(new, length, left, size)
+            slots = torch.arange(begin * size, min(length, end * size), device=table.device)
             kept[table[row, slots // size].long(), slots % size] = True
         inputs[name][~kept] = float("nan")
 
@@ -194,6 +209,8 @@ PAGED_ATTENTION = Op(
                dtypes=(torch.bfloat16,))
           for heads, kv_heads in ((16, 8), (32, 8), (48, 8)) for batch, keys in ((1, 32768), (8, 8192))
           for options in ({}, {"int8": True})),
+        *(Case("gpu", _case("gpu", (1,) * batch, (keys - 1,) * batch, heads, 8, 128, 64, **options).dims, dtypes=(torch.bfloat16,))
+          for heads in (16, 32) for batch, keys in ((1, 262144), (8, 32768), (64, 4096)) for options in ({}, {"int8": True})),
     ),
     eager={"SDPA enable_gqa, contiguous keys": Contiguous(True), "SDPA expanded contiguous keys": Contiguous(False)},
     batched=(),
@@ -201,6 +218,7 @@ PAGED_ATTENTION = Op(
     flops=_flops,
     directions=("forward",),
     rowwise=False,
+    autocast=True,
     contiguous=("k_cache", "v_cache", "k_scale", "v_scale"),
     isas=("avx2", "avx512", "avx512_bf16", "amx"),
     domain={"head_dim": (32, 136, 8), "block_size": (1, 20, 1)},
@@ -213,6 +231,7 @@ def _check_cache(q, k_cache, v_cache, k_scale, v_scale):
         argument = f"{name}_cache"
         if not isinstance(cache, torch.Tensor):
             fail(TypeError, "paged_attention", argument, "a tensor", type(cache).__name__)
+        check_layout("paged_attention", argument, cache)
         if cache.dtype not in (q.dtype, torch.int8) or cache.dtype != k_cache.dtype:
             fail(TypeError, "paged_attention", argument, f"{q.dtype} or int8, k_cache and v_cache alike", cache.dtype)
         if cache.dim() != 4 or cache.shape != k_cache.shape or cache.shape[1] == 0:
@@ -225,9 +244,12 @@ def _check_cache(q, k_cache, v_cache, k_scale, v_scale):
             fail(ValueError, "paged_attention", f"{name}_scale", "a tensor with an int8 cache and None otherwise",
                  "None" if scale is None else "a tensor")
         if scale is not None:
-            if not isinstance(scale, torch.Tensor) or scale.dtype != torch.float32 or not scale.is_contiguous():
+            if not isinstance(scale, torch.Tensor) or scale.dtype != torch.float32:
                 fail(TypeError, "paged_attention", f"{name}_scale", "a contiguous float32 tensor",
                      getattr(scale, "dtype", type(scale).__name__))
+            check_layout("paged_attention", f"{name}_scale", scale)
+            if not scale.is_contiguous():
+                fail(ValueError, "paged_attention", f"{name}_scale", "a contiguous tensor", f"strides {scale.stride()}")
             check_shape("paged_attention", f"{name}_scale", scale, cache.shape[:3], "the cache's first three dimensions")
             check_device("paged_attention", f"{name}_scale", scale, q, "q")
 
@@ -237,23 +259,26 @@ def _check_integers(argument, value, shape, meaning, q):
         fail(TypeError, "paged_attention", argument, "an int32 tensor", type(value).__name__)
     if value.dtype != torch.int32:
         fail(TypeError, "paged_attention", argument, "torch.int32", value.dtype)
+    check_layout("paged_attention", argument, value)
     if value.dim() != len(shape) or any(want is not None and got != want for got, want in zip(value.shape, shape, strict=True)):
         fail(ValueError, "paged_attention", argument, meaning, list(value.shape))
     check_device("paged_attention", argument, value, q, "q")
     return value.contiguous()
 
 
-def _check_values(k_cache, block_table, seq_lens, rows):
+def _check_values(k_cache, block_table, seq_lens, rows, left):
     """Lengths within the table and not shorter than the new tokens; entries of used blocks within the cache."""
     if seq_lens.device.type != "cpu" or torch.compiler.is_compiling():
         return
     size, blocks = k_cache.shape[1], k_cache.shape[0]
     for index, (length, (_, new)) in enumerate(zip(seq_lens.tolist(), rows, strict=True)):
+        if new == 0:
+            continue
         if not new <= length <= block_table.shape[1] * size:
             fail(ValueError, "paged_attention", "seq_lens", f"values from the new tokens of a sequence, {new} in sequence "
                  f"{index}, to max_blocks * block_size = {block_table.shape[1] * size}", length)
-        used = block_table[index, : -(-length // size)]
-        if used.numel() and (int(used.min()) < 0 or int(used.max()) >= blocks):
+        used = block_table[index, slice(*_blocks_in_use(new, length, left, size))]
+        if (int(used.min()) < 0 or int(used.max()) >= blocks):
             fail(ValueError, "paged_attention", "block_table", f"values from 0 to {blocks - 1} in the blocks in use",
                  int(used.min()) if int(used.min()) < 0 else int(used.max()))
 
@@ -268,13 +293,15 @@ def paged_attention(q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=
               the keys of a sequence, the new tokens' included, which are in the cache already -> out [T, H, d], lse [H, T].
               H is a multiple of G, d a multiple of 8 from 32 to 256. The caches are contiguous
     Mask:     causal: new token i of n stands at position seq_len - n + i. window=(left, right): keys from position - left
-              on; right counts as 0
+              on; right counts as 0. NaN in keys that it hides: as for `flash_attention`
     Cache:    q's dtype, or int8 with k_scale, v_scale float32 [blocks, block_size, G], a scale of 0 counting as 1: what
               `qkv_rope` writes. Entries of block_table behind a sequence's last block, and slots behind its end, are never
-              used: they may hold anything
+              used: they may hold anything. So may the entries of blocks that the window hides from all new tokens, and
+              the length and row of a sequence without a new token
     Options:  scale, softcap, return_lse as for `flash_attention`; max_seqlen_q bounds the new tokens of a sequence and
               helps to choose tiles; without it nothing waits for the device either
-    Dtypes:   float32 | bfloat16 | float16 | float64; float32 accumulation. A token's result is bit for bit what
+    Dtypes:   float32 | bfloat16 | float16 | float64; float32 accumulation. Under autocast q is cast to its dtype, which a
+              float cache must have already: casting it would copy it at every token. A token's result is bit for bit what
               `flash_attention` gives it in one packed prefill with the same backend and an unquantised cache. The keys
               are split at fixed places and merged in order, so neither the batch nor the number of threads plays a part
     Backward: none (inference): an argument that requires a gradient is an error. Deterministic: yes
@@ -284,6 +311,7 @@ def paged_attention(q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=
               Source: arXiv:2309.06180 section 4.1
     """
     check_float("paged_attention", "q", q)
+    (q,) = autocast(q)
     if q.dim() != 3:
         fail(ValueError, "paged_attention", "q", "shape [T, heads, head_dim]", list(q.shape))
     _check_cache(q, k_cache, v_cache, k_scale, v_scale)
@@ -300,6 +328,8 @@ def paged_attention(q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=
         if q.shape[0] != sequences:
             fail(ValueError, "paged_attention", "cu_seqlens_q", "a tensor, unless q has one token a sequence "
                  f"({sequences})", f"None with {q.shape[0]} tokens")
+        if sequences:
+            check_longest("paged_attention", "max_seqlen_q", max_q, 1)
         max_q = 1
     else:
         cu_seqlens_q = check_cu_seqlens("paged_attention", "cu_seqlens_q", cu_seqlens_q, q)
@@ -307,10 +337,12 @@ def paged_attention(q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=
             fail(ValueError, "paged_attention", "cu_seqlens_q", f"shape [{sequences + 1}] (sequences + 1)",
                  list(cu_seqlens_q.shape))
     chosen = PAGED_ATTENTION.select(q, backend)
-    if chosen == "reference":
+    if q.device.type == "meta":
+        chosen = SHAPES
+    elif chosen == "reference":
         if cu_seqlens_q is not None:
             check_boundaries("paged_attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0], max_q)
-        _check_values(k_cache, block_table, seq_lens, _rows(q, seq_lens, cu_seqlens_q))
+        _check_values(k_cache, block_table, seq_lens, _rows(q, seq_lens, cu_seqlens_q), left)
         return reference(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q=cu_seqlens_q, scale=scale,
                          window=(left, 0), softcap=softcap, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
     q = last_stride_1(q)

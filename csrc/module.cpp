@@ -26,7 +26,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("best_cpu_isa", [] { return std::string(isa_name(best_isa())); }, "The most this processor offers.");
   m.def("set_cpu_isa", [](const std::string& name) {
     if (!set_isa(name)) {
-      throw py::value_error("set_cpu_isa: name: expected an instruction set of this processor (best: '" +
+      throw py::value_error("set_cpu_isa: name: expected an instruction set that this processor and system permit (best: '" +
                             std::string(isa_name(best_isa())) + "'), got '" + name + "'");
     }
   }, py::arg("name"), "Forces one build of every kernel in this process (those without bfloat16 products: AVX-512's).");

@@ -9,6 +9,7 @@
 
 #include <array>
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -21,20 +22,31 @@ namespace {
 // have been tested and timed on a processor that has them, `set_cpu_isa("amx")` asks for them.
 constexpr Isa kMostChosen = Isa::avx512_bf16;
 
-// The processor's tiles and bfloat16 products, the operating system's care for their state, and its leave to use it.
-bool tiles_usable() {
+// Whether the processor has tiles and bfloat16 products, and the operating system looks after their state.
+bool tiles_offered() {
 #if defined(INTERNLM2_EMULATE_AMX)
   return true;
 #elif defined(__x86_64__) && defined(__linux__)
   unsigned a, b, c, d;
-  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24, xsave = 1u << 27, states = 3u << 17;
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (bf16 | tile)) != (bf16 | tile)) return false;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & xsave)) return false;
-  asm volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
-  constexpr long request = 0x1023, data = 18;  // ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA, for the whole process
-  return (a & states) == states && syscall(SYS_arch_prctl, request, data) == 0;
+  constexpr long supported = 0x1021;  // ARCH_GET_XCOMP_SUPP
+  constexpr uint64_t states = 3u << 17;  // XFEATURE_XTILECFG and _XTILEDATA
+  uint64_t mask = 0;
+  return syscall(SYS_arch_prctl, supported, &mask) == 0 && (mask & states) == states;
 #else
   return false;
+#endif
+}
+
+// The operating system's leave to use them. It is given to the whole process for good, whose threads' signal frames grow by
+// the tiles' 8 KiB: so it is asked for only when somebody wants them.
+bool tiles_permitted() {
+#if defined(__x86_64__) && defined(__linux__) && !defined(INTERNLM2_EMULATE_AMX)
+  constexpr long request = 0x1023, data = 18;  // ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request, data) == 0;
+#else
+  return true;
 #endif
 }
 
@@ -49,7 +61,7 @@ Isa detect() {
   if (!avx512) return Isa::avx2;
   const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   if (!bf16) return Isa::avx512;
-  return tiles_usable() ? Isa::amx : Isa::avx512_bf16;
+  return tiles_offered() ? Isa::amx : Isa::avx512_bf16;
 #else
   return Isa::none;
 #endif
@@ -101,7 +113,7 @@ Isa best_isa() {
 
 bool set_isa(const std::string& name) {
   for (Isa value : {Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx}) {
-    if (name == isa_name(value) && value <= best_isa()) {
+    if (name == isa_name(value) && value <= best_isa() && (value != Isa::amx || tiles_permitted())) {
       current().store(static_cast<int>(value));
       return true;
     }

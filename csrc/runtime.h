@@ -11,7 +11,7 @@ enum class Isa : int { none = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 
 
 Isa isa();                                // in use now
 Isa best_isa();                           // the most this processor and operating system offer
-bool set_isa(const std::string& name);    // false where the processor lacks it
+bool set_isa(const std::string& name);    // false where the processor lacks it or the system does not permit it
 const char* isa_name(Isa value);          // "", "avx2", "avx512", "avx512_bf16", "amx"
 
 bool in_forked_child();

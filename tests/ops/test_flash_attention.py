@@ -1,5 +1,6 @@
-"""What is special to flash_attention: FlashAttention's conventions case by case, packed sequences, views, long sequences."""
+"""What is special to flash_attention: FlashAttention's conventions case by case, packed sequences, views, gradients' errors."""
 
+import functools
 import math
 
 import pytest
@@ -146,24 +147,40 @@ def test_after_qkv_rope(backend):
     torch.testing.assert_close(run(qkv, backend).double(), run(qkv.double(), "reference"), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("enable_gqa", (True, False), ids=("enable_gqa", "expanded"))
-def test_bf16_gradients_are_more_exact_than_sdpas(enable_gqa, native):
-    """SDPA on CPU adds up dK and dV over blocks in bfloat16; ours are rounded once: at most 0.8 of its error."""
-    length, heads, kv_heads, dim = 2048, 4, 2, 64
-    data = [randn(1, length, h, dim, seed=i) for i, h in enumerate((heads, kv_heads, kv_heads, heads))]
-    bf16 = [t.bfloat16() for t in data]
+EXACTNESS = [(4, 2, 64), (4, 1, 128), (6, 1, 64)]  # heads, kv_heads, d: 2, 4 and 6 query heads a key head
 
-    def gradients(function, tensors):
-        leaves = [t.clone().requires_grad_() for t in tensors[:3]]
-        return torch.autograd.grad(function(*leaves), leaves, tensors[3])
 
-    gold = gradients(lambda q, k, v: flash_attention(q, k, v, causal=True, backend="cpp"), [t.double() for t in bf16])
-    ours = gradients(lambda q, k, v: flash_attention(q, k, v, causal=True, backend=native), bf16)
-    theirs = gradients(lambda *t: next(iter(OP.eager.values()) if enable_gqa else reversed(OP.eager.values()))(
-        *t, causal=True), bf16)
-    for name, g, a, b in zip("qkv", gold, ours, theirs, strict=True):
-        error, peer = ((x.double() - g).square().mean().sqrt() for x in (a, b))
-        assert error <= 0.8 * peer, f"d{name}: {error:.3g} against {peer:.3g}"
+def gradients(function, tensors):
+    leaves = [t.clone().requires_grad_() for t in tensors[:3]]
+    return torch.autograd.grad(function(*leaves), leaves, tensors[3])
+
+
+@functools.cache
+def gradients_of_others(shape, seed):
+    """(bf16 q, k, v, dout, their float64 gradients, SDPA's gradients in each of its two forms)."""
+    heads, kv_heads, dim = shape
+    data = [randn(1, 2048, h, dim, seed=4 * seed + i).bfloat16() for i, h in enumerate((heads, kv_heads, kv_heads, heads))]
+    with instruction_set(NATIVE[-1][1]):
+        gold = gradients(lambda q, k, v: flash_attention(q, k, v, causal=True, backend="cpp"), [t.double() for t in data])
+    return data, gold, [gradients(lambda *t, form=form: form(*t, causal=True), data) for form in OP.eager.values()]
+
+
+@pytest.mark.parametrize("shape", EXACTNESS, ids=str)
+def test_bf16_gradients_are_more_exact_than_sdpas(shape, native):
+    """SDPA on CPU adds up dK and dV over blocks in bfloat16; ours are rounded once: at most 0.8 of its error.
+
+    The error of a gradient is the root mean square over all its elements in three draws of q, k, v and dout, taken for each
+    shape apart; SDPA's is that of its more exact form, `enable_gqa` or keys expanded beforehand.
+    """
+    errors = {name: torch.zeros(3, dtype=torch.float64) for name in "qkv"}  # ours, SDPA's two forms
+    for seed in range(3):
+        data, gold, theirs = gradients_of_others(shape, seed)
+        ours = gradients(lambda q, k, v: flash_attention(q, k, v, causal=True, backend=native), data)
+        for i, name in enumerate("qkv"):
+            errors[name] += torch.stack([(g[i].double() - gold[i]).square().mean() for g in (ours, *theirs)])
+    ratios = {name: float((e[0] / e[1:].min()).sqrt()) for name, e in errors.items()}
+    print({f"d{name}": round(ratio, 3) for name, ratio in ratios.items()})
+    assert max(ratios.values()) <= 0.8, ratios
 
 
 def test_the_float64_kernel_is_exact(native):
@@ -195,84 +212,6 @@ def test_infinity_and_nan_stay_in_their_sequence(native):
     touched = torch.zeros(60, 2, dtype=torch.bool)
     touched[:20, 0], touched[20:40, 1] = True, True  # earlier rows of a tile too: 0 times infinity is not a number
     assert torch.equal(out[~touched], clean[~touched]) and not out[25:40, 1].isfinite().any()
-
-
-# -------------------------------------------------------------------------------------------------------- long sequences
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
-def test_two_hundred_thousand_tokens(dtype, generator):
-    """64 rows drawn uniformly, the last included, all heads, against a chunked float64 reference; under 1 GiB extra."""
-    from memory import peak_extra
-
-    length, chosen = 200_000, torch.cat((torch.randint(0, 199_999, (63,), generator=generator), torch.tensor([199_999])))
-    q, k, v = (torch.randn(1, length, h, 64, generator=generator).to(dtype) for h in (2, 1, 1))
-    out, extra = peak_extra(lambda: flash_attention(q, k, v, causal=True))
-    assert extra < 2**30, f"{extra / 2**20:.0f} MiB"
-    gold = rows_of_reference(q, k, v, chosen)
-    error = (out[0, chosen].double() - gold).abs()
-    eps = torch.finfo(dtype).eps
-    assert error.max() <= 2 * eps * gold.abs().max() + 1.25 * sdpa_rows_error(q, k, v, chosen, gold)
-
-
-def rows_of_reference(q, k, v, rows):
-    """float64 rows of causal attention, one at a time."""
-    out = []
-    for row in rows.tolist():
-        s = torch.einsum("hd,jd->hj", q[0, row].double(), k[0, : row + 1, 0].double()) * q.shape[-1] ** -0.5
-        out.append(torch.softmax(s, -1) @ v[0, : row + 1, 0].double())
-    return torch.stack(out)
-
-
-def sdpa_rows_error(q, k, v, rows, gold):
-    """The largest error of SDPA in the given dtype on the same rows."""
-    largest = 0.0
-    for row, want in zip(rows.tolist(), gold, strict=True):
-        got = F.scaled_dot_product_attention(q[0, row][:, None], k[0, : row + 1].transpose(0, 1).expand(2, -1, -1),
-                                             v[0, : row + 1].transpose(0, 1).expand(2, -1, -1))
-        largest = max(largest, float((got[:, 0].double() - want).abs().max()))
-    return largest
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_backward_at_64k_tokens(generator):
-    """Rows of dQ, dK and dV against float64, under 1 GiB of extra memory."""
-    from memory import peak_extra
-
-    length, dtype = 65_536, torch.bfloat16
-    q, k, v = (torch.randn(1, length, h, 64, generator=generator).to(dtype).requires_grad_() for h in (2, 1, 1))
-    dout = torch.randn(1, length, 2, 64, generator=generator).to(dtype)
-    (out, *grads), extra = peak_extra(lambda: (
-        lambda o: (o, *torch.autograd.grad(o, (q, k, v), dout)))(flash_attention(q, k, v, causal=True)))
-    assert extra < 2**30, f"{extra / 2**20:.0f} MiB"
-    columns = torch.cat((torch.randint(0, length - 1, (30,), generator=generator), torch.tensor([0, length - 1])))
-    gold = backward_of_reference(*(t.detach()[0].double() for t in (q, k, v)), dout[0].double(), columns)
-    for name, got, want in zip(("dq", "dk", "dv"), grads, gold, strict=True):
-        error = (got[0, columns].double() - want).square().mean().sqrt()
-        assert error <= 0.01 * want.square().mean().sqrt(), f"{name}: {error:.3g}"
-
-
-def backward_of_reference(q, k, v, dout, which):
-    """float64 dq, dk, dv at the tokens `which` of one key head's group, in blocks of queries."""
-    length, heads, dim = q.shape
-    scale, dq = dim**-0.5, torch.zeros(len(which), heads, dim, dtype=torch.float64)
-    dk, dv = torch.zeros(len(which), dim, dtype=torch.float64), torch.zeros(len(which), dim, dtype=torch.float64)
-    for head in range(heads):
-        for first in range(0, length, 1024):
-            rows = torch.arange(first, first + 1024)
-            keys = first + 1024
-            s = (q[rows, head] @ k[:keys, 0].T * scale).masked_fill(torch.arange(keys) > rows[:, None], -math.inf)
-            p = torch.softmax(s, -1)
-            dp = dout[rows, head] @ v[:keys, 0].T
-            ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-            seen = which[which < keys]
-            inside = (which < keys).nonzero().flatten()
-            dk[inside] += (ds[:, seen].T @ q[rows, head])
-            dv[inside] += (p[:, seen].T @ dout[rows, head])
-            mine = ((which >= first) & (which < keys)).nonzero().flatten()
-            dq[mine, head] = ds[which[mine] - first] @ k[:keys, 0]
-    return dq, dk[:, None], dv[:, None]
 
 
 def test_flash_attention_module(generator):

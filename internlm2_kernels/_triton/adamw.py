@@ -15,7 +15,7 @@ import triton.language as tl
 from .common import check_dtype, launch
 from .functions import expm1
 from .squared_norm import TYPES
-from .tables import aligned, find_chunk, table
+from .tables import address_of, aligned, find_chunk, table
 
 CHUNK = 8192  # elements of a program
 GROUPS = 256  # of eight elements, at a time
@@ -72,11 +72,45 @@ def _stochastic(x, seed, group, tensor, stream, step):
 
 
 @triton.jit
-def _address(table_ptr, tensors, row, tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    address = tl.load(table_ptr + row * (tensors + 1) + tensor)
-    if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(DTYPE))
+def _load(ptr, at, size, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    else:
+        return tl.load(ptr + at).to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, at, x, size, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=at < size)
+    else:
+        tl.store(ptr + at, x.to(ptr.dtype.element_ty))
+
+
+@triton.jit
+def _update(param_ptr, grad_ptr, master_ptr, avg_ptr, sq_ptr, first, size, factor, decay, rate, root, beta1, one_less_beta1,
+            beta2, one_less_beta2, eps, seed, index, step, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr,
+            CHUNK: tl.constexpr, GROUPS: tl.constexpr):
+    """One chunk, from element `first` on. A chunk that is full needs no masks, and moves 16 bytes at a time."""
+    for start in range(0, CHUNK // 8, GROUPS):
+        group = first // 8 + start + tl.arange(0, GROUPS)
+        at = first + (start + tl.arange(0, GROUPS))[:, None] * 8 + tl.arange(0, 8)[None, :]
+        g = _load(grad_ptr, at, size, MASKED) * factor
+        w = _load(param_ptr if master_ptr is None else master_ptr, at, size, MASKED)
+        m = beta1 * _load(avg_ptr, at, size, MASKED) + one_less_beta1 * g
+        v = beta2 * _load(sq_ptr, at, size, MASKED) + one_less_beta2 * (g * g)
+        w = w * decay - rate * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
+        if master_ptr is not None:
+            _store(master_ptr, at, w, size, MASKED)
+        if STOCHASTIC:
+            w = _stochastic(w, seed, group, index, 0, step)
+        if avg_ptr.dtype.element_ty == tl.bfloat16:
+            m = _stochastic(m, seed, group, index, 1, step)
+        if sq_ptr.dtype.element_ty == tl.bfloat16:
+            v = _stochastic(v, seed, group, index, 2, step)
+        _store(param_ptr, at, w, size, MASKED)
+        _store(avg_ptr, at, m, size, MASKED)
+        _store(sq_ptr, at, v, size, MASKED)
 
 
 @triton.jit(do_not_specialize=["tensors", "seed"])
@@ -90,41 +124,27 @@ def adamw_step_kernel(table_ptr, state_ptr, lr_ptr, tensors, seed, beta1, one_le
     factor = tl.load(state_ptr + 1)
     lr = tl.load(lr_ptr)
     tensor, chunk = find_chunk(table_ptr, tensors, tl.program_id(0).to(tl.int64))
+    first = chunk * CHUNK
     size = tl.load(table_ptr + SIZE * (tensors + 1) + tensor)
     index = tl.load(table_ptr + INDEX * (tensors + 1) + tensor)
-    step = tl.load(_address(table_ptr, tensors, STEPS, tensor, tl.float32, False))
-    param_ptr = _address(table_ptr, tensors, PARAM, tensor, PARAM_TYPE, ALIGNED)
-    grad_ptr = _address(table_ptr, tensors, GRAD, tensor, GRAD_TYPE, ALIGNED)
-    avg_ptr = _address(table_ptr, tensors, EXP_AVG, tensor, AVG_TYPE, ALIGNED)
-    sq_ptr = _address(table_ptr, tensors, EXP_AVG_SQ, tensor, SQ_TYPE, ALIGNED)
+    step = tl.load(address_of(table_ptr, tensors, STEPS, tensor, tl.float32, False))
+    param_ptr = address_of(table_ptr, tensors, PARAM, tensor, PARAM_TYPE, ALIGNED)
+    grad_ptr = address_of(table_ptr, tensors, GRAD, tensor, GRAD_TYPE, ALIGNED)
+    avg_ptr = address_of(table_ptr, tensors, EXP_AVG, tensor, AVG_TYPE, ALIGNED)
+    sq_ptr = address_of(table_ptr, tensors, EXP_AVG_SQ, tensor, SQ_TYPE, ALIGNED)
     if HAS_MASTER:
-        master_ptr = _address(table_ptr, tensors, MASTER, tensor, tl.float32, ALIGNED)
+        master_ptr = address_of(table_ptr, tensors, MASTER, tensor, tl.float32, ALIGNED)
+    else:
+        master_ptr = None
     rate = tl.div_rn(lr, 0.0 - expm1(step * log_beta1))  # 1 - beta^step without cancellation
     root = tl.sqrt_rn(0.0 - expm1(step * log_beta2))
     decay = 1.0 - lr * weight_decay
-    for start in range(0, CHUNK // 8, GROUPS):
-        group = chunk * (CHUNK // 8) + start + tl.arange(0, GROUPS)
-        at = group[:, None] * 8 + tl.arange(0, 8)[None, :]
-        mask = at < size
-        g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32) * factor
-        if HAS_MASTER:
-            w = tl.load(master_ptr + at, mask=mask, other=0.0)
-        else:
-            w = tl.load(param_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        m = beta1 * tl.load(avg_ptr + at, mask=mask, other=0.0).to(tl.float32) + one_less_beta1 * g
-        v = beta2 * tl.load(sq_ptr + at, mask=mask, other=0.0).to(tl.float32) + one_less_beta2 * (g * g)
-        w = w * decay - rate * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
-        if HAS_MASTER:
-            tl.store(master_ptr + at, w, mask=mask)
-        if STOCHASTIC:
-            w = _stochastic(w, seed, group, index, 0, step)
-        if AVG_TYPE == tl.bfloat16:
-            m = _stochastic(m, seed, group, index, 1, step)
-        if SQ_TYPE == tl.bfloat16:
-            v = _stochastic(v, seed, group, index, 2, step)
-        tl.store(param_ptr + at, w.to(PARAM_TYPE), mask=mask)
-        tl.store(avg_ptr + at, m.to(AVG_TYPE), mask=mask)
-        tl.store(sq_ptr + at, v.to(SQ_TYPE), mask=mask)
+    if first + CHUNK <= size:
+        _update(param_ptr, grad_ptr, master_ptr, avg_ptr, sq_ptr, first, size, factor, decay, rate, root, beta1, one_less_beta1,
+                beta2, one_less_beta2, eps, seed, index, step, STOCHASTIC, False, CHUNK, GROUPS)
+    else:
+        _update(param_ptr, grad_ptr, master_ptr, avg_ptr, sq_ptr, first, size, factor, decay, rate, root, beta1, one_less_beta1,
+                beta2, one_less_beta2, eps, seed, index, step, STOCHASTIC, True, CHUNK, GROUPS)
 
 
 def _table(entries, first_index, device):

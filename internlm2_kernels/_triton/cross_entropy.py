@@ -17,7 +17,7 @@ from .functions import expm1
 from .losses import NONE, _cap_slope, _capped, _label, _share, count_rows, reduce_losses, scaled
 
 INNER = 8  # columns a thread takes from one load: 16 bytes of a 2-byte dtype
-LARGEST_BLOCK = 8192
+LARGEST_BLOCK = 16384
 BLOCK = 4096  # columns a program of the two-pass backward writes
 
 

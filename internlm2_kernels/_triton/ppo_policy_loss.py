@@ -20,11 +20,13 @@ LARGEST_LOG_RATIO = tl.constexpr(20.0)
 @triton.jit
 def _terms(logprobs_ptr, old_ptr, advantages_ptr, mask_ptr, index, size, clip):
     """(counts, log ratio before the clamp, after, unclipped term, clipped term); what does not count is 0."""
-    counts = tl.load(mask_ptr + index, mask=index < size, other=0) != 0
-    logprobs = tl.load(logprobs_ptr + index, mask=counts, other=0.0).to(tl.float32)
-    old = tl.load(old_ptr + index, mask=counts, other=0.0).to(tl.float32)
-    advantage = tl.load(advantages_ptr + index, mask=counts, other=0.0).to(tl.float32)
-    free = logprobs - old
+    known = index < size
+    counts = tl.load(mask_ptr + index, mask=known, other=0) != 0
+    free = tl.load(logprobs_ptr + index, mask=known, other=0.0).to(tl.float32)
+    free -= tl.load(old_ptr + index, mask=known, other=0.0).to(tl.float32)
+    free = tl.where(counts, free, 0.0)  # afterwards, because loads under the mask would go element by element
+    advantage = tl.load(advantages_ptr + index, mask=known, other=0.0).to(tl.float32)
+    advantage = tl.where(counts, advantage, 0.0)
     x = tl.where(free > LARGEST_LOG_RATIO, LARGEST_LOG_RATIO, free)
     x = tl.where(x < -LARGEST_LOG_RATIO, -LARGEST_LOG_RATIO, x)
     ratio = exponential(x)
@@ -43,7 +45,7 @@ def _finish(loss, clipped, kl, count, loss_ptr, clip_fraction_ptr, kl_ptr, count
     tl.store(count_ptr, count)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def ppo_policy_loss_fwd_kernel(logprobs_ptr, old_ptr, advantages_ptr, mask_ptr, loss_ptr, clip_fraction_ptr, kl_ptr,
                                count_ptr, partial_ptr, size, clip, BLOCK: tl.constexpr):
     loss = tl.zeros((BLOCK,), tl.float32)

@@ -17,13 +17,14 @@ BLOCK = 4096  # tokens at a time
 @triton.jit
 def _terms(values_ptr, old_ptr, returns_ptr, mask_ptr, index, size, clip, CLIP: tl.constexpr):
     """(counts, value, return, free term, clipped term); what does not count is 0."""
-    counts = tl.load(mask_ptr + index, mask=index < size, other=0) != 0
-    value = tl.load(values_ptr + index, mask=counts, other=0.0).to(tl.float32)
-    target = tl.load(returns_ptr + index, mask=counts, other=0.0).to(tl.float32)
+    known = index < size
+    counts = tl.load(mask_ptr + index, mask=known, other=0) != 0
+    value = tl.where(counts, tl.load(values_ptr + index, mask=known, other=0.0).to(tl.float32), 0.0)
+    target = tl.where(counts, tl.load(returns_ptr + index, mask=known, other=0.0).to(tl.float32), 0.0)
     free = (value - target) * (value - target)
     clipped = free
     if CLIP:
-        old = tl.load(old_ptr + index, mask=counts, other=0.0).to(tl.float32)
+        old = tl.where(counts, tl.load(old_ptr + index, mask=known, other=0.0).to(tl.float32), 0.0)
         away = value - old
         near = tl.where(away > 0.0, old + clip, old - clip) - target
         clipped = tl.where(tl.abs(away) > clip, near * near, free)
@@ -58,7 +59,7 @@ def _finish(loss, clipped, errors, squares, count, loss_ptr, clip_fraction_ptr, 
     tl.store(count_ptr, count)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def ppo_value_loss_fwd_kernel(values_ptr, old_ptr, returns_ptr, mask_ptr, loss_ptr, clip_fraction_ptr, explained_ptr,
                               count_ptr, partial_ptr, size, clip, CLIP: tl.constexpr, BLOCK: tl.constexpr):
     loss = tl.zeros((BLOCK,), tl.float32)

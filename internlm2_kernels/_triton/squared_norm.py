@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .common import check_dtype, launch
-from .tables import aligned, find_chunk, table
+from .tables import address_of, aligned, find_chunk, table
 
 CHUNK = 32768  # elements of a program
 BLOCK = 4096  # at a time
@@ -21,16 +21,18 @@ def squared_norm_chunks_kernel(table_ptr, partial_ptr, tensors, DTYPE: tl.conste
                                CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     tensor, chunk = find_chunk(table_ptr, tensors, program)
-    address = tl.load(table_ptr + (tensors + 1) + tensor)
-    if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    x_ptr = address.to(tl.pointer_type(DTYPE)) + chunk * CHUNK
+    x_ptr = address_of(table_ptr, tensors, 1, tensor, DTYPE, ALIGNED) + chunk * CHUNK
     size = tl.load(table_ptr + 2 * (tensors + 1) + tensor) - chunk * CHUNK
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, CHUNK, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + index, mask=index < size, other=0.0).to(tl.float32)
-        total += x * x
+    if size >= CHUNK:  # without masks, 16 bytes at a time
+        for start in range(0, CHUNK, BLOCK):
+            x = tl.load(x_ptr + start + tl.arange(0, BLOCK)).to(tl.float32)
+            total += x * x
+    else:
+        for start in range(0, CHUNK, BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + index, mask=index < size, other=0.0).to(tl.float32)
+            total += x * x
     tl.store(partial_ptr + program, tl.sum(total, axis=0))
 
 

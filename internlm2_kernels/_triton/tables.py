@@ -69,6 +69,15 @@ def find_chunk(table_ptr, tensors, chunk):
     return low, chunk - tl.load(table_ptr + low)
 
 
+@triton.jit
+def address_of(table_ptr, tensors, row, tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer in a row of the table; ALIGNED: all of them are multiples of 16 bytes."""
+    ptr = tl.load(table_ptr + row * (tensors + 1) + tensor).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        ptr = tl.multiple_of(ptr, 16)
+    return ptr
+
+
 def aligned(*lists) -> bool:
     """Whether every tensor begins on a 16-byte boundary."""
     return all(t.data_ptr() % 16 == 0 for tensors in lists for t in tensors)

@@ -41,8 +41,8 @@ def _load_scale(ptr, place, inside):
 
 @triton.jit
 def _paged_walk(state, bad, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, kv_head, kv_heads, blocks, v_cols, position,
-                seen, start, end, keys, left, inner, outer, SOFTCAP: tl.constexpr, MULTI_SPLIT: tl.constexpr, SPLIT: tl.constexpr,
-                BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+                seen, start, end, keys, left, inner, outer, SOFTCAP: tl.constexpr, MULTI_SPLIT: tl.constexpr,
+                SPLIT: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
                 BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
     """Key blocks from start to end, all of them masked: decoding waits for memory, not for that. `bad` marks keys from `seen`
     on, the first that any row sees, whose block is not in the cache."""

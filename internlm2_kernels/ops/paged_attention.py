@@ -209,7 +209,8 @@ PAGED_ATTENTION = Op(
                dtypes=(torch.bfloat16,))
           for heads, kv_heads in ((16, 8), (32, 8), (48, 8)) for batch, keys in ((1, 32768), (8, 8192))
           for options in ({}, {"int8": True})),
-        *(Case("gpu", _case("gpu", (1,) * batch, (keys - 1,) * batch, heads, 8, 128, 64, **options).dims, dtypes=(torch.bfloat16,))
+        *(Case("gpu", _case("gpu", (1,) * batch, (keys - 1,) * batch, heads, 8, 128, 64, **options).dims,
+               dtypes=(torch.bfloat16,))
           for heads in (16, 32) for batch, keys in ((1, 262144), (8, 32768), (64, 4096)) for options in ({}, {"int8": True})),
     ),
     eager={"SDPA enable_gqa, contiguous keys": Contiguous(True), "SDPA expanded contiguous keys": Contiguous(False)},

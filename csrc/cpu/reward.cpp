@@ -143,14 +143,13 @@ template <typename Acc> void total(const RewardLoss& a) {
   double slope[2];
   for (int64_t i = 0; i < a.n; ++i) {
     const double x = static_cast<double>(rewards[i]), size = std::abs(x);
-    penalty += size > edge.at ? edge.value + edge.slope * (size - edge.at) : -(std::log(a.bound + x) + std::log(a.bound - x));
-    const double barrier_slope =
-        size > edge.at ? std::copysign(edge.slope, x) : 2 * x / ((a.bound - x) * (a.bound + x));
-    slope[i % 2] = penalty_scale * barrier_slope;
+    const double room = (a.bound - x) * (a.bound + x);
+    penalty += size > edge.at ? edge.value + edge.slope * (size - edge.at) : -std::log(room);
+    slope[i % 2] = penalty_scale * (size > edge.at ? std::copysign(edge.slope, x) : 2 * x / room);
     if (i % 2 == 0) continue;
     const double d = static_cast<double>(rewards[i - 1]) - x, e = std::exp(-std::abs(d)), large = 1 / (1 + e);
     const double softplus = std::log1p(e) + std::max(0.0, -d), s = d > 0 ? e * large : large;
-    const double weight = d > 0 ? std::pow(2 * s, a.gamma) : 1;
+    const double weight = d > 0 ? (a.gamma == 2 ? 4 * s * s : std::pow(2 * s, a.gamma)) : 1;
     ranking += d != d ? d : weight * softplus;
     const double fall = weight * (s + (d > 0 ? a.gamma * large * softplus : 0)) / pairs;
     slopes[i - 1] = static_cast<Acc>(slope[0] - fall);

@@ -1,9 +1,9 @@
-"""`FusedAdamW`: AdamW over all parameters in one call, with master weights or stochastic rounding, clipping and skipped steps."""
+"""`FusedAdamW`: AdamW over all parameters in one call, with master weights or stochastic rounding, clipping, skipped steps."""
 
 import torch
 from torch.optim import Optimizer
 
-from ._checks import fail
+from ._checks import FLOAT_DTYPES, fail
 from ._registry import OPS
 from .ops._losses import check_number
 from .ops.adamw import STEP, check_settings, reference_step
@@ -12,6 +12,7 @@ from .ops.squared_norm import reference as reference_norm
 
 LOW = (torch.bfloat16, torch.float16)
 STATE = ("exp_avg", "exp_avg_sq", "master")
+OPTIONS = ("master_weights", "stochastic_rounding", "moment_dtype", "max_grad_norm", "seed", "backend")
 
 
 def _is_dtensor(tensor):
@@ -20,6 +21,11 @@ def _is_dtensor(tensor):
 
 def _local(tensor):
     return tensor.to_local() if _is_dtensor(tensor) else tensor
+
+
+def _layout(tensor):
+    """The tensor, or, where its elements do not fill its memory, one of the shape that do: what its state is laid out like."""
+    return tensor if dense(tensor) else torch.empty_like(tensor)
 
 
 def _chosen(op, tensor, backend):
@@ -70,9 +76,20 @@ class FusedAdamW(Optimizer):
         self._skipped, self._rates = {}, {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize})
 
+    def __getstate__(self):
+        """For copy and pickle: the base class knows of groups and state alone."""
+        own = {name: getattr(self, name) for name in (*OPTIONS, "grad_norm", "_skipped")}
+        return super().__getstate__() | own | {"_rates": {}}
+
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        try:
+            self._check_group(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group):
         check_settings("FusedAdamW", group["betas"], group["eps"], group["weight_decay"])
         if isinstance(group["lr"], torch.Tensor):
             if group["lr"].numel() != 1:
@@ -80,8 +97,8 @@ class FusedAdamW(Optimizer):
         else:
             check_number("FusedAdamW", "lr", group["lr"], "a finite number >= 0", lambda v: v >= 0)
         for p in group["params"]:
-            if not p.is_floating_point():
-                fail(TypeError, "FusedAdamW", "params", "floating-point parameters", p.dtype)
+            if p.dtype not in FLOAT_DTYPES:
+                fail(TypeError, "FusedAdamW", "params", "float32, bfloat16, float16 or float64", p.dtype)
 
     @property
     def skipped(self):
@@ -104,29 +121,44 @@ class FusedAdamW(Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         for name in STATE[:2]:
             if name not in state:
-                state[name] = torch.zeros_like(p, dtype=self._dtype(p, name), memory_format=torch.preserve_format)
+                state[name] = torch.zeros_like(p, dtype=self._dtype(p, name))
         if self._has_master(p) and "master" not in state:
-            state["master"] = p.detach().to(torch.float32, copy=True, memory_format=torch.preserve_format)
+            state["master"] = self._like(p, "master", p.detach())
+        strides = _layout(_local(p)).stride()
+        for name in STATE:  # the parameter may have been given another layout since
+            if name in state and _local(state[name]).stride() != strides:
+                state[name] = self._like(p, name, state[name])
         return state
+
+    def _like(self, p, name, value):
+        """`value` in the dtype of this state, laid out in memory as p is: the update walks them side by side."""
+        return torch.empty_like(p.detach(), dtype=self._dtype(p, name)).copy_(value)
 
     def state_dict(self):
         return {**super().state_dict(), "skipped": self.skipped.clone()}
 
     def load_state_dict(self, state_dict):
         """Accepts its own and `torch.optim.AdamW`'s; moments and masters keep float32, or the moments' dtype asked for."""
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "skipped"})
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        for saved_id, p in zip(saved_ids, params, strict=True):
-            saved = state_dict["state"].get(saved_id)
-            if saved is None:
-                continue
+        found = {p: state_dict["state"][i] for i, p in zip(saved_ids, params, strict=False) if state_dict["state"].get(i)}
+        for group in state_dict["param_groups"]:
+            if group.get("amsgrad"):
+                fail(ValueError, "FusedAdamW", "state_dict", "amsgrad=False", True)
+        for p, saved in found.items():
+            if not {"step", *STATE[:2]} <= set(saved):
+                fail(ValueError, "FusedAdamW", "state_dict", "step, exp_avg and exp_avg_sq of a parameter", ", ".join(saved))
+            for name in STATE:
+                if name in saved and saved[name].shape != p.shape:
+                    fail(ValueError, "FusedAdamW", f"state_dict: {name}", f"shape {list(p.shape)}", list(saved[name].shape))
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "skipped"})
+        for p, saved in found.items():
             state = self.state[p]
             state.clear()
             state["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).to(p.device, copy=True)
             for name in STATE:
                 if name in saved and (name != "master" or self._has_master(p)):
-                    state[name] = saved[name].detach().to(p.device, self._dtype(p, name), copy=True)
+                    state[name] = self._like(p, name, saved[name].detach())
         if "skipped" in state_dict and params:
             self._skipped = {params[0].device: state_dict["skipped"].to(params[0].device, torch.int64, copy=True)}
 
@@ -142,7 +174,7 @@ class FusedAdamW(Optimizer):
         if grad.dtype not in (p.dtype, torch.float32):
             fail(TypeError, "FusedAdamW", "grad", f"{p.dtype} or torch.float32", grad.dtype)
         if grad.stride() != p.stride() or not dense(grad):
-            grad = torch.empty_like(p, dtype=grad.dtype).copy_(grad)
+            grad = torch.empty_like(p.detach(), dtype=grad.dtype).copy_(grad)
         return grad
 
     def _lists(self):
@@ -156,7 +188,7 @@ class FusedAdamW(Optimizer):
                 lists[key][1][0] += 1
                 if p.grad is not None:
                     lists[key][0].append(p)
-        for params, count in lists.values():
+        for _, count in lists.values():
             count[0], first = first, first + count[0]
         return {key: (params, start[0]) for key, (params, start) in lists.items() if params}
 
@@ -217,10 +249,15 @@ class FusedAdamW(Optimizer):
             beta1, beta2 = group["betas"]
             chosen = _chosen("adamw", _local(params[0]), self.backend)
             run = reference_step if chosen == "reference" else STEP[chosen]
-            run([_local(p).detach() for p in params], [gradients[p] for p in params], local("master") if master else [],
+            weights = [_local(p).detach() for p in params]
+            filled = [w if dense(w) else torch.empty_like(w).copy_(w) for w in weights]
+            run(filled, [gradients[p] for p in params], local("master") if master else [],
                 local("exp_avg"), local("exp_avg_sq"), local("step"), skipped.clone() if device in counted else skipped,
                 total.get(device), on(scale), on(found), self._rate(number, device), beta1, beta2, group["eps"],
                 group["weight_decay"], self.max_grad_norm or 0.0, self.stochastic_rounding, group["maximize"], self.seed,
                 first_index)
+            for weight, new in zip(weights, filled, strict=True):
+                if weight is not new:
+                    weight.copy_(new)
             counted.add(device)
         return loss

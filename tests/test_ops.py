@@ -30,14 +30,22 @@ def test_ladder(op, variant, backend, dtype, direction, device, generator, recor
 
 def _spoilt(x):
     """(what is wrong, tensor): what a kernel with a forgotten edge would return."""
-    yield "zeros", torch.zeros_like(x)
+    if x.any():
+        yield "zeros", torch.zeros_like(x)
+    yield "NaN", torch.full_like(x, float("nan"))
+    if x.numel() < 33:  # a loss, a statistic
+        return
     for what, index in (("last row", (-1,)), ("last column", (..., -1)), ("first row", (0,))):
         wrong = x.clone()
-        wrong[index] = 0
-        yield f"{what} zero", wrong
+        if x.dim() > 1 and x[index].abs().max() > x.abs().max() / 2:
+            wrong[index] = 0
+        else:  # one number says little by being 0, and a row may rightly be 0 or small: another's value
+            wrong[index] = -torch.where(x[index] < 0, -1, 1) * x.abs().max()
+        yield f"{what} lost", wrong
     wrong = x.clone().flatten()
     wrong[-16:] = wrong[-32:-16]
-    yield "last tile shifted", wrong.view(x.shape)
+    if (wrong - x.flatten()).abs().max() > x.abs().max() / 4:  # rows may rightly be 0 or small
+        yield "last tile shifted", wrong.view(x.shape)
     wrong = x.clone().flatten()
     wrong[x.numel() // 2] = float("nan")
     yield "one NaN", wrong.view(x.shape)
@@ -125,9 +133,10 @@ def test_opcheck(op, variant, backend, native, device, generator):
         for overload, args in [c for c in recorder.calls if c[0].namespace == "internlm2"]:
             seen.add(overload._schema.name.removeprefix(f"internlm2::{op.name}_"))
             torch.library.opcheck(overload, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
-            strided = args if not args[0].is_floating_point() else (next(strided_copies(args[0]))[1], *args[1:])
+            plain = isinstance(args[0], list) or args[0].dim() < 2 or not args[0].is_floating_point()
+            strided = args if plain else (next(strided_copies(args[0]))[1], *args[1:])
             torch.library.opcheck(overload, strided, test_utils=("test_schema", "test_faketensor"))
-    assert seen >= {p for p in op.schemas if p != "cache_fwd"}, seen
+    assert seen >= set(op.schemas) - {"cache_fwd", "bwd_"}, seen
 
 
 def _compiled_equals_eager(op, sample, backend, upstream, compiler):

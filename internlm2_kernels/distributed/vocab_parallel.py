@@ -2,8 +2,8 @@
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
+from .._autograd import once_differentiable
 from .._checks import fail, last_stride_1
 from ..ops._losses import check_label_values, check_labels, check_reduction, reduced
 from ..ops.apply_rope import native
@@ -43,7 +43,7 @@ class _Losses(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable(NAME)
     def backward(ctx, dloss):
         hidden, weight, labels, lse = ctx.saved_tensors
         (smoothing, z_loss), vocab_size, needs = ctx.coefficients, ctx.options[-1], ctx.needs_input_grad

@@ -5,13 +5,13 @@ import numbers
 
 import torch
 
-from .._checks import FLOAT_DTYPES, check_device, check_shape, fail
+from .._checks import FLOAT_DTYPES, check_device, check_layout, check_shape, fail
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
 def accumulator(dtype):
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def soft_capped(logits, softcap):
@@ -20,9 +20,9 @@ def soft_capped(logits, softcap):
 
 def losses_of(logits, labels, ignore_index, label_smoothing, z_loss, softcap):
     """The loss of every row of float32 or float64 logits [T, V]; 0 where it is ignored."""
-    logits = soft_capped(logits, softcap)
-    lse = logits.logsumexp(-1)
     valid = labels != ignore_index
+    logits = soft_capped(torch.where(valid[..., None], logits, 0), softcap)  # an ignored row may hold NaN
+    lse = logits.logsumexp(-1)
     label = logits.gather(-1, labels.masked_fill(~valid, 0).long()[..., None])[..., 0]
     loss = (1 - label_smoothing) * (lse - label) + z_loss * lse.square()
     if label_smoothing:
@@ -41,16 +41,20 @@ def reduced(losses, valid, reduction, token_weights=None):
 
 
 def check_reduction(op, reduction):
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         fail(ValueError, op, "reduction", "'mean', 'sum' or 'none'", repr(reduction))
     return REDUCTIONS[reduction]
 
 
 def check_number(op, argument, value, expected, accept):
     """A real number, no tensor and no bool, that `accept` takes; as a float."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or not accept(value):
+    try:
+        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an integer beyond float64
+        number = math.inf
+    if not math.isfinite(number) or not accept(number):
         fail(ValueError, op, argument, expected, repr(value))
-    return float(value)
+    return number
 
 
 def check_labels(op, argument, labels, rows, like, of):
@@ -59,6 +63,7 @@ def check_labels(op, argument, labels, rows, like, of):
         fail(TypeError, op, argument, "an int64 or int32 tensor", type(labels).__name__)
     if labels.dtype not in (torch.int64, torch.int32):
         fail(TypeError, op, argument, "torch.int64 or torch.int32", labels.dtype)
+    check_layout(op, argument, labels)
     check_shape(op, argument, labels, rows, f"the leading dimensions of {of}")
     check_device(op, argument, labels, like, of)
     return labels.contiguous()
@@ -73,7 +78,8 @@ def check_label_values(op, argument, labels, classes, ignore_index=None):
         wrong &= labels != ignore_index
     if wrong.any():
         fail(ValueError, op, argument,
-             f"values from 0 to {classes - 1}" + (" or ignore_index" if ignore_index is not None else ""), int(labels[wrong][0]))
+             f"values from 0 to {classes - 1}" + (" or ignore_index" if ignore_index is not None else ""),
+             int(labels[wrong][0]))
 
 
 def check_vector(op, argument, tensor, shape, like, of):
@@ -82,6 +88,7 @@ def check_vector(op, argument, tensor, shape, like, of):
         fail(TypeError, op, argument, "a tensor", type(tensor).__name__)
     if tensor.dtype not in FLOAT_DTYPES or tensor.dtype != like.dtype:
         fail(TypeError, op, argument, f"the dtype of {of}, {like.dtype}", tensor.dtype)
+    check_layout(op, argument, tensor)
     check_shape(op, argument, tensor, shape, f"the shape of {of}")
     check_device(op, argument, tensor, like, of)
     return tensor.contiguous()
@@ -91,6 +98,7 @@ def check_mask(op, mask, like, of):
     """bool (or numbers, of which all but 0 count) of the shape of `like`; bool and contiguous on return."""
     if not isinstance(mask, torch.Tensor):
         fail(TypeError, op, "mask", "a tensor", type(mask).__name__)
+    check_layout(op, "mask", mask)
     check_shape(op, "mask", mask, like.shape, f"the shape of {of}")
     check_device(op, "mask", mask, like, of)
     return (mask if mask.dtype == torch.bool else mask != 0).contiguous()
@@ -106,11 +114,11 @@ def check_lengths(op, cu, total, shortest):
     """What the compiled kernels check themselves on CPU: cu_seqlens rises from 0 to `total` by at least `shortest`."""
     if cu.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    bounds = cu.tolist()
+    bounds, rising = cu.tolist(), f"rise by at least {shortest}" if shortest else "never fall"
     if bounds[0] != 0:
         fail(ValueError, op, "cu_seqlens", "values that start at 0", bounds[0])
     for before, after in zip(bounds, bounds[1:], strict=False):
         if after - before < shortest:
-            fail(ValueError, op, "cu_seqlens", f"values that rise by at least {shortest}", f"{after} after {before}")
+            fail(ValueError, op, "cu_seqlens", f"values that {rising}", f"{after} after {before}")
     if bounds[-1] != total:
         fail(ValueError, op, "cu_seqlens", f"values that end at {total}", bounds[-1])

@@ -42,14 +42,16 @@ def reference_step(params, grads, masters, exp_avgs, exp_avg_sqs, steps, skipped
     factor = 1.0 if grad_scale is None else 1 / float(grad_scale)
     if max_grad_norm > 0 and norm is not None:
         factor *= min(1.0, max_grad_norm / (float(norm) + 1e-6))
+    in_memory = lambda t: t.as_strided((t.numel(),), (1,))  # the order in which elements are counted
     for i, param in enumerate(params):
         steps[i] += 1
-        old = param, grads[i].to(torch.promote_types(param.dtype, torch.float32)) * factor, exp_avgs[i], exp_avg_sqs[i]
-        master = (masters[i],) if masters else ()
+        param, grad, *moments = (in_memory(t) for t in (param, grads[i], exp_avgs[i], exp_avg_sqs[i]))
+        old = param, grad.to(torch.promote_types(param.dtype, torch.float32)) * factor, *moments
+        master = (in_memory(masters[i]),) if masters else ()
         new = reference(*old, *master, step=int(steps[i]), lr=float(lr), betas=(beta1, beta2), eps=eps,
                         weight_decay=weight_decay, maximize=maximize, stochastic_rounding=stochastic_rounding, seed=seed,
                         index=first_index + i)
-        for tensor, value in zip((param, exp_avgs[i], exp_avg_sqs[i], *master), new, strict=True):
+        for tensor, value in zip((param, *moments, *master), new, strict=True):
             tensor.copy_(value)
 
 
@@ -108,7 +110,8 @@ ADAMW = Op(
         Case("edge", {"elements": 0}),
         Case("edge", {"elements": 1, "master": True, "step": 1}),
         Case("edge", {"elements": 4099, "master": True, "moments": "bfloat16", "step": 1000}),
-        Case("model", {"elements": 2**26, "master": True}, dtypes=(torch.bfloat16,)),
+        *(Case(kind, {"elements": n, "master": True}, dtypes=(torch.bfloat16,))
+          for kind, n in (("model", 2**26), ("gpu", 2**28))),
     ),
     eager={"torch.optim.AdamW": _eager},
     batched=("param", "grad", "exp_avg", "exp_avg_sq", "master"),
@@ -135,6 +138,8 @@ def check_tensors(param, grad, exp_avg, exp_avg_sq, master):
             fail(TypeError, "adamw", name, " or ".join(str(d) for d in dict.fromkeys(allowed)), tensor.dtype)
         check_shape("adamw", name, tensor, param.shape, "the shape of param")
         check_device("adamw", name, tensor, param, "param")
+    if exp_avg_sq.dtype != exp_avg.dtype:
+        fail(TypeError, "adamw", "exp_avg_sq", f"the dtype of exp_avg, {exp_avg.dtype}", exp_avg_sq.dtype)
 
 
 def check_settings(op, betas, eps, weight_decay):
@@ -156,7 +161,7 @@ def adamw(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas
               (all float64 for float64); computed in float32 (float64). w is the master, or param where there is none; param
               is w rounded to nearest, or stochastically for bfloat16 without a master on request. bfloat16 moments are always
               stored stochastically rounded: to nearest, b2 = 0.999 would stall far below the true second moment
-    Random:   Philox4x32-10 keyed by seed, step, index (of the tensor in the optimizer) and element: the same bits on CPU and GPU
+    Random:   Philox4x32-10 keyed by seed, step, index (of the tensor in the optimizer), element: the same bits on CPU and GPU
     Backward: none: an update. Deterministic: yes
     Errors:   ValueError, TypeError
     Cost:     memory-bound; `FusedAdamW` updates all parameters in place in one call.   Source: arXiv:1711.05101 algorithm 2

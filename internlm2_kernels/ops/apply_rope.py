@@ -4,7 +4,7 @@ import torch
 
 from .._autograd import once_differentiable
 from .._checks import check_choice, check_device, check_float, check_same, fail, last_stride_1
-from .._registry import Case, Op, Sample
+from .._registry import OPS, Case, Op, Sample
 from .rope_table import rope_table
 
 
@@ -144,7 +144,14 @@ def native(overload, *args):
         message = str(error)
         if "ValueError: " not in message:
             raise
-        raise ValueError(message.split("ValueError: ")[1].splitlines()[0]) from None
+        raise ValueError(_with_operator(overload, message.split("ValueError: ")[1].splitlines()[0])) from None
+
+
+def _with_operator(overload, message):
+    """Checks that several operators share do not know for whom they ask."""
+    name = overload._schema.name.removeprefix("internlm2::")
+    op = max((op for op in OPS if name.startswith(f"{op}_")), key=len)
+    return message if message.startswith(f"{op}: ") else f"{op}: {message}"
 
 
 def _as_heads(x):

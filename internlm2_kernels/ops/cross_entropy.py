@@ -2,11 +2,20 @@
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from .._autograd import once_differentiable
 from .._checks import check_float, fail, last_stride_1
 from .._registry import Case, Op, Sample
-from ._losses import REDUCTIONS, accumulator, check_label_values, check_labels, check_number, check_reduction, losses_of, reduced
+from ._losses import (
+    REDUCTIONS,
+    accumulator,
+    check_label_values,
+    check_labels,
+    check_number,
+    check_reduction,
+    losses_of,
+    reduced,
+)
 from .apply_rope import native
 
 
@@ -110,6 +119,7 @@ CROSS_ENTROPY = Op(
         Case("edge", {"rows": 3, "cols": 4099, "softcap": 30.0}),
         Case("edge", {"targets": 65, "cols": 31, "softcap": 2.0, "z_loss": 0.01, "label_smoothing": 0.2}),
         Case("model", {"targets": 1024, "cols": 92544}),
+        Case("gpu", {"targets": 16384, "cols": 92544}),
     ),
     eager={"F.cross_entropy(logits.float())": _eager(True), "F.cross_entropy(logits)": _eager(False)},
     batched=("logits", "labels"),
@@ -123,7 +133,8 @@ _FWD, _GRAD, _BWD, _BWD_, _SCALE = (CROSS_ENTROPY.overloads[name] for name in ("
 
 def is_one(dloss):
     """Whether an upstream is known to be 1 without waiting for a device: gradients made for 1 are then right as they are."""
-    return dloss.device.type == "cpu" and not torch.compiler.is_compiling() and dloss.item() == 1.0
+    known = dloss.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    return known and dloss.item() == 1.0
 
 
 class _OneSweep(torch.autograd.Function):
@@ -132,14 +143,16 @@ class _OneSweep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, options, backend):
         loss, dlogits = native(_GRAD[backend], logits, labels, *options)
-        ctx.save_for_backward(dlogits)
+        link = logits.new_empty(0)  # an empty result: what ties the saved gradient to logits without keeping them
+        ctx.save_for_backward(dlogits, link)
         ctx.backend = backend
-        return loss
+        ctx.set_materialize_grads(False)
+        return loss, link
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss):
-        (dlogits,) = ctx.saved_tensors
+    @once_differentiable("cross_entropy")
+    def backward(ctx, dloss, _):
+        dlogits, _ = ctx.saved_tensors
         return dlogits if is_one(dloss) else _SCALE[ctx.backend](dloss, dlogits), None, None, None
 
 
@@ -154,7 +167,7 @@ class _TwoSweeps(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("cross_entropy")
     def backward(ctx, dloss):
         logits, labels, lse = ctx.saved_tensors
         dloss = dloss.contiguous()
@@ -212,10 +225,12 @@ def cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_l
     labels = labels.view(-1)
     options = ignore_index, smoothing, z_loss, softcap, code
     if torch.is_grad_enabled() and logits.requires_grad:
+        if inplace_backward and flat.shape[0] > 1 and flat.stride(0) < classes:
+            flat = flat.contiguous()  # rows that share memory cannot each be given their gradient
         if code == REDUCTIONS["none"] or inplace_backward or logits.dtype == torch.float16:
             loss = _TwoSweeps.apply(flat, labels, options, inplace_backward, chosen)
         else:
-            loss = _OneSweep.apply(flat, labels, options, chosen)
+            loss, _ = _OneSweep.apply(flat, labels, options, chosen)
     else:
         loss = native(_FWD[chosen], flat, labels, *options)[0]
     return loss.view(shape) if code == REDUCTIONS["none"] else loss

@@ -1,9 +1,11 @@
 """The focal ranking loss of a reward model, pair by pair."""
 
+import math
+
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from .._autograd import once_differentiable
 from .._checks import check_float
 from .._registry import Case, Op, Sample
 from ._losses import accumulator, check_number, check_vector
@@ -12,8 +14,9 @@ from ._losses import accumulator, check_number, check_vector
 def reference(chosen, rejected, *, gamma=2.0):
     acc = accumulator(chosen.dtype)
     d = chosen.to(acc) - rejected.to(acc)
-    # where() keeps the weight's derivative 0 up to and including d = 0, where a head that starts at zero stands
-    weight = torch.where(d > 0, (2 * torch.sigmoid(-d)) ** gamma, 1.0)
+    # where() keeps the weight's derivative 0 up to and including d = 0, where a head that starts at zero stands;
+    # (2 sigmoid(-d))^gamma by its logarithm, whose derivative stays finite where the sigmoid underflows
+    weight = torch.where(d > 0, torch.exp(gamma * (math.log(2) - F.softplus(d))), 1.0)
     return weight * F.softplus(-d)
 
 
@@ -69,7 +72,7 @@ class _FocalRankingLoss(torch.autograd.Function):
         return _FWD[backend](chosen, rejected, gamma)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("focal_ranking_loss")
     def backward(ctx, dloss):
         return *_BWD[ctx.backend](dloss.contiguous(), *ctx.saved_tensors, ctx.gamma), None, None
 

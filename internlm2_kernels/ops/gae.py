@@ -12,16 +12,19 @@ from .apply_rope import native
 def reference(rewards, values, cu_seqlens, *, mask=None, bootstrap=None, gamma=1.0, lam=0.99):
     acc = accumulator(rewards.dtype)
     rewards, values = rewards.to(acc), values.to(acc)
-    advantages = torch.zeros_like(values)
-    bounds = cu_seqlens.tolist()
+    if not rewards.numel() or rewards.is_meta:
+        return torch.empty_like(values), values.clone()
+    bounds, advantages = cu_seqlens.tolist(), []
     for i, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        carried = values.new_zeros(())
+        carried, passed = values.new_zeros(()), []
         following = carried if bootstrap is None else bootstrap[i].to(acc)
         for t in reversed(range(begin, end)):
             if mask is None or mask[t]:
                 carried = rewards[t] + gamma * following - values[t] + gamma * lam * carried
                 following = values[t]
-            advantages[t] = carried
+            passed.append(carried)
+        advantages += reversed(passed)
+    advantages = torch.stack(advantages)
     return advantages, advantages + values
 
 
@@ -125,7 +128,8 @@ def gae(rewards, values, cu_seqlens, *, mask=None, bootstrap=None, gamma=1.0, la
     mask = None if mask is None else check_mask("gae", mask, rewards, "rewards")
     if bootstrap is not None:
         if not isinstance(bootstrap, torch.Tensor) or bootstrap.dtype not in FLOAT_DTYPES:
-            fail(TypeError, "gae", "bootstrap", "a floating-point tensor", getattr(bootstrap, "dtype", type(bootstrap).__name__))
+            got = getattr(bootstrap, "dtype", type(bootstrap).__name__)
+            fail(TypeError, "gae", "bootstrap", "a floating-point tensor", got)
         if bootstrap.shape != (cu.shape[0] - 1,):
             fail(ValueError, "gae", "bootstrap", f"shape [{cu.shape[0] - 1}] (sequences)", list(bootstrap.shape))
         check_device("gae", "bootstrap", bootstrap, rewards, "rewards")

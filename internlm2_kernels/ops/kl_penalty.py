@@ -1,8 +1,8 @@
 """Estimators of the divergence between policy and reference, token by token."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from .._autograd import once_differentiable
 from .._checks import check_choice, check_float
 from .._registry import Case, Op, Sample
 from ._losses import accumulator, check_vector
@@ -70,7 +70,7 @@ class _KLPenalty(torch.autograd.Function):
         return _FWD[backend](logprobs, ref_logprobs, estimator)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("kl_penalty")
     def backward(ctx, dkl):
         needs_ref = ctx.needs_input_grad[1]
         dlogprobs, dref = _BWD[ctx.backend](dkl.contiguous(), *ctx.saved_tensors, ctx.estimator, needs_ref)

@@ -2,13 +2,22 @@
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from .._autograd import once_differentiable
 from .._checks import last_stride_1
 from .._registry import Case, Op, Sample
 from ._losses import accumulator, check_label_values, check_labels, check_number
 from .apply_rope import native
-from .linear_cross_entropy import HEAD_CASES, as_matrix, check_head, gradient_shapes, head_bytes, head_flops, head_sample
+from .linear_cross_entropy import (
+    HEAD_CASES,
+    as_matrix,
+    check_head,
+    gradient_shapes,
+    head_bytes,
+    head_flops,
+    head_sample,
+    logit_error,
+)
 
 
 def reference(hidden, weight, tokens, *, temperature=1.0, return_entropy=False):
@@ -55,6 +64,7 @@ def _magnitude(sample, upstream):
     temperature = sample.inputs.get("temperature", 1.0)
     size = float((hidden.abs() @ weight.abs().T).max()) / temperature
     each = sum(float(u.abs().max()) * (size if name == "entropy" else 1) for name, u in upstream.items()) / temperature
+    each *= 1 + logit_error(hidden, weight) / temperature
     return {"logprobs": size, "entropy": size, "d_hidden": each * float(weight.abs().max()),
             "d_weight": each * float(hidden.abs().max())}
 
@@ -83,6 +93,7 @@ LINEAR_LOGPROBS = Op(
         *HEAD_CASES,
         Case("edge", {"rows": 6, "cols": 24, "vocab": 2049, "entropy": True}),
         Case("model", {"rows": 512, "cols": 2048, "vocab": 92544, "entropy": True}),
+        Case("gpu", {"rows": 8192, "cols": 4096, "vocab": 92544, "entropy": True}, dtypes=(torch.bfloat16,)),
     ),
     eager={"log_softmax(F.linear)": _eager},
     batched=("hidden", "tokens"),
@@ -107,7 +118,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("linear_logprobs")
     def backward(ctx, dlogprobs, dentropy):
         hidden, weight, tokens, lse, entropy = ctx.saved_tensors
         needs = ctx.needs_input_grad

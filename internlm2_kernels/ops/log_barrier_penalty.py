@@ -1,8 +1,10 @@
 """The penalty that keeps rewards inside a bound, finite outside it."""
 
-import torch
-from torch.autograd.function import once_differentiable
+import math
 
+import torch
+
+from .._autograd import once_differentiable
 from .._checks import check_choice, check_float
 from .._registry import Case, Op, Sample
 from ._losses import accumulator, check_number
@@ -16,7 +18,7 @@ def reference(rewards, *, bound=5.0, margin=1e-3, outside="linear"):
     if outside == "clamp":
         return value
     slope = 1 / (bound - edge) - 1 / (bound + edge)
-    return value + slope * (x.abs() - edge).clamp(min=0)
+    return value + slope * torch.where(x.abs() > edge, x.abs() - edge, 0)  # at the edge clamp's derivative alone
 
 
 def _eager(rewards, *, bound=5.0, margin=1e-3, outside="linear"):
@@ -35,13 +37,12 @@ def _sample(case, dtype, device, generator):
 
 
 def _magnitude(sample, upstream):
-    """Near the bound a reward's own distance to it cancels: errors are as large as those of the edge's slope."""
+    """Two logarithms of both signs, and beyond the edge the distance from it times the slope there."""
     x, bound = sample.inputs["rewards"], sample.inputs.get("bound", 5.0)
     if not x.numel():
         return {}
-    near = (bound - x.abs().clamp(max=bound * (1 - 1e-3))).min()
-    size = float(bound / near)
-    return {"penalty": size, **({"d_rewards": float(upstream["penalty"].abs().max()) * size / float(near)} if upstream else {})}
+    beyond = sample.inputs.get("outside") != "clamp" and bool((x.abs() > bound * (1 - 1e-3)).any())
+    return {"penalty": 2 * abs(math.log(bound * 1e-3)) + 1000 * beyond}
 
 
 LOG_BARRIER_PENALTY = Op(
@@ -83,7 +84,7 @@ class _LogBarrierPenalty(torch.autograd.Function):
         return _FWD[backend](rewards, *options)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("log_barrier_penalty")
     def backward(ctx, dpenalty):
         return _BWD[ctx.backend](dpenalty.contiguous(), *ctx.saved_tensors, *ctx.options), None, None
 

@@ -1,8 +1,8 @@
 """PPO's value loss, clipped or not, with the statistics that a trainer logs."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from .._autograd import once_differentiable
 from .._checks import check_float
 from .._registry import Case, Op, Sample
 from ._losses import accumulator, check_mask, check_number, check_vector, masked_mean
@@ -98,10 +98,11 @@ class _PPOValueLoss(torch.autograd.Function):
         ctx.save_for_backward(values, old_values, returns, mask, count)
         ctx.clip, ctx.backend = clip, backend
         ctx.mark_non_differentiable(clip_fraction, explained)
+        ctx.set_materialize_grads(False)
         return loss, clip_fraction, explained
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("ppo_value_loss")
     def backward(ctx, dloss, *_):
         return _BWD[ctx.backend](dloss, *ctx.saved_tensors, ctx.clip), None, None, None, None, None
 

@@ -1,8 +1,8 @@
 """The reward model's loss from hidden states: head, focal ranking loss and log barrier in one call."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from .._autograd import once_differentiable
 from .._checks import check_device, check_float, check_same, fail, last_stride_1
 from .._registry import Case, Op, Sample
 from . import focal_ranking_loss as focal
@@ -63,7 +63,7 @@ def _sample(packed):
         cu = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).to(torch.int32)
         draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)
         hidden = draw(int(cu[-1]) if packed else 2 * pairs, cols).to(dtype)
-        head_weight = (case.dims.get("spread", 2) * draw(cols) * cols**-0.5).to(dtype)
+        head_weight = (case.dims.get("spread", 1) * draw(cols) * cols**-0.5).to(dtype)
         options = {"gamma": case.dims["gamma"]} if "gamma" in case.dims else {}
         inputs = {"hidden" if packed else "last_hidden": hidden, "head_weight": head_weight}
         return Sample(inputs | ({"cu_seqlens": cu} if packed else {}) | options, tuple(inputs))
@@ -72,17 +72,18 @@ def _sample(packed):
 
 
 def _magnitude(sample, upstream):
-    """Rewards are sums over D with terms of both signs; near the bound the barrier's slope multiplies their errors."""
+    """Rewards are sums over D with terms of both signs, whose errors the losses' curvatures multiply: the barrier's is large
+    near the bound."""
     hidden = next(iter(sample.inputs.values()))
     weight, cu = sample.inputs["head_weight"], sample.inputs.get("cu_seqlens")
     if not hidden.numel():
         return {}
     last = hidden if cu is None else hidden[cu[1:].long() - 1]
-    size = float((last.abs() @ weight.abs()).max())
+    size, typical = float((last.abs() @ weight.abs()).max()), float((last.square() @ weight.square()).max().sqrt())
     near = float((5 - (last @ weight).abs().clamp(max=5 * (1 - MARGIN))).min())
     sizes = {"rewards": size, "loss": size * (1 + 0.02 / near)}
     if upstream:
-        slope = 1 / len(last) * (2 + 0.02 / near + size * (1 + 0.02 / near**2))
+        slope = 1 / len(last) * (1 + 0.02 / near + typical * (0.5 + 0.02 / near**2))
         each = float(upstream["loss"].abs()) * slope + float(upstream["rewards"].abs().max())
         sizes |= {"d_hidden": each * float(weight.abs().max()), "d_last_hidden": each * float(weight.abs().max()),
                   "d_head_weight": each * float(last.square().sum(0).sqrt().max())}
@@ -153,6 +154,17 @@ _FWD, _BWD = REWARD_LOSS.overloads["fwd"], REWARD_LOSS.overloads["bwd"]
 _FWD_LAST, _BWD_LAST = REWARD_LOSS_FROM_LAST.overloads["fwd"], REWARD_LOSS_FROM_LAST.overloads["bwd"]
 
 
+def _gradients(ctx, dloss, drewards):
+    hidden, head_weight, slopes, *where = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    if dloss is None and drewards is None:
+        return None, None, None, None, None
+    drewards = None if drewards is None else drewards.contiguous()
+    dhidden, dweight = (_BWD if where else _BWD_LAST)[ctx.backend](dloss, drewards, hidden, head_weight, *where, slopes,
+                                                                  needs[0], needs[1])
+    return dhidden if needs[0] else None, dweight if needs[1] else None, None, None, None
+
+
 class _RewardLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head_weight, cu, options, backend):
@@ -163,17 +175,11 @@ class _RewardLoss(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         return loss, rewards
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss, drewards):
-        hidden, head_weight, slopes, *where = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        if dloss is None and drewards is None:
-            return None, None, None, None, None
-        drewards = None if drewards is None else drewards.contiguous()
-        dhidden, dweight = (_BWD if where else _BWD_LAST)[ctx.backend](dloss, drewards, hidden, head_weight, *where, slopes,
-                                                                      needs[0], needs[1])
-        return dhidden if needs[0] else None, dweight if needs[1] else None, None, None, None
+    backward = staticmethod(once_differentiable("reward_loss")(_gradients))
+
+
+class _RewardLossFromLast(_RewardLoss):
+    backward = staticmethod(once_differentiable("reward_loss_from_last")(_gradients))
 
 
 def _check(op, name, hidden, head_weight, gamma, penalty_weight, bound):
@@ -193,7 +199,7 @@ def _check(op, name, hidden, head_weight, gamma, penalty_weight, bound):
 
 def _run(hidden, head_weight, cu, options, backend):
     if torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad):
-        return _RewardLoss.apply(hidden, head_weight, cu, options, backend)
+        return (_RewardLossFromLast if cu is None else _RewardLoss).apply(hidden, head_weight, cu, options, backend)
     if cu is None:
         return _FWD_LAST[backend](hidden, head_weight, *options)[:2]
     return native(_FWD[backend], hidden, head_weight, cu, *options)[:2]
@@ -211,14 +217,15 @@ def reward_loss(hidden, head_weight, cu_seqlens, *, gamma=2.0, penalty_weight=0.
     Errors:   ValueError for shapes, an odd number of sequences, an empty sequence, cu_seqlens that do not rise from 0 to T
               (on CPU before memory is touched; on CUDA results are NaN and `internlm2_kernels.check()` reports it);
               TypeError for a dtype. No sequences: loss 0
-    Cost:     one launch each way; reads n rows of hidden. The loss may be negative: the barrier is -2 log(bound) at 0. With n / 2
-              pairs this is XTuner's 0.01 times the sum over all rewards divided by the pairs. Several ranks: sum, then divide
-              by the all-reduced count.   Source: arXiv:2403.17297 section 4.2.1 eq. 1 to 3
+    Cost:     one launch each way; reads n rows of hidden. The loss may be negative: the barrier is -2 log(bound) at 0. With
+              n / 2 pairs this is XTuner's 0.01 times the sum over all rewards divided by the pairs. Several ranks: sum, then
+              divide by the all-reduced count.   Source: arXiv:2403.17297 section 4.2.1 eq. 1 to 3
     """
     hidden, head_weight, options = _check("reward_loss", "hidden", hidden, head_weight, gamma, penalty_weight, bound)
     cu = check_cu_seqlens("reward_loss", "cu_seqlens", cu_seqlens, hidden)
     if cu.shape[0] % 2 == 0:
-        fail(ValueError, "reward_loss", "cu_seqlens", "an even number of sequences, chosen and rejected in turn", cu.shape[0] - 1)
+        fail(ValueError, "reward_loss", "cu_seqlens", "an even number of sequences, chosen and rejected in turn",
+             cu.shape[0] - 1)
     chosen = REWARD_LOSS.select(hidden, backend)
     if chosen == "reference":
         check_lengths("reward_loss", cu, hidden.shape[0], 1)

@@ -25,7 +25,14 @@ def _eager(tensors):
 
 def dense(tensor):
     """Whether the tensor's elements fill its memory, in whatever order: what is done element by element needs no more."""
-    return tensor.is_contiguous() or tensor._is_non_overlapping_and_dense()
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 SQUARED_NORM = Op(

@@ -1,0 +1,335 @@
+"""What is special to the cross-entropies and log-probabilities: formulas by hand, ignored labels, places in a batch, memory."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from shared import OPS, Recorder, assert_bitwise, instruction_set
+
+import internlm2_kernels as ik
+
+BACKENDS = ("reference", "cpp", "triton")
+NATIVE = ("cpp", "triton")
+ISAS = ("avx2", "avx512", "avx512_bf16", "amx")
+
+
+def draw(generator, *shape, scale=1.0, dtype=torch.float32):
+    return (scale * torch.randn(*shape, generator=generator)).to(dtype)
+
+
+def head(generator, tokens=7, cols=24, vocab=131, dtype=torch.float32):
+    """hidden, weight (leaves) and labels."""
+    hidden = draw(generator, tokens, cols, dtype=dtype).requires_grad_()
+    weight = draw(generator, vocab, cols, scale=2 * cols**-0.5, dtype=dtype).requires_grad_()
+    return hidden, weight, torch.randint(vocab, (tokens,), generator=generator)
+
+
+def builds(op):
+    """The compiled builds of `op` that this processor runs."""
+    best = ISAS.index(ik._registry._C.best_cpu_isa())
+    return [isa for isa in OPS[op].isas if ISAS.index(isa) <= best]
+
+
+def raw_calls(recorder):
+    return [(func._schema.name.removeprefix("internlm2::"), args) for func, args in recorder.calls
+            if func.namespace == "internlm2"]
+
+
+# ------------------------------------------------------------------------------------------------- formulas by hand
+def by_hand(row, label, smoothing, z_loss, softcap):
+    """Loss and gradient of one row of logits, number by number."""
+    capped = [softcap * math.tanh(x / softcap) if softcap else x for x in row]
+    top = max(capped)
+    lse = top + math.log(sum(math.exp(x - top) for x in capped))
+    mean = sum(capped) / len(row)
+    loss = (1 - smoothing) * (lse - capped[label]) + smoothing * (lse - mean) + z_loss * lse**2
+    slopes = []
+    for j, x in enumerate(capped):
+        slope = math.exp(x - lse) * (1 + 2 * z_loss * lse) - (1 - smoothing) * (j == label) - smoothing / len(row)
+        slopes.append(slope * (1 - (x / softcap) ** 2 if softcap else 1))
+    return loss, slopes
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", ({}, {"label_smoothing": 0.2}, {"z_loss": 0.03}, {"softcap": 2.0},
+                                     {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0}), ids=str)
+def test_loss_and_gradient_by_hand(backend, options, generator):
+    dtype, tolerance = (torch.float32, 3e-6) if backend == "triton" else (torch.float64, 1e-13)
+    logits = draw(generator, 4, 9, scale=2.0, dtype=dtype).requires_grad_()
+    labels = torch.tensor([3, -100, 0, 8])
+    smoothing, z_loss, softcap = (options.get(k, 0.0) for k in ("label_smoothing", "z_loss", "softcap"))
+    rows = [by_hand(row, int(label), smoothing, z_loss, softcap) if label >= 0 else (0.0, [0.0] * 9)
+            for row, label in zip(logits.double().tolist(), labels, strict=True)]
+    losses, slopes = (torch.tensor(x, dtype=torch.float64) for x in zip(*rows, strict=True))
+    for reduction, factor, want in (("none", 1, losses), ("sum", 1, losses.sum()), ("mean", 3, losses.sum() / 3)):
+        loss = ik.cross_entropy(logits, labels, reduction=reduction, backend=backend, **options)
+        (grad,) = torch.autograd.grad(loss.sum(), logits)
+        torch.testing.assert_close(loss.double(), want, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(grad.double(), slopes / factor, rtol=tolerance, atol=tolerance)
+    identity = torch.eye(9, dtype=dtype)  # hidden = logits: the linear form of the same
+    linear = ik.linear_cross_entropy(logits, identity, labels, backend=backend, **options)
+    (grad,) = torch.autograd.grad(linear, logits)
+    torch.testing.assert_close(linear.double(), losses.sum() / 3, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(grad.double(), slopes / 3, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype,tolerance", ((torch.float32, 1e-4), (torch.bfloat16, 2**-8)), ids=("float32", "bfloat16"))
+def test_a_certain_label_keeps_its_gradient(backend, dtype, tolerance):
+    """p = 0.96: in bfloat16 too the label's entry is -(1 - p) rounded once, not 1 less a rounded p."""
+    logits = torch.zeros(3, 129, dtype=dtype)
+    logits[:, 5] = 8.0
+    logits.requires_grad_()
+    ik.cross_entropy(logits, torch.full((3,), 5), reduction="sum", backend=backend).backward()
+    others = math.exp(-8) / (1 + 128 * math.exp(-8))
+    torch.testing.assert_close(logits.grad[:, 7].float(), torch.full((3,), others), rtol=tolerance, atol=0)
+    torch.testing.assert_close(logits.grad[:, 5].float(), torch.full((3,), -128 * others), rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_vocabulary_and_large_logits(backend, generator):
+    logits = draw(generator, 3, 70, scale=1e4)
+    logits[:, 20:50] = -math.inf
+    logits[2] = 0.0  # and a row where all are alike
+    logits.requires_grad_()
+    loss = ik.cross_entropy(logits, torch.tensor([3, 60, 0]), reduction="none", backend=backend)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, torch.tensor([3, 60, 0]), reduction="none"), rtol=1e-6, atol=1e-3)
+    loss.sum().backward()
+    assert logits.grad.isfinite().all() and not logits.grad[:2, 20:50].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_all_labels_ignored(backend, reduction, dtype, generator):
+    """Loss 0 and zero gradients, never 0 / 0; an ignored row may hold NaN."""
+    hidden, weight, labels = head(generator, dtype=dtype)
+    logits = draw(generator, 7, 40, dtype=dtype)
+    logits[2, 3] = math.nan
+    logits.requires_grad_()
+    labels.fill_(-100)
+    loss = ik.cross_entropy(logits, labels, reduction=reduction, backend=backend)
+    linear = ik.linear_cross_entropy(hidden, weight, labels, reduction=reduction, backend=backend)
+    (loss.sum() + linear.sum()).backward()
+    for tensor in (loss, linear, logits.grad, hidden.grad, weight.grad):
+        assert (tensor == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_token_weights(backend, generator):
+    hidden, weight, labels = head(generator)
+    labels[3] = -100
+    weights = torch.rand(7, generator=generator).requires_grad_()
+    each = ik.linear_cross_entropy(hidden, weight, labels, reduction="none", backend=backend)
+    got = ik.linear_cross_entropy(hidden, weight, labels, token_weights=weights, backend=backend)
+    counted = labels != -100
+    torch.testing.assert_close(got, (each * weights).sum() / weights[counted].sum())
+    got.backward()
+    assert weights.grad is None
+    none = ik.linear_cross_entropy(hidden, weight, labels, token_weights=torch.zeros(7), backend=backend)
+    hidden.grad = weight.grad = None
+    none.backward()
+    assert none == 0 and not hidden.grad.any() and not weight.grad.any()
+
+
+# ------------------------------------------------------------------------------------------ a token's bits in any batch
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("op", ("cross_entropy", "linear_cross_entropy", "linear_logprobs"))
+def test_a_token_has_its_bits_in_any_batch(op, dtype, generator):
+    """T = 1, 2, 3, 17, 4096; first and last place."""
+    cols, vocab = 40, 261
+    hidden, weight = draw(generator, 4096, cols, dtype=dtype), draw(generator, vocab, cols, scale=0.3, dtype=dtype)
+    logits = draw(generator, 4096 if op == "cross_entropy" else 1, vocab, scale=3.0, dtype=dtype)
+    labels = torch.randint(vocab, (4096,), generator=generator)
+    values = {"cross_entropy": lambda at: (ik.cross_entropy(logits[at], labels[at], reduction="none", backend="cpp"),),
+              "linear_cross_entropy": lambda at: (
+                  ik.linear_cross_entropy(hidden[at], weight, labels[at], reduction="none", backend="cpp"),),
+              "linear_logprobs": lambda at: ik.linear_logprobs(hidden[at], weight, labels[at], return_entropy=True,
+                                                               backend="cpp")}[op]
+    for isa in builds(op):
+        with instruction_set(isa):
+            for token in (1234, 4095):
+                alone = values(slice(token, token + 1))
+                for count in (2, 3, 17, 4096):
+                    others = [t for t in range(4096) if t != token][: count - 1]
+                    for place, order in ((0, [token, *others]), (count - 1, [*others, token])):
+                        got = values(torch.tensor(order))
+                        assert_bitwise(dict(enumerate(v[place] for v in got)), dict(enumerate(v[0] for v in alone)),
+                                       f"{isa} token {token} place {place} of {count}")
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_rows_of_words_that_are_no_label(backend, generator):
+    """In bfloat16 their gradients are small beside a label's: each row of dweight is right by its own size."""
+    hidden, weight, labels = head(generator, tokens=48, cols=64, vocab=300, dtype=torch.bfloat16)
+    labels %= 20
+    for reduction in ("mean", "none"):
+        loss = ik.linear_cross_entropy(hidden, weight, labels, reduction=reduction, backend=backend)
+        (got,) = torch.autograd.grad(loss.mean(), weight)
+        wide = weight.detach().double().requires_grad_()
+        (want,) = torch.autograd.grad(F.cross_entropy(hidden.detach().double() @ wide.T, labels), wide)
+        error = (got.double() - want).norm(dim=1) / want.norm(dim=1)
+        assert error.max() < 0.02, (reduction, float(error.max()), int(error.argmax()))
+
+
+# -------------------------------------------------------------------------------------------- only the work that is needed
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("frozen", ("hidden", "weight"))
+def test_a_frozen_side_costs_no_product(backend, frozen, generator):
+    hidden, weight, labels = head(generator)
+    {"hidden": hidden, "weight": weight}[frozen].requires_grad_(False)
+    want = {"hidden": (False, True), "weight": (True, False)}[frozen]
+    calls = {"linear_cross_entropy_grad_fwd": lambda: ik.linear_cross_entropy(hidden, weight, labels, backend=backend),
+             "linear_cross_entropy_bwd": lambda: ik.linear_cross_entropy(hidden, weight, labels, reduction="none",
+                                                                         backend=backend),
+             "linear_logprobs_bwd": lambda: ik.linear_logprobs(hidden, weight, labels, backend=backend)}
+    for name, call in calls.items():
+        hidden.grad = weight.grad = None
+        with Recorder() as recorder:
+            call().sum().backward()
+        ((func, args),) = [(func, args) for func, args in recorder.calls if func._schema.name == f"internlm2::{name}"]
+        assert args[-2:] == want, name
+        sizes = dict(zip(("hidden", "weight"), (o.numel() for o in func(*args)[-2:]), strict=True))
+        assert sizes[frozen] == 0 and sum(sizes.values()) > 0
+        assert {"hidden": hidden, "weight": weight}[frozen].grad is None
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_one_registered_call_each_way(backend, generator):
+    hidden, weight, labels = head(generator)
+    logits = draw(generator, 7, 40).requires_grad_()
+    upstream = torch.tensor(0.5)
+    calls = {"cross_entropy": lambda **o: ik.cross_entropy(logits, labels % 40, backend=backend, **o),
+             "linear_cross_entropy": lambda **o: ik.linear_cross_entropy(hidden, weight, labels, backend=backend, **o)}
+    for op, call in calls.items():
+        for options, names in (({}, ("grad_fwd", "scale_bwd")), ({"reduction": "sum"}, ("grad_fwd", "scale_bwd")),
+                               ({"reduction": "none"}, ("fwd", "bwd"))):
+            with Recorder() as recorder:
+                loss = call(**options)
+                loss.backward(upstream.expand(loss.shape))
+            assert [name for name, _ in raw_calls(recorder)] == [f"{op}_{name}" for name in names], options
+        with torch.no_grad(), Recorder() as recorder:  # without gradients: the loss alone
+            call()
+        assert [name for name, _ in raw_calls(recorder)] == [f"{op}_fwd"]
+    with Recorder() as recorder:  # on CPU an upstream of 1 leaves the gradient as it is
+        ik.cross_entropy(logits, labels % 40, backend=backend).backward()
+    assert [name for name, _ in raw_calls(recorder)] == ["cross_entropy_grad_fwd"]
+    with Recorder() as recorder:
+        logprobs, entropy = ik.linear_logprobs(hidden, weight, labels, return_entropy=True, backend=backend)
+        (logprobs.sum() + entropy.sum()).backward()
+    assert [name for name, _ in raw_calls(recorder)] == ["linear_logprobs_fwd", "linear_logprobs_bwd"]
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_a_graph_can_be_walked_again(backend, generator):
+    """What was saved is not what was handed out: gradients that are changed in place change no later backward."""
+    hidden, weight, labels = head(generator)
+    logits = draw(generator, 7, 40).requires_grad_()
+    loss = (ik.cross_entropy(logits, labels % 40, backend=backend)
+            + ik.linear_cross_entropy(hidden, weight, labels, backend=backend)
+            + ik.linear_cross_entropy(hidden, weight, labels, reduction="none", backend=backend).sum())
+    leaves = {"logits": logits, "hidden": hidden, "weight": weight}
+    loss.backward(retain_graph=True)
+    want = {name: leaf.grad.clone() for name, leaf in leaves.items()}
+    for again in (True, False):
+        for leaf in leaves.values():
+            leaf.grad.mul_(0)  # what a careless clipping may do
+        loss.backward(retain_graph=again)
+        assert_bitwise({name: leaf.grad for name, leaf in leaves.items()}, want)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_upstream_scales(backend, generator):
+    hidden, weight, labels = head(generator)
+    gradients = lambda factor: torch.autograd.grad(
+        factor * ik.linear_cross_entropy(hidden, weight, labels, backend=backend), (hidden, weight))
+    for one, quarter in zip(gradients(1.0), gradients(0.25), strict=True):
+        assert torch.equal(one / 4, quarter)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_head_may_be_the_embedding(backend, generator):
+    """One weight used twice: its gradients add."""
+    _, weight, tokens = head(generator)
+    ik.linear_cross_entropy(F.embedding(tokens, weight), weight, tokens.roll(-1), backend=backend).backward()
+    got, weight.grad = weight.grad, None
+    F.cross_entropy(F.embedding(tokens, weight) @ weight.T, tokens.roll(-1)).backward()
+    torch.testing.assert_close(got, weight.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_float16_gradients_of_a_mean_do_not_underflow(backend, generator):
+    """A loss scale reaches dhidden before it is rounded to float16."""
+    hidden, weight, labels = head(generator, tokens=64, dtype=torch.float16)
+    loss = 2.0**13 * ik.linear_cross_entropy(1e-3 * hidden, 1e-2 * weight, labels, backend=backend)
+    (got,) = torch.autograd.grad(loss, hidden)
+    wide = hidden.detach().double().requires_grad_()
+    small = (1e-2 * weight).detach().double()
+    (want,) = torch.autograd.grad(2.0**13 * F.cross_entropy((1e-3 * wide) @ small.T, labels), wide)
+    assert (got.double() - want).norm() < 0.02 * want.norm()
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_autocast_is_the_cast_written_out(backend, generator):
+    hidden, weight, labels = head(generator)
+    ops = ik.linear_cross_entropy, ik.linear_logprobs
+    want = [op(hidden.bfloat16(), weight.bfloat16(), labels, backend=backend) for op in ops]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = [op(hidden, weight, labels, backend=backend) for op in ops]
+        logits = ik.cross_entropy(hidden, labels % 24, backend=backend)
+    assert_bitwise(dict(enumerate(got)), dict(enumerate(want)))
+    assert_bitwise({"loss": logits}, {"loss": ik.cross_entropy(hidden, labels % 24, backend=backend)})
+    grads = [torch.autograd.grad(loss[0] + loss[1].sum(), (hidden, weight)) for loss in (got, want)]
+    assert all(g.dtype == torch.float32 for g in grads[0])
+    assert_bitwise(dict(enumerate(grads[0])), dict(enumerate(grads[1])))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logprobs_and_entropy(backend, generator):
+    hidden, weight, tokens = head(generator)
+    distribution = torch.distributions.Categorical(logits=hidden.double() @ weight.double().T / 0.6)
+    logprobs, entropy = ik.linear_logprobs(hidden, weight, tokens, temperature=0.6, return_entropy=True, backend=backend)
+    torch.testing.assert_close(logprobs, distribution.log_prob(tokens).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy, distribution.entropy().float(), rtol=1e-5, atol=1e-5)
+    loss = ik.linear_cross_entropy(hidden / 0.6, weight, tokens, reduction="none", backend=backend)
+    torch.testing.assert_close(-logprobs, loss, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ in place
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_the_gradient_over_the_logits(backend, reduction, generator):
+    leaf, labels = draw(generator, 7, 40).requires_grad_(), torch.randint(40, (7,), generator=generator)
+    labels[2] = -100
+    (want,) = torch.autograd.grad(ik.cross_entropy(leaf, labels, reduction=reduction, backend=backend).sum(), leaf)
+    logits = leaf * 1.0
+    loss = ik.cross_entropy(logits, labels, reduction=reduction, inplace_backward=True, backend=backend)
+    loss.sum().backward(retain_graph=True)
+    torch.testing.assert_close(leaf.grad, want, rtol=1e-6, atol=1e-9)
+    assert torch.equal(logits, leaf.grad)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.sum().backward()
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_the_gradient_over_logits_whose_rows_share_memory(backend, generator):
+    row, labels = draw(generator, 1, 40).requires_grad_(), torch.tensor([1, 5, 5])
+    losses = [ik.cross_entropy(row.expand(3, 40), labels, inplace_backward=i, backend=backend) for i in (False, True)]
+    grads = [torch.autograd.grad(loss, row)[0] for loss in losses]
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_opcheck_of_the_form_in_place(backend, generator):
+    logits, labels = draw(generator, 5, 33), torch.tensor([1, -100, 32, 0, 7])
+    overloads = {name: OPS["cross_entropy"].overloads[name][backend] for name in ("fwd", "bwd", "bwd_")}
+    options = -100, 0.1, 1e-3, 4.0, 1
+    loss, lse = overloads["fwd"](logits, labels, *options)
+    args = torch.ones_like(loss), logits, labels, lse, *options
+    torch.library.opcheck(overloads["bwd_"], args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+    want, over = overloads["bwd"](*args), logits.clone()
+    overloads["bwd_"](args[0], over, *args[2:])
+    assert_bitwise({"d": over}, {"d": want})

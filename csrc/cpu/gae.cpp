@@ -36,6 +36,7 @@ template <typename Acc> struct Scan {
   using V = Vec<Acc>;
   V gamma, decay[4];
   Acc powers[2 * V::size];  // decay^(size - i) for i < size, then 0
+  Acc last[2 * V::size];    // 1 at size - 1, else 0
   explicit Scan(double gamma_, double lam) : gamma(static_cast<Acc>(gamma_)) {
     double power = gamma_ * lam;
     for (V& step : decay) {
@@ -45,6 +46,7 @@ template <typename Acc> struct Scan {
     power = 1;
     for (int i = 0; i < V::size; ++i) powers[V::size - 1 - i] = static_cast<Acc>(power *= gamma_ * lam);
     for (int i = V::size; i < 2 * V::size; ++i) powers[i] = 0;
+    for (int i = 0; i < 2 * V::size; ++i) last[i] = static_cast<Acc>(i == V::size - 1);
   }
 
   // n values from r, v: advantages; next is the value behind them and carry the advantage, both moved on to the front.
@@ -58,9 +60,8 @@ template <typename Acc> struct Scan {
 
   template <typename N>
   VEC_INLINE void step(const Acc* r, const Acc* v, Acc* out, N lanes, int n, Acc& next, Acc& carry) const {
-    alignas(64) Acc ends[V::size] = {};
-    ends[n - 1] = next;
-    const V value = load<V>(v, lanes), behind = lanes_down<1>(value) + V::load(ends);  // missing lanes of value are 0
+    const auto end = less(V(0), V::load(last + V::size - n));  // lane n - 1
+    const V value = load<V>(v, lanes), behind = pick(end, V(next), lanes_down<1>(value));
     V a = fma(gamma, behind, load<V>(r, lanes)) - value;
     a = fma(decay[0], lanes_down<1>(a), a);
     a = fma(decay[1], lanes_down<2>(a), a);
@@ -68,8 +69,8 @@ template <typename Acc> struct Scan {
     if constexpr (V::size >= 16) a = fma(decay[3], lanes_down<8>(a), a);
     a = fma(V::load(powers + V::size - n), V(carry), a);
     store(out, a, lanes);
-    next = v[0];
-    carry = out[0];
+    next = value.v[0];
+    carry = a.v[0];
   }
 };
 

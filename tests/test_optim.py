@@ -1,0 +1,433 @@
+"""FusedAdamW: against PyTorch's AdamW, state both ways, skipped steps, memory layouts, long runs of small updates."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from shared import Recorder, assert_bitwise
+
+import internlm2_kernels as ik
+
+BACKENDS = ("reference", "cpp", "triton")
+SHAPES = ((7, 5), (33,), (), (2, 3, 4), (0, 6))
+
+
+def parameters(dtype=torch.float32, shapes=SHAPES, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def draw_gradients(params, seed, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = (scale * torch.randn(p.shape, generator=generator)).to(p.dtype)
+
+
+def in_groups(params, **second):
+    return [{"params": params[:2]}, {"params": params[2:], **second}]
+
+
+def steps(optimizer, params, count, first=0, scale=1.0):
+    for seed in range(first, first + count):
+        draw_gradients(params, seed, scale)
+        optimizer.step()
+
+
+def state_of(optimizer):
+    return {f"{i}.{name}": value.clone() for i, state in enumerate(optimizer.state.values()) for name, value in state.items()}
+
+
+def close(params, others, rtol=2e-6, atol=2e-7):
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p.detach().to(q.dtype), q.detach(), rtol=rtol, atol=atol)
+
+
+# ------------------------------------------------------------------------------------------------- PyTorch's sequence
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", ({}, {"maximize": True, "weight_decay": 0.0}, {"betas": (0.0, 0.5), "eps": 1e-3},
+                                     {"lr": torch.tensor(0.02)}, {"lr": torch.tensor([0.02], dtype=torch.float64)}), ids=str)
+def test_float32_is_torchs(backend, options):
+    """Several steps over groups of their own learning rate and decay."""
+    ours, theirs = parameters(), parameters()
+    second = {"lr": 0.003, "weight_decay": 0.3, "betas": (0.8, 0.9), "eps": 1e-6}
+    wanted = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1, **options}
+    plain = copy.deepcopy(wanted) | ({"lr": float(wanted["lr"])} if "lr" in options else {})
+    wanted = copy.deepcopy(wanted)
+    a = ik.FusedAdamW(in_groups(ours, **second), backend=backend, **wanted)
+    b = torch.optim.AdamW(in_groups(theirs, **second), **plain)
+    for count in range(3 if backend == "triton" else 8):
+        steps(a, ours, 1, count)
+        steps(b, theirs, 1, count)
+        for group in (*a.param_groups, *b.param_groups):  # a schedule
+            group["lr"] *= 0.9  # a tensor in place
+    close(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_masters_are_torchs_float32_parameters(backend, dtype):
+    ours = parameters(dtype)
+    theirs = [torch.nn.Parameter(p.detach().float()) for p in ours]
+    a = ik.FusedAdamW(ours, lr=0.01, backend=backend)
+    b = torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
+    for seed in range(3 if backend == "triton" else 8):
+        draw_gradients(ours, seed)
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = p.grad.float()
+        a.step()
+        b.step()
+    close([a.state[p]["master"] for p in ours], theirs)
+    for p in ours:
+        assert torch.equal(p, a.state[p]["master"].to(dtype))
+        assert {v.dtype for v in a.state[p].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("backend", ("reference", "cpp"))
+def test_float64(backend):
+    ours, theirs = parameters(torch.float64), parameters(torch.float64)
+    a = ik.FusedAdamW(ours, lr=2**-7, max_grad_norm=1.0, backend=backend)
+    b = torch.optim.AdamW(theirs, lr=2**-7, betas=(0.9, 0.95), weight_decay=0.1)
+    for seed in range(5):
+        draw_gradients(ours, seed)
+        draw_gradients(theirs, seed)
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        a.step()
+        b.step()
+    close(ours, theirs, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clipping_is_clip_grad_norm(backend):
+    """One norm over all groups and dtypes; gradients themselves are left as they are."""
+    ours, theirs = parameters(), parameters()
+    ours[3], theirs[3] = (torch.nn.Parameter(p[3].detach().bfloat16()) for p in (ours, theirs))
+    a = ik.FusedAdamW(in_groups(ours, weight_decay=0.0), lr=0.01, max_grad_norm=0.5, backend=backend)
+    b = ik.FusedAdamW(in_groups(theirs, weight_decay=0.0), lr=0.01, backend="reference")
+    for seed, scale in ((0, 1.0), (1, 1e-3), (2, 30.0)):
+        draw_gradients(ours, seed, scale)
+        draw_gradients(theirs, seed, scale)
+        kept = [p.grad.clone() for p in ours]
+        theirs[3].grad_dtype = None
+        theirs[3].grad = theirs[3].grad.float()
+        norm = torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+        a.step()
+        b.step()
+        torch.testing.assert_close(a.grad_norm, norm, rtol=1e-6, atol=0)
+        assert all(torch.equal(p.grad, g) for p, g in zip(ours, kept, strict=True))
+    close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_backends_have_the_same_bits():
+    """Random bits too, in every stream, for parameters that lie in memory in another order than they are indexed."""
+    results = []
+    for backend in ("cpp", "triton"):
+        params = parameters(torch.bfloat16)
+        params[3] = torch.nn.Parameter(params[3].detach().permute(2, 0, 1))
+        optimizer = ik.FusedAdamW(params, lr=0.5, master_weights=False, stochastic_rounding=True,
+                                  moment_dtype=torch.bfloat16, seed=2**41 + 5, backend=backend)
+        steps(optimizer, params, 2)
+        results.append([p.detach().float() for p in params])
+    for a, b in zip(*results, strict=True):
+        assert (a != b).float().mean() < 0.05 if a.numel() else True  # an ulp of float32 may turn a bfloat16 bit
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------ layouts
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_any_memory_layout(backend, dtype):
+    """Transposed, permuted, with gaps; gradients laid out otherwise or expanded; a layout that changes between steps."""
+    base = parameters(dtype, shapes=((6, 10), (4, 8, 3), (5, 12), (9, 2)))
+    plain = [torch.nn.Parameter(p.detach().clone()) for p in base]
+    gaps = torch.full((5, 20), 7.0, dtype=dtype)
+    gaps[:, 3:15] = base[2].detach()
+    odd = [base[0].detach().t().contiguous().t(), base[1].detach().permute(2, 0, 1).contiguous().permute(1, 2, 0),
+           gaps[:, 3:15], base[3].detach().clone()]
+    odd = [torch.nn.Parameter(p) for p in odd]
+    assert not any(p.is_contiguous() for p in odd[:3])
+    pair = [ik.FusedAdamW(params, lr=0.02, max_grad_norm=1.0, backend=backend) for params in (plain, odd)]
+    for seed in range(3):
+        draw_gradients(plain, seed)
+        plain[3].grad = plain[3].grad[:1].expand(9, 2)
+        for p, q in zip(plain, odd, strict=True):
+            q.grad = p.grad.t().contiguous().t() if p.dim() == 2 and seed else p.grad.clone()
+        odd[3].grad = plain[3].grad
+        for optimizer in pair:
+            optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(plain, odd, strict=True))
+        odd[0].data = odd[0].data.contiguous()  # as .to(memory_format=...) does
+    assert (gaps[:, :3] == 7).all() and (gaps[:, 15:] == 7).all()
+    saved = copy.deepcopy(pair[0].state_dict())
+    pair[1].load_state_dict(saved)  # the state of contiguous parameters
+    for optimizer, params in zip(pair, (plain, odd), strict=True):
+        steps(optimizer, params, 2, 5)
+    assert all(torch.equal(p, q) for p, q in zip(plain, odd, strict=True))
+
+
+@pytest.mark.parametrize("backend", ("reference", "cpp"))
+def test_missing_gradients_closure_and_nothing_at_all(backend):
+    ours, theirs = parameters(), parameters()
+    pair = [(ours, ik.FusedAdamW(ours, lr=0.01, max_grad_norm=100.0, backend=backend)),
+            (theirs, torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1))]
+    for params, optimizer in pair:
+        assert optimizer.step() is None  # no gradient anywhere
+        for seed in range(4):
+            draw_gradients(params, seed)
+            params[seed % 3].grad = None
+            loss = optimizer.step(lambda params=params: (sum(p.sum() for p in params) * 2).detach())
+            assert loss.ndim == 0
+    close(ours, theirs)
+    assert float(pair[0][1].state[ours[0]]["step"]) == float(pair[1][1].state[theirs[0]]["step"]) == 2
+
+    (p,) = parameters(shapes=((4,),))
+    optimizer = ik.FusedAdamW([p], lr=0.1, backend=backend)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(30)]
+    assert losses[-1] < 0.05 * losses[0]
+
+
+def test_one_registered_call_a_group_and_one_for_the_norm():
+    params = parameters()
+    optimizer = ik.FusedAdamW(in_groups(params, lr=0.1), max_grad_norm=1.0, backend="cpp")
+    steps(optimizer, params, 1)
+    draw_gradients(params, 1)
+    with Recorder() as recorder:
+        optimizer.step()
+    names = [f._schema.name for f, _ in recorder.calls]
+    assert [n for n in names if n.startswith("internlm2::")] == ["internlm2::squared_norm_fwd"] + ["internlm2::adamw_step_"] * 2
+    assert not {n for n in names if "local_scalar" in n or "item" in n}  # nothing waits for the device
+
+
+# ------------------------------------------------------------------------------------------------------- skipped steps
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("poison", (math.nan, math.inf, -math.inf))
+def test_a_gradient_that_is_not_finite_changes_nothing(backend, poison):
+    params = parameters(torch.bfloat16)
+    optimizer = ik.FusedAdamW(in_groups(params, lr=0.1), max_grad_norm=1.0, backend=backend)
+    steps(optimizer, params, 1)
+    before, weights = state_of(optimizer), [p.detach().clone() for p in params]
+    draw_gradients(params, 1)
+    params[3].grad[1, 2, 3] = poison
+    optimizer.step()
+    assert_bitwise(state_of(optimizer), before)
+    assert all(torch.equal(p, w) for p, w in zip(params, weights, strict=True))
+    assert int(optimizer.skipped) == 1 and not optimizer.grad_norm.isfinite()
+    steps(optimizer, params, 1, 2)
+    assert int(optimizer.skipped) == 1 and not torch.equal(params[0], weights[0])
+    assert int(optimizer.state_dict()["skipped"]) == 1
+    other = ik.FusedAdamW(in_groups(parameters(torch.bfloat16), lr=0.1), max_grad_norm=1.0, backend=backend)
+    other.load_state_dict(optimizer.state_dict())
+    assert int(other.skipped) == 1
+
+
+@pytest.mark.parametrize("backend", ("reference", "cpp"))
+@pytest.mark.parametrize("max_grad_norm", (None, 0.7))
+@pytest.mark.parametrize("unscaled", (False, True))
+def test_grad_scaler(backend, max_grad_norm, unscaled):
+    """Scaled gradients give the unscaled step; an infinity lowers the scale and skips the step."""
+    ours, theirs = parameters(shapes=((7, 5), (9,))), parameters(shapes=((7, 5), (9,)))
+    a, b = (ik.FusedAdamW(p, lr=0.01, max_grad_norm=max_grad_norm, backend=backend) for p in (ours, theirs))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    for seed in range(4):
+        draw_gradients(theirs, seed)
+        b.step()
+        scaler.scale(torch.zeros((), requires_grad=True))  # its scale is made with the first loss
+        draw_gradients(ours, seed)
+        for p in ours:
+            p.grad *= scaler.get_scale()
+        if unscaled:
+            scaler.unscale_(a)
+        scaler.step(a)
+        scaler.update()
+        if max_grad_norm:
+            torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-6, atol=0)
+    close(ours, theirs)
+    weights = [p.detach().clone() for p in ours]
+    ours[0].grad[0, 0] = math.inf
+    scaler.step(a)
+    scaler.update()
+    assert scaler.get_scale() == 512 and int(a.skipped) == 1
+    assert all(torch.equal(p, w) for p, w in zip(ours, weights, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------------- state
+def test_state_goes_to_and_comes_from_torch():
+    ours, theirs = parameters(), parameters()
+    wanted = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1, "maximize": True}
+    a, b = ik.FusedAdamW(in_groups(ours, lr=0.1), **wanted), torch.optim.AdamW(in_groups(theirs, lr=0.1), **wanted)
+    steps(a, ours, 3)
+    steps(b, theirs, 3)
+    swapped = [[torch.nn.Parameter(p.detach().clone()) for p in params] for params in (ours, theirs)]
+    to_torch = torch.optim.AdamW(in_groups(swapped[0]))
+    from_torch = ik.FusedAdamW(in_groups(swapped[1]))
+    to_torch.load_state_dict(copy.deepcopy(a.state_dict()))
+    from_torch.load_state_dict(copy.deepcopy(b.state_dict()))
+    for params, optimizer in ((ours, a), (theirs, b), (swapped[0], to_torch), (swapped[1], from_torch)):
+        steps(optimizer, params, 3, 3)
+    close(swapped[0], ours)
+    close(swapped[1], theirs)
+    close(swapped[0], swapped[1])
+
+
+@pytest.mark.parametrize("backend", ("reference", "cpp"))
+@pytest.mark.parametrize("options", ({}, {"master_weights": False}, {"moment_dtype": torch.bfloat16}, {
+    "master_weights": False, "stochastic_rounding": True, "moment_dtype": torch.bfloat16, "seed": 11}), ids=str)
+def test_resume_is_bitwise(backend, options, tmp_path):
+    """Through a file; moments and masters keep their dtype, which the base class would cast to the parameter's."""
+    straight = parameters(torch.bfloat16)
+    make = lambda params: ik.FusedAdamW(in_groups(params, lr=0.02), lr=0.01, max_grad_norm=1.0, backend=backend, **options)
+    a = make(straight)
+    steps(a, straight, 3)
+    torch.save({"parameters": straight, "optimizer": a.state_dict()}, tmp_path / "state.pt")
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed = [torch.nn.Parameter(p.detach().clone()) for p in saved["parameters"]]
+    b = make(resumed)
+    b.load_state_dict(saved["optimizer"])
+    wanted = {"exp_avg": a.moment_dtype, "exp_avg_sq": a.moment_dtype, "step": torch.float32, "master": torch.float32}
+    for p in resumed:
+        assert {n: v.dtype for n, v in b.state[p].items()} == {n: wanted[n] for n in a.state[straight[0]]}
+    assert_bitwise(state_of(b), state_of(a))
+    pickled = pickle.loads(pickle.dumps((a, straight)))  # parameters and optimizer, tied as they were
+    copied = copy.deepcopy((a, straight))
+    steps(a, straight, 3, 3)
+    for optimizer, params in ((b, resumed), pickled, copied):
+        steps(optimizer, params, 3, 3)
+        assert_bitwise(state_of(optimizer), state_of(a))
+        assert_bitwise(dict(enumerate(p.detach() for p in params)), dict(enumerate(p.detach() for p in straight)))
+
+
+def test_a_state_without_masters_gets_them_from_the_parameters():
+    params = parameters(torch.bfloat16)
+    theirs = torch.optim.AdamW(params, lr=0.01)
+    steps(theirs, params, 2)
+    optimizer = ik.FusedAdamW(params, lr=0.01)
+    optimizer.load_state_dict(theirs.state_dict())
+    steps(optimizer, params, 1, 2)
+    for p in params:
+        state = optimizer.state[p]
+        assert float(state["step"]) == 3 and torch.equal(p, state["master"].bfloat16())
+        assert all(v.dtype == torch.float32 for v in state.values())
+
+
+def test_a_wrong_state_is_refused_and_changes_nothing():
+    params = parameters()
+    optimizer = ik.FusedAdamW(params)
+    steps(optimizer, params, 2)
+    before, sound = state_of(optimizer), copy.deepcopy(optimizer.state_dict())
+
+    def spoilt(change):
+        state = copy.deepcopy(sound)
+        change(state)
+        return state
+
+    cases = ((lambda s: s["state"][0].update(exp_avg=torch.zeros(5)), r"exp_avg: expected shape \[7, 5\], got \[5\]"),
+             (lambda s: s["state"][0].pop("exp_avg_sq"), "state_dict: expected step, exp_avg and exp_avg_sq"),
+             (lambda s: s["param_groups"][0].update(amsgrad=True), "state_dict: expected amsgrad=False, got True"),
+             (lambda s: s["param_groups"][0]["params"].pop(), "parameter group"),
+             (lambda s: s["param_groups"].append({"params": []}), "parameter groups"))
+    for change, message in cases:
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(spoilt(change))
+        assert_bitwise(state_of(optimizer), before)
+
+
+@pytest.mark.parametrize("options,kind,message", (
+    ({"lr": -1e-3}, ValueError, "FusedAdamW: lr: expected a finite number >= 0, got -0.001"),
+    ({"lr": math.nan}, ValueError, "FusedAdamW: lr: expected a finite number >= 0, got nan"),
+    ({"lr": torch.zeros(2)}, ValueError, "FusedAdamW: lr: expected a number or a tensor of one element, got [2]"),
+    ({"betas": (0.9, 1.0)}, ValueError, "FusedAdamW: betas: expected two numbers from 0 up to below 1, got 1.0"),
+    ({"eps": -1.0}, ValueError, "FusedAdamW: eps: expected a finite number >= 0, got -1.0"),
+    ({"weight_decay": math.inf}, ValueError, "FusedAdamW: weight_decay: expected a finite number >= 0, got inf"),
+    ({"max_grad_norm": 0.0}, ValueError, "FusedAdamW: max_grad_norm: expected None or a finite number > 0, got 0.0"),
+    ({"max_grad_norm": math.nan}, ValueError, "FusedAdamW: max_grad_norm: expected None or a finite number > 0, got nan"),
+    ({"moment_dtype": torch.float16}, TypeError,
+     "FusedAdamW: moment_dtype: expected torch.float32 or torch.bfloat16, got torch.float16"),
+    ({"stochastic_rounding": True}, ValueError,
+     "FusedAdamW: stochastic_rounding: expected False with master_weights, which it is in place of, got True"),
+    ({"seed": -1}, ValueError, "FusedAdamW: seed: expected an integer from 0 to 2^63 - 1, got -1"),
+), ids=str)
+def test_wrong_settings(options, kind, message):
+    with pytest.raises(kind) as caught:
+        ik.FusedAdamW(parameters(), **options)
+    assert str(caught.value) == message
+    if "lr" in options or "eps" in options:  # and a group that is refused has not been added
+        optimizer = ik.FusedAdamW(parameters())
+        with pytest.raises(kind):
+            optimizer.add_param_group({"params": parameters(), **options})
+        assert len(optimizer.param_groups) == 1
+
+
+def test_wrong_parameters_and_gradients():
+    with pytest.raises(TypeError, match="FusedAdamW: params: expected float32, .*, got torch.complex64"):
+        ik.FusedAdamW([torch.zeros(3, dtype=torch.complex64, requires_grad=True)])
+    embedding = torch.nn.Embedding(5, 3, sparse=True)
+    optimizer = ik.FusedAdamW(embedding.parameters())
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(TypeError, match="FusedAdamW: grad: expected a dense gradient, got a sparse one"):
+        optimizer.step()
+
+
+# ------------------------------------------------------------------------------------------------------------ compiled
+@pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
+def test_a_compiled_step(compiler):
+    """No graph break, before the state exists and after; the learning rate may change; the bits of the eager step."""
+    torch._dynamo.reset()
+    results, graphs = [], []
+    for compiled in (False, True):
+        params = parameters(torch.bfloat16, shapes=((7, 5), (33,)))
+        optimizer = ik.FusedAdamW([{"params": params[:1]}, {"params": params[1:], "lr": 0.1}], lr=0.02, max_grad_norm=1.0,
+                                  backend="cpp")
+        step = torch.compile(optimizer.step, fullgraph=True, backend=compiler) if compiled else optimizer.step
+        for seed in range(4):
+            draw_gradients(params, seed)
+            if seed == 3:
+                params[0].grad[0, 0] = math.nan
+                optimizer.param_groups[1]["lr"] = 0.05
+            step()
+            graphs.append(int(optimizer.skipped))
+        results.append({**state_of(optimizer), **{f"p{i}": p.detach().clone() for i, p in enumerate(params)}})
+    assert_bitwise(results[1], results[0])
+    assert graphs == [0, 0, 0, 1] * 2
+
+
+# ----------------------------------------------------------------------------------------------------- many small steps
+def test_small_updates_are_not_lost():
+    """10,000 updates of 1e-5 at |w| = 1, 0.0013 of a bfloat16's spacing there: masters by their sum, rounding on average."""
+    count, lr, size = 10_000, 1e-5, 8192
+    weights = torch.ones(size)
+    weights[1::2] = -1
+    moved = {}
+    for name, options in {"masters": {}, "stochastic": {"master_weights": False, "stochastic_rounding": True, "seed": 7},
+                          "nearest": {"master_weights": False}}.items():
+        p = torch.nn.Parameter(weights.bfloat16())
+        p.grad = weights.bfloat16()  # towards 0
+        optimizer = ik.FusedAdamW([p], lr=lr, eps=0.0, weight_decay=0.0, betas=(0.9, 0.95), backend="cpp", **options)
+        for _ in range(count if name != "nearest" else 100):
+            optimizer.step()
+        moved[name] = ((weights - optimizer.state[p].get("master", p.detach()).float()) * weights).double()
+    want = count * lr
+    assert ((moved["masters"] - want).abs() < 0.005 * want).all()
+    mean, error = moved["stochastic"].mean(), moved["stochastic"].std() / size**0.5
+    assert abs(mean - want) < 0.02 * want
+    assert abs(mean - want) < 3 * error, (float(mean), float(error))
+    assert not moved["nearest"].any()  # which is why
+
+
+@pytest.mark.parametrize("beta2", (0.95, 0.999))
+def test_bfloat16_second_moments_reach_their_steady_state(beta2):
+    p = torch.nn.Parameter(torch.zeros(16384, dtype=torch.bfloat16))
+    p.grad = torch.full_like(p, 0.3)
+    square = float(p.grad[0]) ** 2
+    optimizer = ik.FusedAdamW([p], lr=0.0, betas=(0.9, beta2), moment_dtype=torch.bfloat16, backend="cpp")
+    for _ in range(round(8 / (1 - beta2))):
+        optimizer.step()
+    second, first = (optimizer.state[p][name].double() for name in ("exp_avg_sq", "exp_avg"))
+    assert abs(second.mean() / square - 1) < 0.01 and abs(first.mean() / float(p.grad[0]) - 1) < 0.01

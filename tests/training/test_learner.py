@@ -9,7 +9,14 @@ from runs import assert_same_bits, small_config, small_store
 
 from internlm2.data import IGNORE_INDEX, PackedBatch, PackedBatches
 from internlm2.training.config import OptimizerConfig
+from internlm2.training.learner import Learner
 from internlm2.training.pretrain import build_learner
+
+
+@pytest.fixture(params=("plain", "kernels"))
+def operators(request):
+    """PyTorch's operators with its AdamW, and the kernels with FusedAdamW."""
+    return request.param
 
 
 def batches(tokens=64, count=1, seed=0):
@@ -30,20 +37,20 @@ def join(parts: list[PackedBatch]) -> PackedBatch:
     return PackedBatch(*fields, torch.tensor(ends, dtype=torch.int32))
 
 
-def test_accumulation_is_one_large_batch(tmp_path):
+def test_accumulation_is_one_large_batch(tmp_path, operators):
     """Also where the parts have different numbers of targets, one of them none."""
     parts = batches(count=3)
     parts[1].labels[5:50] = IGNORE_INDEX
     parts[2].labels[:] = IGNORE_INDEX
-    one, other = build_learner(small_config(tmp_path)), build_learner(small_config(tmp_path))
+    one, other = (build_learner(small_config(tmp_path, operators=operators)) for _ in range(2))
     a, b = one.step(parts, 1e-2), other.step([join(parts)], 1e-2)
     assert a.loss == pytest.approx(b.loss, rel=1e-6) and a.grad_norm == pytest.approx(b.grad_norm, rel=1e-5)
     for (name, p), q in zip(one.model.named_parameters(), other.model.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-7, msg=name)
 
 
-def test_weight_decay_leaves_norms_alone(tmp_path):
-    config = small_config(tmp_path, optimizer=OptimizerConfig(weight_decay=0.5))
+def test_weight_decay_leaves_norms_alone(tmp_path, operators):
+    config = small_config(tmp_path, operators=operators, optimizer=OptimizerConfig(weight_decay=0.5))
     learner = build_learner(config)
     before = parameters(learner)
     learner.loss = lambda model, batch: sum((p * 0).sum() for p in model.parameters())  # no gradient: decay alone moves
@@ -66,9 +73,21 @@ def test_clipping_bounds_the_gradient(tmp_path):
     assert left_clipped == pytest.approx(free / 3, rel=1e-4)
 
 
+def test_both_optimizers_take_the_same_steps(tmp_path):
+    """The same gradients, clipped: FusedAdamW moves the weights as PyTorch's AdamW after clip_grad_norm_ does."""
+    config = small_config(tmp_path, optimizer=OptimizerConfig(max_grad_norm=0.3, eps=1e-3))
+    theirs, ours = build_learner(config), build_learner(config)
+    ours = Learner(ours.model, config.optimizer)
+    for seed in range(5):
+        a, b = (learner.step(batches(seed=seed), 1e-2) for learner in (theirs, ours))
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-4) and a.grad_norm > 0.3
+    for (name, p), q in zip(theirs.model.named_parameters(), ours.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, poison):
-    learner = build_learner(small_config(tmp_path))
+def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, poison, operators):
+    learner = build_learner(small_config(tmp_path, operators=operators))
     learner.step(batches(), 1e-2)
     before, moments = parameters(learner), {k: v.clone() for k, v in learner.optimizer_tensors().items()}
     sound = learner.loss
@@ -80,21 +99,21 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, poison):
     assert not learner.step(batches(), 1e-2).skipped
 
 
-def test_no_target_is_no_step(tmp_path):
-    learner, (batch,) = build_learner(small_config(tmp_path)), batches()
+def test_no_target_is_no_step(tmp_path, operators):
+    learner, (batch,) = build_learner(small_config(tmp_path, operators=operators)), batches()
     batch.labels[:] = IGNORE_INDEX
     before = parameters(learner)
     assert learner.step([batch], 1e-2).skipped
     assert_same_bits(parameters(learner), before)
 
 
-def test_optimizer_state_by_name(tmp_path):
-    one = build_learner(small_config(tmp_path))
+def test_optimizer_state_by_name(tmp_path, operators):
+    one = build_learner(small_config(tmp_path, operators=operators))
     assert one.optimizer_tensors() == {}
     one.step(batches(), 1e-2)
     tensors = one.optimizer_tensors()
     assert len(tensors) == 3 * len(parameters(one)) and "model.norm.weight.exp_avg_sq" in tensors
-    other = build_learner(small_config(tmp_path))
+    other = build_learner(small_config(tmp_path, operators=operators))
     other.model.load_state_dict(one.model.state_dict())
     other.load_optimizer_tensors(tensors)
     for learner in (one, other):
@@ -102,8 +121,8 @@ def test_optimizer_state_by_name(tmp_path):
     assert_same_bits(parameters(one), parameters(other))
 
 
-def test_foreign_optimizer_state_is_refused(tmp_path):
-    learner = build_learner(small_config(tmp_path))
+def test_foreign_optimizer_state_is_refused(tmp_path, operators):
+    learner = build_learner(small_config(tmp_path, operators=operators))
     learner.step(batches(), 1e-2)
     tensors = learner.optimizer_tensors()
     with pytest.raises(ValueError, match="'stranger.exp_avg' belongs to no parameter"):
@@ -114,8 +133,8 @@ def test_foreign_optimizer_state_is_refused(tmp_path):
         learner.load_optimizer_tensors(tensors | {"output.weight.exp_avg": torch.zeros(3)})
 
 
-def test_evaluate_weights_by_targets_and_changes_nothing(tmp_path):
-    learner = build_learner(small_config(tmp_path))
+def test_evaluate_weights_by_targets_and_changes_nothing(tmp_path, operators):
+    learner = build_learner(small_config(tmp_path, operators=operators))
     parts = batches(count=2)
     parts[1].labels[3:] = IGNORE_INDEX
     before = parameters(learner)

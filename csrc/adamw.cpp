@@ -110,7 +110,8 @@ double scalar_of(const char* argument, const Tensor& t) {
   const Dtype dtype = dtype_of(t);
   STD_TORCH_CHECK(dtype == Dtype::f32 || dtype == Dtype::f64, "ValueError: ", argument, ": expected float32, got ",
                   name_of(dtype));
-  return dtype == Dtype::f32 ? static_cast<double>(*static_cast<const float*>(cdata(t))) : *static_cast<const double*>(cdata(t));
+  if (dtype == Dtype::f64) return *static_cast<const double*>(cdata(t));
+  return static_cast<double>(*static_cast<const float*>(cdata(t)));
 }
 
 struct Lists { const Tensors &params, &grads, &masters, &exp_avgs, &exp_avg_sqs, &steps; };

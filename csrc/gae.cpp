@@ -9,17 +9,6 @@ namespace {
 
 constexpr int64_t kTokens = 8192;  // a unit of work: sequences of so many tokens together, at least one
 
-void check_sequences(const Tensor& cu, int64_t tokens) {
-  const auto* p = static_cast<const int32_t*>(cdata(cu));
-  const int64_t n = cu.numel() - 1;
-  STD_TORCH_CHECK(n >= 0 && p[0] == 0, "ValueError: cu_seqlens: expected values that start at 0, got ", n >= 0 ? p[0] : -1);
-  for (int64_t i = 0; i < n; ++i) {
-    STD_TORCH_CHECK(p[i + 1] >= p[i], "ValueError: cu_seqlens: expected values that never fall, got ", p[i + 1], " after ",
-                    p[i]);
-  }
-  STD_TORCH_CHECK(p[n] == tokens, "ValueError: cu_seqlens: expected values that end at ", tokens, ", got ", p[n]);
-}
-
 // Where the units begin, and the end.
 std::vector<int64_t> units_of(const int32_t* cu, int64_t n) {
   std::vector<int64_t> starts{0};
@@ -32,7 +21,7 @@ std::vector<int64_t> units_of(const int32_t* cu, int64_t n) {
 std::tuple<Tensor, Tensor> gae_fwd_cpp(const Tensor& rewards, const Tensor& values, const Tensor& cu_seqlens,
                                        const OptTensor& mask, const OptTensor& bootstrap, double gamma, double lam) {
   check_cpu();
-  check_sequences(cu_seqlens, rewards.numel());
+  check_lengths(cu_seqlens, rewards.numel(), 0);
   const auto acc = accumulator_of(rewards);
   Tensor advantages = torch::stable::new_empty(rewards, rewards.sizes(), acc);
   Tensor returns = torch::stable::new_empty(rewards, rewards.sizes(), acc);

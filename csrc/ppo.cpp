@@ -5,7 +5,7 @@
 namespace internlm2 {
 namespace {
 
-constexpr int64_t kGrain = 8192;  // elements
+constexpr int64_t kGrain = 16384;  // elements
 
 const uint8_t* mask_of(const Tensor& mask, int64_t n) {
   STD_TORCH_CHECK(mask.scalar_type() == torch::headeronly::ScalarType::Bool && mask.numel() == n,
@@ -14,7 +14,6 @@ const uint8_t* mask_of(const Tensor& mask, int64_t n) {
 }
 
 int64_t chunks_of(int64_t n) { return (n + kPpoChunk - 1) / kPpoChunk; }
-int64_t chunk_grain() { return kGrain / kPpoChunk; }
 
 // Rows of sums, one a chunk: on the stack for as many as a small call has.
 class Partial {
@@ -57,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_policy_loss_fwd_cpp(const Tensor&
   a.clip_fraction = data(clip_fraction);
   a.approx_kl = data(approx_kl);
   a.count = data(count);
-  for_rows(chunks_of(a.n), chunk_grain(), [&](int64_t b, int64_t e) { INTERNLM2_CPU(ppo_policy_loss_fwd, a, b, e); });
+  for_rows(chunks_of(a.n), 2, [&](int64_t b, int64_t e) { INTERNLM2_CPU(ppo_policy_loss_fwd, a, b, e); });
   INTERNLM2_CPU(ppo_policy_loss_total, a);
   return {loss, clip_fraction, approx_kl, count};
 }
@@ -99,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_value_loss_fwd_cpp(const Tensor& 
   a.clip_fraction = data(clip_fraction);
   a.explained_variance = data(explained);
   a.count = data(count);
-  for_rows(chunks_of(a.n), chunk_grain(), [&](int64_t b, int64_t e) { INTERNLM2_CPU(ppo_value_loss_fwd, a, b, e); });
+  for_rows(chunks_of(a.n), kGrain / kPpoChunk, [&](int64_t b, int64_t e) { INTERNLM2_CPU(ppo_value_loss_fwd, a, b, e); });
   INTERNLM2_CPU(ppo_value_loss_total, a);
   return {loss, clip_fraction, explained, count};
 }

@@ -7,8 +7,8 @@
 namespace internlm2 {
 namespace {
 
-constexpr int64_t kGrain = 8192;    // elements of the pairwise losses
-constexpr int64_t kColumns = 128;   // the unit in which the head's gradient is shared out: whole pairs of vectors
+constexpr int64_t kGrain = 16384;  // elements of the pairwise losses
+constexpr int64_t kColumns = 128;  // the unit in which the head's gradient is shared out: whole pairs of vectors
 
 // -------------------------------------------------------------------------------------- focal loss, barrier: elements
 FocalRanking focal_args(const Tensor& chosen, const Tensor& rejected, double gamma) {
@@ -71,19 +71,6 @@ Tensor log_barrier_penalty_bwd_cpp(const Tensor& dpenalty, const Tensor& rewards
 }
 
 // ------------------------------------------------------------------------------------------ from hidden states to loss
-// Sequences one after the other, none of them empty.
-void check_sequences(const Tensor& cu, int64_t tokens) {
-  const auto* p = static_cast<const int32_t*>(cdata(cu));
-  const int64_t n = cu.numel() - 1;
-  STD_TORCH_CHECK(n >= 0 && p[0] == 0, "ValueError: cu_seqlens: expected values that start at 0, got ", n >= 0 ? p[0] : -1);
-  for (int64_t i = 0; i < n; ++i) {
-    STD_TORCH_CHECK(p[i + 1] > p[i], "ValueError: cu_seqlens: expected values that rise by at least 1, got ", p[i + 1],
-                    " after ", p[i]);
-  }
-  STD_TORCH_CHECK(p[n] == tokens, "ValueError: cu_seqlens: expected values that end at ", tokens, ", got ", p[n]);
-  STD_TORCH_CHECK(n % 2 == 0, "ValueError: cu_seqlens: expected an even number of sequences, got ", n);
-}
-
 RewardLoss reward_args(const Tensor& hidden, const Tensor& weight, const Tensor* cu_seqlens) {
   RewardLoss a{};
   a.dtype = dtype_of(hidden);
@@ -95,11 +82,12 @@ RewardLoss reward_args(const Tensor& hidden, const Tensor& weight, const Tensor*
   a.cols = hidden.size(1);
   a.row_stride = hidden.stride(0);
   if (cu_seqlens != nullptr) {
-    check_sequences(*cu_seqlens, a.tokens);
+    check_lengths(*cu_seqlens, a.tokens, 1);
     a.cu_seqlens = static_cast<const int32_t*>(cdata(*cu_seqlens));
     a.n = cu_seqlens->numel() - 1;
   }
-  STD_TORCH_CHECK(a.n % 2 == 0, "ValueError: last_hidden: expected an even number of rows, got ", a.n);
+  STD_TORCH_CHECK(a.n % 2 == 0, "ValueError: ", cu_seqlens ? "cu_seqlens" : "last_hidden",
+                  ": expected an even number of sequences, got ", a.n);
   return a;
 }
 

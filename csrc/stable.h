@@ -128,6 +128,19 @@ inline void check_range(const char* argument, const Tensor& values, int64_t low,
                   " to ", high - 1, ", got ", smallest < low ? smallest : largest);
 }
 
+// cu_seqlens (int32, contiguous, CPU) rises from 0 to `total` by at least `shortest` at a time.
+inline void check_lengths(const Tensor& cu_seqlens, int64_t total, int64_t shortest) {
+  const auto* p = static_cast<const int32_t*>(cdata(cu_seqlens));
+  const int64_t n = cu_seqlens.numel() - 1;
+  STD_TORCH_CHECK(n >= 0, "ValueError: cu_seqlens: expected at least one value, got none");
+  STD_TORCH_CHECK(p[0] == 0, "ValueError: cu_seqlens: expected values that start at 0, got ", p[0]);
+  for (int64_t i = 0; i < n; ++i) {
+    STD_TORCH_CHECK(int64_t{p[i + 1]} - p[i] >= shortest, "ValueError: cu_seqlens: expected values that rise by at least ",
+                    shortest, ", got ", p[i + 1], " after ", p[i]);
+  }
+  STD_TORCH_CHECK(p[n] == total, "ValueError: cu_seqlens: expected values that end at ", total, ", got ", p[n]);
+}
+
 // Positions outside the tables are refused in the name of `argument`; null: left to the kernel, on a GPU.
 inline RopeAngles angles_of(const char* argument, const Tensor& cos, const Tensor& sin, const OptTensor& positions) {
   RopeAngles a{dtype_of(cos), Dtype::i64, cdata(cos), cdata(sin), nullptr, cos.size(0), cos.size(1)};

@@ -1,6 +1,7 @@
 #include "../adamw.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "dispatch.h"
 #include "mask.h"
@@ -40,8 +41,12 @@ template <typename T> double squares(const T* x, int64_t n) {
       }
     }
     first = eights[0].sum() + eights[1].sum();
+    if (!std::isfinite(first)) first = 0, i = 0;  // beyond float's range, perhaps not beyond double's
   }
-  for_unrolled<4, V, T>(n - i, [&](int64_t j, auto lanes, int u) VEC_LAMBDA { add_squares(sums[u], load<V>(x + i + j, lanes)); });
+  x += i;
+  for_unrolled<4, V, T>(n - i, [&](int64_t j, auto lanes, int u) VEC_LAMBDA {
+    add_squares(sums[u], load<V>(x + j, lanes));
+  });
   const Two<Vec<double>> sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   return first + (sum.a + sum.b).sum();
 }

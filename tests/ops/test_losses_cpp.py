@@ -193,12 +193,14 @@ def test_norm_clips_scales_and_skips(generator):
 
 def test_norm_of_any_mixture(isa):
     """Squares beyond float32's range either way are summed in double."""
-    mixed = [torch.full((3,), 1e-30), torch.full((100_003,), 2.0, dtype=torch.bfloat16), torch.full((5,), 3.0, dtype=torch.float16)]
+    full = lambda count, value, dtype: torch.full((count,), value, dtype=dtype)
+    mixed = [full(3, 1e-30, torch.float32), full(100_003, 2.0, torch.bfloat16), full(5, 3.0, torch.float16)]
     assert float(ik.squared_norm(mixed, backend="cpp")) == 400_012 + 45
     tiny = ik.squared_norm([torch.full((1 << 20,), 1e-22)], backend="cpp")
     assert abs(float(tiny) / (2**20 * 1e-44) - 1) < 1e-3
     assert float(ik.squared_norm([torch.full((2,), 1e20)], backend="cpp")) == math.inf
-    assert abs(float(ik.squared_norm([torch.full((2,), 1e20, dtype=torch.float64)], backend="cpp")) / 2e40 - 1) < 1e-12
+    wide = [full(2, 1e20, torch.float64), full(1000, 2.0**70, torch.bfloat16)]
+    assert abs(float(ik.squared_norm(wide, backend="cpp")) / (2e40 + 1000 * 2.0**140) - 1) < 1e-12
 
 
 def test_refusals_come_before_any_write(generator):
@@ -245,13 +247,13 @@ def test_accurate_over_whole_ranges(isa):
     got = ik.log_barrier_penalty(x, backend="cpp").double()
     assert float((got - gold).abs().max()) < 12 * eps  # two logarithms of up to 5 in size, which may cancel
 
-    l = torch.cat((torch.logspace(-18, 1.5, 100_001), -torch.logspace(-18, 1.5, 100_001)))
-    small, exact = l.abs() < 1e-3, l.double()
+    x = torch.cat((torch.logspace(-18, 1.5, 100_001), -torch.logspace(-18, 1.5, 100_001)))
+    small, exact = x.abs() < 1e-3, x.double()
     series = exact**2 / 2 - exact**3 / 6 + exact**4 / 24 - exact**5 / 120
     gold = torch.where(small, series, torch.expm1(-exact) + exact)
-    assert relative(ik.kl_penalty(l, torch.zeros_like(l), estimator="k3", backend="cpp"), gold) < 8 * eps
-    leaf = l.clone().requires_grad_()
-    ik.kl_penalty(leaf, torch.zeros_like(l), estimator="k3", backend="cpp").sum().backward()
+    assert relative(ik.kl_penalty(x, torch.zeros_like(x), estimator="k3", backend="cpp"), gold) < 8 * eps
+    leaf = x.clone().requires_grad_()
+    ik.kl_penalty(leaf, torch.zeros_like(x), estimator="k3", backend="cpp").sum().backward()
     assert relative(leaf.grad, -torch.expm1(-exact)) < 4 * eps
 
 

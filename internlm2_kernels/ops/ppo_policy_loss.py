@@ -106,6 +106,8 @@ class _PPOPolicyLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable("ppo_policy_loss")
     def backward(ctx, dloss, *_):
+        if dloss is None:
+            return None, None, None, None, None, None
         return _BWD[ctx.backend](dloss, *ctx.saved_tensors, ctx.clip), None, None, None, None, None
 
 

@@ -39,8 +39,15 @@ CHILD = """
         calls += [call for call in recorder.calls if call[0].namespace == "internlm2"]
 
     def bits(overload, args):
+        given = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, torch.Tensor)]
+        given = [t.detach().numpy() for t in given] if overload._schema.is_mutable else []
+        before = [array.copy() for array in given]
         out = overload(*args)
-        return [t.numpy().tobytes() for t in (out if isinstance(out, tuple) else (out,))]
+        results = given if out is None else [t.numpy() for t in (out if isinstance(out, tuple) else (out,))]
+        results = [array.tobytes() for array in results]
+        for array, old in zip(given, before):  # the next call, the child's, starts from the same
+            array[...] = old
+        return results
 
     want = [bits(*call) for call in calls]
     names = sorted(call[0]._schema.name.split("::")[1] for call in calls)

@@ -37,7 +37,7 @@ template <typename T> struct Head : HeadRows<T> {
   static constexpr int64_t kStrip = kTiles<P> ? 32 : kTileRows;
   static constexpr int64_t kPackRows = 48;                   // rows of hidden in a unit of packing
   static constexpr bool in_place = step == 2 || std::is_same_v<G, Acc>;  // G's rows are operands as they lie
-  // Rows that are read down a column: an odd number of cache lines apart, lest they share the same few sets.
+  // Rows that are read abreast: an odd number of cache lines apart, lest they share the same few sets.
   static constexpr int64_t kTurnedStride = kHeadSpan + 64 / size;
 
   explicit Head(const LinearHead& args) : Rows{args} {}
@@ -72,12 +72,13 @@ template <typename T> struct Head : HeadRows<T> {
     }
   };
   struct WeightScratch {
-    E* g;        // dW's A: G down its columns
-    Acc *edge;   // [kHeadSpan][kPanel]: the last columns, where they are no whole vector
-    Acc *sum;    // [kHeadSpan][d]
+    E *steps, *g;  // G as steps of k, and as dW's A: [strips][steps][kStrip], or for tiles [kHeadSpan][steps]
+    Acc* edge;     // [kHeadSpan][kPanel]: the last columns, where they are no whole vector
+    Acc* sum;      // [kHeadSpan][d]
     int64_t carve(void* memory, const Head& h) {
       Carver c{static_cast<char*>(memory)};
-      c.take(g, kTiles<P> ? kHeadSpan * h.turned_steps() : steps_of(h.a.capacity) * kTurnedStride);
+      c.take(steps, kTiles<P> ? 0 : steps_of(h.a.capacity) * kTurnedStride);
+      c.take(g, kTiles<P> ? kHeadSpan * h.turned_steps() : steps_of(h.a.capacity) * kHeadSpan);
       c.take(edge, h.a.d % lanes != 0 ? kHeadSpan * kPanel<P> : 0);
       c.take(sum, h.a.dweight_sum == nullptr && h.a.dweight != nullptr ? kHeadSpan * h.a.d : 0);
       return c.at - static_cast<char*>(memory);
@@ -145,8 +146,18 @@ template <typename T> struct Head : HeadRows<T> {
   static VEC_INLINE void multiply(const void* rows, int64_t row_bytes, int64_t step_bytes, int64_t m, const E* b,
                                   int64_t b_stride, int64_t n, int64_t k, Acc* c, int64_t c_stride) {
     for (int64_t i = 0; i < m; i += kStrip) {
+      const int64_t strip = lesser(kStrip, m - i);
+      ask(c + i * c_stride, c_stride, strip, n);
       product<P, start>({static_cast<const char*>(rows) + i * row_bytes, row_bytes, step_bytes, b, b_stride,
-                         c + i * c_stride, c_stride, lesser(kStrip, m - i), n, k});
+                         c + i * c_stride, c_stride, strip, n, k});
+    }
+  }
+  // C is far away and needed when its chains end: it is asked for when they begin.
+  static VEC_INLINE void ask(const Acc* c, int64_t stride, int64_t rows, int64_t n) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < n; j += 64 / static_cast<int64_t>(sizeof(Acc))) {
+        _mm_prefetch(reinterpret_cast<const char*>(c + i * stride + j), _MM_HINT_T0);
+      }
     }
   }
   static VEC_INLINE void multiply(bool fresh, const void* rows, int64_t row_bytes, int64_t step_bytes, int64_t m,
@@ -181,25 +192,47 @@ template <typename T> struct Head : HeadRows<T> {
     if (a.dweight == nullptr && a.dweight_sum == nullptr) return;
     WeightScratch w;
     w.carve(scratch, *this);
-    const auto row = [&](int64_t t) VEC_LAMBDA { return this->gradient_row(t, span); };
-    const int64_t row_bytes = kTiles<P> ? turned_steps() * size : size;
-    const int64_t step_bytes = kTiles<P> ? size : kTurnedStride * size;
-    if constexpr (kTiles<P>) pack_turned<P>(a.rows, count, row, w.g, turned_steps());
-    else pack_steps<P>(a.rows, count, row, w.g, kTurnedStride);
+    pack_gradient(span, count, w);
 
     Acc* sum = a.dweight_sum ? static_cast<Acc*>(a.dweight_sum) + first * a.d : w.sum;
     for (int64_t j = 0; j < a.d; j += kPanel<P>) {
       const E* b = static_cast<const E*>(a.hidden_steps) + j * steps;
       const int64_t width = lesser(kPanel<P>, a.d - j), n = round_up(width, lanes);
       if (width == n) {
-        multiply(a.fresh, w.g, row_bytes, step_bytes, count, b, n, n, steps, sum + j, a.d);
+        multiply_columns(w, count, b, n, steps, sum + j, a.d);
         continue;
       }
       if (!a.fresh) copy_columns(sum + j, a.d, count, width, w.edge, kPanel<P>);
-      multiply(a.fresh, w.g, row_bytes, step_bytes, count, b, n, n, steps, w.edge, kPanel<P>);
+      multiply_columns(w, count, b, n, steps, w.edge, kPanel<P>);
       copy_columns(w.edge, kPanel<P>, count, width, sum + j, a.d);
     }
     if (a.last && a.dweight != nullptr) write(a.dweight_dtype, sum, a.d, count, a.d, a.dweight, first * a.d);
+  }
+
+  // The columns of G become A's rows, those of a strip side by side.
+  void pack_gradient(int64_t span, int64_t count, const WeightScratch& w) const {
+    const auto row = [&](int64_t t) VEC_LAMBDA { return this->gradient_row(t, span); };
+    if constexpr (kTiles<P>) {
+      pack_turned<P>(a.rows, count, row, w.g, turned_steps());
+    } else {
+      pack_steps<P>(a.rows, count, row, w.steps, kTurnedStride);
+      for (int64_t k = 0, steps = steps_of(a.rows); k < steps; ++k) {
+        for (int64_t i = 0; i < count; i += kStrip) {
+          std::memcpy(w.g + i * steps + k * kStrip, w.steps + k * kTurnedStride + i, kStrip * size);
+        }
+      }
+    }
+  }
+  VEC_INLINE void multiply_columns(const WeightScratch& w, int64_t count, const E* b, int64_t n, int64_t steps, Acc* c,
+                                   int64_t stride) const {
+    if constexpr (kTiles<P>) {
+      multiply(a.fresh, w.g, turned_steps() * size, size, count, b, n, n, steps, c, stride);
+    } else {
+      for (int64_t i = 0; i < count; i += kStrip) {
+        multiply(a.fresh, w.g + i * steps, size, kStrip * size, lesser(kStrip, count - i), b, n, n, steps, c + i * stride,
+                 stride);
+      }
+    }
   }
 
   static void copy_columns(const Acc* from, int64_t from_stride, int64_t rows, int64_t columns, Acc* to, int64_t to_stride) {

@@ -23,15 +23,12 @@ LARGEST_STACK_BYTES = 128  # of a spill for which BESIDE_LOOPS is reason enough
 BESIDE_LOOPS = "put aside before the loops that multiply and taken up behind them, once a program"
 # Rows that may spill, and why; any other that does is a problem. The key is the row's, with or without the architecture.
 ALLOWED_STACK: dict[str, str] = {
-    "flash_attention/flash_attention_bwd_dkdv_kernel/d 128, packed, window, launch 2/float32/sm_90": BESIDE_LOOPS,
     "flash_attention/flash_attention_bwd_dkdv_kernel/d 128, packed/float32/sm_100": BESIDE_LOOPS,
     "flash_attention/flash_attention_bwd_dkdv_kernel/d 128, soft-cap/bfloat16/sm_80": BESIDE_LOOPS,
     "flash_attention/flash_attention_bwd_dkdv_kernel/d 128, soft-cap/bfloat16/sm_90": BESIDE_LOOPS,
-    "flash_attention/flash_attention_bwd_dkdv_kernel/d 256, packed/bfloat16/sm_80": BESIDE_LOOPS,
     "flash_attention/flash_attention_bwd_dkdv_kernel/d 256, packed/float32/sm_90": BESIDE_LOOPS,
     "flash_attention/flash_attention_bwd_dkdv_kernel/d 96, packed/float32/sm_100": BESIDE_LOOPS,
     "flash_attention/flash_attention_fwd_kernel/d 128, packed, window/bfloat16/sm_80": BESIDE_LOOPS,
-    "flash_attention/flash_attention_fwd_kernel/d 128, packed, window/float32/sm_100": BESIDE_LOOPS,
     "flash_attention/flash_attention_fwd_kernel/d 128, packed/bfloat16/sm_80": BESIDE_LOOPS,
     "flash_attention/flash_attention_fwd_kernel/d 128, soft-cap/bfloat16/sm_80": BESIDE_LOOPS,
     "flash_attention/flash_attention_fwd_kernel/d 128/bfloat16/sm_80": BESIDE_LOOPS,
@@ -49,6 +46,19 @@ ALLOWED_STACK: dict[str, str] = {
     "paged_attention/paged_attention_fwd_kernel/decode, d 128/bfloat16/sm_90": BESIDE_LOOPS,
     "paged_attention/paged_attention_fwd_kernel/decode, d 256/bfloat16/sm_80": BESIDE_LOOPS,
     "paged_attention/paged_attention_fwd_kernel/decode, d 64/float32/sm_90": BESIDE_LOOPS,
+    "flash_attention/flash_attention_bwd_dkdv_kernel/d 128, launch 2/float32/sm_90": BESIDE_LOOPS,
+    "flash_attention/flash_attention_bwd_dkdv_kernel/d 128, soft-cap, launch 2/float32/sm_90": BESIDE_LOOPS,
+    "flash_attention/flash_attention_bwd_dkdv_kernel/d 128, soft-cap/float32/sm_90": BESIDE_LOOPS,
+    "flash_attention/flash_attention_bwd_dkdv_kernel/d 64, packed/bfloat16/sm_90": BESIDE_LOOPS,
+    "flash_attention/flash_attention_fwd_kernel/d 128, packed, window/float32/sm_90": BESIDE_LOOPS,
+    "linear_cross_entropy/linear_head_fwd_kernel/7B, all options, gradient/float32/sm_100": BESIDE_LOOPS,
+    "linear_cross_entropy/linear_head_product_kernel/7B, launch 4/bfloat16/sm_90": BESIDE_LOOPS,
+    "linear_logprobs/linear_head_fwd_kernel/7B, entropy/bfloat16/sm_100": BESIDE_LOOPS,
+    "linear_logprobs/linear_head_fwd_kernel/7B/bfloat16/sm_100": BESIDE_LOOPS,
+    "linear_logprobs/linear_head_gradient_kernel/7B, entropy/bfloat16/sm_90": BESIDE_LOOPS,
+    "linear_logprobs/linear_head_product_kernel/7B, launch 4/bfloat16/sm_90": BESIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/decode, d 128, blocks of 1, window/float32/sm_90": BESIDE_LOOPS,
+    "reward_loss/reward_loss_bwd_kernel/64 pairs, rewards too/bfloat16/sm_90": BESIDE_LOOPS,
 }
 EXAMPLES = """examples:
   python -m internlm2_kernels aot                compile everything and print the table

@@ -128,12 +128,12 @@ def linear_cross_entropy_bwd(dloss, hidden, weight, labels, token_weights, lse, 
     if rows == 0 or not (needs_dhidden or needs_dweight):
         return dhidden, dweight
     coefficients = torch.empty((head.COEFFICIENTS, rows), dtype=torch.float32, device=hidden.device)
-    launch(linear_cross_entropy_coefficients_kernel, triton.cdiv(rows, 1024), hidden.device,
+    launch(linear_cross_entropy_coefficients_kernel, triton.cdiv(rows, 256), hidden.device,
            dict(dloss_ptr=dloss, labels_ptr=labels, lse_ptr=lse, weights_ptr=token_weights,
                 count_ptr=count_rows(labels, token_weights, ignore_index, reduction), coefficients_ptr=coefficients,
                 error_ptr=error_word(hidden.device), rows=rows, vocab=vocab, dloss_step=int(reduction == NONE),
                 coefficient_stride=rows, ignore_index=ignore_index, smoothing=label_smoothing, z_loss=z_loss,
-                ERROR=CODES["linear_cross_entropy", "labels"], BLOCK=1024), num_warps=4)
+                ERROR=CODES["linear_cross_entropy", "labels"], BLOCK=256), num_warps=4)
     head.backward(hidden, weight, labels, lse, coefficients, dhidden if needs_dhidden else None,
                   dweight if needs_dweight else None, None, softcap, 0, False)
     return dhidden, dweight

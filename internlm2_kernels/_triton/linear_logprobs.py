@@ -84,7 +84,7 @@ def linear_logprobs_fwd(hidden, weight, tokens, inv_temperature, softcap, vocab_
                     total_out_ptr=total[begin:end] if needs_sum else None, error_ptr=error_word(hidden.device),
                     rows=end - begin, tiles=blocks.top.shape[0], vocab=vocab, stride=blocks.top.shape[1],
                     first_token=vocab_start, vocab_size=vocab_size, NO_TOKEN=NO_TOKEN,
-                    ERROR=CODES["linear_logprobs", "tokens"], TILES=MERGE_TILES, BLOCK=MERGE_ROWS), num_warps=4)
+                    ERROR=CODES["linear_logprobs", "tokens"], TILES=MERGE_TILES, BLOCK=MERGE_ROWS), num_warps=8)
     return logprobs, lse, entropy, best, best_index, total
 
 
@@ -98,11 +98,11 @@ def linear_logprobs_bwd(dlogprobs, dentropy, dlse, dsum, hidden, weight, tokens,
     if rows == 0 or not (needs_dhidden or needs_dweight):
         return dhidden, dweight
     coefficients = torch.empty((head.COEFFICIENTS, rows), dtype=torch.float32, device=hidden.device)
-    launch(linear_logprobs_coefficients_kernel, triton.cdiv(rows, 1024), hidden.device,
+    launch(linear_logprobs_coefficients_kernel, triton.cdiv(rows, 256), hidden.device,
            dict(dlogprobs_ptr=dlogprobs, dentropy_ptr=dentropy, dlse_ptr=dlse, dsum_ptr=dsum, tokens_ptr=tokens,
                 entropy_ptr=entropy, coefficients_ptr=coefficients, error_ptr=error_word(hidden.device), rows=rows,
                 vocab_size=vocab_size, stride=rows, NO_TOKEN=NO_TOKEN, ERROR=CODES["linear_logprobs", "tokens"],
-                BLOCK=1024), num_warps=4)
+                BLOCK=256), num_warps=4)
     head.backward(hidden, weight, tokens, lse, coefficients, dhidden if needs_dhidden else None,
                   dweight if needs_dweight else None, None if inv_temperature == 1.0 else inv_temperature, softcap,
                   vocab_start, dentropy is not None)

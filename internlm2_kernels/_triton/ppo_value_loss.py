@@ -11,7 +11,7 @@ import triton.language as tl
 from .common import check_dtype, launch
 from .ppo_policy_loss import split
 
-BLOCK = 4096  # tokens at a time
+BLOCK = 2048  # tokens at a time
 
 
 @triton.jit

@@ -15,7 +15,8 @@ from .common import check_dtype, launch
 from .focal_ranking_loss import focal
 from .log_barrier_penalty import barrier
 
-ROWS = 32  # rewards of a program: 16 pairs
+ROWS = 32  # rewards of a forward program: 16 pairs
+BACKWARD_ROWS = 16  # at a time
 
 
 @triton.jit
@@ -118,7 +119,7 @@ def _forward(op, hidden, head_weight, cu_seqlens, gamma, penalty_weight, bound, 
                 slopes_ptr=slopes, partial_ptr=partial, error_ptr=error_word(hidden.device), sequences=sequences,
                 tokens=hidden.shape[0], depth=depth, stride=hidden.stride(0), gamma=gamma, penalty_weight=penalty_weight,
                 bound=bound, margin=margin, ERROR=CODES["reward_loss", "cu_seqlens"], ROWS=ROWS,
-                BLOCK=min(1024, max(32, triton.next_power_of_2(depth)))), num_warps=16)
+                BLOCK=min(512, max(32, triton.next_power_of_2(depth)))), num_warps=16)
     if partial is not None:
         launch(reward_loss_sum_kernel, 1, hidden.device,
                dict(partial_ptr=partial, loss_ptr=loss, size=programs, BLOCK=1024), num_warps=4)
@@ -137,7 +138,7 @@ def _backward(op, dloss, drewards, hidden, head_weight, cu_seqlens, slopes, need
                     slopes_ptr=slopes, dhidden_ptr=dhidden if needs_dhidden else None,
                     dweight_ptr=dweight if needs_dweight else None, error_ptr=error_word(hidden.device),
                     sequences=sequences, tokens=hidden.shape[0], depth=depth, stride=hidden.stride(0),
-                    ERROR=CODES["reward_loss", "cu_seqlens"], ROWS=ROWS, BLOCK=128), num_warps=8)
+                    ERROR=CODES["reward_loss", "cu_seqlens"], ROWS=BACKWARD_ROWS, BLOCK=128), num_warps=8)
     return dhidden, dweight
 
 

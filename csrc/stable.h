@@ -135,8 +135,9 @@ inline void check_lengths(const Tensor& cu_seqlens, int64_t total, int64_t short
   STD_TORCH_CHECK(n >= 0, "ValueError: cu_seqlens: expected at least one value, got none");
   STD_TORCH_CHECK(p[0] == 0, "ValueError: cu_seqlens: expected values that start at 0, got ", p[0]);
   for (int64_t i = 0; i < n; ++i) {
-    STD_TORCH_CHECK(int64_t{p[i + 1]} - p[i] >= shortest, "ValueError: cu_seqlens: expected values that rise by at least ",
-                    shortest, ", got ", p[i + 1], " after ", p[i]);
+    STD_TORCH_CHECK(int64_t{p[i + 1]} - p[i] >= shortest, "ValueError: cu_seqlens: expected values that ",
+                    shortest > 0 ? "rise by at least " + std::to_string(shortest) : std::string("never fall"), ", got ",
+                    p[i + 1], " after ", p[i]);
   }
   STD_TORCH_CHECK(p[n] == total, "ValueError: cu_seqlens: expected values that end at ", total, ", got ", p[n]);
 }

@@ -152,6 +152,8 @@ class _OneSweep(torch.autograd.Function):
     @staticmethod
     @once_differentiable("cross_entropy")
     def backward(ctx, dloss, _):
+        if dloss is None:
+            return (None,) * 4
         dlogits, _ = ctx.saved_tensors
         return dlogits if is_one(dloss) else _SCALE[ctx.backend](dloss, dlogits), None, None, None
 

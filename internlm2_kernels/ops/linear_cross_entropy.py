@@ -195,6 +195,8 @@ class _OneSweep(torch.autograd.Function):
     @staticmethod
     @once_differentiable("linear_cross_entropy")
     def backward(ctx, dloss, _):
+        if dloss is None:
+            return (None,) * 6
         dhidden, dweight, like = ctx.saved_tensors
         if not (is_one(dloss) and dhidden.dtype == like.dtype and (dweight.dtype == like.dtype or not dweight.numel())):
             dhidden, dweight = _SCALE[ctx.backend](dloss, dhidden, dweight, like, like)

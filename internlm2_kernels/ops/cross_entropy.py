@@ -133,8 +133,9 @@ _FWD, _GRAD, _BWD, _BWD_, _SCALE = (CROSS_ENTROPY.overloads[name] for name in ("
 
 def is_one(dloss):
     """Whether an upstream is known to be 1 without waiting for a device: gradients made for 1 are then right as they are."""
-    known = dloss.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-    return known and dloss.item() == 1.0
+    if type(dloss) is not torch.Tensor or dloss.device.type != "cpu":  # fake and other tensors have no number to look at
+        return False
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active() and dloss.item() == 1.0
 
 
 class _OneSweep(torch.autograd.Function):

@@ -241,6 +241,18 @@ def test_a_graph_can_be_walked_again(backend, generator):
         loss.backward()
 
 
+def test_sizes_without_numbers(generator):
+    """Under a fake mode, as memory estimates run a model: shapes of losses and gradients, nothing is looked at."""
+    from torch._subclasses import FakeTensorMode
+
+    hidden, weight, labels = (t.detach() for t in head(generator))
+    with FakeTensorMode() as mode:
+        leaves = [mode.from_tensor(t).requires_grad_() for t in (hidden, weight)]
+        loss = ik.linear_cross_entropy(*leaves, mode.from_tensor(labels), backend="cpp")
+        (loss + ik.cross_entropy(leaves[0], mode.from_tensor(labels), backend="cpp")).backward()
+    assert loss.shape == () and [leaf.grad.shape for leaf in leaves] == [hidden.shape, weight.shape]
+
+
 @pytest.mark.parametrize("backend", NATIVE)
 def test_upstream_scales(backend, generator):
     hidden, weight, labels = head(generator)

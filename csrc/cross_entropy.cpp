@@ -43,6 +43,10 @@ class Call {
       factor_[t] = loss_.weight(t) * divided * up;
     }
   }
+  void write_to(const Tensor& dlogits) {
+    a.dlogits = data(dlogits);
+    a.dlogits_stride = a.cols;
+  }
   int64_t grain() const { return std::max<int64_t>(1, 16384 / std::max<int64_t>(a.cols, 1)); }
 
   // The loss, and what else the kernel was asked for.
@@ -91,8 +95,7 @@ Pair cross_entropy_grad_fwd_cpp(const Tensor& logits, const Tensor& labels, int6
   Call call(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction);
   Tensor dlogits = empty_as(logits);
   call.set_factors(nullptr);
-  call.a.dlogits = data(dlogits);
-  call.a.dlogits_stride = call.a.cols;
+  call.write_to(dlogits);
   Tensor loss = call.forward(call.row_numbers());
   return {loss, dlogits};
 }
@@ -102,8 +105,7 @@ Tensor cross_entropy_bwd_cpp(const Tensor& dloss, const Tensor& logits, const Te
                              int64_t reduction) {
   Call call(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction);
   Tensor dlogits = empty_as(logits);
-  call.a.dlogits = data(dlogits);
-  call.a.dlogits_stride = call.a.cols;
+  call.write_to(dlogits);
   call.backward(dloss, lse);
   return dlogits;
 }

@@ -33,6 +33,7 @@ template <typename V> VEC_INLINE Two<V> largest_of(Two<V> x, Two<V> y) { return 
 template <typename V> VEC_INLINE Two<V> largest_of(Two<V> x, V y) { return {max(x.a, y), x.b}; }
 template <typename V> VEC_INLINE Two<V> plus(Two<V> x, Two<V> y) { return {x.a + y.a, x.b + y.b}; }
 template <typename V> VEC_INLINE Two<V> plus(Two<V> x, V y) { return {x.a + y, x.b}; }
+template <typename V> VEC_INLINE Two<V> fma(Two<V> x, V y, V z) { return {fma(x.a, y, z), fma(x.b, y, z)}; }
 template <typename V> VEC_INLINE Two<V> tanh(Two<V> x) { return {tanh(x.a), tanh(x.b)}; }
 
 // One row at a time. Its sums run in an order that its length alone fixes.
@@ -54,9 +55,8 @@ template <typename T> struct Row {
     (V(cap) * tanh(V(l) * V(inverse))).store(lanes);
     return lanes[0];
   }
-  // Logits as loaded; lanes past the row's end are -inf.
-  template <typename N> VEC_INLINE auto raw(int64_t i, N n) const {
-    const auto l = load<V>(x + i, n);
+  // The last lanes of a partial vector, which lie past the row's end, as -inf.
+  template <typename L, typename N> static VEC_INLINE L ended(L l, N n) {
     if constexpr (std::is_same_v<N, int>) {
       Acc lanes[V::size];
       l.store(lanes);
@@ -66,18 +66,14 @@ template <typename T> struct Row {
       return l;
     }
   }
-  // exp(l - shift) and l; lanes past the end 0.
   template <typename N> VEC_INLINE auto logits(int64_t i, N n) const {
-    auto l = raw(i, n);
-    if (a.softcap > 0) l = V(cap) * tanh(l * V(inverse));
-    return l;
+    const auto l = load<V>(x + i, n);
+    return a.softcap > 0 ? V(cap) * tanh(l * V(inverse)) : l;
   }
 
   struct Sums { Acc lse, total; };
   Sums sums() const {
-    Two<V> sum{}, total{};
-    sum = {V(Acc(0)), V(Acc(0))};
-    total = sum;
+    Two<V> sum{V(Acc(0)), V(Acc(0))}, total = sum;
     Acc most = static_cast<Acc>(-kInfinity);
     for (int64_t first = 0; first < a.cols; first += kBlock) {
       const int64_t n = a.cols - first < kBlock ? a.cols - first : kBlock;
@@ -104,40 +100,23 @@ template <typename T> struct Row {
   VEC_INLINE Acc block_max(int64_t first, int64_t n) const {
     const V none(static_cast<Acc>(-kInfinity));
     Two<V> most[2] = {{none, none}, {none, none}};
-    for_unrolled<2, V, T>(n, [&](int64_t i, auto part, int u) VEC_LAMBDA { most[u] = largest_of(most[u], raw(first + i, part)); });
+    for_unrolled<2, V, T>(n, [&](int64_t i, auto part, int u) VEC_LAMBDA {
+      most[u] = largest_of(most[u], ended(load<V>(x + first + i, part), part));
+    });
     return largest(max(max(most[0].a, most[0].b), max(most[1].a, most[1].b)));
   }
   VEC_INLINE Two<V> block_sum(int64_t first, int64_t n, Acc shift) const {
     const V zero(Acc(0)), down(shift);
     Two<V> sum[2] = {{zero, zero}, {zero, zero}};
     for_unrolled<2, V, T>(n, [&](int64_t i, auto part, int u) VEC_LAMBDA {
-      sum[u] = plus(sum[u], exp(logits_before(first + i, part) - down));
+      sum[u] = plus(sum[u], exp(ended(logits(first + i, part), part) - down));
     });
     return plus(sum[0], sum[1]);
-  }
-  // As `logits`, but what lies past the end stays -inf under a soft-cap.
-  template <typename N> VEC_INLINE auto logits_before(int64_t i, N n) const {
-    if constexpr (std::is_same_v<N, int>) {
-      Acc lanes[V::size];
-      logits(i, n).store(lanes);
-      for (int u = n; u < V::size; ++u) lanes[u] = static_cast<Acc>(-kInfinity);
-      return V::load(lanes);
-    } else {
-      return logits(i, n);
-    }
   }
   VEC_INLINE Two<V> block_total(int64_t first, int64_t n) const {
     const V zero(Acc(0));
     Two<V> sum{zero, zero};
-    for_vectors<V, T>(n, [&](int64_t i, auto part) VEC_LAMBDA {
-      if constexpr (std::is_same_v<decltype(part), int>) {
-        V l = load<V>(x + first + i, part);
-        if (a.softcap > 0) l = V(cap) * tanh(l * V(inverse));  // 0 stays 0
-        sum = plus(sum, l);
-      } else {
-        sum = plus(sum, logits(first + i, part));
-      }
-    });
+    for_vectors<V, T>(n, [&](int64_t i, auto part) VEC_LAMBDA { sum = plus(sum, logits(first + i, part)); });  // past the end 0
     return sum;
   }
 
@@ -151,25 +130,27 @@ template <typename T> struct Row {
     const double slope = 2 * a.z_loss * static_cast<double>(lse);
     const Acc fa = static_cast<Acc>(r * (1 + slope)), fk = static_cast<Acc>(r * (slope + a.label_smoothing));
     const Acc fs = static_cast<Acc>(-r * a.label_smoothing / static_cast<double>(a.cols));
-    const V va(fa), vs(fs), down(lse);
-    if (a.softcap > 0) {
-      for_vectors<V, T>(a.cols, [&](int64_t i, auto n) VEC_LAMBDA {
-        const auto u = tanh(load<V>(x + i, n) * V(inverse));
-        const auto g = exp_for_result(V(cap) * u - down) * va + vs;
-        store(out + i, g - g * u * u, n);
-      });
-    } else {
-      for_vectors<V, T>(a.cols, [&](int64_t i, auto n) VEC_LAMBDA {
-        store(out + i, fma(exp_for_result(load<V>(x + i, n) - down), va, vs), n);
-      });
-    }
     Acc g = fa * expm1_of(label_logit - lse) + fk + fs;  // p - 1 from its own series: nothing cancels
     if (a.softcap > 0) g *= 1 - label_logit * inverse * (label_logit * inverse);
+    gradient_part(lse, fa, fs, out);
     V(g).store(out + label, 1);
   }
+  // The label's is no better than the others here.
+  void gradient_part(Acc lse, Acc fa, Acc fs, T* out) const {
+    const V va(fa), vs(fs), down(lse);
+    if (a.softcap > 0) {
+      for_vectors<V, T>(a.cols, [&](int64_t i, auto part) VEC_LAMBDA {
+        const auto u = tanh(load<V>(x + i, part) * V(inverse));
+        const auto g = exp_for_result(V(cap) * u - down) * va + vs;
+        store(out + i, g - g * u * u, part);
+      });
+    } else {
+      for_vectors<V, T>(a.cols, [&](int64_t i, auto part) VEC_LAMBDA {
+        store(out + i, fma(exp_for_result(load<V>(x + i, part) - down), va, vs), part);
+      });
+    }
+  }
 };
-
-template <typename V> VEC_INLINE Two<V> fma(Two<V> x, V y, V z) { return {fma(x.a, y, z), fma(x.b, y, z)}; }
 
 template <typename T> void forward(const CrossEntropy& a, int64_t begin, int64_t end) {
   using Acc = acc_t<T>;

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from .common import check_dtype, launch
-from .functions import expm1
+from .functions import _expm1
 from .squared_norm import TYPES
-from .tables import address_of, aligned, find_chunk, table
+from .tables import _address_of, _find_chunk, aligned, table
 
 CHUNK = 8192  # elements of a program
 GROUPS = 256  # of eight elements, at a time
@@ -123,21 +123,21 @@ def adamw_step_kernel(table_ptr, state_ptr, lr_ptr, tensors, seed, beta1, one_le
         return
     factor = tl.load(state_ptr + 1)
     lr = tl.load(lr_ptr)
-    tensor, chunk = find_chunk(table_ptr, tensors, tl.program_id(0).to(tl.int64))
+    tensor, chunk = _find_chunk(table_ptr, tensors, tl.program_id(0).to(tl.int64))
     first = chunk * CHUNK
     size = tl.load(table_ptr + SIZE * (tensors + 1) + tensor)
     index = tl.load(table_ptr + INDEX * (tensors + 1) + tensor)
-    step = tl.load(address_of(table_ptr, tensors, STEPS, tensor, tl.float32, False))
-    param_ptr = address_of(table_ptr, tensors, PARAM, tensor, PARAM_TYPE, ALIGNED)
-    grad_ptr = address_of(table_ptr, tensors, GRAD, tensor, GRAD_TYPE, ALIGNED)
-    avg_ptr = address_of(table_ptr, tensors, EXP_AVG, tensor, AVG_TYPE, ALIGNED)
-    sq_ptr = address_of(table_ptr, tensors, EXP_AVG_SQ, tensor, SQ_TYPE, ALIGNED)
+    step = tl.load(_address_of(table_ptr, tensors, STEPS, tensor, tl.float32, False))
+    param_ptr = _address_of(table_ptr, tensors, PARAM, tensor, PARAM_TYPE, ALIGNED)
+    grad_ptr = _address_of(table_ptr, tensors, GRAD, tensor, GRAD_TYPE, ALIGNED)
+    avg_ptr = _address_of(table_ptr, tensors, EXP_AVG, tensor, AVG_TYPE, ALIGNED)
+    sq_ptr = _address_of(table_ptr, tensors, EXP_AVG_SQ, tensor, SQ_TYPE, ALIGNED)
     if HAS_MASTER:
-        master_ptr = address_of(table_ptr, tensors, MASTER, tensor, tl.float32, ALIGNED)
+        master_ptr = _address_of(table_ptr, tensors, MASTER, tensor, tl.float32, ALIGNED)
     else:
         master_ptr = None
-    rate = tl.div_rn(lr, 0.0 - expm1(step * log_beta1))  # 1 - beta^step without cancellation
-    root = tl.sqrt_rn(0.0 - expm1(step * log_beta2))
+    rate = tl.div_rn(lr, 0.0 - _expm1(step * log_beta1))  # 1 - beta^step without cancellation
+    root = tl.sqrt_rn(0.0 - _expm1(step * log_beta2))
     decay = 1.0 - lr * weight_decay
     if first + CHUNK <= size:
         _update(param_ptr, grad_ptr, master_ptr, avg_ptr, sq_ptr, first, size, factor, decay, rate, root, beta1, one_less_beta1,

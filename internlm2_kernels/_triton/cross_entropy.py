@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .._device_errors import CODES, error_word
 from .common import check_dtype, launch
-from .functions import expm1
+from .functions import _expm1
 from .losses import NONE, _cap_slope, _capped, _label, _share, count_rows, reduce_losses, scaled
 
 INNER = 8  # columns a thread takes from one load: 16 bytes of a 2-byte dtype
@@ -84,7 +84,7 @@ def cross_entropy_fwd_kernel(logits_ptr, labels_ptr, count_ptr, loss_ptr, lse_pt
             share = tl.div_rn(1.0, tl.load(count_ptr))
         a = share * (1.0 + 2.0 * z_loss * lse)
         base = share * tl.div_rn(smoothing, vocab * 1.0)
-        entry = share * _entry(expm1(own - top - log_z), lse, smoothing, z_loss, vocab)
+        entry = share * _entry(_expm1(own - top - log_z), lse, smoothing, z_loss, vocab)
         for start in range(0, vocab, LANES * INNER):
             col = start + tile
             x = tl.load(logits_ptr + col, mask=col < vocab, other=0.0, eviction_policy="evict_first").to(tl.float32)
@@ -129,7 +129,7 @@ def cross_entropy_bwd_kernel(dloss_ptr, logits_ptr, labels_ptr, lse_ptr, residue
         residue = tl.load(residue_ptr + row)
     here = ((ignored | bad) == 0) & (label >= first) & (label < first + BLOCK)
     own = _capped(tl.load(logits_ptr + label, mask=here, other=0.0).to(tl.float32), softcap, SOFTCAP)
-    entry = share * _entry(expm1(own - lse - residue), lse, smoothing, z_loss, vocab)
+    entry = share * _entry(_expm1(own - lse - residue), lse, smoothing, z_loss, vocab)
     logit = _capped(tl.load(logits_ptr + col, mask=col < vocab, other=0.0).to(tl.float32), softcap, SOFTCAP)
     d = share * (1.0 + 2.0 * z_loss * lse) * tl.exp(logit - lse - residue) - share * tl.div_rn(smoothing, vocab * 1.0)
     d = tl.where(col == label, entry, d)

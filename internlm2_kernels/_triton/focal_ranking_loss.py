@@ -5,18 +5,18 @@ import triton
 import triton.language as tl
 
 from .common import check_dtype, launch
-from .functions import exponential, sigmoid, softplus
+from .functions import _exponential, _sigmoid, _softplus
 
 BLOCK = 1024
 
 
 @triton.jit
-def focal(d, gamma):
+def _focal(d, gamma):
     """(loss, d loss / dd) of differences chosen - rejected."""
-    s = sigmoid(-d)
-    nll = softplus(-d)
+    s = _sigmoid(-d)
+    nll = _softplus(-d)
     # (2 s)^gamma with 2 s <= 1 = exp(gamma log(2 s)): below d = -87 s is 0, and with it the weight, but for gamma = 0
-    weight = tl.where(gamma == 0.0, 1.0, exponential(gamma * (0.6931471805599453 - softplus(d))))
+    weight = tl.where(gamma == 0.0, 1.0, _exponential(gamma * (0.6931471805599453 - _softplus(d))))
     ahead = d > 0.0
     loss = tl.where(ahead, weight * nll, nll)
     slope = tl.where(ahead, -weight * (s + gamma * (1.0 - s) * nll), -s)
@@ -29,7 +29,7 @@ def focal_ranking_loss_fwd_kernel(chosen_ptr, rejected_ptr, loss_ptr, size, gamm
     mask = index < size
     chosen = tl.load(chosen_ptr + index, mask=mask, other=0.0).to(tl.float32)
     rejected = tl.load(rejected_ptr + index, mask=mask, other=0.0).to(tl.float32)
-    loss, _ = focal(chosen - rejected, gamma)
+    loss, _ = _focal(chosen - rejected, gamma)
     tl.store(loss_ptr + index, loss, mask=mask)
 
 
@@ -40,7 +40,7 @@ def focal_ranking_loss_bwd_kernel(dloss_ptr, chosen_ptr, rejected_ptr, dchosen_p
     mask = index < size
     chosen = tl.load(chosen_ptr + index, mask=mask, other=0.0).to(tl.float32)
     rejected = tl.load(rejected_ptr + index, mask=mask, other=0.0).to(tl.float32)
-    _, slope = focal(chosen - rejected, gamma)
+    _, slope = _focal(chosen - rejected, gamma)
     d = tl.load(dloss_ptr + index, mask=mask, other=0.0) * slope
     tl.store(dchosen_ptr + index, d.to(dchosen_ptr.dtype.element_ty), mask=mask)
     tl.store(drejected_ptr + index, (-d).to(drejected_ptr.dtype.element_ty), mask=mask)

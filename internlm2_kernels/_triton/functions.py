@@ -20,7 +20,7 @@ def _series(r):
 
 
 @triton.jit
-def exponential(x):
+def _exponential(x):
     """exp(x): a power of two times the series of the rest. 0 where the result would be subnormal."""
     x = tl.where(x < -104.0, -104.0, x)  # not tl.maximum, which would drop a NaN
     x = tl.where(x > 89.0, 89.0, x)
@@ -31,13 +31,13 @@ def exponential(x):
 
 
 @triton.jit
-def expm1(x):
+def _expm1(x):
     """exp(x) - 1 without cancellation."""
-    return tl.where(tl.abs(x) < 0.35, _series(x), exponential(x) - 1.0)
+    return tl.where(tl.abs(x) < 0.35, _series(x), _exponential(x) - 1.0)
 
 
 @triton.jit
-def expm1_less_x(x):
+def _expm1_less_x(x):
     """exp(x) - 1 - x without cancellation: x^2 / 2 near 0."""
     t = tl.fma(x, 1.0 / 479001600, 1.0 / 39916800)
     t = tl.fma(t, x, 1.0 / 3628800)
@@ -49,11 +49,11 @@ def expm1_less_x(x):
     t = tl.fma(t, x, 1.0 / 24)
     t = tl.fma(t, x, 1.0 / 6)
     t = tl.fma(t, x, 0.5)
-    return tl.where(tl.abs(x) < 1.0, x * x * t, exponential(x) - 1.0 - x)
+    return tl.where(tl.abs(x) < 1.0, x * x * t, _exponential(x) - 1.0 - x)
 
 
 @triton.jit
-def log1p(y):
+def _log1p(y):
     """log(1 + y) for 0 <= y <= 1: 2 atanh(y / (2 + y)) as a series."""
     s = tl.div_rn(y, 2.0 + y)
     q = s * s
@@ -68,12 +68,12 @@ def log1p(y):
 
 
 @triton.jit
-def softplus(x):
+def _softplus(x):
     """log(1 + exp(x))."""
-    return tl.where(x > 0.0, x, 0.0) + log1p(exponential(-tl.abs(x)))
+    return tl.where(x > 0.0, x, 0.0) + _log1p(_exponential(-tl.abs(x)))
 
 
 @triton.jit
-def sigmoid(x):
-    e = exponential(-tl.abs(x))
+def _sigmoid(x):
+    e = _exponential(-tl.abs(x))
     return tl.div_rn(tl.where(x < 0.0, e, 1.0), 1.0 + e)

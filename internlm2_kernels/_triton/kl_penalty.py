@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .common import check_dtype, launch
-from .functions import expm1, expm1_less_x
+from .functions import _expm1, _expm1_less_x
 
 BLOCK = 1024
 
@@ -21,7 +21,7 @@ def kl_penalty_fwd_kernel(logprobs_ptr, ref_ptr, kl_ptr, size, ESTIMATOR: tl.con
     elif ESTIMATOR == 2:
         kl = 0.5 * x * x
     else:
-        kl = expm1_less_x(0.0 - x)
+        kl = _expm1_less_x(0.0 - x)
     tl.store(kl_ptr + index, kl, mask=mask)
 
 
@@ -37,7 +37,7 @@ def kl_penalty_bwd_kernel(dkl_ptr, logprobs_ptr, ref_ptr, dlogprobs_ptr, dref_pt
         if ESTIMATOR == 2:
             d = d * x
         else:
-            d = d * -expm1(0.0 - x)
+            d = d * -_expm1(0.0 - x)
     tl.store(dlogprobs_ptr + index, d.to(dlogprobs_ptr.dtype.element_ty), mask=mask)
     if dref_ptr is not None:
         tl.store(dref_ptr + index, (0.0 - d).to(dref_ptr.dtype.element_ty), mask=mask)

@@ -159,5 +159,9 @@ def audit(dtype, meta):
         if label == "odd":
             yield "mean", (
                 lambda x=x, rows=rows, o=plain: linear_cross_entropy_bwd(one, *x, None, rows, *o[1:], 1, True, True))
+            if dtype == torch.bfloat16:  # beside it, because only float16 divides by the largest coefficient
+                halves = meta(8192, depth, dtype=torch.float16), meta(vocab, depth, dtype=torch.float16), labels
+                yield "odd, float16", (
+                    lambda x=halves, rows=rows, o=plain: linear_cross_entropy_bwd(rows, *x, None, rows, *o[1:], 0, True, True))
             grads = meta(8192, depth, dtype=dtype), meta(vocab, depth, dtype=torch.float32)
             yield "scale", lambda x=x, g=grads: linear_cross_entropy_scale_bwd(one, *g, *x[:2])

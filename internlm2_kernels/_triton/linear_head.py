@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from .common import architecture, launch
-from .functions import expm1
+from .functions import _expm1
 from .losses import _cap_slope, _capped
 
 CHUNK_BYTES = 384 * 2**20  # of the gradient by logits: 2048 tokens of InternLM2's vocabulary in 16 bits
@@ -215,7 +215,7 @@ def linear_head_gradient_kernel(hidden_ptr, weight_ptr, labels_ptr, lse_ptr, coe
     here = (label < vocab) & (label >= block_n * BLOCK_N) & (label < (block_n + 1) * BLOCK_N)
     own = col[None, :] == tl.where(here, label, -1).to(tl.int32)[:, None]
     y = tl.sum(tl.where(own, logit, 0.0), axis=1) - lse
-    entry = a * expm1(y) + (c + s)
+    entry = a * _expm1(y) + (c + s)
     x = logit - lse[:, None]
     p = tl.exp(x)
     if ENTROPY:
@@ -250,7 +250,7 @@ def linear_head_stored_kernel(stored_ptr, labels_ptr, top_ptr, label_ptr, lse_pt
     label = tl.load(labels_ptr + row).to(tl.int64)
     known = (label >= 0) & (label < vocab)
     x = tl.load(label_ptr + row, mask=known, other=0.0) - lse
-    entry = a * expm1(x) + (c + s)
+    entry = a * _expm1(x) + (c + s)
     if SOFTCAP:
         logit = stored + tl.where(top == float("-inf"), 0.0, top)[:, None]
         d = tl.where(col == label, entry, a * tl.exp(logit - lse) + c)

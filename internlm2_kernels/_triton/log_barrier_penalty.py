@@ -10,7 +10,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def barrier(x, bound, margin, CLAMP: tl.constexpr):
+def _barrier(x, bound, margin, CLAMP: tl.constexpr):
     """(penalty, slope): -(log(x + bound) + log(bound - x)) inside the edge bound (1 - margin); outside its tangent there, or,
     with CLAMP, its value."""
     edge = bound * (1.0 - margin)
@@ -34,7 +34,7 @@ def barrier(x, bound, margin, CLAMP: tl.constexpr):
 def log_barrier_penalty_fwd_kernel(rewards_ptr, penalty_ptr, size, bound, margin, CLAMP: tl.constexpr, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(rewards_ptr + index, mask=index < size, other=0.0).to(tl.float32)
-    penalty, _ = barrier(x, bound, margin, CLAMP)
+    penalty, _ = _barrier(x, bound, margin, CLAMP)
     tl.store(penalty_ptr + index, penalty, mask=index < size)
 
 
@@ -43,7 +43,7 @@ def log_barrier_penalty_bwd_kernel(dpenalty_ptr, rewards_ptr, drewards_ptr, size
                                    BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(rewards_ptr + index, mask=index < size, other=0.0).to(tl.float32)
-    _, slope = barrier(x, bound, margin, CLAMP)
+    _, slope = _barrier(x, bound, margin, CLAMP)
     d = tl.load(dpenalty_ptr + index, mask=index < size, other=0.0) * slope
     tl.store(drewards_ptr + index, d.to(drewards_ptr.dtype.element_ty), mask=index < size)
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .common import check_dtype, launch
-from .functions import expm1_less_x, exponential
+from .functions import _expm1_less_x, _exponential
 
 BLOCK = 4096  # tokens at a time
 SINGLE = 16384  # tokens up to which one program does all
@@ -29,7 +29,7 @@ def _terms(logprobs_ptr, old_ptr, advantages_ptr, mask_ptr, index, size, clip):
     advantage = tl.where(counts, advantage, 0.0)
     x = tl.where(free > LARGEST_LOG_RATIO, LARGEST_LOG_RATIO, free)
     x = tl.where(x < -LARGEST_LOG_RATIO, -LARGEST_LOG_RATIO, x)
-    ratio = exponential(x)
+    ratio = _exponential(x)
     near = tl.where(ratio > 1.0 + clip, 1.0 + clip, ratio)
     near = tl.where(near < 1.0 - clip, 1.0 - clip, near)
     return counts, free, x, ratio * advantage, near * advantage
@@ -56,7 +56,7 @@ def ppo_policy_loss_fwd_kernel(logprobs_ptr, old_ptr, advantages_ptr, mask_ptr, 
         index = start + tl.arange(0, BLOCK)
         counts, _, x, plain, near = _terms(logprobs_ptr, old_ptr, advantages_ptr, mask_ptr, index, size, clip)
         loss += tl.where(plain <= near, plain, tl.where(near < plain, near, float("nan")))
-        kl += expm1_less_x(x)
+        kl += _expm1_less_x(x)
         clipped += (near < plain).to(tl.int32)
         count += counts.to(tl.int32)
     loss_sum = tl.sum(loss, axis=0)

@@ -12,8 +12,8 @@ import triton.language as tl
 
 from .._device_errors import CODES, error_word
 from .common import check_dtype, launch
-from .focal_ranking_loss import focal
-from .log_barrier_penalty import barrier
+from .focal_ranking_loss import _focal
+from .log_barrier_penalty import _barrier
 
 ROWS = 32  # rewards of a forward program: 16 pairs
 BACKWARD_ROWS = 16  # at a time
@@ -52,10 +52,10 @@ def reward_loss_fwd_kernel(hidden_ptr, weight_ptr, cu_ptr, loss_ptr, rewards_ptr
     reward = tl.where(known & (right == 0), float("nan"), tl.sum(products, axis=1))
     tl.store(rewards_ptr + row, reward, mask=known)
     chosen, rejected = tl.split(tl.reshape(reward, (ROWS // 2, 2)))
-    loss, slope = focal(chosen - rejected, gamma)
+    loss, slope = _focal(chosen - rejected, gamma)
     pairs = tl.cast(sequences // 2, tl.float32)
     slope = tl.div_rn(slope, pairs)
-    penalty, inward = barrier(reward, bound, margin, False)
+    penalty, inward = _barrier(reward, bound, margin, False)
     both = tl.reshape(tl.join(slope, -slope), (ROWS,))
     tl.store(slopes_ptr + row, both + tl.div_rn(penalty_weight * inward, pairs * 2.0), mask=known)
     pair = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)

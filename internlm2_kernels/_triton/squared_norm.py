@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .common import check_dtype, launch
-from .tables import address_of, aligned, find_chunk, table
+from .tables import _address_of, _find_chunk, aligned, table
 
 CHUNK = 32768  # elements of a program
 BLOCK = 4096  # at a time
@@ -20,8 +20,8 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 def squared_norm_chunks_kernel(table_ptr, partial_ptr, tensors, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
                                CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
-    tensor, chunk = find_chunk(table_ptr, tensors, program)
-    x_ptr = address_of(table_ptr, tensors, 1, tensor, DTYPE, ALIGNED) + chunk * CHUNK
+    tensor, chunk = _find_chunk(table_ptr, tensors, program)
+    x_ptr = _address_of(table_ptr, tensors, 1, tensor, DTYPE, ALIGNED) + chunk * CHUNK
     size = tl.load(table_ptr + 2 * (tensors + 1) + tensor) - chunk * CHUNK
     total = tl.zeros((BLOCK,), tl.float32)
     if size >= CHUNK:  # without masks, 16 bytes at a time

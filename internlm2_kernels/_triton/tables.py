@@ -57,7 +57,7 @@ def table(chunk: int, sizes: list[int], rows: list[list[int]], device: torch.dev
 
 
 @triton.jit
-def find_chunk(table_ptr, tensors, chunk):
+def _find_chunk(table_ptr, tensors, chunk):
     """(tensor, chunk of it): the last tensor with no more than `chunk` chunks before it, found by bisection."""
     low = chunk * 0
     high = low + tensors
@@ -70,7 +70,7 @@ def find_chunk(table_ptr, tensors, chunk):
 
 
 @triton.jit
-def address_of(table_ptr, tensors, row, tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def _address_of(table_ptr, tensors, row, tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """The pointer in a row of the table; ALIGNED: all of them are multiples of 16 bytes."""
     ptr = tl.load(table_ptr + row * (tensors + 1) + tensor).to(tl.pointer_type(DTYPE))
     if ALIGNED:

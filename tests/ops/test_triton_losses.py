@@ -54,11 +54,11 @@ def functions_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
     index = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + index, mask=index < size, other=0.0)
     known = index < size
-    tl.store(out_ptr + index, functions.exponential(x), mask=known)
-    tl.store(out_ptr + size + index, functions.expm1(x), mask=known)
-    tl.store(out_ptr + 2 * size + index, functions.expm1_less_x(x), mask=known)
-    tl.store(out_ptr + 3 * size + index, functions.softplus(x), mask=known)
-    tl.store(out_ptr + 4 * size + index, functions.sigmoid(x), mask=known)
+    tl.store(out_ptr + index, functions._exponential(x), mask=known)
+    tl.store(out_ptr + size + index, functions._expm1(x), mask=known)
+    tl.store(out_ptr + 2 * size + index, functions._expm1_less_x(x), mask=known)
+    tl.store(out_ptr + 3 * size + index, functions._softplus(x), mask=known)
+    tl.store(out_ptr + 4 * size + index, functions._sigmoid(x), mask=known)
 
 
 def test_elementary_functions(device):
@@ -326,7 +326,7 @@ def test_ppo_in_one_launch_and_in_two(size, device, randn, generator, monkeypatc
 # ----------------------------------------------------------------------------------------------------- lists of tensors
 @triton.jit
 def find_kernel(table_ptr, out_ptr, tensors):
-    tensor, chunk = tables.find_chunk(table_ptr, tensors, tl.program_id(0).to(tl.int64))
+    tensor, chunk = tables._find_chunk(table_ptr, tensors, tl.program_id(0).to(tl.int64))
     tl.store(out_ptr + 2 * tl.program_id(0), tensor)
     tl.store(out_ptr + 2 * tl.program_id(0) + 1, chunk)
 

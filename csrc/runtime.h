@@ -29,7 +29,7 @@ const std::map<std::string, std::string>& signatures();
 // Calls the build of a CPU kernel for the instruction set in use: AVX2 or AVX-512.
 #define INTERNLM2_CPU(kernel, ...) \
   (::internlm2::isa() >= ::internlm2::Isa::avx512 ? cpu::AVX512::kernel(__VA_ARGS__) : cpu::AVX2::kernel(__VA_ARGS__))
-// The same for kernels made of matrix products (csrc/cpu/*attention*.cpp), whose first argument is a struct with a dtype. They
+// The same for kernels made of matrix products (csrc/cpu/*attention*.cpp, linear_head.cpp), whose first argument is a struct with a dtype. They
 // have a third build with bfloat16 products, and a fourth, of bfloat16 tensors alone, with products in tiles.
 #define INTERNLM2_CPU_MATRIX(kernel, args, ...)                                                                      \
   (::internlm2::isa() >= ::internlm2::Isa::amx && (args).dtype == ::internlm2::Dtype::bf16                           \

@@ -2,7 +2,9 @@
 
 `torch.autograd.function.once_differentiable` ties such a gradient to nothing, or to a tensor of its own making: where it is
 asked for by input (`torch.autograd.grad(..., allow_unused=True)`), or added to a loss, its part is missing without a word.
-Here it is tied to what it was computed from, so that every way back to an input meets the error.
+Here it is tied to what it was computed from, so that every way back to an input meets the error. Such a gradient keeps the
+forward's graph alive until it is freed. In compiled code torch decides: its own backward refuses a second derivative for most
+graphs, and where it does not, it is missing for PyTorch's operators as for these.
 """
 
 import functools
@@ -17,13 +19,18 @@ def once_differentiable(op: str) -> Callable:
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def wrapper(ctx: Any, *upstream: torch.Tensor | None) -> tuple:
-            if not torch.is_grad_enabled():  # without create_graph, and in a compiled graph, which refuses by itself
+            if not torch.is_grad_enabled():  # without create_graph; compiled code comes here too: see below
                 return backward(ctx, *upstream)
             unpacked = _Unpacked(ctx)
             with torch.no_grad():
                 gradients = backward(unpacked, *upstream)
             sources = [t for t in (*upstream, *unpacked.saved_tensors) if t is not None and t.requires_grad]
-            return _Refusal.apply(op, len(gradients), *gradients, *sources) if sources else gradients
+            if not sources:
+                return gradients
+            try:
+                return _Refusal.apply(op, len(gradients), *gradients, *sources)
+            except RuntimeError as error:  # vmap over the upstream (is_grads_batched) has no rule for a Function's outputs
+                raise RuntimeError(f"{op}: batched gradients with create_graph=True: use backend='reference'") from error
 
         return wrapper
 

@@ -18,8 +18,21 @@ def variants(device: str, op) -> list[tuple[str, str]]:
         return [("reference", ""), ("triton", ""), ("cuda", "")]
     native = sys.platform == "linux" and platform.machine() == "x86_64" and os.environ.get("USE_CPP", "1") != "0"
     best = _C.best_cpu_isa() if _C else "avx2" if native else ""  # a missing library is missing cells, not fewer
-    sets = [isa for isa in SETS[: SETS.index(best) + 1 if best else 0] if isa in op.isas]
+    sets = [isa for isa in SETS[: SETS.index(best) + 1 if best else 0] if isa in op.isas and _granted(isa)]
     return [("reference", ""), *(("cpp", isa) for isa in sets), ("triton", "interpreted")]
+
+
+def _granted(isa: str) -> bool:
+    """A sandbox may refuse the tiles that the processor has: then nobody can run them here."""
+    if isa != "amx":
+        return True
+    previous = _C.cpu_isa()
+    try:
+        _C.set_cpu_isa(isa)
+    except ValueError:
+        return False
+    _C.set_cpu_isa(previous)
+    return True
 
 
 def expected(device: str) -> tuple[set[str], set[str]]:

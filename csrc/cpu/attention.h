@@ -21,6 +21,9 @@ namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
 constexpr int64_t kSplit = 4096, kBlock = 128, kLanes = 256;  // kLanes: of a full unit
 // Long chains of float32 are the largest error of a score; those of bfloat16 pairs are lost in the products'.
+// Whether weighted values of a block of keys are summed by themselves and then joined: float32 needs it in long sequences,
+// where bfloat16's own rounding hides it.
+template <typename P> constexpr bool kApart = P::step == 1;
 template <typename P> constexpr int64_t kChain = P::step == 1 ? 128 : 256;
 constexpr int64_t kAhead = 32;  // how many rows before its use a row of a cache is asked for
 

@@ -19,6 +19,7 @@ template <typename T> struct FewScratch {
   Acc* s;                                      // [lanes][kBlock]
   State<Acc> part, total;                      // m, l: [lanes], o: [lanes][width]
   Acc *factor, *k_scale, *v_scale;             // [lanes], [kBlock] twice
+  Acc* block;                                  // [lanes][width], where kApart: the values of one block
   int64_t *first, *last;                       // [rows]
   BytesScratch bytes_of;                       // where kBytes
 
@@ -36,6 +37,7 @@ template <typename T> struct FewScratch {
     carver.take(factor, lanes);
     carver.take(k_scale, kBlock);
     carver.take(v_scale, kBlock);
+    if (kApart<P>) carver.take(block, lanes * width);
     carver.take(first, rows);
     carver.take(last, rows);
     bytes_of.carve(carver, lanes, width);
@@ -277,14 +279,27 @@ template <typename T, typename Keys> class Few {
       for (int64_t i = 0; i < beyond - end; ++i) rows[2 * wide + i] = keys_.k_row(i, u_.kv_head);
     }
     if constexpr (kBytes<T, Stored>) return byte_values_of(part, rows + wide, n, opens);
+    Acc* const o = kApart<P> ? w_.block : part.o;
+    const Acc* const factor = kApart<P> ? nullptr : w_.factor;
     for (int64_t i = 0; i < n; i += kFewKeys) {
       for (int64_t h = 0; h < u_.kv_heads; ++h) {
         const int64_t r = h * w_.rows;
         with_rows([&](auto count) VEC_LAMBDA {
           few_values_of<P, count()>(rows + wide + i, keys_.v_head(h), lesser(kFewKeys, n - i),
-                                    w_.p + (r * kBlock + i) / P::step, i == 0 ? w_.factor + r : nullptr, opens && i == 0,
-                                    part.o + r * w_.width, w_.width, d_);
+                                    w_.p + (r * kBlock + i) / P::step, factor && i == 0 ? factor + r : nullptr,
+                                    (opens || kApart<P>) && i == 0, o + r * w_.width, w_.width, d_);
         });
+      }
+    }
+    if (kApart<P>) join_block(part.o, opens);
+  }
+
+  void join_block(Acc* o, bool opens) {
+    for (int64_t r = 0; r < w_.lanes; ++r) {
+      const V factor(w_.factor[r]);
+      for (int64_t e = r * w_.width; e < (r + 1) * w_.width; e += V::size) {
+        const V block = V::load(w_.block + e);
+        (opens ? block : fma(factor, V::load(o + e), block)).store(o + e);
       }
     }
   }
@@ -346,7 +361,7 @@ template <typename T, typename Keys> class Few {
       x.store(s + i);
       top = max(x, top);
     }
-    const V old(part.m[r]), m = max(V(largest(top)) * V(score_.factor), old), shift = finite_shift(m);
+    const V old(part.m[r]), m = max(rounded_down(V(largest(top)) * V(score_.factor)), old), shift = finite_shift(m);
     m.store(part.m + r, 1);
     exp_of<T>(old - shift).store(w_.factor + r, 1);
     exponentials(s, w_.p + r * (kBlock / P::step), V(0) - shift, n);
@@ -357,7 +372,7 @@ template <typename T, typename Keys> class Few {
   VEC_INLINE void exponentials(Acc* s, typename P::Element* p, V minus_shift, int64_t n) {
     const V factor(score_.factor);
     for (int64_t i = 0; i < n; i += V::size) {
-      V x = exp_of<T>(fma(V::load(s + i), factor, minus_shift));
+      V x = weight_of<T>(fma(V::load(s + i), factor, minus_shift));
       x.store(s + i);
       if constexpr (Keys::scaled) x = x * V::load(w_.v_scale + i);
       if constexpr (!kBytes<T, Stored>) store_weights<P>(p + i / P::step, x);

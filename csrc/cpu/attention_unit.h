@@ -165,7 +165,7 @@ template <typename T, typename Keys> class Unit {
       for (int64_t j = (n + 1) / P::step; j < steps; ++j) fill<V>(as_acc<P>(w_.p + j * panel), wide, 0);
     }
     if (opens) product<P, Start::zero>(pv);
-    else product<P, Start::scaled>(pv);
+    else product<P, kApart<P> ? Start::joined : Start::scaled>(pv);
   }
 
   // Scales of the keys, soft-cap and mask on the products, where there are any.
@@ -198,7 +198,7 @@ template <typename T, typename Keys> class Unit {
       }
       for (; j < n; ++j) top[0] = max(V::load(s + j * panel), top[0]);
       const V old = V::load(part.m + from + i);
-      const V m = max(max(max(top[0], top[1]), max(top[2], top[3])) * factor, old), shift = finite_shift(m);
+      const V m = max(rounded_down(max(max(top[0], top[1]), max(top[2], top[3])) * factor), old), shift = finite_shift(m);
       const V scale = exp_of<T>(old - shift);
       m.store(part.m + from + i);
       scale.store(w_.factor + i);
@@ -209,7 +209,7 @@ template <typename T, typename Keys> class Unit {
 
   VEC_INLINE V exponentials(const Acc* s, Element* p, V minus_shift, int64_t n, int64_t at) {
     const V factor(score_.factor);
-    const auto weight = [&](int64_t j) VEC_LAMBDA { return exp_of<T>(fma(V::load(s + j * panel), factor, minus_shift)); };
+    const auto weight = [&](int64_t j) VEC_LAMBDA { return weight_of<T>(fma(V::load(s + j * panel), factor, minus_shift)); };
     const auto scaled = [&](V x, int64_t j) VEC_LAMBDA {
       if constexpr (Keys::scaled) return x * V(static_cast<Acc>(keys_.v_scale(at + j, head_)));
       else return x;

@@ -232,12 +232,14 @@ def _attend(acc, z, m, score, v, outer, SCALED: tl.constexpr, v_scale=None):
     if SCALED:
         m_new = tl.maximum(m, tl.max(score, axis=1))
     else:
-        m_new = tl.maximum(m, tl.max(score, axis=1) * outer)
+        top = tl.max(score, axis=1) * outer  # rounded down: what is left of the largest score must not be negative
+        m_new = tl.maximum(m, top - tl.minimum(tl.abs(top) * 1.1920929e-07, 1e32))
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     if SCALED:
         p = tl.exp2(score - m_safe[:, None])
     else:
-        p = tl.exp2(tl.fma(score, outer, -m_safe[:, None]))
+        shifted = tl.fma(score, outer, -m_safe[:, None])
+        p = tl.exp2(tl.where(shifted > 14.0, 14.0, shifted))  # beyond 1e8 a unit in the last place of m is large
     decay = tl.exp2(m - m_safe)
     z = tl.fma(z, decay, tl.sum(p, axis=1))
     if v_scale is not None:

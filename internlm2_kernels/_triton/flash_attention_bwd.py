@@ -101,7 +101,8 @@ def _probabilities(score, lse, allowed, inner, outer, SOFTCAP: tl.constexpr):
     """(p, tanh of the soft-cap, without one the scores); lse in units of log2, infinite where there is no row."""
     if SOFTCAP:
         score = _tanh(score * inner)
-    p = tl.exp2(tl.fma(score, outer, -lse))
+    shifted = tl.fma(score, outer, -lse)
+    p = tl.exp2(tl.where(shifted > 0.0, 0.0, shifted))  # the lse is rounded: not above 1
     if allowed is not None:
         p = tl.where(allowed, p, 0.0)
     return p, score

@@ -12,7 +12,6 @@ MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 32, 256, 8
 SMALLEST, LARGEST = 1e-37, 1e37  # of scale and soft-cap: in float32 still normal after a factor of log2(e) or ln(2)
 UNLIMITED = 2**40  # windows and lengths are cut to this, more than any sequence: a position plus a window must not overflow
 SHAPES = "cpp"  # for meta tensors, on which nothing runs: any overload knows the shapes of its results
-_INTEGERS = (numbers.Integral, torch.SymInt)
 
 
 def allowed_keys(queries, keys, left, right, device):
@@ -112,16 +111,16 @@ def _number(value):
 
 
 def _int(value):
-    return isinstance(value, _INTEGERS) and not isinstance(value, bool)
+    return type(value) is int or isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_bound(op, argument, value):
-    """A max_seqlen: -1 stands for one that was not given."""
-    if value is None:
+    """A max_seqlen: -1 stands for one that was not given. Compiled code drops it: a new value would be a new graph."""
+    if value is None or torch.compiler.is_compiling():
         return -1
     if not _int(value) or value < 0:
         fail(ValueError, op, argument, "None or an integer >= 0", repr(value))
-    return value if isinstance(value, torch.SymInt) else min(int(value), UNLIMITED)
+    return min(int(value), UNLIMITED)
 
 
 def check_longest(op, argument, bound, longest):

@@ -232,6 +232,7 @@ _FWD, _BWD = FLASH_ATTENTION.overloads["fwd"], FLASH_ATTENTION.overloads["bwd"]
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_q, cu_k, options, backend):
+        cu_k = cu_q if cu_k is None else cu_k
         out, lse = native(_FWD[backend], q, k, v, cu_q, cu_k, *options)
         ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
         ctx.options, ctx.backend = options, backend
@@ -257,8 +258,8 @@ def _check_layout(q, k, v, cu_q, cu_k):
             fail(ValueError, "flash_attention", "cu_seqlens_k", "None where cu_seqlens_q is None", "a tensor")
         layout, shape = "dense (no cu_seqlens_q)", "[B, S, heads, head_dim]"
     else:
-        cu_q = check_cu_seqlens("flash_attention", "cu_seqlens_q", cu_q, q)
-        cu_k = cu_q if cu_k is None else check_cu_seqlens("flash_attention", "cu_seqlens_k", cu_k, q)
+        given, cu_q = cu_q, check_cu_seqlens("flash_attention", "cu_seqlens_q", cu_q, q)
+        cu_k = cu_q if cu_k is None or cu_k is given else check_cu_seqlens("flash_attention", "cu_seqlens_k", cu_k, q)
         if cu_k.shape != cu_q.shape:
             fail(ValueError, "flash_attention", "cu_seqlens_k", f"as many entries as cu_seqlens_q, {cu_q.shape[0]}",
                  cu_k.shape[0])
@@ -333,7 +334,8 @@ def flash_attention(q, k, v, *, causal=False, scale=None, window=None, softcap=0
     q, k, v = last_stride_1(q), last_stride_1(k), last_stride_1(v)
     options = max_q, max_k, left, right, scale, softcap
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        out, lse = _FlashAttention.apply(q, k, v, cu_q, cu_k, options, chosen)
+        # Self-attention hands over one tensor for both: a compiled graph refuses an input that comes twice.
+        out, lse = _FlashAttention.apply(q, k, v, cu_q, None if cu_k is cu_q else cu_k, options, chosen)
     else:
         out, lse = native(_FWD[chosen], q, k, v, cu_q, cu_k, *options)
     return (out, lse) if return_lse else out

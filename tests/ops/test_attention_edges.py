@@ -83,6 +83,47 @@ def test_the_widest_scales_give_no_nan(scale, softcap, backend, randn):
     assert all(x.isfinite().all() for x in got.values())
 
 
+@pytest.mark.parametrize("size", (3e3, 1e5, 1e8), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_scores_of_any_size(dtype, size, backend, randn):
+    """Scores of 1e7 to 1e16, of which float32 keeps no fraction: each row is its best key's value, no weight is lost."""
+    q, k, v = (size * randn(1, 40, 2, 32)).to(dtype), (size * randn(1, 40, 1, 32)).to(dtype), randn(1, 40, 1, 32).to(dtype)
+    got = results(q, k, v, (randn(1, 40, 2, 32).to(dtype), torch.zeros(1, 2, 40)), backend, causal=True)
+    want = flash_attention(q.double(), k.double(), v.double(), causal=True, return_lse=True, backend="reference")
+    torch.testing.assert_close(got["out"].double(), want[0], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(got["lse"].double(), want[1], rtol=1e-4, atol=0)  # sums of 32 products of both signs
+    assert all(x.isfinite().all() for x in got.values())
+
+
+def test_compiled_self_attention_of_documents_trains(backend, randn):
+    """One cu_seqlens for queries and keys, which a compiled graph would refuse to be given twice."""
+    if backend in ("reference", "triton"):
+        pytest.skip("nothing of ours in the graph; no graph over the interpreter")
+    cu, q, k, v = ends(4, 5), randn(9, 2, 32).requires_grad_(), randn(9, 1, 32), randn(9, 1, 32)
+    call = lambda q, **more: flash_attention(q, k, v, causal=True, cu_seqlens_q=cu, backend=backend, **more).square().sum()
+    torch._dynamo.reset()
+    for more in ({}, {"cu_seqlens_k": cu}):
+        compiled = torch.compile(lambda q, more=more: call(q, **more), fullgraph=True, backend="aot_eager")
+        got, want = (torch.autograd.grad(f(q), q)[0] for f in (compiled, call))
+        assert torch.equal(got, want)
+
+
+def test_compiled_code_takes_any_max_seqlen(backend, randn):
+    """Another bound is not another graph."""
+    q, k, graphs = randn(1, 12, 2, 32), randn(1, 12, 1, 32), []
+
+    def counting(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, longest: flash_attention(q, k, k, causal=True, max_seqlen_q=longest, backend=backend),
+                             fullgraph=True, backend=counting)
+    for longest in range(12, 24):
+        assert torch.equal(compiled(q, longest), flash_attention(q, k, k, causal=True, backend=backend))
+    assert len(graphs) <= 2
+
+
 # --------------------------------------------------------------------------------------------------------- autocast, dtypes
 def test_autocast_comes_before_the_comparison_of_dtypes(backend, randn):
     q, k, v = randn(1, 5, 2, 32).bfloat16(), randn(1, 5, 1, 32), randn(1, 5, 1, 32).half()

@@ -239,7 +239,8 @@ def _attend(acc, z, m, score, v, outer, SCALED: tl.constexpr, v_scale=None):
         p = tl.exp2(score - m_safe[:, None])
     else:
         shifted = tl.fma(score, outer, -m_safe[:, None])
-        p = tl.exp2(tl.where(shifted > 14.0, 14.0, shifted))  # beyond 1e8 a unit in the last place of m is large
+        # beyond 1e8 a unit in the last place of m is large
+        p = tl.exp2(tl.minimum(shifted, 14.0, propagate_nan=tl.PropagateNan.ALL))
     decay = tl.exp2(m - m_safe)
     z = tl.fma(z, decay, tl.sum(p, axis=1))
     if v_scale is not None:

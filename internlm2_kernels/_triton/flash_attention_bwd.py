@@ -102,7 +102,7 @@ def _probabilities(score, lse, allowed, inner, outer, SOFTCAP: tl.constexpr):
     if SOFTCAP:
         score = _tanh(score * inner)
     shifted = tl.fma(score, outer, -lse)
-    p = tl.exp2(tl.where(shifted > 0.0, 0.0, shifted))  # the lse is rounded: not above 1
+    p = tl.exp2(tl.minimum(shifted, 0.0, propagate_nan=tl.PropagateNan.ALL))  # the lse is rounded: not above 1
     if allowed is not None:
         p = tl.where(allowed, p, 0.0)
     return p, score

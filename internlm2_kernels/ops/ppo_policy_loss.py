@@ -5,7 +5,7 @@ import torch
 from .._autograd import once_differentiable
 from .._checks import check_float
 from .._registry import Case, Op, Sample
-from ._losses import accumulator, check_mask, check_number, check_vector, masked_mean
+from ._losses import accumulator, check_mask, check_number, check_vector, flattened, masked_mean, target
 
 LOG_RATIO = 20.0  # beyond, exp would say nothing but how far
 
@@ -125,12 +125,12 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip=0.2, backe
     Cost:     one launch each way, statistics included.   Source: arXiv:1707.06347 eq. 7
     """
     check_float("ppo_policy_loss", "logprobs", logprobs)
-    others = [check_vector("ppo_policy_loss", name, tensor, logprobs.shape, logprobs, "logprobs").detach().view(-1)
+    others = [target(check_vector("ppo_policy_loss", name, tensor, logprobs.shape, logprobs, "logprobs"))
               for name, tensor in (("old_logprobs", old_logprobs), ("advantages", advantages))]
-    mask = check_mask("ppo_policy_loss", mask, logprobs, "logprobs").view(-1)
+    mask = flattened(check_mask("ppo_policy_loss", mask, logprobs, "logprobs"))
     clip = check_number("ppo_policy_loss", "clip", clip, "a number from 0 to 1", lambda v: 0 <= v <= 1)
     chosen = PPO_POLICY_LOSS.select(logprobs, backend)
-    flat = logprobs.contiguous().view(-1)
+    flat = flattened(logprobs)
     if chosen == "reference":
         loss, clip_fraction, approx_kl = reference(flat, *others, mask, clip=clip)
     elif torch.is_grad_enabled() and flat.requires_grad:

@@ -5,7 +5,7 @@ import torch
 from .._autograd import once_differentiable
 from .._checks import check_float
 from .._registry import Case, Op, Sample
-from ._losses import accumulator, check_mask, check_number, check_vector, masked_mean
+from ._losses import accumulator, check_mask, check_number, check_vector, flattened, masked_mean, target
 from .ppo_policy_loss import draw_mask
 
 
@@ -123,13 +123,13 @@ def ppo_value_loss(values, old_values, returns, mask, *, clip=None, backend=None
     Cost:     one launch each way, statistics included.   Source: arXiv:1707.06347 eq. 9, arXiv:2005.12729 section 3
     """
     check_float("ppo_value_loss", "values", values)
-    others = [check_vector("ppo_value_loss", name, tensor, values.shape, values, "values").detach().view(-1)
+    others = [target(check_vector("ppo_value_loss", name, tensor, values.shape, values, "values"))
               for name, tensor in (("old_values", old_values), ("returns", returns))]
-    mask = check_mask("ppo_value_loss", mask, values, "values").view(-1)
+    mask = flattened(check_mask("ppo_value_loss", mask, values, "values"))
     if clip is not None:
         clip = check_number("ppo_value_loss", "clip", clip, "None or a finite number >= 0", lambda v: v >= 0)
     chosen = PPO_VALUE_LOSS.select(values, backend)
-    flat = values.contiguous().view(-1)
+    flat = flattened(values)
     if chosen == "reference":
         loss, clip_fraction, explained = reference(flat, *others, mask, clip=clip)
     elif torch.is_grad_enabled() and flat.requires_grad:

@@ -8,7 +8,7 @@ from .._registry import Case, Op, Sample
 from . import focal_ranking_loss as focal
 from . import log_barrier_penalty as barrier
 from ._attention import check_cu_seqlens
-from ._losses import accumulator, check_lengths, check_number
+from ._losses import accumulator, check_lengths, check_number, flattened
 from .apply_rope import native
 
 MARGIN = 1e-3
@@ -190,11 +190,11 @@ def _check(op, name, hidden, head_weight, gamma, penalty_weight, bound):
     if head_weight.dtype != torch.float32 or hidden.dtype == torch.float64:
         check_same(op, "head_weight", head_weight, hidden, name)
     check_device(op, "head_weight", head_weight, hidden, name)
-    if head_weight.shape not in ((hidden.shape[1],), (1, hidden.shape[1])):
+    if head_weight.dim() not in (1, 2) or head_weight.numel() != hidden.shape[1] or head_weight.shape[-1] != hidden.shape[1]:
         fail(ValueError, op, "head_weight", f"shape [{hidden.shape[1]}] or [1, {hidden.shape[1]}]", list(head_weight.shape))
     bound, margin = barrier.check_barrier(op, bound, MARGIN)
     weight = check_number(op, "penalty_weight", penalty_weight, "a finite number >= 0", lambda v: v >= 0)
-    return last_stride_1(hidden), head_weight.reshape(-1).contiguous(), (focal.check_gamma(op, gamma), weight, bound, margin)
+    return last_stride_1(hidden), flattened(head_weight), (focal.check_gamma(op, gamma), weight, bound, margin)
 
 
 def _run(hidden, head_weight, cu, options, backend):

@@ -23,7 +23,7 @@ def ladder(name, case, dtype):
 
 def small(name):
     for case in ik.OPS[name].cases:
-        for dtype in LOW if case.kind != "model" else ():
+        for dtype in LOW if case.kind in ("smoke", "edge") else ():
             ladder(name, case, dtype)
 
 

@@ -97,9 +97,15 @@ def test_every_pass_has_a_launcher_of_its_schema():
             assert len(inspect.signature(launcher).parameters) == len(schema.arguments), launcher
 
 
+EMPTY = ("rows", "tokens", "batch", "sequences")  # what a case has none of
+NUMBERS = {"adamw", "ppo_policy_loss", "ppo_value_loss", "reward_loss", "reward_loss_from_last", "squared_norm"}
+
+
 @pytest.mark.parametrize("op", [op for op in OPS.values() if "triton" in op.backends], ids=lambda op: op.name)
 def test_nothing_is_launched_for_nothing(op, device, generator, launched):
-    empty = [case for case in op.cases if 0 in map(case.dims.get, ("rows", "tokens", "batch")) or case.dims.get("new") == ()]
+    empty = [case for case in op.cases if 0 in map(case.dims.get, EMPTY) or case.dims.get("new") == ()]
+    if op.name in NUMBERS:
+        pytest.skip("a loss, a sum or a count of steps is written even so")
     assert empty, "an operator's edge cases hold an empty one"
     for case in empty:
         sample = op.sample(case, torch.float32, device, generator)

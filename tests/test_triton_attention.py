@@ -95,6 +95,7 @@ def test_every_warp_owns_whole_rows_of_scores():
 def test_options():
     assert attention.options(0.5, 0.0, -1, 0) == (0.0, 0.5 * attention.LOG2E, None, 0)
     assert attention.options(0.5, 2.0, 2**40, 3) == (0.25, 2 * attention.LOG2E, None, 3)
+    assert attention.options(1e-300, 0.0, 0, -1).outer >= torch.finfo(torch.float32).tiny
 
 
 @pytest.mark.parametrize("head_dim", (40, 96, 256))

@@ -41,10 +41,13 @@ class Options(NamedTuple):
     window_right: int | None
 
 
+SMALLEST = 1.1754943508222875e-38  # float32's smallest normal number: a factor of 0 would lose all scores
+
+
 def options(scale: float, softcap: float, left: int, right: int) -> Options:
     """The settings as kernels take them: no window where it is wider than any sequence, no factor that float32 lacks."""
     # an infinite factor would make a score of 0 NaN
-    inner, outer = (min(scale / softcap, 3e38), softcap * LOG2E) if softcap > 0 else (0.0, scale * LOG2E)
+    inner, outer = (min(scale / softcap, 3e38), softcap * LOG2E) if softcap > 0 else (0.0, max(scale * LOG2E, SMALLEST))
     return Options(inner, outer, *(None if w < 0 or w > LARGEST_WINDOW else w for w in (left, right)))
 
 

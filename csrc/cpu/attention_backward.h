@@ -24,6 +24,9 @@ template <typename T> struct Bwd {
   static constexpr int64_t kGrain = depth > lanes ? depth : lanes;  // keys at the edge of the mask
   static constexpr int64_t kStrip = kTiles<P> ? 32 : 12;  // rows of S, and of the edge: a multiple of a product's tile
   static constexpr int64_t kSteps = (kBwdQueries + depth - 1) / depth * depth / step;
+  // dK and dV add up what a block of queries each gives: hundreds of float32 numbers at length, whose sums round more than all
+  // before them. What each took off is summed beside them.
+  static constexpr bool kRest = std::is_same_v<T, float>;
   static constexpr bool in_place = std::is_same_v<T, Acc> || (step == 2 && !kTiles<P>);  // the products read rows of T
   // Rows of lanes that are read down a column: an odd number of cache lines apart, lest they share the same few sets.
   static constexpr int64_t kStride = kBwdKeys + 64 / static_cast<int64_t>(sizeof(E));
@@ -36,7 +39,7 @@ template <typename T> struct Bwd {
     E *p, *ds;               // [queries][kStride]: columns are A's rows of dK and dV
     E *ds_rows, *ds_rest;    // [queries][kStride / step]: A's rows of dQ (ds where step is 1), and what rounding took
     Acc *s, *dp;             // [kStrip][kBwdKeys]
-    Acc *dk, *dv;            // [keys][columns]
+    Acc *dk, *dv;            // [keys][columns], where kRest two of them
     E *q, *dout;             // [queries][d] converted, where the products do not read T
     E *p_turned, *ds_turned; // [keys][kSteps], for tiles: A's rows of dV and dK
 
@@ -59,8 +62,8 @@ template <typename T> struct Bwd {
       if (step == 1) ds_rows = ds;
       take(s, kStrip * kBwdKeys);
       take(dp, kStrip * kBwdKeys);
-      take(dk, kBwdKeys * columns);
-      take(dv, kBwdKeys * columns);
+      take(dk, (kRest ? 2 : 1) * kBwdKeys * columns);
+      take(dv, (kRest ? 2 : 1) * kBwdKeys * columns);
       take(q, in_place ? 0 : kBwdQueries * steps_of(d));
       take(dout, in_place ? 0 : kBwdQueries * steps_of(d));
       take(p_turned, kTiles<P> ? kBwdKeys * kSteps : 0);
@@ -127,7 +130,7 @@ template <typename T> struct Bwd {
     for (int64_t j = from / kPanel<P> * kPanel<P>; j < to; j += kPanel<P>) {
       const int64_t width = lesser(kPanel<P>, n - j), begin = greater(from - j, 0), end = lesser(to - j, width);
       product<P, start>({begin_a, rows.row_bytes, rows.step_bytes, b + j * steps + first * width + begin, width,
-                         c + j + begin, c_stride, m, end - begin, last - first});
+                         c + j + begin, c_stride, m, end - begin, last - first, nullptr, kBwdKeys * columns});
     }
   }
 
@@ -297,16 +300,15 @@ template <typename T> struct Bwd {
     }
   }
 
-  // C = A B, or C += A B.
-  VEC_INLINE void add(bool fresh, Operand rows, int64_t m, const E* b, int64_t steps, int64_t first, int64_t last,
+  // C = A B, or C += A B, in which a chain is a block: one over 64k tokens was 10 times less exact in float32.
+  template <Start more> VEC_INLINE void add(bool fresh, Operand rows, int64_t m, const E* b, int64_t steps, int64_t first, int64_t last,
                       Acc* c) const {
     if (first >= last) {
       if (fresh) std::memset(c, 0, static_cast<size_t>(m * columns) * sizeof(Acc));
     } else if (fresh) {
       multiply<Start::zero>(rows, m, b, steps, columns, 0, columns, first, last, c, columns);
     } else {
-      // A chain a block: one over a whole sequence of 64k tokens was 10 times less exact in float32.
-      multiply<Start::apart>(rows, m, b, steps, columns, 0, columns, first, last, c, columns);
+      multiply<more>(rows, m, b, steps, columns, 0, columns, first, last, c, columns);
     }
   }
 
@@ -319,12 +321,13 @@ template <typename T> struct Bwd {
     const auto column = [&](const E* lying, const E* turned, int64_t x) {
       return kTiles<P> ? Operand{turned + x * kSteps, kSteps * size, size} : Operand{lying + x, size, kStride * size};
     };
+    constexpr Start kMore = kRest ? Start::exact : Start::apart;
     for (int64_t x = 0; x < nc; x += strip) {
       const int64_t m = lesser(strip, nc - x);
       const int64_t first = full ? 0 : (first_row(r.r0, r.r0 + r.n, x) - r.r0) / depth * depth / step;
       const int64_t last = full ? steps : steps_of(last_row(r.r0, r.r0 + r.n, x + m) - r.r0);
-      add(fresh, column(w.p, w.p_turned, x), m, w.dout_rows, steps, first, last, w.dv + x * columns);
-      add(fresh, column(w.ds, w.ds_turned, x), m, w.q_rows, steps, first, last, w.dk + x * columns);
+      add<kMore>(fresh, column(w.p, w.p_turned, x), m, w.dout_rows, steps, first, last, w.dv + x * columns);
+      add<kMore>(fresh, column(w.ds, w.ds_turned, x), m, w.q_rows, steps, first, last, w.dk + x * columns);
     }
   }
 
@@ -337,7 +340,7 @@ template <typename T> struct Bwd {
       const int64_t last = full ? steps : steps_of(high(r.r0 + i + n - 1));
       const auto part = [&](const E* ds, bool alone) {
         const void* rows = reinterpret_cast<const char*>(ds) + i * row_bytes;
-        add(alone, {rows, row_bytes, sizeof(E)}, n, w.key_rows, steps, first, last, sum + i * columns);
+        add<Start::apart>(alone, {rows, row_bytes, sizeof(E)}, n, w.key_rows, steps, first, last, sum + i * columns);
       };
       part(w.ds_rows, fresh);
       if (step > 1 && r.exact) part(w.ds_rest, false);
@@ -361,12 +364,14 @@ template <typename T> struct Bwd {
     __atomic_store_n(turns, static_cast<int32_t>(turn + 1), __ATOMIC_RELEASE);
   }
 
-  // Sums to T, rows of the result `heads` * d apart.
-  void write(const Acc* sum, int64_t n, T* out, int64_t heads, double factor) const {
+  // Sums to T, rows of the result `heads` * d apart; `rest`: where theirs lie beyond them.
+  void write(const Acc* sum, int64_t n, T* out, int64_t heads, double factor, int64_t rest = 0) const {
     const V scale(static_cast<Acc>(factor));
     for (int64_t i = 0; i < n; ++i) {
       for_vectors<V, Single>(d, [&](int64_t j, auto part) VEC_LAMBDA {
-        store(out + i * heads * d + j, load<V>(sum + i * columns + j, part) * scale, part);
+        V total = load<V>(sum + i * columns + j, part);
+        if (rest) total = total + load<V>(sum + rest + i * columns + j, part);
+        store(out + i * heads * d + j, total * scale, part);
       });
     }
   }
@@ -377,6 +382,9 @@ template <typename T> struct Bwd {
     pack_rows_as_lanes(k, a.k.token_stride, nc, w.keys);
     pack_rows_as_lanes(v, a.v.token_stride, nc, w.values);
     pack_rows_as_steps(k, a.k.token_stride, nc, w.key_rows);
+    const int64_t rest = kRest ? kBwdKeys * columns : 0;
+    const size_t sums = static_cast<size_t>(nc * columns) * sizeof(Acc);
+    if (kRest) std::memset(w.dk + rest, 0, sums), std::memset(w.dv + rest, 0, sums);
     bool fresh = true;
     for (int64_t head = unit.head * a.group(); head < (unit.head + 1) * a.group(); ++head) {
       for (int64_t r0 = seeing, block = 0; r0 < sq; r0 += kBwdQueries, ++block) {
@@ -387,11 +395,10 @@ template <typename T> struct Bwd {
         fresh = false;
       }
     }
-    if (fresh) std::memset(w.dk, 0, static_cast<size_t>(nc * columns) * sizeof(Acc));
-    if (fresh) std::memset(w.dv, 0, static_cast<size_t>(nc * columns) * sizeof(Acc));
+    if (fresh) std::memset(w.dk, 0, sums), std::memset(w.dv, 0, sums);
     const int64_t token = (a.cu_k ? a.cu_k[unit.sequence] : unit.sequence * a.seqlen_k) + c0;
-    write(w.dk, nc, static_cast<T*>(a.dk) + (token * a.kv_heads + unit.head) * d, a.kv_heads, a.scale);
-    write(w.dv, nc, static_cast<T*>(a.dv) + (token * a.kv_heads + unit.head) * d, a.kv_heads, 1.0);
+    write(w.dk, nc, static_cast<T*>(a.dk) + (token * a.kv_heads + unit.head) * d, a.kv_heads, a.scale, rest);
+    write(w.dv, nc, static_cast<T*>(a.dv) + (token * a.kv_heads + unit.head) * d, a.kv_heads, 1.0, rest);
   }
 };
 

@@ -73,8 +73,8 @@ constexpr int kTileVectors = 2;
 template <typename P> constexpr int64_t kPanel = kTileVectors * Vec<typename P::Acc>::size;  // B's natural row of lanes
 
 // Where the chains begin: at 0, at C, or at factor[n] * C; `apart`: at 0, and C is added at their end; `joined`: at 0, and
-// factor[n] * C is (no tiles).
-enum class Start { zero, sum, scaled, apart, joined };
+// factor[n] * C is (no tiles); `exact`: at 0, C is added, and what that rounded off is added to `rest` (no tiles).
+enum class Start { zero, sum, scaled, apart, joined, exact };
 
 // Strides of A in bytes, all others in elements.
 template <typename P> struct ProductArgs {
@@ -86,6 +86,7 @@ template <typename P> struct ProductArgs {
   int64_t c_stride;
   int64_t m, n, k;  // n: a multiple of the lanes of a vector; k: in elements (pairs)
   const typename P::Acc* factor = nullptr;  // [n], with Start::scaled and Start::joined
+  int64_t rest = 0;                         // where it lies beyond c, with Start::exact
 };
 
 }}}}  // namespace internlm2::cpu::CPU_CAPABILITY::(unnamed)
@@ -138,6 +139,11 @@ VEC_INLINE void product_tile(const ProductArgs<P>& p, const char* a, const typen
     for (int j = 0; j < kVectors; ++j) {
       auto* out = c + i * p.c_stride + j * V::size;
       if constexpr (start == Start::apart) acc[i][j] = V::load(out) + acc[i][j];
+      if constexpr (start == Start::exact) {  // Knuth's sum of two numbers
+        const V old = V::load(out), sum = old + acc[i][j], added = sum - old;
+        (V::load(out + p.rest) + ((old - (sum - added)) + (acc[i][j] - added))).store(out + p.rest);
+        acc[i][j] = sum;
+      }
       if constexpr (start == Start::joined) acc[i][j] = fma(V::load(factor + j * V::size), V::load(out), acc[i][j]);
       acc[i][j].store(out);
     }

@@ -16,6 +16,7 @@ EXAMPLES = """examples:
 exit status: 0 done, 2 cannot run here"""
 TOKENS, COLS, VOCAB = (2048, 8192, 32768), 2048, 92544
 SAFE = 0.8  # share of the free memory that a form may be expected to need
+LIMIT = 300  # seconds for one form at one size
 
 
 def forms() -> dict:
@@ -38,6 +39,8 @@ def forms() -> dict:
 
 def one(form: str, tokens: int, cols: int, vocab: int) -> dict:
     """In this process: bytes beyond inputs, of the whole and of what must be there (gradients, our accumulator)."""
+    import time
+
     import torch
 
     from internlm2.training.metrics import memory_in_use, reset_peak_memory
@@ -53,12 +56,15 @@ def one(form: str, tokens: int, cols: int, vocab: int) -> dict:
     if not reset_peak_memory(device):
         raise SystemExit("memory: this system does not let a process reset its peak (/proc/self/clear_refs)")
     held = memory_in_use(device)[0]
+    start = time.perf_counter()
     loss = function(hidden, weight, labels)
     loss.backward()
+    seconds = time.perf_counter() - start
     gradients = 2 * (hidden.numel() + weight.numel())
     accumulator = 4 * weight.numel() if form == "ours" else 0
     peak = memory_in_use(device)[1] - held
-    return {"form": form, "tokens": tokens, "loss": float(loss.detach()), "peak_bytes": peak, "gradient_bytes": gradients,
+    return {"form": form, "tokens": tokens, "seconds": round(seconds, 2), "loss": float(loss.detach()),
+            "peak_bytes": peak, "gradient_bytes": gradients,
             "accumulator_bytes": accumulator, "extra_bytes": max(0, peak - gradients - accumulator)}
 
 
@@ -71,6 +77,23 @@ def expected(done: list[dict], form: str, tokens: int) -> float:
     """What a form that grows with the tokens would take."""
     before = [row for row in done if row["form"] == form]
     return before[-1]["peak_bytes"] * tokens / before[-1]["tokens"] if before and form != "ours" else 0
+
+
+def measure(form: str, tokens: int, args: argparse.Namespace, rows: list[dict], left_out: list[dict]) -> tuple:
+    """(its row, "") from a fresh process, or (None, why there is none)."""
+    if any(entry["form"] == form for entry in left_out):
+        return None, "left out with fewer tokens"
+    if expected(rows, form, tokens) > SAFE * available():
+        return None, f"expected beyond {SAFE:.0%} of the free memory"
+    command = [sys.executable, "-m", "benchmarks.memory", "--one", form, "--tokens", str(tokens),
+               "--cols", str(args.cols), "--vocab", str(args.vocab)]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=args.limit)
+    except subprocess.TimeoutExpired:
+        return None, f"took longer than {args.limit} s"
+    if done.returncode:
+        return None, f"failed: {done.stderr.strip().splitlines()[-1]}"
+    return json.loads(done.stdout.splitlines()[-1]), ""
 
 
 def plot(rows: list[dict], path: Path, title: str) -> None:
@@ -99,6 +122,7 @@ def main(argv: list[str]) -> int:
     p.add_argument("--cols", type=int, default=COLS)
     p.add_argument("--vocab", type=int, default=VOCAB)
     p.add_argument("--out", type=Path, help="folder for the record (default: benchmarks/results/<device>)")
+    p.add_argument("--limit", type=int, default=LIMIT, help="seconds for one form at one size (default: %(default)s)")
     p.add_argument("--one", help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     if sys.platform != "linux":
@@ -111,29 +135,26 @@ def main(argv: list[str]) -> int:
 
     from . import record
 
-    console, rows = Console(), []
+    console, rows, left_out = Console(), [], []
     info = record.machine(torch.device("cpu"))
     for tokens in args.tokens:
         for form in forms():
-            if expected(rows, form, tokens) > SAFE * available():
-                console.print(f"{tokens:>7} tokens  {form:<36} left out: beyond {SAFE:.0%} of the free memory")
+            label = f"{tokens:>7} tokens  {form:<36}"
+            with console.status(label):
+                row, why = measure(form, tokens, args, rows, left_out)
+            if why:
+                left_out.append({"form": form, "tokens": tokens, "why": why})
+                console.print(f"{label} left out: {why}", markup=False, soft_wrap=True)
                 continue
-            with console.status(f"{tokens} tokens, {form}"):
-                done = subprocess.run([sys.executable, "-m", "benchmarks.memory", "--one", form, "--tokens", str(tokens),
-                                       "--cols", str(args.cols), "--vocab", str(args.vocab)], cwd=record.ROOT,
-                                      capture_output=True, text=True)
-            if done.returncode:
-                console.print(f"{tokens:>7} tokens  {form:<36} failed: {done.stderr.strip().splitlines()[-1]}", markup=False)
-                continue
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-            console.print(f"{tokens:>7} tokens  {form:<36} peak {rows[-1]['peak_bytes'] / 2**30:6.2f} GiB, beyond gradients, "
-                          f"accumulator: {rows[-1]['extra_bytes'] / 2**30:6.3f} GiB", highlight=False)
+            rows.append(row)
+            console.print(f"{label} {row['seconds']:6.1f} s, peak {row['peak_bytes'] / 2**30:6.2f} GiB, beyond gradients and "
+                          f"accumulator: {row['extra_bytes'] / 2**30:6.3f} GiB", highlight=False, soft_wrap=True)
     folder = (args.out or record.RESULTS / info["node"]).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     commit = record.commit()
     head = {"machine_info": info, "commit_info": commit, "cols": args.cols, "vocab": args.vocab, "dtype": "bfloat16"}
     path = folder / "memory_linear_cross_entropy.json"
-    path.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps(head | {"rows": rows, "left_out": left_out}, indent=1) + "\n")
     plot(rows, path.with_suffix(".png"), f"Linear cross-entropy, forward and backward, D = {args.cols}, V = {args.vocab:,}, "
          f"bfloat16; {info['device']}, torch {info['torch']}, commit {commit['id'][:7]}")
     console.print(f"{path} (.png)")

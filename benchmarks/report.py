@@ -1,5 +1,6 @@
 """What people read: the terminal's table, the Markdown and the README section, and the roofline plot, all from rows."""
 
+import json
 import math
 import statistics
 from collections import defaultdict
@@ -16,6 +17,7 @@ from .suite import size_of
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
 WAYS = {"forward": "fwd", "backward": "bwd", "both": "fwd+bwd", "call": "call", "call_grad": "call, grad"}
+MEMORY = "memory_linear_cross_entropy.json"  # of benchmarks/memory.py, beside the runs
 Judged = tuple[dict[str, Any], list[Verdict]]
 
 
@@ -170,7 +172,24 @@ def section(runs: list[dict[str, Any]]) -> str:
         parts += [describe(data), markdown_table(mean_columns(families(rows)), geometric_means(rows, readme=True)),
                   f"{gate_count(judged(rows))} [Every size]({stem}.md), [data]({stem}.json).",
                   f"![Share of the roof that each row reaches]({stem}.png)"]
+    parts += [memory(path) for path in sorted({data["path"].parent / MEMORY for data in runs}) if path.is_file()]
     return "\n\n".join(parts)
+
+
+def memory(path: Path) -> str:
+    """Peak memory over the number of tokens, as `python -m benchmarks.memory` recorded it."""
+    data = json.loads(path.read_text())
+    tokens = sorted({row["tokens"] for row in data["rows"]})
+    found = {(row["form"], row["tokens"]): f"{row['extra_bytes'] / 2**30:.2f}" for row in data["rows"]}
+    found |= {(row["form"], row["tokens"]): row["why"] for row in data["left_out"]}
+    forms = list(dict.fromkeys(form for form, _ in found))
+    lines = [[f"`{form}`" if form != "ours" else form, *(found.get((form, n), "-") for n in tokens)] for form in forms]
+    stem = path.relative_to(ROOT).with_suffix("").as_posix()
+    return "\n\n".join([
+        f"Peak memory of the linear cross-entropy, forward and backward, D = {data['cols']:,}, V = {data['vocab']:,}, "
+        f"{data['dtype']}: GiB beyond inputs, gradients and one float32 accumulator of the weight's gradient. "
+        f"{data['machine_info']['device']}, torch {data['machine_info']['torch']}, commit {data['commit_info']['id'][:7]}.",
+        markdown_table(["form", *(f"{n:,} tokens" for n in tokens)], lines), f"![Memory over tokens]({stem}.png)"])
 
 
 def with_section(text: str, runs: list[dict[str, Any]]) -> str:

@@ -304,7 +304,9 @@ def paged_attention(q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=
     Dtypes:   float32 | bfloat16 | float16 | float64; float32 accumulation. Under autocast q is cast to its dtype, which a
               float cache must have already: casting it would copy it at every token. A token's result is bit for bit what
               `flash_attention` gives it in one packed prefill with the same backend and an unquantised cache. The keys
-              are split at fixed places and merged in order, so neither the batch nor the number of threads plays a part
+              are split at fixed places and merged in order, so neither the batch nor the number of threads plays a part.
+              int8 with bfloat16 queries on AVX-512 with bfloat16 products: up to 8 rows (new tokens x H / G) are multiplied
+              as integers, more as converted values, so there the size of a token's chunk changes its bits
     Backward: none (inference): an argument that requires a gradient is an error. Deterministic: yes
     Errors:   ValueError, TypeError; a length or a used block-table entry out of range raises on CPU before memory is
               touched, on CUDA it makes the sequence's rows NaN and is reported by `internlm2_kernels.check()`

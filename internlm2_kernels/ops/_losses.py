@@ -47,14 +47,17 @@ def check_reduction(op, reduction):
 
 
 def check_number(op, argument, value, expected, accept):
-    """A real number, no tensor and no bool, that `accept` takes; as a float."""
-    if type(value) is float and math.isfinite(value) and accept(value):  # an abstract class would take a microsecond
+    """A real number, no tensor and no bool, that `accept` takes; as a float.
+
+    Finite by comparison: torch.compile cannot trace math.isfinite of a number that it holds as a symbol.
+    """
+    if type(value) is float and -math.inf < value < math.inf and accept(value):  # an abstract class would take a microsecond
         return value
     try:
         number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
     except OverflowError:  # an integer beyond float64
         number = math.inf
-    if not math.isfinite(number) or not accept(number):
+    if not -math.inf < number < math.inf or not accept(number):
         fail(ValueError, op, argument, expected, repr(value))
     return number
 

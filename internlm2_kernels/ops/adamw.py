@@ -169,7 +169,7 @@ def adamw(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas
     check_tensors(param, grad, exp_avg, exp_avg_sq, master)
     beta1, beta2, eps, weight_decay = check_settings("adamw", betas, eps, weight_decay)
     for name, value in (("step", step), ("seed", seed), ("index", index)):
-        if not isinstance(value, int) or isinstance(value, bool) or not (name == "step") <= value < 2**63:
+        if not isinstance(value, int) or isinstance(value, bool) or not int(name == "step") <= value < 2**63:
             fail(ValueError, "adamw", name, f"an integer of at least {int(name == 'step')}", repr(value))
     lr = check_number("adamw", "lr", lr, "a finite number >= 0", lambda v: v >= 0)
     chosen = ADAMW.select(param, backend)

@@ -1,0 +1,52 @@
+"""torch.compile(fullgraph=True) of every operator with options that change from call to call, and with sizes left open."""
+
+import inspect
+
+import parameters
+import torch
+from shared import OPS, assert_bitwise, replaced, sample_of, smoke_cases
+
+import internlm2_kernels as ik
+from internlm2_kernels.testing import draw_upstream, run
+
+pytest_generate_tests = parameters.pytest_generate_tests
+NUMBERS = ("scale", "clip")  # numbers whose default is None
+VALUES = {"base": (1e4, 2e4, 3e4), "betas": ((0.9, 0.95), (0.8, 0.9), (0.7, 0.99))}  # where (0.3, 0.2, 0.4) is out of range
+
+
+def float_options(op):
+    given = inspect.signature(getattr(ik, op.name)).parameters.values()
+    return [p.name for p in given if isinstance(p.default, float) or p.name in (*NUMBERS, "betas")]
+
+
+def drawn(op, device, generator):
+    dtype = torch.bfloat16 if torch.bfloat16 in op.dtypes else torch.float32
+    sample = sample_of(op, smoke_cases(op)[0], dtype, device, generator)
+    return sample, draw_upstream(op, sample, 1.0, generator)
+
+
+def compiled(op, **options):
+    torch._dynamo.reset()
+    return torch.compile(lambda **inputs: op.public(**inputs), fullgraph=True, backend="aot_eager", **options)
+
+
+def test_there_are_options():
+    assert {"softcap", "temperature", "clip", "lam", "eps"} <= {name for op in OPS.values() for name in float_options(op)}
+
+
+def test_dynamic(op, device, generator):
+    """dynamic=True takes sizes, and numbers too, for unknowns."""
+    sample, upstream = drawn(op, device, generator)
+    function = compiled(op, dynamic=True)
+    assert_bitwise(run(op, sample, lambda **inputs: function(**inputs), upstream), run(op, sample, None, upstream), "dynamic")
+
+
+def test_options_that_change(op, device, generator):
+    """A clip or a temperature that is annealed: from its second value on the compiler takes it for an unknown."""
+    sample, upstream = drawn(op, device, generator)
+    for option in float_options(op):
+        function = compiled(op)
+        for value in VALUES.get(option, (0.3, 0.2, 0.4)):
+            changed = replaced(sample, **{option: value})
+            got = run(op, changed, lambda **inputs: function(**inputs), upstream)  # noqa: B023
+            assert_bitwise(got, run(op, changed, None, upstream), f"{option} {value}")

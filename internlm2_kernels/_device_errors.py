@@ -24,6 +24,7 @@ CODES = {
     ("linear_logprobs", "tokens"): 1 << 10,
     ("reward_loss", "cu_seqlens"): 1 << 11,
     ("gae", "cu_seqlens"): 1 << 12,
+    ("vocab_parallel_linear_cross_entropy", "vocab_start"): 1 << 13,
 }
 _EXPECTED = {
     ("apply_rope", "positions"): "values from 0 to the rows of cos minus 1",
@@ -39,6 +40,7 @@ _EXPECTED = {
     ("linear_logprobs", "tokens"): "values from 0 to V - 1",
     ("reward_loss", "cu_seqlens"): "values that start at 0, rise by at least 1 and end at the tokens of hidden",
     ("gae", "cu_seqlens"): "values that start at 0, never fall and end at the tokens of rewards",
+    ("vocab_parallel_linear_cross_entropy", "vocab_start"): "the ranks' rows to follow each other from 0 to vocab_size",
 }
 _CONSEQUENCE = {
     "positions": "the outputs of those tokens are NaN and were not cached",
@@ -50,6 +52,7 @@ _CONSEQUENCE = {
     "labels": "the losses and gradients of those tokens are NaN",
     "tokens": "the results of those tokens are NaN",
     "cu_seqlens": "all results of the call are NaN",
+    "vocab_start": "all results of the call are NaN",
 }
 _words: dict[torch.device, torch.Tensor] = {}
 

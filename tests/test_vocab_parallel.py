@@ -1,7 +1,9 @@
 """A vocabulary on two gloo ranks: loss and gradients of the sharded head are those of one process, within the error ladder."""
 
 import socket
+from importlib.util import find_spec
 
+import interpreter
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,7 +11,7 @@ import torch.multiprocessing as mp
 
 from internlm2_kernels import OPS
 from internlm2_kernels._registry import Sample
-from internlm2_kernels.distributed import vocab_parallel_linear_cross_entropy
+from internlm2_kernels.distributed import vocab_parallel, vocab_parallel_linear_cross_entropy
 from internlm2_kernels.testing import ladder, ladder_table
 
 VOCAB = 131
@@ -50,7 +52,23 @@ def sharded(rank, inputs, upstream):
     return {"loss": loss.detach(), "d_hidden": hidden.grad, "d_weight": dweight.to(shard.dtype)}
 
 
+def _bad_label(rank):
+    """As on CUDA, where no label's value is looked at before the kernels run: what is NaN in loss and dhidden, by token."""
+    if find_spec("triton") is None:
+        return None
+    inputs, _ = draw({"tokens": 4}, torch.float32)
+    begin, end = ROWS[rank]
+    labels, nans = torch.tensor([1, VOCAB + 400, 100, -3]), {}
+    for smoothing in (0.0, 0.1):
+        hidden, shard = inputs["hidden"].clone().requires_grad_(), inputs["weight"][begin:end].clone().requires_grad_()
+        losses = vocab_parallel._Losses.apply(hidden, shard, labels, smoothing, 0.0, 0.0, begin, VOCAB, None, "triton")
+        losses.sum().backward()
+        nans[smoothing] = losses.isnan().tolist(), hidden.grad.isnan().all(1).tolist(), hidden.grad.isnan().any(1).tolist()
+    return nans
+
+
 def _rank(rank, port, results):
+    interpreter.install()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     op, red, same = OPS["linear_cross_entropy"], [], []
@@ -79,7 +97,19 @@ def _rank(rank, port, results):
             vocab_parallel_linear_cross_entropy(hidden, shard, call.pop("labels"), **call)
         except ValueError as error:
             errors.append(str(error))
-    results[rank] = {"red": red, "same": all(same), "frozen": bool(frozen), "errors": errors}
+    uncovered = []
+    for begin, end in ((0, 65 + rank), (10 * rank, 50 + 81 * rank), (60 * rank, 50 + 81 * rank), (0, VOCAB)):
+        try:
+            vocab_parallel_linear_cross_entropy(hidden, inputs["weight"][begin:end], inputs["labels"], vocab_start=begin,
+                                                vocab_size=VOCAB)
+        except ValueError as error:
+            uncovered.append(str(error))
+    try:
+        vocab_parallel_linear_cross_entropy(hidden, shard, inputs["labels"], token_weights=torch.ones(3), **arguments)
+    except ValueError as error:
+        errors.append(str(error))
+    results[rank] = {"red": red, "same": all(same), "frozen": bool(frozen), "errors": errors, "uncovered": uncovered,
+                     "bad label": _bad_label(rank)}
     dist.destroy_process_group()
 
 
@@ -106,9 +136,26 @@ def test_wrong_input_raises_on_every_rank_before_anything_is_sent(results):
     name = "vocab_parallel_linear_cross_entropy"
     for rank, result in results.items():
         smallest = VOCAB - (ROWS[rank][1] - ROWS[rank][0])
-        assert len(result["errors"]) == 4
+        assert len(result["errors"]) == 5
         assert result["errors"][0].startswith(f"{name}: labels: expected values from 0 to {VOCAB - 1} or ignore_index, got ")
         assert result["errors"][1] == (f"{name}: vocab_start: expected at most vocab_size - V_local = {smallest}, "
                                        f"got {ROWS[rank][0] + 100}")
         assert result["errors"][2] == f"{name}: vocab_size: expected an integer >= 0, got True"
         assert result["errors"][3] == f"{name}: backend: expected a compiled one, got 'reference'"
+        assert result["errors"][4] == f"{name}: token_weights: expected the shape of labels, [21], got [3]"
+
+
+def test_shards_that_do_not_cover_raise_on_every_rank(results):
+    """As many rows as there are, but both from 0; an overlap; a gap; everything on both ranks."""
+    for result in results.values():
+        assert len(result["uncovered"]) == 4
+        for message in result["uncovered"]:
+            assert f"vocab_start: expected the ranks' rows to follow each other from 0 to {VOCAB}, got [" in message
+
+
+def test_a_bad_label_on_a_device_is_nan(results):
+    """Its loss and its row of dhidden, and nobody else's."""
+    pytest.importorskip("triton")
+    for result in results.values():
+        for nans in result["bad label"].values():
+            assert nans == ([False, True, False, True],) * 3

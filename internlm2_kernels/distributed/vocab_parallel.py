@@ -5,10 +5,11 @@ import torch.distributed as dist
 
 from .._autograd import once_differentiable
 from .._checks import fail, last_stride_1
+from .._device_errors import CODES, error_word
 from ..ops._losses import check_label_values, check_labels, check_reduction, reduced
 from ..ops.apply_rope import native
 from ..ops.cross_entropy import check_ignore_index, check_loss_options
-from ..ops.linear_cross_entropy import _check_weights, as_matrix, check_head
+from ..ops.linear_cross_entropy import as_matrix, check_head, check_weights
 from ..ops.linear_logprobs import BWD, FWD, LINEAR_LOGPROBS
 
 NAME = "vocab_parallel_linear_cross_entropy"
@@ -24,6 +25,30 @@ def _global_lse(lse, group):
     return finite + torch.log(total)
 
 
+def _marks(begin, end):
+    """Two numbers whose sums over ranks are those of [0, V) if the ranks' [begin, end) follow each other from 0 to V.
+
+    f(end) - f(begin) for f(x) = x and x^2, modulo a prime so small that float32 sums of 4,096 ranks are exact: shards with a
+    gap or an overlap pass by chance once in 16 million.
+    """
+    prime = 4093
+    return end % prime - begin % prime, end * end % prime - begin * begin % prime
+
+
+def _check_cover(found, start, rows, vocab_size):
+    """bool [1]: the shards of all ranks cover the vocabulary once. Where that costs no wait for a device, an error if not."""
+    first, second = _marks(0, vocab_size)
+    covered = (found[:1] == first) & (found[1:] == second)
+    if torch.compiler.is_compiling():
+        return covered
+    if found.device.type == "cuda":
+        error_word(found.device).bitwise_or_((~covered).int() * CODES[NAME, "vocab_start"])
+    elif not covered:  # the sums are every rank's: all raise
+        fail(ValueError, NAME, "vocab_start", f"the ranks' rows to follow each other from 0 to {vocab_size}",
+             f"[{start}, {start + rows}) on this rank, and on others what leaves a gap or an overlap")
+    return covered
+
+
 class _Losses(torch.autograd.Function):
     """The loss of every token from this rank's rows of the weight."""
 
@@ -31,13 +56,17 @@ class _Losses(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, smoothing, z_loss, softcap, start, vocab_size, group, backend):
         options = 1.0, softcap, start, vocab_size
         logprobs, lse, _, _, _, total = native(FWD[backend], hidden, weight, labels, *options, False, smoothing > 0)
-        label = torch.where((labels >= start) & (labels < start + weight.shape[0]), logprobs + lse, 0)
-        parts = torch.stack((label, total)) if smoothing > 0 else label[None]
+        end = start + weight.shape[0]
+        label = torch.where((labels >= start) & (labels < end), logprobs + lse, 0)
+        marks = [lse.new_full((1,), mark) for mark in _marks(start, end)]  # filled on the device: CUDA graphs record no copy
+        parts = torch.cat((label, total, *marks))  # one message; total is empty unless wanted
         dist.all_reduce(parts, group=group)
-        lse = _global_lse(lse, group)
-        loss = (1 - smoothing) * (lse - parts[0]) + z_loss * lse.square()
+        label, total, found = parts.split((label.shape[0], total.shape[0], 2))
+        right = (labels >= 0) & (labels < vocab_size) & _check_cover(found, start, weight.shape[0], vocab_size)
+        lse = _global_lse(lse, group).masked_fill(~right, float("nan"))  # loss and gradients of what no rank could answer
+        loss = (1 - smoothing) * (lse - label) + z_loss * lse.square()
         if smoothing > 0:
-            loss = loss + smoothing * (lse - parts[1] / vocab_size)
+            loss = loss + smoothing * (lse - total / vocab_size)
         ctx.save_for_backward(hidden, weight, labels, lse)
         ctx.options, ctx.coefficients, ctx.group, ctx.backend = options, (smoothing, z_loss), group, backend
         return loss
@@ -68,7 +97,9 @@ def vocab_parallel_linear_cross_entropy(hidden, weight, labels, *, vocab_start, 
     Backward: saves hidden, weight, labels and lse; dhidden is summed over the ranks, dweight stays local. Deterministic as far
               as the group's all-reduce is
     Errors:   ValueError, TypeError as `linear_cross_entropy`, and for a shard outside the vocabulary; every rank must raise or
-              none, so the values of labels are looked at before anything is sent
+              none, so the values of labels are looked at before anything is sent. Shards that leave a gap or overlap raise on
+              every CPU rank; on CUDA all results are NaN and `internlm2_kernels.check()` reports it, as it does a label
+              outside [0, vocab_size), whose own loss and gradient are NaN
     Cost:     four products of this rank's share of the flops.   Source: arXiv:1909.08053 section 3
     """
     hidden, weight = check_head(NAME, hidden, weight)
@@ -83,7 +114,7 @@ def vocab_parallel_linear_cross_entropy(hidden, weight, labels, *, vocab_start, 
     smoothing, z_loss, softcap = check_loss_options(NAME, label_smoothing, z_loss, softcap)
     check_reduction(NAME, reduction)
     check_label_values(NAME, "labels", labels, vocab_size, ignore_index)
-    token_weights = _check_weights(token_weights, labels, hidden)
+    token_weights = check_weights(NAME, token_weights, labels, hidden)
     chosen = LINEAR_LOGPROBS.select(hidden, backend)
     if chosen == "reference":
         fail(ValueError, NAME, "backend", "a compiled one", "'reference'")

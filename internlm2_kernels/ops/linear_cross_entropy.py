@@ -241,14 +241,14 @@ def as_matrix(x):
     return last_stride_1(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
 
 
-def _check_weights(token_weights, labels, hidden):
+def check_weights(op, token_weights, labels, hidden):
+    """None, or the weights in the accumulator's dtype; no gradient reaches them."""
     if token_weights is None:
         return None
-    check_float("linear_cross_entropy", "token_weights", token_weights)
+    check_float(op, "token_weights", token_weights)
     if token_weights.shape != labels.shape:
-        fail(ValueError, "linear_cross_entropy", "token_weights", f"the shape of labels, {list(labels.shape)}",
-             list(token_weights.shape))
-    check_device("linear_cross_entropy", "token_weights", token_weights, hidden, "hidden")
+        fail(ValueError, op, "token_weights", f"the shape of labels, {list(labels.shape)}", list(token_weights.shape))
+    check_device(op, "token_weights", token_weights, hidden, "hidden")
     return token_weights.detach().to(accumulator(hidden.dtype)).contiguous()
 
 
@@ -280,7 +280,7 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, label_smo
     ignore_index = check_ignore_index("linear_cross_entropy", ignore_index)
     smoothing, z_loss, softcap = check_loss_options("linear_cross_entropy", label_smoothing, z_loss, softcap)
     code = check_reduction("linear_cross_entropy", reduction)
-    token_weights = _check_weights(token_weights, labels, hidden)
+    token_weights = check_weights("linear_cross_entropy", token_weights, labels, hidden)
     chosen = LINEAR_CROSS_ENTROPY.select(hidden, backend)
     if chosen == "reference":
         check_label_values("linear_cross_entropy", "labels", labels, weight.shape[0], ignore_index)

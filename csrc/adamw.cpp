@@ -114,7 +114,10 @@ double scalar_of(const char* argument, const Tensor& t) {
   return static_cast<double>(*static_cast<const float*>(cdata(t)));
 }
 
-struct Lists { const Tensors &params, &grads, &masters, &exp_avgs, &exp_avg_sqs, &steps; };
+struct Lists {
+  const Tensors &params, &grads, &masters, &exp_avgs, &exp_avg_sqs, &steps;
+  const std::vector<int64_t>& offsets;  // empty: all 0
+};
 
 void check_lists(const Lists& l) {
   check_length("grads", l.grads, l.params.size());
@@ -122,6 +125,11 @@ void check_lists(const Lists& l) {
   check_length("exp_avgs", l.exp_avgs, l.params.size());
   check_length("exp_avg_sqs", l.exp_avg_sqs, l.params.size());
   check_length("steps", l.steps, l.params.size());
+  STD_TORCH_CHECK(l.offsets.empty() || l.offsets.size() == l.params.size(), "ValueError: offsets: expected ",
+                  l.params.size(), " numbers, as many as params, or none, got ", l.offsets.size());
+  for (int64_t offset : l.offsets) {
+    STD_TORCH_CHECK(offset >= 0, "ValueError: offsets: expected numbers >= 0, got ", offset);
+  }
   for (size_t i = 0; i < l.params.size(); ++i) {
     const Tensor& param = l.params[i];
     const Dtype dtype = dtype_of(param);
@@ -163,6 +171,7 @@ std::vector<AdamwTensor> tensors_of(const Lists& l, const Adamw& a, double lr, d
     t.exp_avg = data(l.exp_avgs[i]);
     t.exp_avg_sq = data(l.exp_avg_sqs[i]);
     t.numel = l.params[i].numel();
+    t.offset = l.offsets.empty() ? 0 : l.offsets[i];
     t.decay = 1 - lr * weight_decay;
     t.step_size = lr / (1 - std::pow(a.beta1, step));
     t.root_scale = 1 / std::sqrt(1 - std::pow(a.beta2, step));
@@ -177,9 +186,9 @@ void adamw_step_cpp(const Tensors& params, const Tensors& grads, const Tensors& 
                     const Tensors& exp_avg_sqs, const Tensors& steps, const Tensor& skipped, const OptTensor& total_sq,
                     const OptTensor& grad_scale, const OptTensor& found_inf, const Tensor& lr, double beta1, double beta2,
                     double eps, double weight_decay, double max_grad_norm, bool stochastic_rounding, bool maximize,
-                    int64_t seed, int64_t first_index) {
+                    int64_t seed, int64_t first_index, const std::vector<int64_t>& offsets) {
   check_cpu();
-  const Lists lists{params, grads, masters, exp_avgs, exp_avg_sqs, steps};
+  const Lists lists{params, grads, masters, exp_avgs, exp_avg_sqs, steps, offsets};
   check_lists(lists);
   STD_TORCH_CHECK(dtype_of(skipped) == Dtype::i64 && skipped.numel() == 1,
                   "ValueError: skipped: expected one int64, got ", skipped.numel(), " of ", name_of(dtype_of(skipped)));
@@ -187,7 +196,7 @@ void adamw_step_cpp(const Tensors& params, const Tensors& grads, const Tensors& 
   const double norm = total_sq.has_value() ? std::sqrt(scalar_of("total_sq", *total_sq)) / scale : 0;
   const double rate = scalar_of("lr", lr);
   const bool overflow = found_inf.has_value() && scalar_of("found_inf", *found_inf) != 0;
-  if (overflow || !std::isfinite(norm)) {
+  if (overflow || !std::isfinite(norm) || !std::isfinite(rate)) {
     *static_cast<int64_t*>(data(skipped)) += 1;
     return;
   }

@@ -14,9 +14,9 @@ struct AdamwTensor {
   const void* grad;
   void* master;  // float, or double with an f64 parameter; null: the parameter is its own
   void *exp_avg, *exp_avg_sq;
-  int64_t numel;
+  int64_t numel, offset;  // offset: of the first element in the tensor that this one is a part of
   double decay, step_size, root_scale;  // 1 - lr weight_decay, lr / (1 - beta1^step), 1 / sqrt(1 - beta2^step)
-  uint32_t index, step;                 // what random bits are made of, besides the seed and the element
+  uint32_t index, step;                 // what random bits are made of, besides the seed and offset + element
 };
 
 struct Adamw {
@@ -28,7 +28,7 @@ struct Adamw {
 
 #define INTERNLM2_ADAMW_CPU                                                                                      \
   double sum_of_squares(const In& grad, int64_t begin, int64_t end);                                             \
-  void adamw_step(const Adamw& a, const AdamwTensor& t, int64_t begin, int64_t end); /* begin: a multiple of 8 */
+  void adamw_step(const Adamw& a, const AdamwTensor& t, int64_t begin, int64_t end);
 
 namespace cpu {
 namespace AVX2 { INTERNLM2_ADAMW_CPU }

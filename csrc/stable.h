@@ -186,6 +186,7 @@ template <typename T> struct TypeName;
 template <> struct TypeName<Tensor> { static std::string get() { return "Tensor"; } };
 template <> struct TypeName<OptTensor> { static std::string get() { return "Tensor?"; } };
 template <> struct TypeName<std::vector<Tensor>> { static std::string get() { return "Tensor[]"; } };
+template <> struct TypeName<std::vector<int64_t>> { static std::string get() { return "int[]"; } };
 template <> struct TypeName<double> { static std::string get() { return "float"; } };
 template <> struct TypeName<int64_t> { static std::string get() { return "int"; } };
 template <> struct TypeName<bool> { static std::string get() { return "bool"; } };

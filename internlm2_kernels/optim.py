@@ -1,5 +1,7 @@
 """`FusedAdamW`: AdamW over all parameters in one call, with master weights or stochastic rounding, clipping, skipped steps."""
 
+import functools
+
 import torch
 from torch.optim import Optimizer
 
@@ -21,6 +23,32 @@ def _is_dtensor(tensor):
 
 def _local(tensor):
     return tensor.to_local() if _is_dtensor(tensor) else tensor
+
+
+def _offset(p):
+    """What random bits count p's elements from: how many elements of the whole tensor lie before this shard's.
+
+    Shards are ordered by the first dimension that is split (as it lies in memory), then the next. Rows that follow each
+    other (FSDP2's) so have the places that they have in the whole tensor. A part that is no contiguous range of it
+    (Shard(d), d > 0) has a range of numbers of its own: no bits are shared, but they are not those of the whole tensor.
+    """
+    if not _is_dtensor(p) or not p.to_local().numel():
+        return 0
+    local = p.to_local()
+    order = tuple(sorted(range(local.dim()), key=lambda d: -local.stride(d)))
+    return _elements_before(p.shape, p.device_mesh, p.placements, order)
+
+
+@functools.lru_cache(maxsize=1024)
+def _elements_before(shape, mesh, placements, order):
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # half a second to import
+
+    local, first = compute_local_shape_and_global_offset(shape, mesh, placements)
+    before, inner = 0, shape.numel()
+    for d in order:
+        inner //= shape[d]
+        before, inner = before + first[d] * inner, inner * local[d]
+    return before
 
 
 def _layout(tensor):
@@ -251,11 +279,12 @@ class FusedAdamW(Optimizer):
             run = reference_step if chosen == "reference" else STEP[chosen]
             weights = [_local(p).detach() for p in params]
             filled = [w if dense(w) else torch.empty_like(w).copy_(w) for w in weights]
+            random = self.stochastic_rounding or states[0]["exp_avg"].dtype == torch.bfloat16
             run(filled, [gradients[p] for p in params], local("master") if master else [],
                 local("exp_avg"), local("exp_avg_sq"), local("step"), skipped.clone() if device in counted else skipped,
                 total.get(device), on(scale), on(found), self._rate(number, device), beta1, beta2, group["eps"],
                 group["weight_decay"], self.max_grad_norm or 0.0, self.stochastic_rounding, group["maximize"], self.seed,
-                first_index)
+                first_index, [_offset(p) for p in params] if random else [])
             for weight, new in zip(weights, filled, strict=True):
                 if weight is not new:
                     weight.copy_(new)

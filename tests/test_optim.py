@@ -115,6 +115,21 @@ def test_stored_random_bits_are_the_references(backend):
     assert step(backend)[0][2:4].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parts_of_a_tensor_have_its_bits(backend):
+    """Cut where eight elements share a counter and where they do not, across a kernel's chunk, and far into the counter."""
+    generator = torch.Generator().manual_seed(6)
+    size = 9001 if backend == "triton" else 70_001
+    draw = lambda *shape: torch.randn(*shape, generator=generator).bfloat16()
+    tensors = draw(size), draw(size), draw(size), draw(size).square()
+    for first in (0, 2**35 - 24):
+        step = lambda begin, end, first=first: ik.adamw(*(t[begin:end] for t in tensors), step=3, lr=0.1, seed=5, index=2,
+                                                        stochastic_rounding=True, offset=first + begin, backend=backend)
+        cuts = (0, 13, 16, 20, 29, size - 1, size)
+        parts = [step(*cut) for cut in zip(cuts, cuts[1:], strict=False)]
+        assert_bitwise(dict(enumerate(map(torch.cat, zip(*parts, strict=True)))), dict(enumerate(step(0, size))))
+
+
 def test_backends_have_the_same_bits():
     """Random bits too, in every stream, for parameters that lie in memory in another order than they are indexed."""
     results = []

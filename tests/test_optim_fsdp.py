@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from internlm2_kernels import FusedAdamW
 
@@ -116,6 +116,32 @@ def resume(rank, mesh, dtype, options, model, optimizer):
     return same
 
 
+def bits(mesh):
+    """Weights after steps at given gradients, whole and sharded: rows that ranks share unevenly, that begin anywhere."""
+    found = {}
+    for backend, last in (("reference", 9), ("cpp", 65_539), ("triton", 9)):
+        shapes = (2, 512), (7, 6), (9, 5), (7,), (3, last)
+        options = {"lr": 1e-2, "master_weights": False, "stochastic_rounding": True, "moment_dtype": torch.bfloat16,
+                   "backend": backend}
+        for dim in (0, 1):
+            kept = [shape for shape in shapes if len(shape) > dim]
+            whole = [torch.nn.Parameter(torch.ones(shape).bfloat16()) for shape in kept]
+            split = lambda t, dim=dim: distribute_tensor(t.detach().clone(), mesh, [Shard(dim)])
+            sharded = [torch.nn.Parameter(split(p)) for p in whole]
+            optimizers = [FusedAdamW(params, **options) for params in (whole, sharded)]
+            for _ in range(3):
+                for p, q in zip(whole, sharded, strict=True):
+                    p.grad = torch.ones_like(p)
+                    q.grad = split(p.grad)
+                for optimizer in optimizers:
+                    optimizer.step()
+            got = [q.detach().full_tensor() for q in sharded]
+            found[backend, dim] = [torch.equal(p, q) for p, q in zip(whole, got, strict=True)]
+            halves = got[0].chunk(2, dim)
+            found[backend, dim, "shared"] = float((halves[0] == halves[1]).float().mean())
+    return found
+
+
 CASES = {"float32": (torch.float32, {}), "bfloat16": (torch.bfloat16, {}),
          "stochastic": (torch.bfloat16, {"master_weights": False, "stochastic_rounding": True, "moment_dtype": torch.bfloat16})}
 
@@ -125,18 +151,25 @@ def _rank(rank, port, results):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     results[rank] = {name: check(rank, mesh, dtype, options) for name, (dtype, options) in CASES.items()}
+    results[f"bits of {rank}"] = bits(mesh)
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def results():
+def everything():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with mp.Manager() as manager:
         shared = manager.dict()
         mp.spawn(_rank, (port, shared), nprocs=2)
-        return dict(shared)
+        everything = dict(shared)
+    return everything
+
+
+@pytest.fixture(scope="module")
+def results(everything):
+    return {rank: everything[rank] for rank in range(2)}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -150,6 +183,17 @@ def test_sharded_steps_are_the_unsharded_ones(case, results):
         assert found["state"] == sorted(wanted + [("master", True, "torch.float32")] * (case == "bfloat16"))
         assert found["empty"] == (7 if rank == 0 else 0)
         assert found["skipped"] == (1, True)
+
+
+@pytest.mark.parametrize("backend", ("reference", "cpp", "triton"))
+@pytest.mark.parametrize("rank", (0, 1))
+def test_shards_round_as_the_whole_does(backend, rank, everything):
+    """Weights of 1 with gradients of 1: what differs between elements is random bits alone."""
+    found = everything[f"bits of {rank}"]
+    assert found[backend, 0] == [True] * 5, "rows have their places in the whole tensor"
+    assert found[backend, 1].count(True) <= 1, "columns have numbers of their own"
+    for dim in (0, 1):
+        assert found[backend, dim, "shared"] < 0.8, "ranks share no bits"
 
 
 @pytest.mark.parametrize("case", CASES)

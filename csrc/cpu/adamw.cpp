@@ -84,10 +84,11 @@ constexpr int kPairs = 2;
 template <typename P, typename G, typename M, bool kMaster, bool kStochastic> struct Step {
   using Acc = acc_t<P>;
   using V = Vec<Acc>;
+  static constexpr bool kRandom = kStochastic || is_bf16<M>;
   // Random bits come for even and odd elements apart; where there are none, memory's order costs no shuffles.
-  using Order = std::conditional_t<kStochastic || is_bf16<M>, bf16, Acc>;
+  using Order = std::conditional_t<kRandom, bf16, Acc>;
   static constexpr int kElements = kPairs * 2 * V::size;
-  static_assert(!(kStochastic || is_bf16<M>) || kElements == kPhiloxElements);
+  static_assert(!kRandom || kElements == kPhiloxElements);
 
   const Constants<Acc> c;
   const PhiloxKey key;
@@ -133,29 +134,37 @@ template <typename P, typename G, typename M, bool kMaster, bool kStochastic> st
     }
   }
 
+  // `count` elements from i on, as elements lead, lead + 1, ... of the block that begins at `element`.
+  void part(const Pointers<P, G, M>& p, int64_t i, int64_t count, int64_t lead, int64_t element) const {
+    P param[kElements] = {};
+    G grad[kElements] = {};
+    Acc master[kMaster ? kElements : 1] = {};
+    M m[kElements] = {}, v[kElements] = {};
+    std::copy_n(p.param + i, count, param + lead);
+    std::copy_n(p.grad + i, count, grad + lead);
+    if constexpr (kMaster) std::copy_n(p.master + i, count, master + lead);
+    std::copy_n(p.m + i, count, m + lead);
+    std::copy_n(p.v + i, count, v + lead);
+    block({param, grad, master, m, v}, 0, element);
+    std::copy_n(param + lead, count, p.param + i);
+    if constexpr (kMaster) std::copy_n(master + lead, count, p.master + i);
+    std::copy_n(m + lead, count, p.m + i);
+    std::copy_n(v + lead, count, p.v + i);
+  }
+
   void range(const Pointers<P, G, M>& p, int64_t n, int64_t element) const {
     int64_t i = 0;
+    const int64_t lead = kRandom ? element % 8 : 0;  // eight elements share a counter: a shard may begin amid them
+    if (lead != 0) {
+      i = std::min(n, 8 - lead);
+      part(p, 0, i, lead, element - lead);
+    }
     if (kPassable && reinterpret_cast<uintptr_t>(p.param) % 64 == 0) {
       for (; i + kElements <= n; i += kElements) block<kPassable>(p, i, element + i);
       _mm_sfence();
     }
     for (; i + kElements <= n; i += kElements) block(p, i, element + i);
-    if (i == n) return;
-    P param[kElements] = {};
-    G grad[kElements] = {};
-    Acc master[kMaster ? kElements : 1] = {};
-    M m[kElements] = {}, v[kElements] = {};
-    const int64_t rest = n - i;
-    std::copy_n(p.param + i, rest, param);
-    std::copy_n(p.grad + i, rest, grad);
-    if constexpr (kMaster) std::copy_n(p.master + i, rest, master);
-    std::copy_n(p.m + i, rest, m);
-    std::copy_n(p.v + i, rest, v);
-    block({param, grad, master, m, v}, 0, element + i);
-    std::copy_n(param, rest, p.param + i);
-    if constexpr (kMaster) std::copy_n(master, rest, p.master + i);
-    std::copy_n(m, rest, p.m + i);
-    std::copy_n(v, rest, p.v + i);
+    if (i < n) part(p, i, n - i, 0, element + i);
   }
 };
 
@@ -164,11 +173,12 @@ void step_typed(const Adamw& a, const AdamwTensor& t, int64_t begin, int64_t end
   const Pointers<P, G, M> p{static_cast<P*>(t.param) + begin, static_cast<const G*>(t.grad) + begin,
                             t.master ? static_cast<acc_t<P>*>(t.master) + begin : nullptr, static_cast<M*>(t.exp_avg) + begin,
                             static_cast<M*>(t.exp_avg_sq) + begin};
-  if (t.master != nullptr) return Step<P, G, M, true, false>(a, t).range(p, end - begin, begin);
+  const int64_t n = end - begin, element = t.offset + begin;
+  if (t.master != nullptr) return Step<P, G, M, true, false>(a, t).range(p, n, element);
   if constexpr (is_bf16<P>) {
-    if (a.stochastic_rounding) return Step<P, G, M, false, true>(a, t).range(p, end - begin, begin);
+    if (a.stochastic_rounding) return Step<P, G, M, false, true>(a, t).range(p, n, element);
   }
-  Step<P, G, M, false, false>(a, t).range(p, end - begin, begin);
+  Step<P, G, M, false, false>(a, t).range(p, n, element);
 }
 
 template <typename P, typename G>

@@ -3,7 +3,8 @@
 Two launches: a small one decides on the device whether the step is skipped, computes what multiplies the gradients and
 counts the steps; the main one updates chunks of all tensors, found through a table of addresses (tables.py). Tensors of
 other dtypes than the first's take a main launch of their own. Thread and element: groups of eight neighbouring elements
-share one Philox counter and are one thread's, so their 16-bit numbers never leave its registers.
+share one Philox counter and are one thread's, so their 16-bit numbers never leave its registers. A shard may begin amid
+eight elements of the whole tensor: its chunks are counted from the first of these on, `shift` elements before its own.
 """
 
 import math
@@ -20,14 +21,14 @@ from .tables import _address_of, _find_chunk, aligned, table
 CHUNK = 8192  # elements of a program
 GROUPS = 256  # of eight elements, at a time
 # Rows of the table behind the chunks'; masters' addresses are 0 where there are none.
-SIZE, PARAM, GRAD, MASTER, EXP_AVG, EXP_AVG_SQ, STEPS, INDEX = (tl.constexpr(i) for i in range(1, 9))
+SIZE, PARAM, GRAD, MASTER, EXP_AVG, EXP_AVG_SQ, STEPS, INDEX, OFFSET = (tl.constexpr(i) for i in range(1, 10))
 
 
 @triton.jit(do_not_specialize=["tensors"])
-def adamw_prepare_kernel(table_ptr, state_ptr, skipped_ptr, total_sq_ptr, grad_scale_ptr, found_inf_ptr, tensors,
+def adamw_prepare_kernel(table_ptr, state_ptr, skipped_ptr, total_sq_ptr, grad_scale_ptr, found_inf_ptr, lr_ptr, tensors,
                          max_grad_norm, sign, BLOCK: tl.constexpr):
     """state = (1 if the step is taken, what multiplies the gradients); steps or skipped grow by one."""
-    taken = tensors * 0 + 1
+    taken = tl.where(tl.abs(tl.load(lr_ptr)) < float("inf"), tensors * 0 + 1, 0)  # not for NaN either
     factor = sign
     if grad_scale_ptr is not None:
         factor = tl.div_rn(factor, tl.load(grad_scale_ptr).to(tl.float32))
@@ -35,7 +36,7 @@ def adamw_prepare_kernel(table_ptr, state_ptr, skipped_ptr, total_sq_ptr, grad_s
         taken = tl.where(tl.load(found_inf_ptr).to(tl.float32) == 0.0, taken, 0)
     if total_sq_ptr is not None:
         norm = tl.sqrt_rn(tl.load(total_sq_ptr)) * tl.abs(factor)
-        taken = tl.where(norm < float("inf"), taken, 0)  # not for NaN either
+        taken = tl.where(norm < float("inf"), taken, 0)
         clip = tl.div_rn(max_grad_norm, norm + 1e-6)
         factor = tl.where((max_grad_norm > 0.0) & (clip < 1.0), factor * clip, factor)
     tl.store(state_ptr, taken.to(tl.float32))
@@ -74,7 +75,7 @@ def _stochastic(x, seed, group, tensor, stream, step):
 @triton.jit
 def _load(ptr, at, size, MASKED: tl.constexpr):
     if MASKED:
-        return tl.load(ptr + at, mask=at < size, other=0.0).to(tl.float32)
+        return tl.load(ptr + at, mask=(at >= 0) & (at < size), other=0.0).to(tl.float32)
     else:
         return tl.load(ptr + at).to(tl.float32)
 
@@ -82,19 +83,21 @@ def _load(ptr, at, size, MASKED: tl.constexpr):
 @triton.jit
 def _store(ptr, at, x, size, MASKED: tl.constexpr):
     if MASKED:
-        tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=at < size)
+        tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=(at >= 0) & (at < size))
     else:
         tl.store(ptr + at, x.to(ptr.dtype.element_ty))
 
 
 @triton.jit
-def _update(param_ptr, grad_ptr, master_ptr, avg_ptr, sq_ptr, first, size, factor, decay, rate, root, beta1, one_less_beta1,
-            beta2, one_less_beta2, eps, seed, index, step, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr,
+def _update(param_ptr, grad_ptr, master_ptr, avg_ptr, sq_ptr, first, size, offset, factor, decay, rate, root, beta1,
+            one_less_beta1, beta2, one_less_beta2, eps, seed, index, step, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr,
             CHUNK: tl.constexpr, GROUPS: tl.constexpr):
-    """One chunk, from element `first` on. A chunk that is full needs no masks, and moves 16 bytes at a time."""
+    """One chunk, from element `first` - shift on. A full one without a shift needs no masks and moves 16 bytes at a time."""
     for start in range(0, CHUNK // 8, GROUPS):
-        group = first // 8 + start + tl.arange(0, GROUPS)
+        group = (offset + first) // 8 + start + tl.arange(0, GROUPS)
         at = first + (start + tl.arange(0, GROUPS))[:, None] * 8 + tl.arange(0, 8)[None, :]
+        if MASKED:
+            at -= offset % 8
         g = _load(grad_ptr, at, size, MASKED) * factor
         w = _load(param_ptr if master_ptr is None else master_ptr, at, size, MASKED)
         m = beta1 * _load(avg_ptr, at, size, MASKED) + one_less_beta1 * g
@@ -127,6 +130,7 @@ def adamw_step_kernel(table_ptr, state_ptr, lr_ptr, tensors, seed, beta1, one_le
     first = chunk * CHUNK
     size = tl.load(table_ptr + SIZE * (tensors + 1) + tensor)
     index = tl.load(table_ptr + INDEX * (tensors + 1) + tensor)
+    offset = tl.load(table_ptr + OFFSET * (tensors + 1) + tensor)
     step = tl.load(_address_of(table_ptr, tensors, STEPS, tensor, tl.float32, False))
     param_ptr = _address_of(table_ptr, tensors, PARAM, tensor, PARAM_TYPE, ALIGNED)
     grad_ptr = _address_of(table_ptr, tensors, GRAD, tensor, GRAD_TYPE, ALIGNED)
@@ -139,20 +143,22 @@ def adamw_step_kernel(table_ptr, state_ptr, lr_ptr, tensors, seed, beta1, one_le
     rate = tl.div_rn(lr, 0.0 - _expm1(step * log_beta1))  # 1 - beta^step without cancellation
     root = tl.sqrt_rn(0.0 - _expm1(step * log_beta2))
     decay = 1.0 - lr * weight_decay
-    if first + CHUNK <= size:
-        _update(param_ptr, grad_ptr, master_ptr, avg_ptr, sq_ptr, first, size, factor, decay, rate, root, beta1, one_less_beta1,
-                beta2, one_less_beta2, eps, seed, index, step, STOCHASTIC, False, CHUNK, GROUPS)
+    if (first + CHUNK <= size) & (offset % 8 == 0):
+        _update(param_ptr, grad_ptr, master_ptr, avg_ptr, sq_ptr, first, size, offset, factor, decay, rate, root, beta1,
+                one_less_beta1, beta2, one_less_beta2, eps, seed, index, step, STOCHASTIC, False, CHUNK, GROUPS)
     else:
-        _update(param_ptr, grad_ptr, master_ptr, avg_ptr, sq_ptr, first, size, factor, decay, rate, root, beta1, one_less_beta1,
-                beta2, one_less_beta2, eps, seed, index, step, STOCHASTIC, True, CHUNK, GROUPS)
+        _update(param_ptr, grad_ptr, master_ptr, avg_ptr, sq_ptr, first, size, offset, factor, decay, rate, root, beta1,
+                one_less_beta1, beta2, one_less_beta2, eps, seed, index, step, STOCHASTIC, True, CHUNK, GROUPS)
 
 
 def _table(entries, first_index, device):
-    """The rows of these entries (position in the list, param, grad, master, exp_avg, exp_avg_sq, step)."""
-    columns = list(zip(*entries, strict=True))
+    """The rows of these entries (position in the list, param, grad, master, exp_avg, exp_avg_sq, step, offset)."""
+    index, *tensors, offsets = zip(*entries, strict=True)
     address = lambda tensors: [0 if t is None else t.data_ptr() for t in tensors]
-    sizes = [t.numel() for t in columns[1]]
-    return table(CHUNK, sizes, [sizes, *(address(c) for c in columns[1:]), [first_index + i for i in columns[0]]], device)
+    sizes = [t.numel() for t in tensors[0]]
+    shifted = [size + offset % 8 if size else 0 for size, offset in zip(sizes, offsets, strict=True)]
+    rows = [sizes, *(address(c) for c in tensors), [first_index + i for i in index], offsets]
+    return table(CHUNK, shifted, rows, device)
 
 
 def _log(beta):
@@ -160,14 +166,17 @@ def _log(beta):
 
 
 def adamw_step_(params, grads, masters, exp_avgs, exp_avg_sqs, steps, skipped, total_sq, grad_scale, found_inf, lr, beta1,
-                beta2, eps, weight_decay, max_grad_norm, stochastic_rounding, maximize, seed, first_index):
+                beta2, eps, weight_decay, max_grad_norm, stochastic_rounding, maximize, seed, first_index, offsets=()):
     if not params:
         return
     for param in params:
         check_dtype("adamw", "param", param)
     device = params[0].device
+    rounded = stochastic_rounding and not masters
+    random = lambda i: torch.bfloat16 in (params[i].dtype if rounded else None, exp_avgs[i].dtype, exp_avg_sqs[i].dtype)
+    offsets = [offset if random(i) else 0 for i, offset in enumerate(offsets or [0] * len(params))]
     entries = list(zip(range(len(params)), params, grads, masters or [None] * len(params), exp_avgs, exp_avg_sqs, steps,
-                       strict=True))
+                       offsets, strict=True))
     groups: dict[tuple, list] = {}
     for entry in entries:
         groups.setdefault(tuple(entry[i].dtype for i in (1, 2, 4, 5)), []).append(entry)
@@ -175,8 +184,8 @@ def adamw_step_(params, grads, masters, exp_avgs, exp_avg_sqs, steps, skipped, t
     rows, count = _table(entries, first_index, device)
     launch(adamw_prepare_kernel, 1, device,
            dict(table_ptr=rows, state_ptr=state, skipped_ptr=skipped, total_sq_ptr=total_sq, grad_scale_ptr=grad_scale,
-                found_inf_ptr=found_inf, tensors=len(params), max_grad_norm=max_grad_norm, sign=-1.0 if maximize else 1.0,
-                BLOCK=256), num_warps=4)
+                found_inf_ptr=found_inf, lr_ptr=lr, tensors=len(params), max_grad_norm=max_grad_norm,
+                sign=-1.0 if maximize else 1.0, BLOCK=256), num_warps=4)
     for (param, grad, avg, sq), own in groups.items():
         if len(groups) > 1:
             rows, count = _table(own, first_index, device)
@@ -188,7 +197,7 @@ def adamw_step_(params, grads, masters, exp_avgs, exp_avg_sqs, steps, skipped, t
                     one_less_beta1=1 - beta1, log_beta1=_log(beta1), beta2=beta2, one_less_beta2=1 - beta2,
                     log_beta2=_log(beta2), eps=eps, weight_decay=weight_decay, PARAM_TYPE=TYPES[param],
                     GRAD_TYPE=TYPES[grad], AVG_TYPE=TYPES[avg], SQ_TYPE=TYPES[sq], HAS_MASTER=bool(masters),
-                    STOCHASTIC=stochastic_rounding and not masters and param == torch.bfloat16, ALIGNED=aligned(*lists),
+                    STOCHASTIC=rounded and param == torch.bfloat16, ALIGNED=aligned(*lists),
                     CHUNK=CHUNK, GROUPS=GROUPS), num_warps=8)
 
 

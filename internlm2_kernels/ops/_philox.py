@@ -1,7 +1,8 @@
 """Counter-based random bits (Philox4x32-10) and stochastic rounding in PyTorch: the references' form of what kernels do.
 
 Element i of tensor k takes 16 bits of Philox4x32-10 with key (seed low, seed high) and counter (e low, e high, 4 k + stream,
-step), e = i // 8: of the four words, word (i % 8) / 2, its low half for even i. Source: J. Salmon et al., Parallel random
+step), e = i // 8: of the four words, word (i % 8) / 2, its low half for even i. Of a shard, i counts from its first
+element's place in the whole tensor, the offset. Source: J. Salmon et al., Parallel random
 numbers: as easy as 1, 2, 3 (SC 2011).
 """
 
@@ -29,13 +30,14 @@ def philox(counter, key):
     return c0, c1, c2, c3
 
 
-def bits16(elements, seed, tensor_index, stream, step, device="cpu"):
-    """Sixteen random bits for each of `elements` elements, as int64."""
-    e = torch.arange((elements + 7) // 8, dtype=torch.int64, device=device)
+def bits16(elements, seed, tensor_index, stream, step, device="cpu", offset=0):
+    """Sixteen random bits for each of `elements` elements from `offset` on, as int64."""
+    lead = offset % 8
+    e = torch.arange((lead + elements + 7) // 8, dtype=torch.int64, device=device) + offset // 8
     other = lambda value: torch.full_like(e, value & WORD)
     words = philox((e & WORD, e >> 32, other(tensor_index * 4 + stream), other(step)), (seed & WORD, (seed >> 32) & WORD))
     halves = torch.stack([part for word in words for part in (word & 0xFFFF, word >> 16)], 1)
-    return halves.flatten()[:elements]
+    return halves.flatten()[lead: lead + elements]
 
 
 def stochastic_bfloat16(x, random):

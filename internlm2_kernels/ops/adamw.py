@@ -11,7 +11,7 @@ MOMENTS = ((torch.float32, torch.bfloat16), (torch.float64,))
 
 
 def reference(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
-              maximize=False, stochastic_rounding=False, seed=0, index=0):
+              maximize=False, stochastic_rounding=False, seed=0, index=0, offset=0):
     acc = torch.promote_types(param.dtype, torch.float32)
     w = (param if master is None else master).to(acc)
     g = -grad.to(acc) if maximize else grad.to(acc)
@@ -24,7 +24,7 @@ def reference(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, b
     def stored(x, dtype, stream, random):
         if not random:
             return x.to(dtype)
-        return stochastic_bfloat16(x, bits16(x.numel(), seed, index, stream, step, x.device))
+        return stochastic_bfloat16(x, bits16(x.numel(), seed, index, stream, step, x.device, offset))
 
     low = torch.bfloat16
     results = (stored(w, param.dtype, 0, stochastic_rounding and master is None and param.dtype == low),
@@ -33,10 +33,10 @@ def reference(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, b
 
 
 def reference_step(params, grads, masters, exp_avgs, exp_avg_sqs, steps, skipped, total_sq, grad_scale, found_inf, lr, beta1,
-                   beta2, eps, weight_decay, max_grad_norm, stochastic_rounding, maximize, seed, first_index):
+                   beta2, eps, weight_decay, max_grad_norm, stochastic_rounding, maximize, seed, first_index, offsets=()):
     """`step_` in plain PyTorch, in place; it may wait for the device."""
     norm = None if total_sq is None else total_sq.sqrt() / (1 if grad_scale is None else grad_scale)
-    if (found_inf is not None and bool(found_inf)) or (norm is not None and not bool(norm.isfinite())):
+    if any(t is not None and not bool(t.isfinite()) for t in (norm, lr)) or (found_inf is not None and bool(found_inf)):
         skipped += 1
         return
     factor = 1.0 if grad_scale is None else 1 / float(grad_scale)
@@ -50,13 +50,13 @@ def reference_step(params, grads, masters, exp_avgs, exp_avg_sqs, steps, skipped
         master = (in_memory(masters[i]),) if masters else ()
         new = reference(*old, *master, step=int(steps[i]), lr=float(lr), betas=(beta1, beta2), eps=eps,
                         weight_decay=weight_decay, maximize=maximize, stochastic_rounding=stochastic_rounding, seed=seed,
-                        index=first_index + i)
+                        index=first_index + i, offset=offsets[i] if offsets else 0)
         for tensor, value in zip((param, *moments, *master), new, strict=True):
             tensor.copy_(value)
 
 
 def _eager(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
-           maximize=False, stochastic_rounding=False, seed=0, index=0):
+           maximize=False, stochastic_rounding=False, seed=0, index=0, offset=0):
     """torch.optim.AdamW's functional form on a float32 copy, and the casts around it."""
     acc = torch.promote_types(param.dtype, torch.float32)
     w = (param if master is None else master).to(acc, copy=True)
@@ -79,7 +79,7 @@ def _sample(case, dtype, device, generator):
         inputs = {name: value.double() for name, value in inputs.items()}
     elif dims.get("moments") == "bfloat16":
         inputs |= {name: inputs[name].bfloat16() for name in ("exp_avg", "exp_avg_sq")}
-    options = {key: dims[key] for key in ("maximize", "stochastic_rounding") if dims.get(key)}
+    options = {key: dims[key] for key in ("maximize", "stochastic_rounding", "offset") if dims.get(key)}
     return Sample({**inputs, "step": dims.get("step", 3), "lr": 1e-2, "seed": 2**40 + 7, "index": 5, **options})
 
 
@@ -99,14 +99,14 @@ ADAMW = Op(
                       " Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] steps, Tensor(f!) skipped, Tensor? total_sq,"
                       " Tensor? grad_scale, Tensor? found_inf, Tensor lr, float beta1, float beta2, float eps,"
                       " float weight_decay, float max_grad_norm, bool stochastic_rounding, bool maximize, int seed,"
-                      " int first_index) -> ()"},
+                      " int first_index, int[] offsets=[]) -> ()"},
     fakes={"step_": lambda *args: None},
     outputs=("param", "exp_avg", "exp_avg_sq", "master"),
     sample=_sample,
     cases=(
         Case("smoke", {"elements": 1000, "master": True}),
         Case("smoke", {"elements": 333, "step": 1, "maximize": True}),
-        Case("smoke", {"elements": 517, "moments": "bfloat16", "stochastic_rounding": True}),
+        Case("smoke", {"elements": 517, "moments": "bfloat16", "stochastic_rounding": True, "offset": 2**36 + 13}),
         Case("edge", {"elements": 0}),
         Case("edge", {"elements": 1, "master": True, "step": 1}),
         Case("edge", {"elements": 4099, "master": True, "moments": "bfloat16", "step": 1000}),
@@ -151,7 +151,7 @@ def check_settings(op, betas, eps, weight_decay):
 
 
 def adamw(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
-          maximize=False, stochastic_rounding=False, seed=0, index=0, backend=None):
+          maximize=False, stochastic_rounding=False, seed=0, index=0, offset=0, backend=None):
     """One step of AdamW into new tensors: m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2,
     w = w (1 - lr weight_decay) - lr / (1 - b1^step) m / (sqrt(v) / sqrt(1 - b2^step) + eps).
 
@@ -161,14 +161,15 @@ def adamw(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas
               (all float64 for float64); computed in float32 (float64). w is the master, or param where there is none; param
               is w rounded to nearest, or stochastically for bfloat16 without a master on request. bfloat16 moments are always
               stored stochastically rounded: to nearest, b2 = 0.999 would stall far below the true second moment
-    Random:   Philox4x32-10 keyed by seed, step, index (of the tensor in the optimizer), element: the same bits on CPU and GPU
+    Random:   Philox4x32-10 keyed by seed, step, index (of the tensor in the optimizer), element: the same bits on CPU and GPU.
+              offset: of a shard that is param, its first element's place in the whole tensor, from which elements are counted
     Backward: none: an update. Deterministic: yes
     Errors:   ValueError, TypeError
     Cost:     memory-bound; `FusedAdamW` updates all parameters in place in one call.   Source: arXiv:1711.05101 algorithm 2
     """
     check_tensors(param, grad, exp_avg, exp_avg_sq, master)
     beta1, beta2, eps, weight_decay = check_settings("adamw", betas, eps, weight_decay)
-    for name, value in (("step", step), ("seed", seed), ("index", index)):
+    for name, value in (("step", step), ("seed", seed), ("index", index), ("offset", offset)):
         if not isinstance(value, int) or isinstance(value, bool) or not int(name == "step") <= value < 2**63:
             fail(ValueError, "adamw", name, f"an integer of at least {int(name == 'step')}", repr(value))
     lr = check_number("adamw", "lr", lr, "a finite number >= 0", lambda v: v >= 0)
@@ -176,11 +177,11 @@ def adamw(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas
     tensors = [t if t is None else t.detach() for t in (param, grad, exp_avg, exp_avg_sq, master)]
     if chosen == "reference":
         return reference(*tensors, step=step, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay,
-                         maximize=maximize, stochastic_rounding=stochastic_rounding, seed=seed, index=index)
+                         maximize=maximize, stochastic_rounding=stochastic_rounding, seed=seed, index=index, offset=offset)
     grad = tensors.pop(1).contiguous()
     new = [None if t is None else t.clone(memory_format=torch.contiguous_format) for t in tensors]
     scalar = lambda value, dtype=torch.float32: torch.full((), value, dtype=dtype, device=param.device)
     STEP[chosen]([new[0]], [grad], [] if master is None else [new[3]], [new[1]], [new[2]], [scalar(step - 1.0)],
                  scalar(0, torch.int64), None, None, None, scalar(lr), beta1, beta2, eps, weight_decay, 0.0,
-                 bool(stochastic_rounding), bool(maximize), seed, index)
+                 bool(stochastic_rounding), bool(maximize), seed, index, [offset])
     return tuple(t for t in new if t is not None)

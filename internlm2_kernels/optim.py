@@ -1,4 +1,4 @@
-"""`FusedAdamW`: AdamW over all parameters in one call, with master weights or stochastic rounding, clipping, skipped steps."""
+"""`FusedAdamW`: AdamW over lists of parameters, with master weights or stochastic rounding, clipping, skipped steps."""
 
 import functools
 
@@ -6,15 +6,17 @@ import torch
 from torch.optim import Optimizer
 
 from ._checks import FLOAT_DTYPES, fail
-from ._registry import OPS
+from ._registry import BACKENDS, OPS
 from .ops._losses import check_number
-from .ops.adamw import STEP, check_settings, reference_step
+from .ops.adamw import STEP, check_flag, check_settings, reference_step
 from .ops.squared_norm import SQUARED_NORM, dense
 from .ops.squared_norm import reference as reference_norm
 
 LOW = (torch.bfloat16, torch.float16)
 STATE = ("exp_avg", "exp_avg_sq", "master")
-OPTIONS = ("master_weights", "stochastic_rounding", "moment_dtype", "max_grad_norm", "seed", "backend")
+OPTIONS = ("master_weights", "stochastic_rounding", "moment_dtype", "max_grad_norm", "skip_nonfinite", "seed", "backend")
+FIXED = {"amsgrad": False, "differentiable": False, "decoupled_weight_decay": True}  # of torch.optim's groups: no other value
+LARGEST = torch.finfo(torch.float32).max
 
 
 def _is_dtensor(tensor):
@@ -61,7 +63,7 @@ def _chosen(op, tensor, backend):
 
 
 class FusedAdamW(Optimizer):
-    """AdamW with decoupled weight decay; one registered call updates all parameters of a group in place.
+    """AdamW with decoupled weight decay, in place: one registered call for each (group, device, dtype, master or not).
 
     m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, w = w (1 - lr wd) - lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps),
     g the gradient divided by the loss scale and clipped: times min(1, max_grad_norm / (norm + 1e-6)), norm over all groups
@@ -73,32 +75,57 @@ class FusedAdamW(Optimizer):
                            ulp survive on average; bits are Philox4x32-10 of (seed, step, tensor, element), equal on CPU and GPU
       moment_dtype         float32, or bfloat16 (half the memory; always stored stochastically rounded)
       max_grad_norm        clip by the global norm, on the device; None: no clipping
+      skip_nonfinite       measure the norm even where nothing is clipped, and skip the step if it is not finite. On by default:
+                           one gradient of NaN would be in every weight for good. It reads the gradients once more, 2 or 4
+                           bytes an element beside a step's 14 to 28. False, without max_grad_norm: as PyTorch's AdamW
       seed                 of the random bits
-    lr may be a 0-dim tensor. A step whose gradient norm is not finite (with max_grad_norm), or in which a `GradScaler` found
-    an infinity, changes nothing but `skipped`: decided on the device, nothing waits for it.
+      backend              of all operators; None: the best one for each device
+    These are of the whole optimizer, no keys of a group. Betas lie in [0, 1), eps is at least float32's least normal number.
 
-    State a parameter: step (float32, on its device), exp_avg, exp_avg_sq, master: 8 to 12 bytes an element, 4 with bfloat16
-    moments and stochastic rounding. `state_dict()` goes to and comes from `torch.optim.AdamW`; a state without masters gets
-    them from the parameters. Resuming is bitwise. Works with FSDP2's DTensor parameters, `GradScaler` and parameter groups.
+    Skipped steps: one whose gradient norm or whose lr tensor is not finite, or in which a `GradScaler` found an infinity,
+    changes nothing but `skipped`: decided on the device, nothing waits for it. The norm's square is a float32 (of float32 and
+    16-bit gradients): a norm beyond 1.8e19, before the loss scale is divided out, counts as infinite. Numbers in groups are
+    checked in every step, tensors of lr on CPU when their group is added or loaded.
+    Compiled steps: give lr as a 0-dim tensor and fill it; each value of a float is compiled anew, until torch's limit.
 
-    Results: `skipped` [] int64, how many steps were skipped; `grad_norm` [] float32, of the last step with max_grad_norm,
-    before clipping. Errors: ValueError, TypeError naming the argument. Source: arXiv:1711.05101 algorithm 2
+    Masters: made in a parameter's first step (or loaded), and from then on what its steps start from. What is written to the
+    parameter besides (`p.data.fill_`, `model.load_state_dict`) is undone by the next step, unless `refresh_masters()` is
+    called after. A parameter that takes a step in a dtype that needs none loses its master.
+    Shards: a DTensor's elements take random bits by their place in the whole tensor where the shard is a contiguous range of
+    it, as FSDP2's rows are: sharded and whole steps have the same bits for the same gradients. Other parts, Shard(d) with
+    d > 0, take numbers of their own: they share none, but are not the whole tensor's.
+
+    State a parameter: step (float32, on its device: it counts to 2^24), exp_avg, exp_avg_sq, master: 8 to 12 bytes an
+    element, 4 with bfloat16 moments and stochastic rounding. `state_dict()` goes to and comes from `torch.optim.AdamW`; a
+    state without masters gets them from the parameters. Resuming is bitwise. Works with FSDP2's DTensor parameters,
+    `GradScaler` and parameter groups; keys of a group that are unknown here are the user's.
+
+    Results: `skipped` [] int64, how many steps were skipped; `grad_norm` [] float32, of the last step with max_grad_norm or
+    skip_nonfinite, before clipping. Errors: ValueError, TypeError naming the argument, before anything has changed.
+    Source: arXiv:1711.05101 algorithm 2
     """
 
     _step_supports_amp_scaling = True
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, *, master_weights=True,
-                 stochastic_rounding=False, moment_dtype=torch.float32, max_grad_norm=None, maximize=False, seed=0,
-                 backend=None):
+                 stochastic_rounding=False, moment_dtype=torch.float32, max_grad_norm=None, skip_nonfinite=True, maximize=False,
+                 seed=0, backend=None):
+        flags = {"master_weights": master_weights, "stochastic_rounding": stochastic_rounding, "skip_nonfinite": skip_nonfinite}
+        for name, value in flags.items():
+            check_flag("FusedAdamW", name, value)
         if master_weights and stochastic_rounding:
             fail(ValueError, "FusedAdamW", "stochastic_rounding", "False with master_weights, which it is in place of", True)
         if moment_dtype not in (torch.float32, torch.bfloat16):
             fail(TypeError, "FusedAdamW", "moment_dtype", "torch.float32 or torch.bfloat16", moment_dtype)
         if max_grad_norm is not None:
             check_number("FusedAdamW", "max_grad_norm", max_grad_norm, "None or a finite number > 0", lambda v: v > 0)
+            if not skip_nonfinite:
+                fail(ValueError, "FusedAdamW", "skip_nonfinite", "True with max_grad_norm, whose norm decides", False)
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
             fail(ValueError, "FusedAdamW", "seed", "an integer from 0 to 2^63 - 1", repr(seed))
-        self.master_weights, self.stochastic_rounding = master_weights, stochastic_rounding
+        if backend is not None and backend not in BACKENDS:
+            fail(ValueError, "FusedAdamW", "backend", f"None or one of {', '.join(BACKENDS)}", repr(backend))
+        self.master_weights, self.stochastic_rounding, self.skip_nonfinite = master_weights, stochastic_rounding, skip_nonfinite
         self.moment_dtype, self.max_grad_norm, self.seed, self.backend = moment_dtype, max_grad_norm, seed, backend
         self.grad_norm = None
         self._skipped, self._rates = {}, {}
@@ -113,20 +140,43 @@ class FusedAdamW(Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
+            self._check_dtypes(p.dtype for p in self.param_groups[-1]["params"])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 
-    def _check_group(self, group):
-        check_settings("FusedAdamW", group["betas"], group["eps"], group["weight_decay"])
-        if isinstance(group["lr"], torch.Tensor):
-            if group["lr"].numel() != 1:
-                fail(ValueError, "FusedAdamW", "lr", "a number or a tensor of one element", list(group["lr"].shape))
-        else:
-            check_number("FusedAdamW", "lr", group["lr"], "a finite number >= 0", lambda v: v >= 0)
-        for p in group["params"]:
-            if p.dtype not in FLOAT_DTYPES:
-                fail(TypeError, "FusedAdamW", "params", "float32, bfloat16, float16 or float64", p.dtype)
+    @staticmethod
+    def _check_numbers(op, group):
+        """What of a group is a number or a bool: nothing here reads a tensor."""
+        check_settings(op, group["betas"], group["eps"], group["weight_decay"])
+        check_flag(op, "maximize", group["maximize"])
+        if not isinstance(group["lr"], torch.Tensor):
+            check_number(op, "lr", group["lr"], "a finite number >= 0", lambda v: 0 <= v <= LARGEST)
+
+    def _check_group(self, group, argument="params"):
+        """A group that is given or, in argument state_dict, loaded."""
+        op, lr = "FusedAdamW" if argument == "params" else f"FusedAdamW: {argument}", group["lr"]
+        for name in OPTIONS:
+            if name in group:
+                fail(TypeError, "FusedAdamW", argument, f"no {name} in a group: it is an option of the optimizer", group[name])
+        for name, value in FIXED.items():
+            if group.get(name, value) != value:
+                fail(ValueError, "FusedAdamW", argument, f"{name}={value}", group[name])
+        self._check_numbers(op, group)
+        if isinstance(lr, torch.Tensor):
+            if lr.numel() != 1:
+                fail(ValueError, op, "lr", "a number or a tensor of one element", list(lr.shape))
+            if lr.is_complex() or lr.dtype == torch.bool:
+                fail(TypeError, op, "lr", "a tensor of a real number", lr.dtype)
+            if lr.device.type == "cpu":
+                check_number(op, "lr", lr.item(), "a finite number >= 0", lambda v: 0 <= v <= LARGEST)
+
+    def _check_dtypes(self, dtypes):
+        for dtype in dtypes:
+            if dtype not in FLOAT_DTYPES:
+                fail(TypeError, "FusedAdamW", "params", "float32, bfloat16, float16 or float64", dtype)
+            if self.stochastic_rounding and dtype == torch.float16:
+                fail(TypeError, "FusedAdamW", "stochastic_rounding", "False with float16 parameters", True)
 
     @property
     def skipped(self):
@@ -150,11 +200,13 @@ class FusedAdamW(Optimizer):
         for name in STATE[:2]:
             if name not in state:
                 state[name] = torch.zeros_like(p, dtype=self._dtype(p, name))
-        if self._has_master(p) and "master" not in state:
+        if not self._has_master(p):  # it may have been given another dtype since
+            state.pop("master", None)
+        elif "master" not in state:
             state["master"] = self._like(p, "master", p.detach())
         strides = _layout(_local(p)).stride()
-        for name in STATE:  # the parameter may have been given another layout since
-            if name in state and _local(state[name]).stride() != strides:
+        for name in STATE:  # or another layout
+            if name in state and (state[name].dtype != self._dtype(p, name) or _local(state[name]).stride() != strides):
                 state[name] = self._like(p, name, state[name])
         return state
 
@@ -162,33 +214,77 @@ class FusedAdamW(Optimizer):
         """`value` in the dtype of this state, laid out in memory as p is: the update walks them side by side."""
         return torch.empty_like(p.detach(), dtype=self._dtype(p, name)).copy_(value)
 
+    @torch.no_grad()
+    def refresh_masters(self):
+        """Sets every master to its parameter: to be called after parameters were written to from outside."""
+        for p, state in self.state.items():
+            if "master" in state:
+                state["master"] = self._like(p, "master", p.detach())
+
     def state_dict(self):
         return {**super().state_dict(), "skipped": self.skipped.clone()}
 
     def load_state_dict(self, state_dict):
-        """Accepts its own and `torch.optim.AdamW`'s; moments and masters keep float32, or the moments' dtype asked for."""
+        """Accepts its own and `torch.optim.AdamW`'s; moments and masters keep float32, or the moments' dtype asked for.
+
+        What is refused changes nothing; hooks see and give what they do with every optimizer.
+        """
+        if not isinstance(state_dict, dict):
+            fail(TypeError, "FusedAdamW", "state_dict", "a dictionary", type(state_dict).__name__)
+        made = []
+
+        def last(_, final):  # after the user's hooks; the base class loads groups, and would cast state to p's dtype
+            groups = self._loaded_groups(final)
+            made.append(self._loaded_state(final))
+            return {"state": {}, "param_groups": groups}
+
+        def first(_):
+            state, skipped = made[0]
+            for p, own in state.items():
+                self.state[p] = own
+            if skipped is not None:
+                self._skipped = {skipped.device: skipped}
+
+        handles = (self.register_load_state_dict_pre_hook(last), self.register_load_state_dict_post_hook(first, prepend=True))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _loaded_groups(self, state_dict):
+        if not {"state", "param_groups"} <= set(state_dict):
+            fail(ValueError, "FusedAdamW", "state_dict", "state and param_groups", ", ".join(map(str, state_dict)) or "nothing")
+        groups = [{"maximize": False, **group} for group in state_dict["param_groups"]]
+        if len(groups) != len(self.param_groups):
+            fail(ValueError, "FusedAdamW", "state_dict", f"{len(self.param_groups)} parameter groups", len(groups))
+        for group in groups:
+            for name in ("lr", "betas", "eps", "weight_decay"):
+                if name not in group:
+                    fail(ValueError, "FusedAdamW", "state_dict", f"{name} in every group, as AdamW's have it", "none")
+            self._check_group(group, "state_dict")
+        return groups
+
+    @torch.no_grad()
+    def _loaded_state(self, state_dict):
+        """(state by parameter, skipped or None), copied: nothing is left that could fail when they are put in place."""
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         found = {p: state_dict["state"][i] for i, p in zip(saved_ids, params, strict=False) if state_dict["state"].get(i)}
-        for group in state_dict["param_groups"]:
-            if group.get("amsgrad"):
-                fail(ValueError, "FusedAdamW", "state_dict", "amsgrad=False", True)
         for p, saved in found.items():
             if not {"step", *STATE[:2]} <= set(saved):
                 fail(ValueError, "FusedAdamW", "state_dict", "step, exp_avg and exp_avg_sq of a parameter", ", ".join(saved))
             for name in STATE:
                 if name in saved and saved[name].shape != p.shape:
                     fail(ValueError, "FusedAdamW", f"state_dict: {name}", f"shape {list(p.shape)}", list(saved[name].shape))
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "skipped"})
+        state = {}
         for p, saved in found.items():
-            state = self.state[p]
-            state.clear()
-            state["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).to(p.device, copy=True)
+            state[p] = {"step": torch.as_tensor(saved["step"], dtype=torch.float32).to(p.device, copy=True)}
             for name in STATE:
                 if name in saved and (name != "master" or self._has_master(p)):
-                    state[name] = self._like(p, name, saved[name].detach())
-        if "skipped" in state_dict and params:
-            self._skipped = {params[0].device: state_dict["skipped"].to(params[0].device, torch.int64, copy=True)}
+                    state[p][name] = self._like(p, name, saved[name].detach())
+        skipped = state_dict.get("skipped") if params else None
+        return state, None if skipped is None else torch.as_tensor(skipped).to(params[0].device, torch.int64, copy=True)
 
     # -------------------------------------------------------------------------------------------------------------- step
     def _gradient(self, p):
@@ -251,6 +347,15 @@ class FusedAdamW(Optimizer):
             known = self._rates[number, device] = lr, tensor
         return known[1]
 
+    def _rates_of(self, lists):
+        """The learning rates by (group, device), and for several lists 1 where a tensor of lr is not finite, as an overflow."""
+        rates = {(number, device): self._rate(number, device) for number, device, _, _ in lists}
+        tensors = [rate for (number, _), rate in rates.items() if isinstance(self.param_groups[number]["lr"], torch.Tensor)]
+        if len(lists) == 1 or not tensors:  # a list of its own looks itself
+            return rates, None
+        together = torch.stack([t.to(tensors[0].device, non_blocking=True) for t in tensors])
+        return rates, 1 - together.isfinite().all().to(torch.float32)
+
     @torch.no_grad()
     def step(self, closure=None):
         """One update. Returns what `closure` returns."""
@@ -259,11 +364,17 @@ class FusedAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         lists = self._lists()
+        for group in self.param_groups:
+            self._check_numbers("FusedAdamW", group)
+        self._check_dtypes(dtype for _, _, dtype, _ in lists)
         gradients = {p: self._gradient(p) for params, _ in lists.values() for p in params}
         if not gradients:
             return loss
-        total = self._total(gradients) if self.max_grad_norm is not None else {}
+        total = self._total(gradients) if self.skip_nonfinite else {}
+        rates, overflow = self._rates_of(lists)
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if overflow is not None:
+            found = overflow if found is None else torch.maximum(found.to(overflow.device), overflow)
         if total:
             first = next(iter(total.values()))
             self.grad_norm = first.sqrt() if scale is None else first.sqrt() / scale.to(first.device)
@@ -282,7 +393,7 @@ class FusedAdamW(Optimizer):
             random = self.stochastic_rounding or states[0]["exp_avg"].dtype == torch.bfloat16
             run(filled, [gradients[p] for p in params], local("master") if master else [],
                 local("exp_avg"), local("exp_avg_sq"), local("step"), skipped.clone() if device in counted else skipped,
-                total.get(device), on(scale), on(found), self._rate(number, device), beta1, beta2, group["eps"],
+                total.get(device), on(scale), on(found), rates[number, device], beta1, beta2, group["eps"],
                 group["weight_decay"], self.max_grad_norm or 0.0, self.stochastic_rounding, group["maximize"], self.seed,
                 first_index, [_offset(p) for p in params] if random else [])
             for weight, new in zip(weights, filled, strict=True):

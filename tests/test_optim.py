@@ -270,6 +270,85 @@ def test_grad_scaler(backend, max_grad_norm, unscaled):
     assert all(torch.equal(p, w) for p, w in zip(ours, weights, strict=True))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_clipping_too_unless_asked_for(backend):
+    """By default the norm decides; as PyTorch's AdamW does it, NaN reaches the weights."""
+    for skip in (True, False):
+        params = parameters(torch.bfloat16)
+        optimizer = ik.FusedAdamW(params, lr=0.1, backend=backend, skip_nonfinite=skip)
+        draw_gradients(params, 1)
+        wanted = torch.stack([p.grad.float().square().sum() for p in params]).sum().sqrt()
+        optimizer.step()
+        if skip:
+            torch.testing.assert_close(optimizer.grad_norm, wanted)
+        before = [p.detach().clone() for p in params]
+        params[0].grad[0, 0] = math.nan
+        optimizer.step()
+        assert (int(optimizer.skipped), bool(params[0].isnan().any())) == ((1, False) if skip else (0, True))
+        assert (optimizer.grad_norm is None) == (not skip)
+        assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True)) == skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("poison", (math.nan, math.inf))
+@pytest.mark.parametrize("which", (0, 1))
+def test_a_learning_rate_on_the_device_that_is_not_finite_skips_all_groups(backend, poison, which):
+    params = parameters()
+    optimizer = ik.FusedAdamW(in_groups(params, lr=torch.tensor(0.1)), lr=torch.tensor(0.2), backend=backend)
+    steps(optimizer, params, 1)
+    before, weights = state_of(optimizer), [p.detach().clone() for p in params]
+    for skipped, broken in ((1, optimizer), (1, ik.FusedAdamW(params[:1], lr=torch.tensor(0.1), backend=backend))):
+        group = broken.param_groups[which if broken is optimizer else 0]
+        good = group["lr"].clone()
+        group["lr"].fill_(poison)
+        steps(broken, params, 1, 1)
+        assert int(broken.skipped) == skipped
+        assert all(torch.equal(p, w) for p, w in zip(params, weights, strict=True))
+        group["lr"].copy_(good)
+    assert_bitwise(state_of(optimizer), before)
+    steps(optimizer, params, 1, 1)
+    assert int(optimizer.skipped) == 1 and not torch.equal(params[3], weights[3])
+
+
+@pytest.mark.parametrize("key,value", (("lr", math.nan), ("lr", -1.0), ("lr", 1e39), ("betas", (1.0, 0.9)), ("eps", 0.0),
+                                       ("eps", 1e-60), ("weight_decay", math.inf), ("maximize", "x")), ids=str)
+def test_numbers_that_went_wrong_after_construction(key, value):
+    """In the second group: the first has not moved either."""
+    params = parameters()
+    optimizer = ik.FusedAdamW(in_groups(params, lr=0.1))
+    steps(optimizer, params, 1)
+    before, weights = state_of(optimizer), [p.detach().clone() for p in params]
+    optimizer.param_groups[1][key] = value
+    with pytest.raises((ValueError, TypeError), match=f"FusedAdamW: {key}: expected"):
+        optimizer.step()
+    assert_bitwise(state_of(optimizer), before)
+    assert all(torch.equal(p, w) for p, w in zip(params, weights, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------- masters
+def test_what_is_written_to_parameters_from_outside():
+    """A master is what a step starts from; refresh_masters takes the parameter's word, and so does a change of dtype."""
+    params = parameters(torch.bfloat16)
+    optimizer = ik.FusedAdamW(params, lr=0.01, weight_decay=0.0)
+    steps(optimizer, params, 1)
+    fill = lambda value: [p.data.fill_(value) for p in params]
+    fill(5.0)
+    steps(optimizer, params, 1, 1)
+    assert all((p < 4.5).all() for p in params)  # as the docstring says
+    fill(5.0)
+    optimizer.refresh_masters()
+    steps(optimizer, params, 1, 2)
+    assert all((p > 4.5).all() for p in params)
+    for dtype in (torch.float32, torch.bfloat16):
+        for p in params:
+            p.data = p.data.to(dtype)
+            p.grad_dtype = None
+        fill(-3.0)
+        steps(optimizer, params, 1, 3)
+        assert all((p < -2.5).all() for p in params)
+        assert all(("master" in optimizer.state[p]) == (dtype == torch.bfloat16) for p in params)
+
+
 # ------------------------------------------------------------------------------------------------------------ compiled
 @pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
 def test_a_compiled_step(compiler):
@@ -293,6 +372,22 @@ def test_a_compiled_step(compiler):
     assert graphs == [0, 0, 0, 1] * 2
 
 
+def test_a_compiled_step_with_a_tensor_for_its_learning_rate_is_compiled_once():
+    torch._dynamo.reset()
+    (p,) = params = parameters(shapes=((7, 5),))
+    lr = torch.tensor(0.0)
+    optimizer = ik.FusedAdamW(params, lr=lr, weight_decay=0.0, backend="cpp")
+    frames = torch._dynamo.testing.CompileCounter()
+    step = torch.compile(optimizer.step, fullgraph=True, backend=frames)
+    for count in range(12):
+        before, counted = p.detach().clone(), frames.frame_count
+        lr.fill_(0.01 * count)
+        draw_gradients(params, count)
+        step()
+        assert torch.equal(p, before) == (count == 0)
+        assert frames.frame_count == counted or count < 2  # without its state and with it
+
+
 # ----------------------------------------------------------------------------------------------------- many small steps
 def test_small_updates_are_not_lost():
     """10,000 updates of 1e-5 at |w| = 1, 0.0013 of a bfloat16's spacing there: masters by their sum, rounding on average."""
@@ -304,7 +399,7 @@ def test_small_updates_are_not_lost():
                           "nearest": {"master_weights": False}}.items():
         p = torch.nn.Parameter(weights.bfloat16())
         p.grad = weights.bfloat16()  # towards 0
-        optimizer = ik.FusedAdamW([p], lr=lr, eps=0.0, weight_decay=0.0, betas=(0.9, 0.95), backend="cpp", **options)
+        optimizer = ik.FusedAdamW([p], lr=lr, eps=1e-30, weight_decay=0.0, betas=(0.9, 0.95), backend="cpp", **options)
         for _ in range(count if name != "nearest" else 100):
             optimizer.step()
         moved[name] = ((weights - optimizer.state[p].get("master", p.detach()).float()) * weights).double()

@@ -84,12 +84,85 @@ def test_a_wrong_state_is_refused_and_changes_nothing():
     cases = ((lambda s: s["state"][0].update(exp_avg=torch.zeros(5)), r"exp_avg: expected shape \[7, 5\], got \[5\]"),
              (lambda s: s["state"][0].pop("exp_avg_sq"), "state_dict: expected step, exp_avg and exp_avg_sq"),
              (lambda s: s["param_groups"][0].update(amsgrad=True), "state_dict: expected amsgrad=False, got True"),
+             (lambda s: s["param_groups"][0].update(decoupled_weight_decay=False), "expected decoupled_weight_decay=True"),
+             (lambda s: s["param_groups"][0].update(lr=math.nan), "state_dict: lr: expected a finite number >= 0, got nan"),
+             (lambda s: s["param_groups"][0].update(lr=torch.tensor(-1.0)), "state_dict: lr: expected .*, got -1.0"),
+             (lambda s: s["param_groups"][0].update(betas=(2.0, 0.9)), "state_dict: betas: expected .*, got 2.0"),
+             (lambda s: s["param_groups"][0].pop("betas"), "state_dict: expected betas in every group"),
+             (lambda s: s.clear(), "state_dict: expected state and param_groups, got nothing"),
              (lambda s: s["param_groups"][0]["params"].pop(), "parameter group"),
              (lambda s: s["param_groups"].append({"params": []}), "parameter groups"))
     for change, message in cases:
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(spoilt(change))
         assert_bitwise(state_of(optimizer), before)
+        assert optimizer.param_groups[0]["lr"] == 1e-3
+    others = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    others.step()
+    with pytest.raises(ValueError, match="expected betas in every group"):
+        optimizer.load_state_dict(others.state_dict())
+    with pytest.raises(TypeError, match="FusedAdamW: state_dict: expected a dictionary, got NoneType"):
+        optimizer.load_state_dict(None)
+    with pytest.raises(TypeError, match="FusedAdamW: state_dict: expected no seed in a group"):
+        optimizer.load_state_dict(spoilt(lambda s: s["param_groups"][0].update(seed=3)))
+    assert_bitwise(state_of(optimizer), before)
+    steps(optimizer, params, 1)
+
+
+def test_hooks_on_loading():
+    """A pre hook may give another dictionary; a post hook sees what was loaded and has the last word."""
+    params = parameters(torch.bfloat16)
+    optimizer = ik.FusedAdamW(params)
+    steps(optimizer, params, 2)
+    saved, seen = copy.deepcopy(optimizer.state_dict()), []
+
+    def replace(_, state_dict):
+        state_dict = copy.deepcopy(state_dict)
+        for state in state_dict["state"].values():
+            state["exp_avg"].fill_(7)
+        return state_dict
+
+    def finish(loaded):
+        seen.extend(float(state["exp_avg"].sum() / 7) for state in loaded.state.values())
+        loaded.state[params[0]]["exp_avg_sq"].fill_(2)
+
+    hooks = optimizer.register_load_state_dict_pre_hook(replace), optimizer.register_load_state_dict_post_hook(finish)
+    optimizer.load_state_dict(saved)
+    assert seen == [p.numel() for p in params]
+    assert (optimizer.state[params[0]]["exp_avg_sq"] == 2).all()
+    for hook in hooks:
+        hook.remove()
+    optimizer.load_state_dict(saved)
+    assert_bitwise(state_of(optimizer), {f"{i}.{n}": v for i, state in saved["state"].items() for n, v in state.items()})
+    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == len(optimizer._optimizer_load_state_dict_post_hooks) == 0
+
+
+@pytest.mark.parametrize("name,value,kind", (
+    ("amsgrad", True, ValueError), ("differentiable", True, ValueError), ("max_grad_norm", 1.0, TypeError),
+    ("master_weights", False, TypeError), ("seed", 3, TypeError), ("moment_dtype", torch.bfloat16, TypeError),
+    ("backend", "cpp", TypeError), ("skip_nonfinite", False, TypeError), ("stochastic_rounding", True, TypeError)))
+def test_options_that_no_group_has(name, value, kind):
+    optimizer = ik.FusedAdamW(parameters())
+    with pytest.raises(kind, match=f"FusedAdamW: params: expected .*{name}"):
+        optimizer.add_param_group({"params": parameters(), name: value})
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(kind, match=f"FusedAdamW: params: expected .*{name}"):
+        ik.FusedAdamW([{"params": parameters(), name: value}])
+    theirs = torch.optim.AdamW(parameters(), foreach=True, amsgrad=False)  # the keys that a state of PyTorch's has
+    optimizer.add_param_group({"params": parameters(), **{k: v for k, v in theirs.defaults.items() if k != "params"}})
+
+
+def test_float16_is_not_rounded_stochastically():
+    options, message = {"master_weights": False, "stochastic_rounding": True}, "stochastic_rounding: expected False"
+    with pytest.raises(TypeError, match=message):
+        ik.FusedAdamW(parameters(torch.float16), **options)
+    params = parameters(torch.bfloat16)
+    optimizer = ik.FusedAdamW(params, **options)
+    for p in params:
+        p.data, p.grad = p.data.half(), None
+        p.grad_dtype = None
+    with pytest.raises(TypeError, match=message):
+        steps(optimizer, params, 1)
 
 
 @pytest.mark.parametrize("options,kind,message", (
@@ -97,7 +170,18 @@ def test_a_wrong_state_is_refused_and_changes_nothing():
     ({"lr": math.nan}, ValueError, "FusedAdamW: lr: expected a finite number >= 0, got nan"),
     ({"lr": torch.zeros(2)}, ValueError, "FusedAdamW: lr: expected a number or a tensor of one element, got [2]"),
     ({"betas": (0.9, 1.0)}, ValueError, "FusedAdamW: betas: expected two numbers from 0 up to below 1, got 1.0"),
-    ({"eps": -1.0}, ValueError, "FusedAdamW: eps: expected a finite number >= 0, got -1.0"),
+    *(({"eps": eps}, ValueError, "FusedAdamW: eps: expected a finite number >= 1.1754944e-38, float32's least normal one, got "
+       + repr(eps)) for eps in (-1.0, 0.0, 1e-60)),
+    ({"lr": torch.tensor(math.nan)}, ValueError, "FusedAdamW: lr: expected a finite number >= 0, got nan"),
+    ({"lr": torch.tensor([-1.0])}, ValueError, "FusedAdamW: lr: expected a finite number >= 0, got -1.0"),
+    ({"lr": torch.tensor(True)}, TypeError, "FusedAdamW: lr: expected a tensor of a real number, got torch.bool"),
+    ({"maximize": "x"}, TypeError, "FusedAdamW: maximize: expected True or False, got 'x'"),
+    ({"master_weights": "no"}, TypeError, "FusedAdamW: master_weights: expected True or False, got 'no'"),
+    ({"skip_nonfinite": 1}, TypeError, "FusedAdamW: skip_nonfinite: expected True or False, got 1"),
+    ({"skip_nonfinite": False, "max_grad_norm": 1.0}, ValueError,
+     "FusedAdamW: skip_nonfinite: expected True with max_grad_norm, whose norm decides, got False"),
+    ({"backend": "nope"}, ValueError,
+     "FusedAdamW: backend: expected None or one of reference, cpp, triton, cuda, got 'nope'"),
     ({"weight_decay": math.inf}, ValueError, "FusedAdamW: weight_decay: expected a finite number >= 0, got inf"),
     ({"max_grad_norm": 0.0}, ValueError, "FusedAdamW: max_grad_norm: expected None or a finite number > 0, got 0.0"),
     ({"max_grad_norm": math.nan}, ValueError, "FusedAdamW: max_grad_norm: expected None or a finite number > 0, got nan"),
@@ -111,7 +195,7 @@ def test_wrong_settings(options, kind, message):
     with pytest.raises(kind) as caught:
         ik.FusedAdamW(parameters(), **options)
     assert str(caught.value) == message
-    if "lr" in options or "eps" in options:  # and a group that is refused has not been added
+    if {"lr", "eps", "maximize"} & set(options):  # and a group that is refused has not been added
         optimizer = ik.FusedAdamW(parameters())
         with pytest.raises(kind):
             optimizer.add_param_group({"params": parameters(), **options})

@@ -10,8 +10,6 @@ from internlm2.data import PackedBatch
 from internlm2.training.config import OptimizerConfig
 from internlm2_kernels import FusedAdamW
 
-_NO_CLIPPING = torch.finfo(torch.float32).max  # a bound that still has the norm measured
-
 Loss = Callable[[torch.nn.Module, PackedBatch], torch.Tensor]
 
 
@@ -46,7 +44,7 @@ class Learner:
         others = [p for p in self._named.values() if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
         groups, options = [g for g in groups if g["params"]], {"betas": (config.beta1, config.beta2), "eps": config.eps}
-        self.plain, max_norm = plain, config.max_grad_norm or _NO_CLIPPING
+        self.plain, max_norm = plain, config.max_grad_norm or None
         self.optimizer = (torch.optim.AdamW(groups, lr=config.lr, fused=True, **options) if plain else
                           FusedAdamW(groups, lr=config.lr, max_grad_norm=max_norm, **options))
 

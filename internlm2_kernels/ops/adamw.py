@@ -7,6 +7,8 @@ from .._registry import Case, Op, Sample
 from ._losses import check_number
 from ._philox import bits16, stochastic_bfloat16
 
+LEAST_NORMAL = torch.finfo(torch.float32).tiny
+MOST_STEPS = 2**24  # float32, in which they are counted, goes on by one up to there
 MOMENTS = ((torch.float32, torch.bfloat16), (torch.float64,))
 
 
@@ -80,6 +82,8 @@ def _sample(case, dtype, device, generator):
     elif dims.get("moments") == "bfloat16":
         inputs |= {name: inputs[name].bfloat16() for name in ("exp_avg", "exp_avg_sq")}
     options = {key: dims[key] for key in ("maximize", "stochastic_rounding", "offset") if dims.get(key)}
+    if dtype == torch.float16:  # its values are not rounded so
+        options.pop("stochastic_rounding", None)
     return Sample({**inputs, "step": dims.get("step", 3), "lr": 1e-2, "seed": 2**40 + 7, "index": 5, **options})
 
 
@@ -142,11 +146,17 @@ def check_tensors(param, grad, exp_avg, exp_avg_sq, master):
         fail(TypeError, "adamw", "exp_avg_sq", f"the dtype of exp_avg, {exp_avg.dtype}", exp_avg_sq.dtype)
 
 
+def check_flag(op, argument, value):
+    if not isinstance(value, bool):
+        fail(TypeError, op, argument, "True or False", repr(value))
+
+
 def check_settings(op, betas, eps, weight_decay):
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         fail(ValueError, op, "betas", "two numbers from 0 up to below 1", repr(betas))
     beta1, beta2 = (check_number(op, "betas", b, "two numbers from 0 up to below 1", lambda v: 0 <= v < 1) for b in betas)
-    return (beta1, beta2, check_number(op, "eps", eps, "a finite number >= 0", lambda v: v >= 0),
+    return (beta1, beta2, check_number(op, "eps", eps, "a finite number >= 1.1754944e-38, float32's least normal one",
+                                       lambda v: v >= LEAST_NORMAL),  # else 0 / (0 + eps) is NaN
             check_number(op, "weight_decay", weight_decay, "a finite number >= 0", lambda v: v >= 0))
 
 
@@ -156,7 +166,7 @@ def adamw(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas
     w = w (1 - lr weight_decay) - lr / (1 - b1^step) m / (sqrt(v) / sqrt(1 - b2^step) + eps).
 
     Shapes:   param, grad, exp_avg, exp_avg_sq, master, all of one shape -> (param, exp_avg, exp_avg_sq) and, where a master is
-              given, master. step counts from 1
+              given, master. step counts from 1 to 2^24
     Dtypes:   param float32 | bfloat16 | float16 | float64; grad param's or float32; master float32; moments float32 | bfloat16
               (all float64 for float64); computed in float32 (float64). w is the master, or param where there is none; param
               is w rounded to nearest, or stochastically for bfloat16 without a master on request. bfloat16 moments are always
@@ -172,6 +182,12 @@ def adamw(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas
     for name, value in (("step", step), ("seed", seed), ("index", index), ("offset", offset)):
         if not isinstance(value, int) or isinstance(value, bool) or not int(name == "step") <= value < 2**63:
             fail(ValueError, "adamw", name, f"an integer of at least {int(name == 'step')}", repr(value))
+    if step > MOST_STEPS:
+        fail(ValueError, "adamw", "step", "an integer of at most 2^24", step)
+    check_flag("adamw", "maximize", maximize)
+    check_flag("adamw", "stochastic_rounding", stochastic_rounding)
+    if stochastic_rounding and param.dtype == torch.float16 and master is None:
+        fail(TypeError, "adamw", "stochastic_rounding", "False for a float16 param: bfloat16 alone is rounded so", True)
     lr = check_number("adamw", "lr", lr, "a finite number >= 0", lambda v: v >= 0)
     chosen = ADAMW.select(param, backend)
     tensors = [t if t is None else t.detach() for t in (param, grad, exp_avg, exp_avg_sq, master)]
@@ -183,5 +199,5 @@ def adamw(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas
     scalar = lambda value, dtype=torch.float32: torch.full((), value, dtype=dtype, device=param.device)
     STEP[chosen]([new[0]], [grad], [] if master is None else [new[3]], [new[1]], [new[2]], [scalar(step - 1.0)],
                  scalar(0, torch.int64), None, None, None, scalar(lr), beta1, beta2, eps, weight_decay, 0.0,
-                 bool(stochastic_rounding), bool(maximize), seed, index, [offset])
+                 stochastic_rounding, maximize, seed, index, [offset])
     return tuple(t for t in new if t is not None)

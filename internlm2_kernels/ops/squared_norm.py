@@ -69,12 +69,14 @@ def squared_norm(tensors, *, backend=None):
     """Sum of the squares of all elements of one tensor or of a list: the square of the list's global norm.
 
     Shapes:   tensors: a tensor or a list of at least one, any shapes, on one device -> [] total
-    Dtypes:   float32 | bfloat16 | float16, in any mixture, -> float32; float64 -> float64. The order of the sum is fixed by
-              the sizes alone
+    Dtypes:   float32 | bfloat16 | float16, in any mixture, -> float32 (a norm beyond 1.8e19 has inf for its square);
+              float64 -> float64. The order of the sum is fixed by the sizes alone
     Backward: none: a measurement for clipping. Deterministic: yes
     Errors:   ValueError for an empty list or a device; TypeError for a dtype
     Cost:     memory-bound: one read.   Source: arXiv:1211.5063 algorithm 1
     """
+    if not hasattr(tensors, "__iter__"):
+        fail(TypeError, "squared_norm", "tensors", "a tensor or a list of tensors", type(tensors).__name__)
     tensors = _listed(tensors)
     if not tensors:
         fail(ValueError, "squared_norm", "tensors", "at least one tensor", "none")

@@ -183,6 +183,7 @@ CASES = [
     (lambda: ik.kl_penalty(X, X, estimator="k4"), ValueError,
      "kl_penalty: estimator: expected 'k1' or 'k2' or 'k3', got 'k4'"),
     # squared_norm, adamw
+    (lambda: ik.squared_norm(None), TypeError, "squared_norm: tensors: expected a tensor or a list of tensors, got NoneType"),
     (lambda: ik.squared_norm([]), ValueError, "squared_norm: tensors: expected at least one tensor, got none"),
     (lambda: ik.squared_norm([X, TOKENS]), TypeError,
      "squared_norm: tensors: expected float32, bfloat16, float16 or float64, got torch.int64"),
@@ -200,7 +201,12 @@ CASES = [
     (adamw(seed=-1), ValueError, "adamw: seed: expected an integer of at least 0, got -1"),
     *((adamw(betas=x), ValueError, f"adamw: betas: expected two numbers from 0 up to below 1, got {got!r}")
       for x, got in (((0.9,), (0.9,)), ((0.9, 1.0), 1.0), ((NAN, 0.9), NAN), (0.9, 0.9))),
-    *numbers(adamw, "adamw", "eps", "a finite number >= 0", (*ANY, -1e-8)),
+    *numbers(adamw, "adamw", "eps", "a finite number >= 1.1754944e-38, float32's least normal one", (*ANY, -1e-8, 0.0, 1e-60)),
+    (adamw(step=2**24 + 1), ValueError, "adamw: step: expected an integer of at most 2^24, got 16777217"),
+    (adamw(offset=-1), ValueError, "adamw: offset: expected an integer of at least 0, got -1"),
+    (adamw(maximize="x"), TypeError, "adamw: maximize: expected True or False, got 'x'"),
+    (adamw(X.half(), X.half(), stochastic_rounding=True), TypeError,
+     "adamw: stochastic_rounding: expected False for a float16 param: bfloat16 alone is rounded so, got True"),
     *numbers(adamw, "adamw", "weight_decay", "a finite number >= 0", (*ANY, -0.1)),
     *numbers(adamw, "adamw", "lr", "a finite number >= 0", (*ANY, -1e-3)),
 ]

@@ -146,8 +146,8 @@ class Backbone(nn.Module):
         self.norm = Norm(config, operators, **factory)
 
 
-class InternLM2(nn.Module):
-    """A causal language model.
+class Decoder(nn.Module):
+    """Everything below a head of `outputs` rows, which is named `head`. For users: InternLM2, and RewardModel (reward.py).
 
     config:            sizes
     operators:         a module with rms_norm, swiglu, rope_table, qkv_rope, flash_attention, linear_cross_entropy;
@@ -160,27 +160,26 @@ class InternLM2(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, *, operators: Any = None, compute_dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None, dtype: torch.dtype = torch.float32, seed: int = 0,
-        checkpoint_layers: bool = False,
+        self, config: ModelConfig, head: str, outputs: int, *, operators: Any = None,
+        compute_dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32, seed: int = 0, checkpoint_layers: bool = False,
     ):  # fmt: skip
         super().__init__()
-        if not isinstance(config, ModelConfig):
-            raise TypeError(f"config must be a ModelConfig, got {type(config).__name__}")
+        _check_config(config)
         self.config, self.operators = config, Operators.of(internlm2_kernels if operators is None else operators)
         self.compute_dtype, self.checkpoint_layers = compute_dtype or dtype, checkpoint_layers
         if self.compute_dtype != dtype and (dtype != torch.float32 or self.compute_dtype == torch.float64):
             raise ValueError(f"compute_dtype must be dtype, or narrower than float32, got {compute_dtype} with {dtype}")
         self.model = Backbone(config, self.operators, device=device, dtype=dtype)
-        self.output = Linear(config.hidden_size, config.vocab_size, device=device, dtype=dtype)
+        self.add_module(head, Linear(config.hidden_size, outputs, device=device, dtype=dtype))
         self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
-        if self.output.weight.device.type != "meta":
+        if self.model.norm.weight.device.type != "meta":
             self.init_weights(seed)
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
         """Draws all parameters afresh, as the class says."""
-        generator = torch.Generator(self.output.weight.device).manual_seed(seed)
+        generator = torch.Generator(self.model.norm.weight.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
@@ -208,31 +207,6 @@ class InternLM2(nn.Module):
             else:
                 x, residual = layer(x, residual, packing)
         return self.model.norm(x, residual)[0]
-
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Logits [T, V] in compute_dtype; arguments and errors as in hidden_states."""
-        return self.output(self.hidden_states(tokens, cu_seqlens, positions))
-
-    def loss(
-        self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None, *,
-        reduction: str = "mean",
-    ) -> Tensor:  # fmt: skip
-        """Cross-entropy in nats, float32, of labels int64 [T] (the next token of each; -100 does not count). On the kernels
-        the logits are never in memory.
-
-        reduction "mean" divides by the number of labels that count (0 if none does), "sum" does not.
-        """
-        _check_integers("tokens", tokens)
-        _check_integers("labels", labels, tokens.shape[0], (torch.int64,))
-        if labels.device.type == "cpu":
-            wrong = labels[((labels < 0) & (labels != -100)) | (labels >= self.config.vocab_size)]
-            if wrong.numel():
-                raise ValueError(f"labels must be -100 or in [0, {self.config.vocab_size}), got {int(wrong[0])}")
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-        hidden = self.hidden_states(tokens, cu_seqlens, positions)
-        head = self.output.weight.to(hidden.dtype)
-        return self.operators.linear_cross_entropy(hidden, head, labels, ignore_index=-100, reduction=reduction)
 
     def _packing(
         self, lengths: list[int], cu_seqlens: Tensor, positions: Tensor | None, device: torch.device
@@ -279,6 +253,56 @@ class InternLM2(nn.Module):
                 self._tables.pop(next(iter(self._tables)))
             self._tables[key] = tuple(t.to(device) for t in table)
         return self._tables[key]
+
+
+class InternLM2(Decoder):
+    """A causal language model; arguments as `Decoder`'s, without its head's."""
+
+    def __init__(self, config: ModelConfig, **options: Any):
+        _check_config(config)
+        super().__init__(config, "output", config.vocab_size, **options)
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Logits [T, V] in compute_dtype; arguments and errors as in hidden_states."""
+        return self.output(self.hidden_states(tokens, cu_seqlens, positions))
+
+    def loss(
+        self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None, *,
+        reduction: str = "mean",
+    ) -> Tensor:  # fmt: skip
+        """Cross-entropy in nats, float32, of labels int64 [T] (the next token of each; -100 does not count). On the kernels
+        the logits are never in memory.
+
+        reduction "mean" divides by the number of labels that count (0 if none does), "sum" does not.
+        """
+        _check_integers("tokens", tokens)
+        _check_integers("labels", labels, tokens.shape[0], (torch.int64,))
+        if labels.device.type == "cpu":
+            wrong = labels[((labels < 0) & (labels != -100)) | (labels >= self.config.vocab_size)]
+            if wrong.numel():
+                raise ValueError(f"labels must be -100 or in [0, {self.config.vocab_size}), got {int(wrong[0])}")
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        hidden = self.hidden_states(tokens, cu_seqlens, positions)
+        head = self.output.weight.to(hidden.dtype)
+        return self.operators.linear_cross_entropy(hidden, head, labels, ignore_index=-100, reduction=reduction)
+
+    def logprobs(
+        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None, *,
+        temperature: float = 1.0, return_entropy: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        """Log-probability in nats, float32 [T], of targets int64 [T] after each token; with return_entropy also the entropy
+        [T] of each prediction. Logits are never in memory, forward or backward. Every target lies in [0, V): where there is
+        none, any token will do, and its result is for the caller to leave out."""
+        _check_integers("targets", targets, tokens.shape[0])
+        hidden = self.hidden_states(tokens, cu_seqlens, positions)
+        return internlm2_kernels.linear_logprobs(hidden, self.output.weight.to(hidden.dtype), targets,
+                                                 temperature=temperature, return_entropy=return_entropy)
+
+
+def _check_config(config: Any) -> None:
+    if not isinstance(config, ModelConfig):
+        raise TypeError(f"config must be a ModelConfig, got {type(config).__name__}")
 
 
 def _check_packing(tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None, vocab_size: int) -> list[int]:

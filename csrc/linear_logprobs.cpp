@@ -1,3 +1,5 @@
+#include <cmath>
+
 #include "linear_head_call.h"
 
 namespace internlm2 {
@@ -13,44 +15,48 @@ class TokenCall : public HeadCall {
   }
   void at(int64_t first) { a.label = label_ + first; }
   void* moved(const Tensor& t, int64_t first) const { return static_cast<char*>(data(t)) + first * acc_size(); }
-  bool here(int64_t t) const { return label_[t] >= 0; }
+  int64_t column(int64_t t) const { return label_[t]; }  // of this shard; -1: another's
 
  private:
   int64_t* label_;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_logprobs_fwd_cpp(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logprobs_fwd_cpp(
     const Tensor& hidden, const Tensor& weight, const Tensor& tokens, double inv_temperature, double softcap,
-    int64_t vocab_start, int64_t vocab_size, bool needs_entropy, bool needs_sum) {
+    int64_t vocab_start, int64_t vocab_size, bool needs_entropy, bool needs_sum, bool needs_hits) {
   check_cpu();
   TokenCall call(hidden, weight, tokens, inv_temperature, softcap, vocab_start, vocab_size, HeadStore::none);
   call.prepare();
   LinearHead& a = call.a;
   const int64_t n = call.tokens();
-  Tensor logprobs = call.numbers({n}), lse = call.numbers({n}), best = call.numbers({n});
+  Tensor logprobs = call.numbers({n}), lse = call.numbers({n});
   Tensor entropy = call.numbers({needs_entropy ? n : 0}), sum = call.numbers({needs_sum ? n : 0});
-  Tensor best_index = torch::stable::new_empty(hidden, {n}, torch::headeronly::ScalarType::Long);
+  Tensor hits = torch::stable::new_empty(hidden, {needs_hits ? n : 0}, torch::headeronly::ScalarType::Bool);
   if (needs_entropy) a.block_dot = call.statistic(call.acc_size());
   if (needs_sum) a.block_total = call.statistic(call.acc_size());
-  a.block_best = static_cast<int32_t*>(call.statistic(4));
-  a.best_column = static_cast<int32_t*>(call.take(a.capacity * 4));
+  if (needs_hits) {
+    a.block_best = static_cast<int32_t*>(call.statistic(4));
+    a.best = call.row_numbers();
+    a.best_column = static_cast<int32_t*>(call.take(a.capacity * 4));
+  }
   const Numbers to(logprobs), lses(lse), logits(a.label_logit, call.wide());
-  auto* indices = static_cast<int64_t*>(data(best_index));
+  auto* hit = static_cast<bool*>(data(hits));
   call.run(
       [&](int64_t first) {
         call.at(first);
         a.lse = call.moved(lse, first);
-        a.best = call.moved(best, first);
         a.entropy = needs_entropy ? call.moved(entropy, first) : nullptr;
         a.total = needs_sum ? call.moved(sum, first) : nullptr;
       },
       [&](int64_t first, int64_t rows) {
         for (int64_t t = 0; t < rows; ++t) {
-          to.set(first + t, (call.here(first + t) ? logits.get(t) : 0) - lses.get(first + t));
-          indices[first + t] = vocab_start + a.best_column[t];
+          const int64_t column = call.column(first + t);
+          const double z = lses.get(first + t);
+          to.set(first + t, (column >= 0 ? logits.get(t) : 0) - z);
+          if (needs_hits) hit[first + t] = a.best_column[t] == column && !std::isnan(z);
         }
       });
-  return {logprobs, lse, entropy, best, best_index, sum};
+  return {logprobs, lse, entropy, hits, sum};
 }
 
 std::tuple<Tensor, Tensor> linear_logprobs_bwd_cpp(const OptTensor& dlogprobs, const OptTensor& dentropy,

@@ -16,7 +16,7 @@ NO_TOKEN = -(2**62)  # the ignore_index that no token has
 
 @triton.jit(do_not_specialize=["rows", "first_token", "vocab_size"])
 def linear_logprobs_merge_kernel(top_ptr, sum_ptr, total_ptr, moment_ptr, index_ptr, label_ptr, tokens_ptr, logprobs_ptr,
-                                 lse_ptr, entropy_ptr, best_ptr, best_index_ptr, total_out_ptr, error_ptr,
+                                 lse_ptr, entropy_ptr, hits_ptr, total_out_ptr, error_ptr,
                                  rows, tiles, vocab, stride, first_token, vocab_size,
                                  NO_TOKEN: tl.constexpr, ERROR: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -28,8 +28,9 @@ def linear_logprobs_merge_kernel(top_ptr, sum_ptr, total_ptr, moment_ptr, index_
     own = tl.load(label_ptr + row, mask=mask & (local >= 0) & (local < vocab), other=0.0)
     tl.store(logprobs_ptr + row, tl.where(bad, float("nan"), own - top - log_z), mask=mask)
     tl.store(lse_ptr + row, top + log_z, mask=mask)
-    tl.store(best_ptr + row, top, mask=mask)
-    tl.store(best_index_ptr + row, tl.minimum(index, vocab - 1).to(tl.int64) + first_token, mask=mask)
+    if hits_ptr is not None:
+        z = top + log_z
+        tl.store(hits_ptr + row, (index.to(tl.int64) == local) & (z == z), mask=mask)
     if entropy_ptr is not None:
         tl.store(entropy_ptr + row, log_z - mean, mask=mask)
     if total_out_ptr is not None:
@@ -65,27 +66,27 @@ def linear_logprobs_coefficients_kernel(dlogprobs_ptr, dentropy_ptr, dlse_ptr, d
     tl.store(coefficients_ptr + 3 * stride + row, s, mask=mask)
 
 
-def linear_logprobs_fwd(hidden, weight, tokens, inv_temperature, softcap, vocab_start, vocab_size, needs_entropy, needs_sum):
+def linear_logprobs_fwd(hidden, weight, tokens, inv_temperature, softcap, vocab_start, vocab_size, needs_entropy, needs_sum,
+                        needs_hits):
     check_dtype("linear_logprobs", "hidden", hidden)
     rows, vocab = hidden.shape[0], weight.shape[0]
     new = lambda wanted=True, dtype=torch.float32: torch.empty(rows if wanted else 0, dtype=dtype, device=hidden.device)
-    logprobs, lse, entropy, best = new(), new(), new(needs_entropy), new()
-    best_index, total = new(dtype=torch.int64), new(needs_sum)
+    logprobs, lse, entropy, hits, total = new(), new(), new(needs_entropy), new(needs_hits, torch.bool), new(needs_sum)
     scale = None if inv_temperature == 1.0 else inv_temperature
     for begin, end in head.chunks(rows, head.FORWARD_ROWS):
         own = tokens[begin:end]
         blocks = head.forward(hidden[begin:end], weight, own, scale, softcap, first_token=vocab_start, needs_sum=needs_sum,
-                              needs_moment=needs_entropy, needs_index=True)
+                              needs_moment=needs_entropy, needs_index=needs_hits)
         launch(linear_logprobs_merge_kernel, triton.cdiv(end - begin, MERGE_ROWS), hidden.device,
                dict(top_ptr=blocks.top, sum_ptr=blocks.sum, total_ptr=blocks.total, moment_ptr=blocks.moment,
                     index_ptr=blocks.index, label_ptr=blocks.label, tokens_ptr=own, logprobs_ptr=logprobs[begin:end],
                     lse_ptr=lse[begin:end], entropy_ptr=entropy[begin:end] if needs_entropy else None,
-                    best_ptr=best[begin:end], best_index_ptr=best_index[begin:end],
+                    hits_ptr=hits[begin:end] if needs_hits else None,
                     total_out_ptr=total[begin:end] if needs_sum else None, error_ptr=error_word(hidden.device),
                     rows=end - begin, tiles=blocks.top.shape[0], vocab=vocab, stride=blocks.top.shape[1],
                     first_token=vocab_start, vocab_size=vocab_size, NO_TOKEN=NO_TOKEN,
                     ERROR=CODES["linear_logprobs", "tokens"], TILES=MERGE_TILES, BLOCK=MERGE_ROWS), num_warps=8)
-    return logprobs, lse, entropy, best, best_index, total
+    return logprobs, lse, entropy, hits, total
 
 
 def linear_logprobs_bwd(dlogprobs, dentropy, dlse, dsum, hidden, weight, tokens, lse, entropy, inv_temperature, softcap,
@@ -115,9 +116,9 @@ def audit(dtype, meta):
     tokens, rows = meta(8192, dtype=torch.int64), meta(8192, dtype=torch.float32)
     x = hidden, weight, tokens
     plain, rich = (1.0, 0.0, 0, 92544), (1.25, 30.0, 0, 92544)
-    yield "7B", lambda: linear_logprobs_fwd(*x, *plain, False, False)
-    yield "7B, entropy", lambda: linear_logprobs_fwd(*x, *plain, True, False)
-    yield "7B, all options", lambda: linear_logprobs_fwd(*x, *rich, True, True)
+    yield "7B", lambda: linear_logprobs_fwd(*x, *plain, False, False, False)
+    yield "7B, entropy", lambda: linear_logprobs_fwd(*x, *plain, True, False, False)
+    yield "7B, all options", lambda: linear_logprobs_fwd(*x, *rich, True, True, True)
     yield "7B", lambda: linear_logprobs_bwd(rows, None, None, None, *x, rows, None, *plain, True, True)
     yield "7B, entropy", lambda: linear_logprobs_bwd(rows, rows, None, None, *x, rows, rows, 1.25, *plain[1:], True, True)
     yield "7B, all options", lambda: linear_logprobs_bwd(rows, rows, rows, rows, *x, rows, rows, *rich, True, True)

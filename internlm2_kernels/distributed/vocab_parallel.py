@@ -55,7 +55,7 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, smoothing, z_loss, softcap, start, vocab_size, group, backend):
         options = 1.0, softcap, start, vocab_size
-        logprobs, lse, _, _, _, total = native(FWD[backend], hidden, weight, labels, *options, False, smoothing > 0)
+        logprobs, lse, _, _, total = native(FWD[backend], hidden, weight, labels, *options, False, smoothing > 0, False)
         end = start + weight.shape[0]
         label = torch.where((labels >= start) & (labels < end), logprobs + lse, 0)
         marks = [lse.new_full((1,), mark) for mark in _marks(start, end)]  # filled on the device: CUDA graphs record no copy

@@ -20,13 +20,19 @@ from .linear_cross_entropy import (
 )
 
 
-def reference(hidden, weight, tokens, *, temperature=1.0, return_entropy=False):
+def _results(logprobs, entropy, hits, return_entropy, return_hits):
+    wanted = (logprobs, *([entropy] if return_entropy else []), *([hits] if return_hits else []))
+    return wanted if len(wanted) > 1 else logprobs
+
+
+def reference(hidden, weight, tokens, *, temperature=1.0, return_entropy=False, return_hits=False):
     acc = accumulator(hidden.dtype)
-    logp = torch.log_softmax(hidden.to(acc) @ weight.to(acc).T / temperature, -1)
+    logits = hidden.to(acc) @ weight.to(acc).T / temperature
+    logp = torch.log_softmax(logits, -1)
     logprobs = logp.gather(-1, tokens.long()[..., None])[..., 0]
-    if not return_entropy:
-        return logprobs
-    return logprobs, -(logp.exp() * logp).sum(-1)
+    entropy = -(logp.exp() * logp).sum(-1) if return_entropy else None
+    hits = (logits.argmax(-1) == tokens) & ~logp.isnan().any(-1) if return_hits else None
+    return _results(logprobs, entropy, hits, return_entropy, return_hits)
 
 
 def _eager(hidden, weight, tokens, *, temperature=1.0, return_entropy=False):
@@ -36,10 +42,10 @@ def _eager(hidden, weight, tokens, *, temperature=1.0, return_entropy=False):
     return (logprobs, -(logp.exp() * logp).sum(-1)) if return_entropy else logprobs
 
 
-def _fake_fwd(hidden, weight, tokens, inv_temperature, softcap, vocab_start, vocab_size, needs_entropy, needs_sum):
+def _fake_fwd(hidden, weight, tokens, inv_temperature, softcap, vocab_start, vocab_size, needs_entropy, needs_sum, needs_hits):
     acc = accumulator(hidden.dtype)
     each = lambda wanted=True, dtype=acc: hidden.new_empty((tokens.shape[0] if wanted else 0,), dtype=dtype)
-    return each(), each(), each(needs_entropy), each(), each(dtype=torch.int64), each(needs_sum)
+    return each(), each(), each(needs_entropy), each(needs_hits, torch.bool), each(needs_sum)
 
 
 def _fake_bwd(dlogprobs, dentropy, dlse, dsum, hidden, weight, tokens, lse, entropy, inv_temperature, softcap, vocab_start,
@@ -77,8 +83,8 @@ LINEAR_LOGPROBS = Op(
     public=lambda *args, **kwargs: linear_logprobs(*args, **kwargs),
     schemas={
         "fwd": "(Tensor hidden, Tensor weight, Tensor tokens, float inv_temperature, float softcap, int vocab_start,"
-               " int vocab_size, bool needs_entropy, bool needs_sum)"
-               " -> (Tensor logprobs, Tensor lse, Tensor entropy, Tensor best, Tensor best_index, Tensor sum)",
+               " int vocab_size, bool needs_entropy, bool needs_sum, bool needs_hits)"
+               " -> (Tensor logprobs, Tensor lse, Tensor entropy, Tensor hits, Tensor sum)",
         "bwd": "(Tensor? dlogprobs, Tensor? dentropy, Tensor? dlse, Tensor? dsum, Tensor hidden, Tensor weight, Tensor tokens,"
                " Tensor lse, Tensor? entropy, float inv_temperature, float softcap, int vocab_start, int vocab_size,"
                " bool needs_dhidden, bool needs_dweight) -> (Tensor dhidden, Tensor dweight)",
@@ -109,32 +115,35 @@ FWD, BWD = LINEAR_LOGPROBS.overloads["fwd"], LINEAR_LOGPROBS.overloads["bwd"]
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, tokens, inv_temperature, needs_entropy, backend):
+    def forward(ctx, hidden, weight, tokens, inv_temperature, needs_entropy, needs_hits, backend):
         ctx.options = inv_temperature, 0.0, 0, weight.shape[0]
-        logprobs, lse, entropy, *_ = native(FWD[backend], hidden, weight, tokens, *ctx.options, needs_entropy, False)
+        logprobs, lse, entropy, hits, _ = native(FWD[backend], hidden, weight, tokens, *ctx.options, needs_entropy, False,
+                                                 needs_hits)
         ctx.save_for_backward(hidden, weight, tokens, lse, entropy if needs_entropy else None)
         ctx.backend = backend
+        ctx.mark_non_differentiable(hits)
         ctx.set_materialize_grads(False)
-        return logprobs, entropy
+        return logprobs, entropy, hits
 
     @staticmethod
     @once_differentiable("linear_logprobs")
-    def backward(ctx, dlogprobs, dentropy):
+    def backward(ctx, dlogprobs, dentropy, _):
         hidden, weight, tokens, lse, entropy = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if dlogprobs is None and dentropy is None:
-            return None, None, None, None, None, None
+            return (None,) * 7
         dlogprobs, dentropy = (None if d is None else d.contiguous() for d in (dlogprobs, dentropy))
         dhidden, dweight = BWD[ctx.backend](dlogprobs, dentropy if entropy is not None else None, None, None, hidden, weight,
                                             tokens, lse, entropy, *ctx.options, needs[0], needs[1])
-        return dhidden if needs[0] else None, dweight if needs[1] else None, None, None, None, None
+        return dhidden if needs[0] else None, dweight if needs[1] else None, *[None] * 5
 
 
-def linear_logprobs(hidden, weight, tokens, *, temperature=1.0, return_entropy=False, backend=None):
+def linear_logprobs(hidden, weight, tokens, *, temperature=1.0, return_entropy=False, return_hits=False, backend=None):
     """log p_t(token_t), p_t = softmax(hidden_t weight^T / temperature); entropy_t = -sum_j p_tj log p_tj.
 
     Shapes:   hidden [..., D], weight [V, D], tokens [...] int64 or int32 -> logprobs [...], with return_entropy also
-              entropy [...] (nats)
+              entropy [...] (nats), with return_hits, last, hits [...] (bool: the token is the arg-max; of equally large
+              logits the first counts; False where logits are NaN). No gradient passes hits
     Dtypes:   hidden, weight float32 | bfloat16 | float16 | float64, both equal; under autocast its dtype. Results float32
               (float64), as are all sums
     Backward: saves hidden, weight, tokens, lse and entropy (8 bytes a token) and computes the logits again: four products
@@ -153,11 +162,14 @@ def linear_logprobs(hidden, weight, tokens, *, temperature=1.0, return_entropy=F
     chosen = LINEAR_LOGPROBS.select(hidden, backend)
     if chosen == "reference":
         check_label_values("linear_logprobs", "tokens", tokens, weight.shape[0])
-        return reference(hidden, weight, tokens, temperature=temperature, return_entropy=return_entropy)
+        return reference(hidden, weight, tokens, temperature=temperature, return_entropy=return_entropy,
+                         return_hits=return_hits)
     flat, weight, tokens = as_matrix(hidden), last_stride_1(weight), tokens.view(-1)
+    wanted = bool(return_entropy), bool(return_hits)
     if torch.is_grad_enabled() and (flat.requires_grad or weight.requires_grad):
-        logprobs, entropy = _LinearLogprobs.apply(flat, weight, tokens, 1 / temperature, bool(return_entropy), chosen)
+        logprobs, entropy, hits = _LinearLogprobs.apply(flat, weight, tokens, 1 / temperature, *wanted, chosen)
     else:
-        logprobs, _, entropy, *_ = native(FWD[chosen], flat, weight, tokens, 1 / temperature, 0.0, 0, weight.shape[0],
-                                          bool(return_entropy), False)
-    return (logprobs.view(shape), entropy.view(shape)) if return_entropy else logprobs.view(shape)
+        logprobs, _, entropy, hits, _ = native(FWD[chosen], flat, weight, tokens, 1 / temperature, 0.0, 0, weight.shape[0],
+                                               wanted[0], False, wanted[1])
+    return _results(logprobs.view(shape), entropy.view(shape) if return_entropy else None,
+                    hits.view(shape) if return_hits else None, *wanted)

@@ -101,14 +101,18 @@ def test_logprobs_of_a_shard(softcap, dtype, device, randn):
     weight = weight.to(dtype)
     tokens = integers(100, 399, 99, 400, 0, 499, 250, 130, 260, device=device)
     options = 0.8, softcap, 100, 500
-    got = raw("linear_logprobs", "fwd")(hidden, weight, tokens, *options, True, True)
+    fwd = raw("linear_logprobs", "fwd")
+    got = fwd(hidden, weight, tokens, *options, True, True, True)
     wide = [t.double().requires_grad_() for t in (hidden, weight)]
     logprobs, lse, entropy, best, total = gold_logprobs(*wide, tokens, *options[:3])
-    for mine, want in zip(got, (logprobs, lse, entropy, best.values, None, total), strict=True):
+    for mine, want in zip(got, (logprobs, lse, entropy, None, total), strict=True):
         if want is not None:
             assert mine.dtype == torch.float32
             assert_near(mine, want, torch.float32, 64)
-    assert torch.equal(got[4], best.indices + 100)
+    assert torch.equal(got[3], best.indices + 100 == tokens)
+    assert fwd(hidden, weight, best.indices + 100, *options, False, False, True)[3].all()
+    assert not fwd(hidden, weight, best.indices, *options, False, False, True)[3].any()  # 100 rows off, or another shard's
+    assert not fwd(hidden, weight, tokens, *options, False, False, False)[3].numel()  # unless asked for
     upstreams = [randn(9) for _ in range(4)]
     want = torch.autograd.grad([logprobs, entropy, lse, total], wide, [u.double() for u in upstreams])
     grads = raw("linear_logprobs", "bwd")(*upstreams, hidden, weight, tokens, got[1], got[2], *options, True, True)
@@ -122,9 +126,10 @@ def test_best_of_ties_is_the_first(device):
     weight = torch.zeros(700, 16, device=device)
     weight[[300, 301, 650]] = 1.0
     hidden = torch.ones(2, 16, device=device)
-    _, _, _, best, index, _ = raw("linear_logprobs", "fwd")(hidden, weight, integers(0, 1, device=device), 1.0, 0.0, 5, 1000,
-                                                            False, False)
-    assert best.tolist() == [16.0, 16.0] and index.tolist() == [305, 305]
+    for token in (305, 306, 655, 5):
+        hits = raw("linear_logprobs", "fwd")(hidden, weight, integers(token, token, device=device), 1.0, 0.0, 5, 1000, False,
+                                             False, True)[3]
+        assert hits.tolist() == [token == 305] * 2
 
 
 def test_chunks_cover_the_rows():
@@ -220,7 +225,7 @@ def test_bad_labels(labels, device, randn, word):
     loss, dhidden, _ = raw("linear_cross_entropy", "grad_fwd")(hidden, weight, labels, *options, 1, True, False)
     assert loss.isnan() and dhidden[1].isnan().all() and dhidden[::2].isfinite().all()
     word.zero_()
-    results = raw("linear_logprobs", "fwd")(hidden, weight, labels, 1.0, 0.0, 0, 40, True, True)
+    results = raw("linear_logprobs", "fwd")(hidden, weight, labels, 1.0, 0.0, 0, 40, True, True, True)
     assert results[0][1].isnan() and results[0][::2].isfinite().all() and int(word) == CODES["linear_logprobs", "tokens"]
     assert all(t.isfinite().all() for t in results[1:4])
 

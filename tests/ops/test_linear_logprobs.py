@@ -1,0 +1,109 @@
+"""linear_logprobs: whether a token is the arg-max, and its bits in any batch and place on Triton."""
+
+import pytest
+import torch
+from shared import assert_bitwise
+
+import internlm2_kernels as ik
+from internlm2_kernels._registry import OPS
+
+LOGPROBS, CROSS = OPS["linear_logprobs"], OPS["linear_cross_entropy"]
+BACKENDS = ("reference", "cpp", "triton")
+
+
+def usable(backend, device):
+    if backend not in LOGPROBS.usable[device.type]:
+        pytest.skip(f"no {backend} here")
+    return backend
+
+
+@pytest.fixture
+def head(device, generator):
+    def make(tokens, cols, vocab, dtype=torch.float32):
+        draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)
+        return draw(tokens, cols).to(dtype), (draw(vocab, cols) * cols**-0.5).to(dtype)
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hits(backend, dtype, device, head):
+    """Over several blocks of the vocabulary, each token of it in turn is a hit for its rows and for no others."""
+    usable(backend, device)
+    hidden, weight = head(40, 24, 1031, dtype)
+    top = (hidden.double() @ weight.double().T).topk(2)
+    best, second = top.indices.unbind(1)
+    tokens = torch.where(torch.arange(40, device=device) % 3 == 0, second, best)
+    distinct = top.values[:, 0] - top.values[:, 1] > 1e-4  # of more exact logits: those nearer may round to a tie
+    assert distinct.sum() > 30
+    weight.requires_grad_()
+    logprobs, entropy, hits = ik.linear_logprobs(hidden, weight, tokens, temperature=0.7, return_entropy=True,
+                                                 return_hits=True, backend=backend)
+    assert hits.dtype == torch.bool and not hits.requires_grad and logprobs.requires_grad
+    assert torch.equal(hits[distinct], (tokens == best)[distinct])
+    plain = ik.linear_logprobs(hidden, weight, tokens, temperature=0.7, return_entropy=True, backend=backend)
+    assert_bitwise({"logprobs": logprobs, "entropy": entropy}, dict(zip(("logprobs", "entropy"), plain, strict=True)))
+    folded, same = ik.linear_logprobs(hidden.view(5, 8, -1), weight.detach(), tokens.view(5, 8), temperature=0.7,
+                                      return_hits=True, backend=backend)
+    assert folded.shape == (5, 8) and torch.equal(same, hits.view(5, 8))
+    logprobs.sum().backward()
+    assert weight.grad.isfinite().all() and weight.grad.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_first_of_equal_logits_is_the_hit(backend, device):
+    """In one vector of a block, in another block; a row of NaN hits nothing."""
+    usable(backend, device)
+    weight = torch.zeros(2100, 16, device=device)
+    weight[[300, 301, 2050]] = 1.0
+    tokens = torch.tensor([300, 301, 2050, 0, 300, 0], device=device)
+    hidden = torch.ones(6, 16, device=device)
+    hidden[3], hidden[4:, 5] = 0, float("nan")  # all of row 3's logits are equal: its hit is token 0
+    hits = ik.linear_logprobs(hidden, weight, tokens, return_hits=True, backend=backend)[1]
+    assert hits.tolist() == [True, False, False, True, False, False]
+    nothing = ik.linear_logprobs(hidden[:0], weight, tokens[:0], return_hits=True, backend=backend)[1]
+    assert nothing.shape == (0,) and nothing.dtype == torch.bool
+
+
+@pytest.mark.parametrize("entropy", (False, True))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hits_compiled(backend, entropy, device, head):
+    usable(backend, device)
+    hidden, weight = head(9, 16, 300)
+    tokens = (hidden @ weight.T).argmax(1)
+    tokens[::2] = 7
+    options = {"return_entropy": entropy, "return_hits": True, "backend": backend}
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda h, w: ik.linear_logprobs(h, w, tokens, **options), fullgraph=True, backend="aot_eager")
+    for grad in (False, True):
+        leaves = [hidden.clone().requires_grad_(grad), weight.clone().requires_grad_(grad)]
+        got, want = compiled(*leaves), ik.linear_logprobs(*leaves, tokens, **options)
+        assert_bitwise(dict(enumerate(got)), dict(enumerate(want)))
+        assert got[-1].any() and not got[-1].all()
+        if grad:
+            got[0].sum().backward()
+            assert leaves[0].grad.any()
+
+
+@pytest.mark.parametrize("counts", ((2, 3, 17, 150), pytest.param((4096,), marks=pytest.mark.slow)), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+def test_a_token_has_its_bits_in_any_batch(dtype, counts, device, generator, head):
+    """Triton: alone, and first and last of 150 and 4096 tokens, which are several tiles; dhidden's product is a library's."""
+    usable("triton", device)
+    hidden, weight = head(4096, 18, 70, dtype)
+    labels = torch.randint(70, (4096,), generator=generator, device=device)
+
+    def both(chosen):
+        x = hidden[chosen], weight, labels[chosen]
+        loss, lse = CROSS.overloads["fwd"]["triton"](*x, None, -100, 0.1, 1e-3, 0.0, 0)
+        rest = LOGPROBS.overloads["fwd"]["triton"](*x, 1.25, 0.0, 0, 70, True, True, True)
+        return dict(zip(("loss", "lse", "logprobs", "its lse", "entropy", "hits", "sum"), (loss, lse, *rest), strict=True))
+
+    token = torch.tensor([4095], device=device)
+    alone = both(token)
+    for count in counts:
+        others = torch.randperm(4095, generator=generator, device=device)[: count - 1]
+        for place, chosen in ((0, torch.cat((token, others))), (-1, torch.cat((others, token)))):
+            got = both(chosen)
+            assert_bitwise({n: v[place][None] for n, v in got.items()}, alone, f"{count} tokens, place {place}")

@@ -1,11 +1,15 @@
 """More than 2^31 elements: real 4 GiB bfloat16 tensors through every cpp operator, one operator at a time.
 
-More of attention, packed sequences and paged caches: tests/ops/test_attention_long.py.
+Losses, rewards, heads and the optimizer: test_large_losses.py, test_large_parameters.py. More of attention, packed sequences
+and paged caches: ops/test_attention_long.py.
 """
 
 from dataclasses import dataclass, field
 
+import large
 import pytest
+import test_large_losses  # noqa: F401
+import test_large_parameters  # noqa: F401
 import torch
 from shared import OPS, sample_of
 
@@ -80,7 +84,8 @@ def as_it_comes():
 
 @pytest.mark.slow
 def test_every_operator_has_its_sizes():
-    assert {wide.op for wide in WIDE} == set(OPS), "state the sizes at which the operator passes 2^31 elements"
+    sized = {wide.op for wide in WIDE} | large.COVERED  # which the imports above filled
+    assert sized == set(OPS), "state the sizes at which the operator passes 2^31 elements"
 
 
 @pytest.mark.slow

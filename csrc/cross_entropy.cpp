@@ -36,11 +36,12 @@ class Call {
   Tensor row_numbers(bool wanted = true) const {
     return torch::stable::new_empty(logits_, {wanted ? rows() : 0}, accumulator_of(logits_));
   }
+  Tensor row_pairs() const { return torch::stable::new_empty(logits_, {rows(), 2}, accumulator_of(logits_)); }
   void set_factors(const Numbers* upstream) {
     const double divided = loss_.factor();
     for (int64_t t = 0; t < rows(); ++t) {
       const double up = upstream == nullptr ? 1 : upstream->get(each() ? t : 0);
-      factor_[t] = loss_.weight(t) * divided * up;
+      factor_[t] = loss_.weight(t) == 0 ? 0 : loss_.weight(t) * divided * up;  // an ignored row's whatever the upstream is
     }
   }
   void write_to(const Tensor& dlogits) {
@@ -61,7 +62,8 @@ class Call {
     double sum = 0;
     for (int64_t t = 0; t < rows(); ++t) {
       const double mean = a.total != nullptr ? totals.get(t) / static_cast<double>(a.cols) : 0;
-      const double row = loss_.weight(t) == 0 ? 0 : loss_.loss(lses.get(t), labels.get(t), mean);
+      const double whole = lses.get(2 * t) + lses.get(2 * t + 1);
+      const double row = loss_.weight(t) == 0 ? 0 : loss_.loss(whole, labels.get(t), mean);
       if (each()) out.set(t, row);
       else sum += row;
     }
@@ -69,6 +71,7 @@ class Call {
     return loss;
   }
   void backward(const Tensor& dloss, const Tensor& lse) {
+    STD_TORCH_CHECK(lse.numel() == 2 * rows(), "ValueError: lse: expected shape [", rows(), ", 2], got ", lse.numel(), " numbers");
     const Numbers upstream(dloss);
     set_factors(&upstream);
     a.lse = data(lse);
@@ -85,7 +88,7 @@ class Call {
 Pair cross_entropy_fwd_cpp(const Tensor& logits, const Tensor& labels, int64_t ignore_index, double label_smoothing,
                            double z_loss, double softcap, int64_t reduction) {
   Call call(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction);
-  Tensor lse = call.row_numbers();
+  Tensor lse = call.row_pairs();
   Tensor loss = call.forward(lse);
   return {loss, lse};
 }
@@ -96,7 +99,7 @@ Pair cross_entropy_grad_fwd_cpp(const Tensor& logits, const Tensor& labels, int6
   Tensor dlogits = empty_as(logits);
   call.set_factors(nullptr);
   call.write_to(dlogits);
-  Tensor loss = call.forward(call.row_numbers());
+  Tensor loss = call.forward(call.row_pairs());
   return {loss, dlogits};
 }
 

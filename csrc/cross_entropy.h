@@ -11,7 +11,9 @@ struct CrossEntropy {
   int64_t stride, cols;  // between rows; the vocabulary
   const int64_t* label;  // [rows], -1: ignored
   double label_smoothing, z_loss, softcap;
-  void *lse, *label_logit, *total;  // [rows] in the accumulator's dtype; total: sum of the logits, may be null
+  // In the accumulator's dtype. lse [rows, 2]: rounded, and what rounding cut off it, by which exp(l - lse) would be off
+  // relatively; [rows]: the label's logit; the sum of the logits, may be null.
+  void *lse, *label_logit, *total;
   const double* factor;             // [rows] what the row's gradient is multiplied with
   void* dlogits;                    // may be logits; forward: null, or the gradient is written too
   int64_t dlogits_stride;

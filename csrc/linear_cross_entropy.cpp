@@ -44,7 +44,7 @@ class LossCall : public HeadCall {
     return weight == 0 ? 0 : weight * rows_.loss(number(a.lse, t), number(a.label_logit, t), mean);
   }
   void coefficients(int64_t first, int64_t t, double dloss) const {
-    const double lse = number(a.lse, t), r = rows_.weight(first + t) * factor_ * dloss;
+    const double lse = number(a.lse, t), weight = rows_.weight(first + t), r = weight == 0 ? 0 : weight * factor_ * dloss;
     const auto set = [&](const void* to, double x) { Numbers(const_cast<void*>(to), wide()).set(t, r == 0 ? 0 : r * x); };
     set(a.a, rows_.a(lse));
     set(a.b, 0);

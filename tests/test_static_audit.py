@@ -23,9 +23,8 @@ def run(*command):
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=PACKAGE.parent)
 
 
-# Kernels that only 16-bit inputs, or only float32, take.
-ONE_DTYPE = {"linear_head_product_kernel": "bfloat16", "linear_head_peak_kernel": "bfloat16",
-             "cross_entropy_residue_kernel": "float32"}
+# Kernels that only 16-bit inputs take.
+ONE_DTYPE = {"linear_head_product_kernel": "bfloat16", "linear_head_peak_kernel": "bfloat16"}
 # What launches of a pass may be called, beside the operator's own name.
 WORDS = {"bwd": ("bwd", "gradient", "scale"), "fwd": ("fwd", "merge", "chunks"), "step_": ("step",)}
 

@@ -130,7 +130,7 @@ template <typename T> struct HeadRows {
       const int n = static_cast<int>(end - t < lanes ? end - t : lanes);
       V most(static_cast<Acc>(-kInfinity));
       for (int64_t b = 0; b < blocks; ++b) most = max(most, part(a.block_max, b, t));
-      alignas(64) Acc shift[lanes], sums[lanes], lse[lanes];
+      alignas(64) Acc shift[lanes], logs[lanes];
       most.store(shift);
       for (Acc& s : shift) s = s == static_cast<Acc>(-kInfinity) ? Acc(0) : s;
       V sum(Acc(0)), rest(Acc(0));
@@ -140,10 +140,10 @@ template <typename T> struct HeadRows {
         rest = term - (next - sum);
         sum = next;
       }
-      sum.store(sums);
-      for (int i = 0; i < lanes; ++i) lse[i] = shift[i] + log_of(sums[i]);
-      V::load(lse).store(&at(a.lse, t), n);
-      if (a.entropy != nullptr) entropy(t, blocks, V::load(lse)).store(&at(a.entropy, t), n);
+      sum.store(logs);
+      for (Acc& s : logs) s = log_of(s);
+      (V::load(shift) + V::load(logs)).store(&at(a.lse, t), n);
+      if (a.entropy != nullptr) entropy(t, blocks, V::load(shift), V::load(logs)).store(&at(a.entropy, t), n);
       if (a.total != nullptr) {
         V all(Acc(0));
         for (int64_t b = 0; b < blocks; ++b) all = all + part(a.block_total, b, t);
@@ -157,14 +157,16 @@ template <typename T> struct HeadRows {
   VEC_INLINE V part(const void* statistic, int64_t block, int64_t t) const {
     return V::load(static_cast<const Acc*>(statistic) + block * a.capacity + t);
   }
-  // sum_j p_j (lse - l_j) = sum over blocks of exp(m - lse) ((lse - m) sum - dot): no term is negative.
-  VEC_INLINE V entropy(int64_t t, int64_t blocks, V lse) const {
+  // sum_j p_j (lse - l_j) = sum over blocks of exp(m - lse) ((lse - m) sum - dot): no term is negative. lse = shift + log,
+  // apart: the rounding of their sum is none of the entropy's.
+  VEC_INLINE V entropy(int64_t t, int64_t blocks, V shift, V log) const {
     const V least(static_cast<Acc>(sizeof(Acc) == 4 ? -1e38 : -1e300));  // a block of nothing but -inf: 0 and not NaN
     V sum(Acc(0)), rest(Acc(0));
     for (int64_t b = 0; b < blocks; ++b) {
       const V m = part(a.block_max, b, t);
-      const V inner = (lse - max(least, m)) * part(a.block_sum, b, t) - part(a.block_dot, b, t);
-      const V term = fma(exp(m - lse), inner, rest), next = sum + term;
+      const V ahead = (shift - max(least, m)) + log;  // lse - m
+      const V inner = ahead * part(a.block_sum, b, t) - part(a.block_dot, b, t);
+      const V term = fma(exp(V(0) - ahead), inner, rest), next = sum + term;
       rest = term - (next - sum);
       sum = next;
     }

@@ -76,8 +76,11 @@ def cross_entropy_fwd_kernel(logits_ptr, labels_ptr, count_ptr, loss_ptr, lse_pt
     if SMOOTHING:
         loss += smoothing * (top - tl.div_rn(tl.sum(total, axis=0), vocab * 1.0) + log_z)
     tl.store(loss_ptr + row, tl.where(bad, float("nan"), tl.where(ignored, 0.0, loss)))
-    if lse_ptr is not None:
-        tl.store(lse_ptr + row, lse)
+    if lse_ptr is not None:  # and the exact rest of the sum: an infinity leaves none
+        part = lse - top
+        residue = (top - (lse - part)) + (log_z - part)
+        tl.store(lse_ptr + 2 * row, lse)
+        tl.store(lse_ptr + 2 * row + 1, tl.where(residue == residue, residue, 0.0))
     if dlogits_ptr is not None:
         share = 1.0
         if count_ptr is not None:
@@ -95,25 +98,9 @@ def cross_entropy_fwd_kernel(logits_ptr, labels_ptr, count_ptr, loss_ptr, lse_pt
             tl.store(dlogits_ptr + col, d.to(dlogits_ptr.dtype.element_ty), mask=col < vocab)
 
 
-@triton.jit
-def cross_entropy_residue_kernel(logits_ptr, lse_ptr, residue_ptr, vocab, stride, softcap,
-                                 SOFTCAP: tl.constexpr, LANES: tl.constexpr, INNER: tl.constexpr):
-    """What rounding cut off a row's lse: log of the sum of exp(logit - lse), a number so small that it is the sum less 1."""
-    row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * stride
-    tile = tl.arange(0, LANES)[:, None] * INNER + tl.arange(0, INNER)[None, :]
-    lse = tl.load(lse_ptr + row)
-    z = tl.zeros((LANES,), tl.float32)
-    for start in range(0, vocab, LANES * INNER):
-        col = start + tile
-        x = tl.load(logits_ptr + col, mask=col < vocab, other=0.0).to(tl.float32)
-        z += tl.sum(tl.where(col < vocab, tl.exp(_capped(x, softcap, SOFTCAP) - lse), 0.0), axis=1)
-    tl.store(residue_ptr + row, tl.sum(z, axis=0) - 1.0)
-
-
 @triton.jit(do_not_specialize=["ignore_index", "dloss_step"])
-def cross_entropy_bwd_kernel(dloss_ptr, logits_ptr, labels_ptr, lse_ptr, residue_ptr, count_ptr, dlogits_ptr, error_ptr,
-                             vocab, stride, dlogits_stride, dloss_step, ignore_index, smoothing, z_loss, softcap,
+def cross_entropy_bwd_kernel(dloss_ptr, logits_ptr, labels_ptr, lse_ptr, count_ptr, dlogits_ptr, error_ptr, vocab, stride,
+                             dlogits_stride, dloss_step, ignore_index, smoothing, z_loss, softcap,
                              SOFTCAP: tl.constexpr, ERROR: tl.constexpr, BLOCK: tl.constexpr):
     """A tile of columns of one row. dlogits may be logits: a program reads only what it writes itself."""
     blocks = tl.cdiv(vocab, BLOCK)
@@ -123,10 +110,8 @@ def cross_entropy_bwd_kernel(dloss_ptr, logits_ptr, labels_ptr, lse_ptr, residue
     logits_ptr += row * stride
     label, ignored, bad = _label(labels_ptr, row, row >= 0, ignore_index, vocab, error_ptr, ERROR)
     share = _share(dloss_ptr, row, dloss_step, None, count_ptr, row >= 0)
-    lse = tl.load(lse_ptr + row)
-    residue = 0.0
-    if residue_ptr is not None:
-        residue = tl.load(residue_ptr + row)
+    lse = tl.load(lse_ptr + 2 * row)
+    residue = tl.load(lse_ptr + 2 * row + 1)
     here = ((ignored | bad) == 0) & (label >= first) & (label < first + BLOCK)
     own = _capped(tl.load(logits_ptr + label, mask=here, other=0.0).to(tl.float32), softcap, SOFTCAP)
     entry = share * _entry(_expm1(own - lse - residue), lse, smoothing, z_loss, vocab)
@@ -157,7 +142,7 @@ def _rows(logits):
 
 
 def cross_entropy_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction):
-    loss, lse = _rows(logits), _rows(logits)
+    loss, lse = _rows(logits), torch.empty((logits.shape[0], 2), dtype=torch.float32, device=logits.device)
     _sweep(logits, labels, None, loss, lse, None, ignore_index, label_smoothing, z_loss, softcap)
     return reduce_losses(loss, labels, None, ignore_index, reduction), lse
 
@@ -175,15 +160,8 @@ def _backward(dloss, logits, labels, lse, dlogits, ignore_index, label_smoothing
     rows, vocab = logits.shape
     if logits.numel() == 0:
         return
-    residue = None
-    if logits.dtype == torch.float32:  # 16 bits of gradient do not feel the rounding of lse
-        lanes, num_warps = tile_config(vocab)
-        residue = torch.empty_like(lse)
-        launch(cross_entropy_residue_kernel, rows, logits.device,
-               dict(logits_ptr=logits, lse_ptr=lse, residue_ptr=residue, vocab=vocab, stride=logits.stride(0),
-                    softcap=softcap, SOFTCAP=softcap > 0, LANES=lanes, INNER=INNER), num_warps=num_warps)
     launch(cross_entropy_bwd_kernel, rows * triton.cdiv(vocab, BLOCK), logits.device,
-           dict(dloss_ptr=dloss, logits_ptr=logits, labels_ptr=labels, lse_ptr=lse, residue_ptr=residue,
+           dict(dloss_ptr=dloss, logits_ptr=logits, labels_ptr=labels, lse_ptr=lse,
                 count_ptr=count_rows(labels, None, ignore_index, reduction), dlogits_ptr=dlogits,
                 error_ptr=error_word(logits.device), vocab=vocab, stride=logits.stride(0),
                 dlogits_stride=dlogits.stride(0), dloss_step=int(reduction == NONE), ignore_index=ignore_index,
@@ -210,12 +188,13 @@ def audit(dtype, meta):
     one = meta(dtype=torch.float32)
     for vocab in (512, 92544):
         logits, labels = meta(4096, vocab, dtype=dtype), meta(4096, dtype=torch.int64)
-        rows = meta(4096, dtype=torch.float32)
+        rows, lse = meta(4096, dtype=torch.float32), meta(4096, 2, dtype=torch.float32)
         for label, e, c in (("", 0.0, 0.0), (", smoothing", 0.1, 0.0), (", soft-cap", 0.0, 30.0)):
             o = -100, e, 0.0, c
             yield f"vocabulary {vocab}{label}", lambda x=logits, y=labels, o=o: cross_entropy_fwd(x, y, *o, 1)
             yield f"vocabulary {vocab}{label}, gradient", lambda x=logits, y=labels, o=o: cross_entropy_grad_fwd(x, y, *o, 1)
-            yield f"vocabulary {vocab}{label}", lambda x=logits, y=labels, r=rows, o=o: cross_entropy_bwd(r, x, y, r, *o, 0)
+            yield f"vocabulary {vocab}{label}", (
+                lambda x=logits, y=labels, r=rows, s=lse, o=o: cross_entropy_bwd(r, x, y, s, *o, 0))
         if vocab == 512:
-            yield "mean", lambda x=logits, y=labels, r=rows: cross_entropy_bwd(one, x, y, r, -100, 0.0, 0.0, 0.0, 1)
+            yield "mean", lambda x=logits, y=labels, s=lse: cross_entropy_bwd(one, x, y, s, -100, 0.0, 0.0, 0.0, 1)
             yield "scale", lambda x=logits: cross_entropy_scale_bwd(one, x)

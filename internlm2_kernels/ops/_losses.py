@@ -19,14 +19,19 @@ def soft_capped(logits, softcap):
 
 
 def losses_of(logits, labels, ignore_index, label_smoothing, z_loss, softcap):
-    """The loss of every row of float32 or float64 logits [T, V]; 0 where it is ignored."""
+    """The loss of every row of float32 or float64 logits [T, V]; 0 where it is ignored.
+
+    lse = top + log_z, apart: the gradient's exp(l - lse) would take the rounding of their sum as a relative error.
+    """
     valid = labels != ignore_index
     logits = soft_capped(torch.where(valid[..., None], logits, 0), softcap)  # an ignored row may hold NaN
-    lse = logits.logsumexp(-1)
+    top = logits.detach().amax(-1, keepdim=True)
+    logits = logits - top.masked_fill(top.isinf(), 0)
+    log_z = logits.logsumexp(-1)
     label = logits.gather(-1, labels.masked_fill(~valid, 0).long()[..., None])[..., 0]
-    loss = (1 - label_smoothing) * (lse - label) + z_loss * lse.square()
+    loss = (1 - label_smoothing) * (log_z - label) + z_loss * (top[..., 0] + log_z).square()
     if label_smoothing:
-        loss = loss + label_smoothing * (lse - logits.mean(-1))
+        loss = loss + label_smoothing * (log_z - logits.mean(-1))
     return torch.where(valid, loss, 0), valid
 
 

@@ -49,7 +49,8 @@ def _eager(wide):
 
 def _fake_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction):
     acc = accumulator(logits.dtype)
-    return logits.new_empty(labels.shape if reduction == 0 else (), dtype=acc), logits.new_empty(labels.shape, dtype=acc)
+    loss = logits.new_empty(labels.shape if reduction == 0 else (), dtype=acc)
+    return loss, logits.new_empty((*labels.shape, 2), dtype=acc)  # lse, and what rounding cut off it
 
 
 def _fake_grad_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction):
@@ -160,7 +161,10 @@ class _OneSweep(torch.autograd.Function):
 
 
 class _TwoSweeps(torch.autograd.Function):
-    """The gradient is computed from the logits and their lse, into fresh memory or over the logits."""
+    """The gradient is computed from the logits and their lse, into fresh memory or over the logits.
+
+    exp(l - lse) takes the rounding of lse, |lse| / 2 eps, as a relative error: so lse is kept with what rounding cut off it.
+    """
 
     @staticmethod
     def forward(ctx, logits, labels, options, inplace, backend):
@@ -205,7 +209,8 @@ def cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_l
     Dtypes:   logits float32 | bfloat16 | float16 | float64; computed in float32 (float64), which is the loss's dtype
     Backward: mean and sum make the gradient in the forward (one read, one write) and save it: the bytes of logits. An
               upstream other than 1 multiplies it: one pass more (none on CPU for 1). "none", float16 and inplace_backward
-              save logits and lse (4 bytes a row) and read the logits again. Deterministic: yes, and batch-invariant
+              save logits and lse in two parts (8 bytes a row; float64: 16) and read the logits again. Deterministic: yes,
+              and batch-invariant
     Errors:   ValueError, TypeError; a label outside [0, V) that is not ignore_index raises on CPU before memory is touched;
               on CUDA its row becomes NaN and `internlm2_kernels.check()` reports it
     Cost:     memory-bound: one read forward, one read and one write with gradient.

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from shared import OPS, Recorder, assert_bitwise, instruction_set
 
 import internlm2_kernels as ik
+from internlm2_kernels._registry import Case
+from internlm2_kernels.testing import assert_ladder, draw_upstream, run
 
 BACKENDS = ("reference", "cpp", "triton")
 NATIVE = ("cpp", "triton")
@@ -85,6 +87,62 @@ def test_a_certain_label_keeps_its_gradient(backend, dtype, tolerance):
     others = math.exp(-8) / (1 + 128 * math.exp(-8))
     torch.testing.assert_close(logits.grad[:, 7].float(), torch.full((3,), others), rtol=tolerance, atol=0)
     torch.testing.assert_close(logits.grad[:, 5].float(), torch.full((3,), -128 * others), rtol=tolerance, atol=0)
+
+
+SEEDS = {  # cases at which a probability from the rounded lse, or from a soft-capped logit rounded first, is off the ladder
+    "cross_entropy": (({"rows": 5, "cols": 64}, (20240326, 18, 43, 67, 74)), ({"targets": 5, "cols": 64}, (2, 25, 55, 74)),
+                      ({"rows": 5, "cols": 64, "z_loss": 1e-3}, (19, 74, 105)), ({"rows": 1, "cols": 8}, (28, 146)),
+                      ({"rows": 3, "cols": 4099, "softcap": 30.0}, (170,))),
+    "linear_logprobs": (({"rows": 6, "cols": 24, "vocab": 2049, "entropy": True}, (229, 235)),),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", SEEDS)
+def test_ladder_at_seeds_where_lse_rounds_badly(op, backend):
+    op = OPS[op]
+    for dims, seeds in SEEDS[op.name]:
+        for seed in seeds[:1] if backend == "triton" else seeds:
+            generator = torch.Generator().manual_seed(seed)
+            sample = op.sample(Case("drawn", dims), torch.float32, torch.device("cpu"), generator)
+            upstream = draw_upstream(op, sample, 1.0, generator)
+            for isa in builds(op.name) if backend == "cpp" else [""]:
+                with instruction_set(isa):
+                    assert_ladder(op, sample, run(op, sample, backend, upstream), upstream, f"{dims} seed {seed} {isa}")
+
+
+@pytest.mark.parametrize("dtype,shift", ((torch.float32, 2.0**20), (torch.float64, 2.0**49)), ids=("float32", "float64"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_shift_of_all_logits_changes_no_gradient(backend, dtype, shift, generator):
+    """Multiples of 1/8 that a shift leaves exact, though their lse is then rounded to 1/8 too."""
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("takes no float64")
+    logits = (draw(generator, 6, 70, scale=24.0, dtype=dtype).round() / 8).requires_grad_()
+    labels = torch.randint(70, (6,), generator=generator)
+    for options in ({}, {"label_smoothing": 0.1}):
+        for reduction in ("none", "sum"):
+            losses = [ik.cross_entropy(x, labels, reduction=reduction, backend=backend, **options)
+                      for x in (logits, logits + shift)]
+            want, got = (torch.autograd.grad(loss.sum(), logits)[0] for loss in losses)
+            torch.testing.assert_close(got, want, rtol=16 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", (math.nan, math.inf))
+def test_an_ignored_row_takes_no_upstream(backend, bad, generator):
+    """Not even NaN or infinity, which 0 times it would not stop; and its neighbours keep theirs."""
+    hidden, weight, labels = head(generator)
+    logits = draw(generator, 7, 40).requires_grad_()
+    labels, upstream = labels % 40, torch.ones(7)
+    labels[3] = -100
+    losses = (ik.cross_entropy(logits, labels, reduction="none", backend=backend),
+              ik.linear_cross_entropy(hidden, weight, labels, reduction="none", backend=backend))
+    gradients = lambda: torch.autograd.grad(losses, (logits, hidden, weight), (upstream, upstream), retain_graph=True)
+    want = gradients()
+    upstream[3] = bad
+    for got, right in zip(gradients(), want, strict=True):
+        assert torch.equal(got, right)
+    assert not want[0][3].any() and not want[1][3].any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -37,6 +37,16 @@ def once_differentiable(op: str) -> Callable:
     return decorate
 
 
+def distinct(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same tensors; while torch.compile traces, one that is there twice is another time a view of itself.
+
+    The compiler refuses an `autograd.Function` that takes a tensor twice. Autograd adds the gradients up either way.
+    """
+    if not torch.compiler.is_compiling():
+        return tensors
+    return tuple(t.view_as(t) if any(t is other for other in tensors[:i]) else t for i, t in enumerate(tensors))
+
+
 class _Unpacked:
     """A context whose saved tensors are fetched once: activation checkpointing hands them out no second time."""
 

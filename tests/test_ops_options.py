@@ -3,6 +3,7 @@
 import inspect
 
 import parameters
+import pytest
 import torch
 from shared import OPS, assert_bitwise, replaced, sample_of, smoke_cases
 
@@ -50,3 +51,31 @@ def test_options_that_change(op, device, generator):
             changed = replaced(sample, **{option: value})
             got = run(op, changed, lambda **inputs: function(**inputs), upstream)  # noqa: B023
             assert_bitwise(got, run(op, changed, None, upstream), f"{option} {value}")
+
+
+def one_tensor_twice(name, x):
+    """A loss as a function of x, where two arguments are the same tensor object."""
+    other, mask, labels = x.detach().neg(), torch.ones_like(x, dtype=torch.bool), torch.arange(8, device=x.device)
+    return {
+        "ppo_value_loss": lambda x: ik.ppo_value_loss(x, other, other, mask, clip=0.2)[0],  # the first epoch's old values
+        "ppo_value_loss, values": lambda x: ik.ppo_value_loss(x, x, other, mask)[0],
+        "ppo_policy_loss": lambda x: ik.ppo_policy_loss(x, other, other, mask)[0],
+        "ppo_policy_loss, logprobs": lambda x: ik.ppo_policy_loss(x, x, other, mask)[0],
+        "linear_cross_entropy": lambda x: ik.linear_cross_entropy(x, x, labels),
+        "linear_cross_entropy, none": lambda x: ik.linear_cross_entropy(x, x, labels, reduction="none").sum(),
+        "linear_logprobs": lambda x: ik.linear_logprobs(x, x, labels).sum(),
+        "kl_penalty": lambda x: ik.kl_penalty(x, x, estimator="k3").sum(),
+        "focal_ranking_loss": lambda x: ik.focal_ranking_loss(x, x).sum(),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ("ppo_value_loss", "ppo_value_loss, values", "ppo_policy_loss", "ppo_policy_loss, logprobs",
+                                  "linear_cross_entropy", "linear_cross_entropy, none", "linear_logprobs", "kl_penalty",
+                                  "focal_ranking_loss"))
+def test_one_tensor_twice(name, device, generator):
+    x = torch.randn(8, 8, generator=generator, device=device, requires_grad=True)
+    function = one_tensor_twice(name, x)
+    torch._dynamo.reset()
+    losses = [f(x) for f in (torch.compile(function, fullgraph=True, backend="aot_eager"), function)]
+    got, want = ({"loss": loss, "d_x": torch.autograd.grad(loss, x)[0]} for loss in losses)
+    assert_bitwise(got, want)

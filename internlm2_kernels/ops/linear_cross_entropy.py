@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .._autograd import once_differentiable
+from .._autograd import distinct, once_differentiable
 from .._checks import check_device, check_float, check_same, fail, last_stride_1
 from .._registry import Case, Op, Sample
 from ._attention import autocast
@@ -291,9 +291,9 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, label_smo
     options = ignore_index, smoothing, z_loss, softcap, code
     if torch.is_grad_enabled() and (flat.requires_grad or weight.requires_grad):
         if code == REDUCTIONS["none"]:
-            loss = _TwoSweeps.apply(flat, weight, labels, token_weights, options, chosen)
+            loss = _TwoSweeps.apply(*distinct(flat, weight), labels, token_weights, options, chosen)
         else:
-            loss, _ = _OneSweep.apply(flat, weight, labels, token_weights, options, chosen)
+            loss, _ = _OneSweep.apply(*distinct(flat, weight), labels, token_weights, options, chosen)
     else:
         loss = native(_FWD[chosen], flat, weight, labels, token_weights, *options)[0]
     return loss.view(shape) if code == REDUCTIONS["none"] else loss

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .._autograd import once_differentiable
+from .._autograd import distinct, once_differentiable
 from .._checks import last_stride_1
 from .._registry import Case, Op, Sample
 from ._losses import accumulator, check_label_values, check_labels, check_number
@@ -167,7 +167,7 @@ def linear_logprobs(hidden, weight, tokens, *, temperature=1.0, return_entropy=F
     flat, weight, tokens = as_matrix(hidden), last_stride_1(weight), tokens.view(-1)
     wanted = bool(return_entropy), bool(return_hits)
     if torch.is_grad_enabled() and (flat.requires_grad or weight.requires_grad):
-        logprobs, entropy, hits = _LinearLogprobs.apply(flat, weight, tokens, 1 / temperature, *wanted, chosen)
+        logprobs, entropy, hits = _LinearLogprobs.apply(*distinct(flat, weight), tokens, 1 / temperature, *wanted, chosen)
     else:
         logprobs, _, entropy, hits, _ = native(FWD[chosen], flat, weight, tokens, 1 / temperature, 0.0, 0, weight.shape[0],
                                                wanted[0], False, wanted[1])

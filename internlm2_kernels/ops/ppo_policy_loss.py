@@ -2,7 +2,7 @@
 
 import torch
 
-from .._autograd import once_differentiable
+from .._autograd import distinct, once_differentiable
 from .._checks import check_float
 from .._registry import Case, Op, Sample
 from ._losses import accumulator, check_mask, check_number, check_vector, flattened, masked_mean, target
@@ -122,7 +122,7 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip=0.2, backe
               clipped term is the smaller or the log-ratio beyond 20. What is masked may be NaN and has no influence; if nothing
               counts, loss and gradients are 0. Deterministic: yes
     Errors:   ValueError for a shape, a device or clip; TypeError for a dtype
-    Cost:     one launch each way, statistics included.   Source: arXiv:1707.06347 eq. 7
+    Cost:     one registered call each way, statistics included.   Source: arXiv:1707.06347 eq. 7
     """
     check_float("ppo_policy_loss", "logprobs", logprobs)
     others = [target(check_vector("ppo_policy_loss", name, tensor, logprobs.shape, logprobs, "logprobs"))
@@ -134,7 +134,7 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip=0.2, backe
     if chosen == "reference":
         loss, clip_fraction, approx_kl = reference(flat, *others, mask, clip=clip)
     elif torch.is_grad_enabled() and flat.requires_grad:
-        loss, clip_fraction, approx_kl = _PPOPolicyLoss.apply(flat, *others, mask, clip, chosen)
+        loss, clip_fraction, approx_kl = _PPOPolicyLoss.apply(*distinct(flat, *others), mask, clip, chosen)
     else:
         loss, clip_fraction, approx_kl, _ = _FWD[chosen](flat, *others, mask, clip)
     return loss, {"clip_fraction": clip_fraction, "approx_kl": approx_kl}

@@ -2,7 +2,7 @@
 
 import torch
 
-from .._autograd import once_differentiable
+from .._autograd import distinct, once_differentiable
 from .._checks import check_float
 from .._registry import Case, Op, Sample
 from ._losses import accumulator, check_mask, check_number, check_vector, flattened, masked_mean, target
@@ -120,7 +120,7 @@ def ppo_value_loss(values, old_values, returns, mask, *, clip=None, backend=None
               term is the larger. What is masked may be NaN and has no influence; if nothing counts, loss and gradients are 0.
               Deterministic: yes
     Errors:   ValueError for a shape, a device or clip; TypeError for a dtype
-    Cost:     one launch each way, statistics included.   Source: arXiv:1707.06347 eq. 9, arXiv:2005.12729 section 3
+    Cost:     one registered call each way, statistics included.   Source: arXiv:1707.06347 eq. 9, arXiv:2005.12729 section 3
     """
     check_float("ppo_value_loss", "values", values)
     others = [target(check_vector("ppo_value_loss", name, tensor, values.shape, values, "values"))
@@ -129,11 +129,11 @@ def ppo_value_loss(values, old_values, returns, mask, *, clip=None, backend=None
     if clip is not None:
         clip = check_number("ppo_value_loss", "clip", clip, "None or a finite number >= 0", lambda v: v >= 0)
     chosen = PPO_VALUE_LOSS.select(values, backend)
-    flat = flattened(values)
+    flat, limit = flattened(values), -1.0 if clip is None else clip
     if chosen == "reference":
         loss, clip_fraction, explained = reference(flat, *others, mask, clip=clip)
     elif torch.is_grad_enabled() and flat.requires_grad:
-        loss, clip_fraction, explained = _PPOValueLoss.apply(flat, *others, mask, -1.0 if clip is None else clip, chosen)
+        loss, clip_fraction, explained = _PPOValueLoss.apply(*distinct(flat, *others), mask, limit, chosen)
     else:
-        loss, clip_fraction, explained, _ = _FWD[chosen](flat, *others, mask, -1.0 if clip is None else clip)
+        loss, clip_fraction, explained, _ = _FWD[chosen](flat, *others, mask, limit)
     return loss, {"clip_fraction": clip_fraction, "explained_variance": explained}

@@ -217,9 +217,9 @@ def reward_loss(hidden, head_weight, cu_seqlens, *, gamma=2.0, penalty_weight=0.
     Errors:   ValueError for shapes, an odd number of sequences, an empty sequence, cu_seqlens that do not rise from 0 to T
               (on CPU before memory is touched; on CUDA results are NaN and `internlm2_kernels.check()` reports it);
               TypeError for a dtype. No sequences: loss 0
-    Cost:     one launch each way; reads n rows of hidden. The loss may be negative: the barrier is -2 log(bound) at 0. With
-              n / 2 pairs this is XTuner's 0.01 times the sum over all rewards divided by the pairs. Several ranks: sum, then
-              divide by the all-reduced count.   Source: arXiv:2403.17297 section 4.2.1 eq. 1 to 3
+    Cost:     one registered call each way; reads n rows of hidden. The loss may be negative: the barrier is -2 log(bound) at
+              0. With n / 2 pairs this is XTuner's 0.01 times the sum over all rewards divided by the pairs. Several ranks: sum,
+              then divide by the all-reduced count.   Source: arXiv:2403.17297 section 4.2.1 eq. 1 to 3
     """
     hidden, head_weight, options = _check("reward_loss", "hidden", hidden, head_weight, gamma, penalty_weight, bound)
     cu = check_cu_seqlens("reward_loss", "cu_seqlens", cu_seqlens, hidden)
@@ -240,7 +240,7 @@ def reward_loss_from_last(last_hidden, head_weight, *, gamma=2.0, penalty_weight
     Dtypes:   last_hidden float32 | bfloat16 | float16 | float64, head_weight the same or float32; results float32 (float64)
     Backward: saves last_hidden, head_weight and d loss / d rewards (4 bytes a sequence). Deterministic: yes
     Errors:   ValueError for shapes or an odd n; TypeError for a dtype. No rows: loss 0
-    Cost:     one launch each way.   Source: arXiv:2403.17297 section 4.2.1 eq. 1 to 3
+    Cost:     one registered call each way.   Source: arXiv:2403.17297 section 4.2.1 eq. 1 to 3
     """
     op = "reward_loss_from_last"
     last_hidden, head_weight, options = _check(op, "last_hidden", last_hidden, head_weight, gamma, penalty_weight, bound)

@@ -130,6 +130,17 @@ def test_parts_of_a_tensor_have_its_bits(backend):
         assert_bitwise(dict(enumerate(map(torch.cat, zip(*parts, strict=True)))), dict(enumerate(step(0, size))))
 
 
+def test_wrong_offsets_are_refused_before_any_write():
+    step = ik.OPS["adamw"].overloads["step_"]["cpp"]
+    tensors = [torch.ones(9) for _ in range(4)]
+    for offsets, message in (([1, 2], "expected 1 numbers, as many as params, or none, got 2"), ([-1], ">= 0, got -1")):
+        count, skipped = torch.zeros(()), torch.zeros((), dtype=torch.int64)
+        with pytest.raises(RuntimeError, match=f"ValueError: offsets: .*{message}"):
+            step([tensors[0]], [tensors[1]], [], [tensors[2]], [tensors[3]], [count], skipped, None, None, None,
+                 torch.tensor(0.1), 0.9, 0.95, 1e-8, 0.1, 0.0, False, False, 0, 0, offsets)
+        assert not count and not skipped and all((t == 1).all() for t in tensors)
+
+
 def test_backends_have_the_same_bits():
     """Random bits too, in every stream, for parameters that lie in memory in another order than they are indexed."""
     results = []

@@ -73,9 +73,15 @@ def _stochastic(x, seed, group, tensor, stream, step):
 
 
 @triton.jit
+def _within(at, size):
+    """0 <= at < size, as one comparison."""
+    return at.to(tl.uint64, bitcast=True) < size.to(tl.uint64, bitcast=True)
+
+
+@triton.jit
 def _load(ptr, at, size, MASKED: tl.constexpr):
     if MASKED:
-        return tl.load(ptr + at, mask=(at >= 0) & (at < size), other=0.0).to(tl.float32)
+        return tl.load(ptr + at, mask=_within(at, size), other=0.0).to(tl.float32)
     else:
         return tl.load(ptr + at).to(tl.float32)
 
@@ -83,21 +89,19 @@ def _load(ptr, at, size, MASKED: tl.constexpr):
 @triton.jit
 def _store(ptr, at, x, size, MASKED: tl.constexpr):
     if MASKED:
-        tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=(at >= 0) & (at < size))
+        tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=_within(at, size))
     else:
         tl.store(ptr + at, x.to(ptr.dtype.element_ty))
 
 
 @triton.jit
-def _update(param_ptr, grad_ptr, master_ptr, avg_ptr, sq_ptr, first, size, offset, factor, decay, rate, root, beta1,
+def _update(param_ptr, grad_ptr, master_ptr, avg_ptr, sq_ptr, first, size, first_group, factor, decay, rate, root, beta1,
             one_less_beta1, beta2, one_less_beta2, eps, seed, index, step, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr,
             CHUNK: tl.constexpr, GROUPS: tl.constexpr):
-    """One chunk, from element `first` - shift on. A full one without a shift needs no masks and moves 16 bytes at a time."""
+    """One chunk, from element `first` on. A full one without a shift needs no masks and moves 16 bytes at a time."""
     for start in range(0, CHUNK // 8, GROUPS):
-        group = (offset + first) // 8 + start + tl.arange(0, GROUPS)
+        group = first_group + start + tl.arange(0, GROUPS)
         at = first + (start + tl.arange(0, GROUPS))[:, None] * 8 + tl.arange(0, 8)[None, :]
-        if MASKED:
-            at -= offset % 8
         g = _load(grad_ptr, at, size, MASKED) * factor
         w = _load(param_ptr if master_ptr is None else master_ptr, at, size, MASKED)
         m = beta1 * _load(avg_ptr, at, size, MASKED) + one_less_beta1 * g
@@ -130,7 +134,10 @@ def adamw_step_kernel(table_ptr, state_ptr, lr_ptr, tensors, seed, beta1, one_le
     first = chunk * CHUNK
     size = tl.load(table_ptr + SIZE * (tensors + 1) + tensor)
     index = tl.load(table_ptr + INDEX * (tensors + 1) + tensor)
-    offset = tl.load(table_ptr + OFFSET * (tensors + 1) + tensor)
+    if STOCHASTIC or AVG_TYPE == tl.bfloat16 or SQ_TYPE == tl.bfloat16:
+        offset = tl.load(table_ptr + OFFSET * (tensors + 1) + tensor)
+    else:
+        offset = first * 0
     step = tl.load(_address_of(table_ptr, tensors, STEPS, tensor, tl.float32, False))
     param_ptr = _address_of(table_ptr, tensors, PARAM, tensor, PARAM_TYPE, ALIGNED)
     grad_ptr = _address_of(table_ptr, tensors, GRAD, tensor, GRAD_TYPE, ALIGNED)
@@ -143,12 +150,14 @@ def adamw_step_kernel(table_ptr, state_ptr, lr_ptr, tensors, seed, beta1, one_le
     rate = tl.div_rn(lr, 0.0 - _expm1(step * log_beta1))  # 1 - beta^step without cancellation
     root = tl.sqrt_rn(0.0 - _expm1(step * log_beta2))
     decay = 1.0 - lr * weight_decay
-    if (first + CHUNK <= size) & (offset % 8 == 0):
-        _update(param_ptr, grad_ptr, master_ptr, avg_ptr, sq_ptr, first, size, offset, factor, decay, rate, root, beta1,
+    shift = offset % 8
+    first_group = (offset + first) // 8
+    if (first + CHUNK <= size) & (shift == 0):
+        _update(param_ptr, grad_ptr, master_ptr, avg_ptr, sq_ptr, first, size, first_group, factor, decay, rate, root, beta1,
                 one_less_beta1, beta2, one_less_beta2, eps, seed, index, step, STOCHASTIC, False, CHUNK, GROUPS)
     else:
-        _update(param_ptr, grad_ptr, master_ptr, avg_ptr, sq_ptr, first, size, offset, factor, decay, rate, root, beta1,
-                one_less_beta1, beta2, one_less_beta2, eps, seed, index, step, STOCHASTIC, True, CHUNK, GROUPS)
+        _update(param_ptr, grad_ptr, master_ptr, avg_ptr, sq_ptr, first - shift, size, first_group, factor, decay, rate, root,
+                beta1, one_less_beta1, beta2, one_less_beta2, eps, seed, index, step, STOCHASTIC, True, CHUNK, GROUPS)
 
 
 def _table(entries, first_index, device):

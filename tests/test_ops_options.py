@@ -66,12 +66,16 @@ def one_tensor_twice(name, x):
         "linear_logprobs": lambda x: ik.linear_logprobs(x, x, labels).sum(),
         "kl_penalty": lambda x: ik.kl_penalty(x, x, estimator="k3").sum(),
         "focal_ranking_loss": lambda x: ik.focal_ranking_loss(x, x).sum(),
+        "swiglu": lambda x: ik.swiglu(x, x).square().sum(),
+        "rms_norm": lambda x: ik.rms_norm(x, x[0].detach(), residual=x)[0].square().sum(),
+        "apply_rope": lambda x: ik.apply_rope(*[x.view(2, 1, 32)] * 2, *ik.rope_table(2, 32))[1].square().sum(),
+        "flash_attention": lambda x: ik.flash_attention(other.view(1, 2, 1, 32), *[x.view(1, 2, 1, 32)] * 2).square().sum(),
     }[name]
 
 
 @pytest.mark.parametrize("name", ("ppo_value_loss", "ppo_value_loss, values", "ppo_policy_loss", "ppo_policy_loss, logprobs",
                                   "linear_cross_entropy", "linear_cross_entropy, none", "linear_logprobs", "kl_penalty",
-                                  "focal_ranking_loss"))
+                                  "focal_ranking_loss", "swiglu", "rms_norm", "apply_rope", "flash_attention"))
 def test_one_tensor_twice(name, device, generator):
     x = torch.randn(8, 8, generator=generator, device=device, requires_grad=True)
     function = one_tensor_twice(name, x)

@@ -2,7 +2,7 @@
 
 import torch
 
-from .._autograd import once_differentiable
+from .._autograd import distinct, once_differentiable
 from .._checks import check_choice, check_device, check_float, check_same, fail, last_stride_1
 from .._registry import OPS, Case, Op, Sample
 from .rope_table import rope_table
@@ -230,7 +230,7 @@ def apply_rope(q, k, cos, sin, positions=None, *, interleaved=False, backend=Non
     cos, sin = cos.contiguous(), sin.contiguous()
     positions = None if positions is None else positions.reshape(-1).contiguous()
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        out_q, out_k = _ApplyRope.apply(flat_q, flat_k, cos, sin, positions, interleaved, chosen)
+        out_q, out_k = _ApplyRope.apply(*distinct(flat_q, flat_k), cos, sin, positions, interleaved, chosen)
     else:
         out_q, out_k = native(_FWD[chosen], flat_q, flat_k, cos, sin, positions, interleaved, False)
     return (out_q, out_k) if q.dim() == 3 else (out_q.view(q.shape), out_k.view(k.shape))

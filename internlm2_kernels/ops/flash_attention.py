@@ -2,7 +2,7 @@
 
 import torch
 
-from .._autograd import once_differentiable
+from .._autograd import distinct, once_differentiable
 from .._checks import check_float, check_same, fail, last_stride_1
 from .._registry import Case, Op, Sample
 from ._attention import (
@@ -335,7 +335,7 @@ def flash_attention(q, k, v, *, causal=False, scale=None, window=None, softcap=0
     options = max_q, max_k, left, right, scale, softcap
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         # Self-attention hands over one tensor for both: a compiled graph refuses an input that comes twice.
-        out, lse = _FlashAttention.apply(q, k, v, cu_q, None if cu_k is cu_q else cu_k, options, chosen)
+        out, lse = _FlashAttention.apply(*distinct(q, k, v), cu_q, None if cu_k is cu_q else cu_k, options, chosen)
     else:
         out, lse = native(_FWD[chosen], q, k, v, cu_q, cu_k, *options)
     return (out, lse) if return_lse else out

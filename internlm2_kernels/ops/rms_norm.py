@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .._autograd import once_differentiable
+from .._autograd import distinct, once_differentiable
 from .._checks import as_rows, check_choice, check_device, check_float, check_same, check_shape, fail
 from .._registry import Case, Op, Sample
 
@@ -198,6 +198,8 @@ def rms_norm(x, weight, eps=1e-5, residual=None, *, rounding="once", backend=Non
         residual = as_rows(residual)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad
                                     or (residual is not None and residual.requires_grad)):
+        if residual is x:
+            x, residual = distinct(x, residual)
         return _RMSNorm.apply(x, weight, eps, residual, hf, chosen)
     if residual is None:
         return _FWD[chosen](x, weight, eps, hf)[0]

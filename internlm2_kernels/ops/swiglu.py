@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .._autograd import once_differentiable
+from .._autograd import distinct, once_differentiable
 from .._checks import as_rows, check_float, check_same, check_shape, fail
 from .._registry import Case, Op, Sample
 
@@ -136,7 +136,7 @@ def swiglu(gate, up=None, *, backend=None):
     if up is not None:
         gate, up = as_rows(gate), as_rows(up)
         if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-            return _SwiGLU.apply(gate, up, chosen)
+            return _SwiGLU.apply(*distinct(gate, up), chosen)
         return _FWD[chosen](gate, up)
     packed = _as_packed_rows(gate)
     half = packed.shape[-1] // 2

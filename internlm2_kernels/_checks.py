@@ -48,6 +48,11 @@ def check_choice(op: str, argument: str, value: object, choices: tuple) -> None:
         fail(ValueError, op, argument, " or ".join(repr(c) for c in choices), repr(value))
 
 
+def check_flag(op: str, argument: str, value: object) -> None:
+    if not isinstance(value, bool):
+        fail(TypeError, op, argument, "True or False", repr(value))
+
+
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """`x`, or a copy where kernels could not walk it: they take up to three dimensions and a last stride of 1."""
     if x.is_contiguous() or (x.dim() <= 3 and x.stride(-1) == 1):

@@ -5,10 +5,10 @@ import functools
 import torch
 from torch.optim import Optimizer
 
-from ._checks import FLOAT_DTYPES, fail
+from ._checks import FLOAT_DTYPES, check_flag, fail
 from ._registry import BACKENDS, OPS
 from .ops._losses import check_number
-from .ops.adamw import STEP, check_flag, check_settings, reference_step
+from .ops.adamw import STEP, check_settings, reference_step
 from .ops.squared_norm import SQUARED_NORM, dense
 from .ops.squared_norm import reference as reference_norm
 

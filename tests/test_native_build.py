@@ -72,8 +72,8 @@ def test_library_exports_its_entry_alone():
     assert exported == ["PyInit__C"]
 
 
-SCHEMA_TYPES = {"Tensor": "Tensor", "Optional[Tensor]": "Tensor?", "List[Tensor]": "Tensor[]", "List[int]": "int[]", "float": "float",
-                "int": "int", "bool": "bool"}
+SCHEMA_TYPES = {"Tensor": "Tensor", "Optional[Tensor]": "Tensor?", "List[Tensor]": "Tensor[]", "List[int]": "int[]",
+                "float": "float", "int": "int", "bool": "bool"}
 
 
 def of_schema(schema):

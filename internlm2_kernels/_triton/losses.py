@@ -92,7 +92,8 @@ def _share(upstream_ptr, row, step, weights_ptr, count_ptr, mask):
     if upstream_ptr is not None:
         share = tl.load(upstream_ptr + row * step, mask=mask, other=0.0)
     if weights_ptr is not None:
-        share = share * tl.load(weights_ptr + row, mask=mask, other=0.0)
+        weight = tl.load(weights_ptr + row, mask=mask, other=0.0)
+        share = tl.where(weight == 0.0, 0.0, share * weight)  # such a row takes nothing of an infinite upstream
     if count_ptr is not None:
         count = tl.load(count_ptr)
         share = tl.where(count == 0.0, 0.0, tl.div_rn(share, tl.where(count == 0.0, 1.0, count)))

@@ -2,7 +2,7 @@
 
 import torch
 
-from .._checks import check_device, check_float, check_shape, fail
+from .._checks import check_device, check_flag, check_float, check_shape, fail
 from .._registry import Case, Op, Sample
 from ._losses import check_number
 from ._philox import bits16, stochastic_bfloat16
@@ -144,11 +144,6 @@ def check_tensors(param, grad, exp_avg, exp_avg_sq, master):
         check_device("adamw", name, tensor, param, "param")
     if exp_avg_sq.dtype != exp_avg.dtype:
         fail(TypeError, "adamw", "exp_avg_sq", f"the dtype of exp_avg, {exp_avg.dtype}", exp_avg_sq.dtype)
-
-
-def check_flag(op, argument, value):
-    if not isinstance(value, bool):
-        fail(TypeError, op, argument, "True or False", repr(value))
 
 
 def check_settings(op, betas, eps, weight_decay):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from .._autograd import once_differentiable
-from .._checks import check_float, fail, last_stride_1
+from .._checks import check_flag, check_float, fail, last_stride_1
 from .._registry import Case, Op, Sample
 from ._losses import (
     REDUCTIONS,
@@ -208,9 +208,9 @@ def cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_l
               code plans its own memory and does not
     Dtypes:   logits float32 | bfloat16 | float16 | float64; computed in float32 (float64), which is the loss's dtype
     Backward: mean and sum make the gradient in the forward (one read, one write) and save it: the bytes of logits. An
-              upstream other than 1 multiplies it: one pass more (none on CPU for 1). "none", float16 and inplace_backward
-              save logits and lse in two parts (8 bytes a row; float64: 16) and read the logits again. Deterministic: yes,
-              and batch-invariant
+              upstream other than 1 multiplies it: one pass more (none on CPU for 1), in which inf or NaN reaches
+              ignored rows too. "none", float16 and inplace_backward save logits and lse in two parts (8 bytes a row;
+              float64: 16) and read the logits again. Deterministic: yes, and batch-invariant
     Errors:   ValueError, TypeError; a label outside [0, V) that is not ignore_index raises on CPU before memory is touched;
               on CUDA its row becomes NaN and `internlm2_kernels.check()` reports it
     Cost:     memory-bound: one read forward, one read and one write with gradient.
@@ -223,6 +223,7 @@ def cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_l
     labels = check_labels("cross_entropy", "labels", labels, shape, logits, "logits")
     ignore_index = check_ignore_index("cross_entropy", ignore_index)
     smoothing, z_loss, softcap = check_loss_options("cross_entropy", label_smoothing, z_loss, softcap)
+    check_flag("cross_entropy", "inplace_backward", inplace_backward)
     code = check_reduction("cross_entropy", reduction)
     chosen = CROSS_ENTROPY.select(logits, backend)
     if chosen == "reference":

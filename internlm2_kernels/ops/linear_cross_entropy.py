@@ -265,9 +265,10 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, label_smo
               weight's gradient are summed in float32 (float64), the loss stays so
     Backward: mean and sum make both gradients in the forward, three products in all, and hold them: dhidden in hidden's dtype
               (float32 for float16), dweight in float32: 4 V D bytes, the one accumulator. Backward rounds them to the inputs'
-              dtypes, times the upstream (dhidden of bfloat16 is rounded a second time where the upstream is not 1). "none"
-              saves hidden, weight, labels and lse (4 bytes a token) and computes the logits again: four products. A frozen
-              hidden or weight costs no product and no memory. Deterministic: yes; forward is batch-invariant: a token's
+              dtypes, times the upstream (dhidden of bfloat16 is rounded a second time where the upstream is not 1; inf or
+              NaN reaches ignored rows too). A hidden that is not finite reaches dweight also where its label is ignored.
+              "none" saves hidden, weight, labels and lse (4 bytes a token) and computes the logits again: four products. A
+              frozen hidden or weight costs no product and no memory. Deterministic: yes; forward is batch-invariant: a token's
               loss has the same bits whatever else is in the batch
     Errors:   ValueError, TypeError; a label outside [0, V) that is not ignore_index raises on CPU before memory is touched;
               on CUDA its loss and gradients are NaN and `internlm2_kernels.check()` reports it

@@ -130,19 +130,22 @@ def test_a_shift_of_all_logits_changes_no_gradient(backend, dtype, shift, genera
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", (math.nan, math.inf))
 def test_an_ignored_row_takes_no_upstream(backend, bad, generator):
-    """Not even NaN or infinity, which 0 times it would not stop; and its neighbours keep theirs."""
+    """Not even NaN or infinity, which 0 times it would not stop; and its neighbours keep theirs. Nor does one of weight 0."""
     hidden, weight, labels = head(generator)
     logits = draw(generator, 7, 40).requires_grad_()
     labels, upstream = labels % 40, torch.ones(7)
+    weightless = ik.linear_cross_entropy(hidden, weight, labels.clone(), token_weights=torch.arange(7.0) - 3, reduction="none",
+                                         backend=backend)
     labels[3] = -100
     losses = (ik.cross_entropy(logits, labels, reduction="none", backend=backend),
               ik.linear_cross_entropy(hidden, weight, labels, reduction="none", backend=backend))
-    gradients = lambda: torch.autograd.grad(losses, (logits, hidden, weight), (upstream, upstream), retain_graph=True)
+    gradients = lambda: (*torch.autograd.grad(losses, (logits, hidden, weight), (upstream, upstream), retain_graph=True),
+                         *torch.autograd.grad(weightless, (hidden, weight), upstream, retain_graph=True))
     want = gradients()
     upstream[3] = bad
     for got, right in zip(gradients(), want, strict=True):
         assert torch.equal(got, right)
-    assert not want[0][3].any() and not want[1][3].any()
+    assert not want[0][3].any() and not want[1][3].any() and not want[3][3].any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

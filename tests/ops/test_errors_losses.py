@@ -59,6 +59,7 @@ def numbers(call, op, argument, expected, wrong):
 ANY = (NAN, INF, -INF, True, "1", 10**400)  # a number beyond float64 too
 CASES = [
     # cross_entropy
+    (entropy(inplace_backward="yes"), TypeError, "cross_entropy: inplace_backward: expected True or False, got 'yes'"),
     (entropy([1.0]), TypeError, "cross_entropy: logits: expected a tensor, got list"),
     (entropy(LOGITS.long()), TypeError,
      "cross_entropy: logits: expected float32, bfloat16, float16 or float64, got torch.int64"),

@@ -223,6 +223,8 @@ class Bench:
         generator = torch.Generator(self.device).manual_seed(SEED)
         sample = job.op.sample(job.case, job.dtype, self.device, generator)
         upstream = draw_upstream(job.op, sample, 1.0, generator) if job.training else {}
+        # What `loss.backward()` sends to a loss; the checks draw other numbers.
+        upstream = {name: torch.ones_like(v) if v.dim() == 0 else v for name, v in upstream.items()}
         tensors = [v for v in [*sample.inputs.values(), *upstream.values()] if isinstance(v, torch.Tensor)]
         sets = 1 if job.small else cold_sets(sum(v.numel() * v.element_size() for v in tensors), self.device)
         make_sets = lambda: [(with_leaves(_copy(sample)) if job.training else _copy(sample), _clones(upstream))
@@ -251,7 +253,7 @@ class Bench:
         retain = self.device.type == "cuda"  # a graph is captured from a backward that must be able to run again
 
         def backward(i: int, outputs: Any) -> Any:
-            outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+            outputs = [outputs] if isinstance(outputs, torch.Tensor) else [t for t in outputs if t.requires_grad]
             return torch.autograd.grad(outputs, leaves[i], upstreams[i], retain_graph=retain)
 
         contender = Contender(name, lambda i: calls[i](), backward if job.kind == "training" else None, family)

@@ -52,8 +52,6 @@ ALLOWED_STACK: dict[str, str] = {
     "flash_attention/flash_attention_fwd_kernel/d 128, packed, window/float32/sm_90": BESIDE_LOOPS,
     "linear_cross_entropy/linear_head_fwd_kernel/7B, all options, gradient/float32/sm_100": BESIDE_LOOPS,
     "linear_cross_entropy/linear_head_product_kernel/7B, launch 4/bfloat16/sm_90": BESIDE_LOOPS,
-    "linear_logprobs/linear_head_fwd_kernel/7B, entropy/bfloat16/sm_100": BESIDE_LOOPS,
-    "linear_logprobs/linear_head_fwd_kernel/7B/bfloat16/sm_100": BESIDE_LOOPS,
     "linear_logprobs/linear_head_gradient_kernel/7B, entropy/bfloat16/sm_90": BESIDE_LOOPS,
     "linear_logprobs/linear_head_product_kernel/7B, launch 4/bfloat16/sm_90": BESIDE_LOOPS,
     "paged_attention/paged_attention_fwd_kernel/decode, d 128, blocks of 1, window/float32/sm_90": BESIDE_LOOPS,

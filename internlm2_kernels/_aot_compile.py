@@ -28,7 +28,7 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 SHARED_LIMIT = {"80": 166_912, "90": 232_448, "100": 232_448}
 _SHARED_TOTAL = {"80": 167_936, "90": 233_472, "100": 233_472}
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.int8: "i8",
-          torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
+          torch.int32: "i32", torch.int64: "i64", torch.bool: "u1"}
 
 
 @dataclass(frozen=True)

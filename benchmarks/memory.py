@@ -81,6 +81,8 @@ def expected(done: list[dict], form: str, tokens: int) -> float:
 
 def measure(form: str, tokens: int, args: argparse.Namespace, rows: list[dict], left_out: list[dict]) -> tuple:
     """(its row, "") from a fresh process, or (None, why there is none)."""
+    if form in args.skip:
+        return None, "not run"
     if any(entry["form"] == form for entry in left_out):
         return None, "left out with fewer tokens"
     if expected(rows, form, tokens) > SAFE * available():
@@ -123,6 +125,7 @@ def main(argv: list[str]) -> int:
     p.add_argument("--vocab", type=int, default=VOCAB)
     p.add_argument("--out", type=Path, help="folder for the record (default: benchmarks/results/<device>)")
     p.add_argument("--limit", type=int, default=LIMIT, help="seconds for one form at one size (default: %(default)s)")
+    p.add_argument("--skip", action="append", default=[], metavar="FORM", help="leave this form out (repeatable); the record says so")
     p.add_argument("--one", help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     if sys.platform != "linux":

@@ -125,7 +125,7 @@ def main(argv: list[str]) -> int:
     p.add_argument("--vocab", type=int, default=VOCAB)
     p.add_argument("--out", type=Path, help="folder for the record (default: benchmarks/results/<device>)")
     p.add_argument("--limit", type=int, default=LIMIT, help="seconds for one form at one size (default: %(default)s)")
-    p.add_argument("--skip", action="append", default=[], metavar="FORM", help="leave this form out (repeatable); the record says so")
+    p.add_argument("--skip", action="append", default=[], metavar="FORM", help="leave this form out (repeatable)")
     p.add_argument("--one", help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     if sys.platform != "linux":

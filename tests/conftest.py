@@ -72,3 +72,13 @@ def pytest_sessionfinish(session, exitstatus):
         expected, _ = cells.expected(session.config.getoption("--device"))
         if not expected <= _RAN and exitstatus == 0:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture
+def as_it_comes():
+    """Fresh memory is not filled: for tests whose comparisons cover every element of tensors that fill the machine."""
+    import torch
+
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = True

@@ -74,14 +74,6 @@ def free_gib() -> float:
         return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) / 2**20
 
 
-@pytest.fixture
-def as_it_comes():
-    """Fresh memory is not filled: the comparison below covers every element."""
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = True
-
-
 @pytest.mark.slow
 def test_every_operator_has_its_sizes():
     sized = {wide.op for wide in WIDE} | large.COVERED  # which the imports above filled

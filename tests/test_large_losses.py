@@ -29,15 +29,7 @@ import internlm2_kernels as ik
 from internlm2_kernels._registry import Sample
 from internlm2_kernels.testing import run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-
-
-@pytest.fixture(autouse=True)
-def as_it_comes():
-    """Fresh memory is not filled: the comparisons cover every element."""
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = True
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.usefixtures("as_it_comes")]
 
 
 # ---------------------------------------------------------------------------------------------------- results row by row

@@ -12,15 +12,7 @@ from internlm2_kernels.ops.adamw import STEP
 
 WORDS, BLOCKS = 1536, 342  # vocabulary: whole blocks of the kernel, so that each repeat is computed alike
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-
-
-@pytest.fixture(autouse=True)
-def as_it_comes():
-    """Fresh memory is not filled: the comparisons cover every element."""
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = True
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.usefixtures("as_it_comes")]
 
 
 # ------------------------------------------------------------------------------------------------- a large vocabulary

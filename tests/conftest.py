@@ -1,6 +1,8 @@
 """Shared set-up: Triton's interpreter where there is no GPU, poisoned memory, seeds from the test's name, counted cells."""
 
 import os
+import shutil
+import tempfile
 import zlib
 
 import pytest
@@ -16,6 +18,12 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[CELLS] = set()
+    if not hasattr(config, "workerinput"):
+        # Inductor's cache on disk knows a raw operator by its name alone: a graph compiled by an earlier version of this
+        # package would be taken for this one's. Every run has a cache of its own, shared by its workers.
+        cache = tempfile.mkdtemp(prefix="internlm2-inductor-")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton or internlm2_kernels
         import interpreter

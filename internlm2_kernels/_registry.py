@@ -6,6 +6,9 @@ overload of the library `internlm2`: `internlm2::rms_norm_fwd.cpp`. Implementati
 - `reference` is the contract file's plain PyTorch function; it is differentiated by PyTorch and needs no overload;
 - `cpp` and `cuda` are registered by the compiled library `_C`;
 - `triton` is the function `NAME_PASS` of `internlm2_kernels/_triton/NAME.py`, imported at its first call.
+
+Once released, a pass whose results or arguments change takes a new name: inductor's cache on disk and exported programs
+know a raw operator by its name alone, and would go on with the graph that an older version had.
 """
 
 import contextlib

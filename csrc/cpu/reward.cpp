@@ -185,39 +185,47 @@ template <typename T, typename W> void dhidden_of(const RewardLoss& a, int64_t b
 // Sums over rows in two levels: one chain over half a million sequences would lose four digits of float32.
 constexpr int64_t kChainRows = 512;
 
-// Columns of several vectors together: a piece of each row is then long enough for the prefetcher to see.
+// Four rows at a time over a piece of the columns, whose sums stay in the first-level cache: rows are then read from end to
+// end, as the prefetcher likes it, and a column's chain takes them in rising order all the same.
 template <typename T, typename W> void dweight_of(const RewardLoss& a, int64_t begin, int64_t end) {
-  using V = Vec<acc_t<T>>;
-  constexpr int kPairs = 4;
-  constexpr int64_t pair = 2 * V::size;
-  const auto* scales = static_cast<const acc_t<T>*>(a.drewards_total);
-  const auto* hidden = static_cast<const T*>(a.hidden);
+  using Acc = acc_t<T>;
+  using V = Vec<Acc>;
+  constexpr int64_t kPiece = 1024;
+  const auto* scales = static_cast<const Acc*>(a.drewards_total);
   auto* dweight = static_cast<W*>(a.dweight);
-  const auto chain_end = [&](int64_t i) { return i + kChainRows < a.n ? i + kChainRows : a.n; };
-  int64_t j = begin;
-  for (; j + kPairs * pair <= end; j += kPairs * pair) {
-    Two<V> sums[kPairs];
+  alignas(64) Acc chain[kPiece], sums[kPiece];
+  for (int64_t j = begin; j < end; j += kPiece) {
+    const int64_t n = std::min(kPiece, end - j);
+    const auto row = [&](int64_t i) { return static_cast<const T*>(a.hidden) + row_of(a, i) * a.row_stride + j; };
+    std::memset(sums, 0, sizeof(sums));
     for (int64_t first = 0; first < a.n; first += kChainRows) {
-      Two<V> chain[kPairs];
-      for (int64_t i = first; i < chain_end(first); ++i) {
-        const T* row = hidden + row_of(a, i) * a.row_stride + j;
-        for (int k = 0; k < kPairs; ++k) chain[k] = fma(load<V>(row + k * pair, Both<T>{}), V(scales[i]), chain[k]);
+      std::memset(chain, 0, sizeof(chain));
+      const int64_t last = std::min(first + kChainRows, a.n);
+      int64_t i = first;
+      for (; i + 4 <= last; i += 4) {
+        const T *row0 = row(i), *row1 = row(i + 1), *row2 = row(i + 2), *row3 = row(i + 3);
+        const V scale0(scales[i]), scale1(scales[i + 1]), scale2(scales[i + 2]), scale3(scales[i + 3]);
+        for_vectors<V, T>(n, [&](int64_t c, auto part) VEC_LAMBDA {
+          auto sum = fma(load<V>(row0 + c, part), scale0, load_partial<V>(chain + c, part));
+          sum = fma(load<V>(row1 + c, part), scale1, sum);
+          sum = fma(load<V>(row2 + c, part), scale2, sum);
+          store_partial(chain + c, fma(load<V>(row3 + c, part), scale3, sum), part);
+        });
       }
-      for (int k = 0; k < kPairs; ++k) sums[k] = sums[k] + chain[k];
+      for (; i < last; ++i) {
+        const T* one = row(i);
+        for_vectors<V, T>(n, [&](int64_t c, auto part) VEC_LAMBDA {
+          store_partial(chain + c, fma(load<V>(one + c, part), V(scales[i]), load_partial<V>(chain + c, part)), part);
+        });
+      }
+      for_vectors<V, T>(n, [&](int64_t c, auto part) VEC_LAMBDA {
+        store_partial(sums + c, load_partial<V>(sums + c, part) + load_partial<V>(chain + c, part), part);
+      });
     }
-    for (int k = 0; k < kPairs; ++k) store(dweight + j + k * pair, sums[k], Both<T>{});
+    for_vectors<V, T>(n, [&](int64_t c, auto part) VEC_LAMBDA {
+      store(dweight + j + c, load_partial<V>(sums + c, part), part);
+    });
   }
-  for_vectors<V, T>(end - j, [&](int64_t c, auto n) VEC_LAMBDA {
-    decltype(load<V>(hidden, n)) sum;
-    for (int64_t first = 0; first < a.n; first += kChainRows) {
-      decltype(load<V>(hidden, n)) chain;
-      for (int64_t i = first; i < chain_end(first); ++i) {
-        chain = fma(load<V>(hidden + row_of(a, i) * a.row_stride + j + c, n), V(scales[i]), chain);
-      }
-      sum = sum + chain;
-    }
-    store(dweight + j + c, sum, n);
-  });
 }
 
 }  // namespace

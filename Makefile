@@ -41,8 +41,8 @@ demo: build  ## train a small InternLM2 on the standard library's source, kernel
 bench: build  ## every operator against its peers and the machine's limit; writes benchmarks/results/
 	$(PY) -m benchmarks $(ARGS)
 
-gpu: build  ## on a machine with an NVIDIA GPU: build, all shared checks, yardsticks, benchmarks
-	$(PY) -m benchmarks.gpu $(ARGS)
+gpu:  ## on a machine with an NVIDIA GPU, in the active interpreter: build, shared checks, yardsticks, benchmarks
+	@python3 -m benchmarks.gpu $(ARGS)
 
 aot: build  ## static audit of every GPU kernel against the committed table
 	$(PY) -m internlm2_kernels aot --check $(ARGS)

@@ -1,25 +1,32 @@
 """`python -m benchmarks`: measure every operator, print the table, record the run. `... report`: refresh the README."""
 
 import argparse
+import math
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+USUAL_S = 20.0  # what a pass is expected to take before one of its operator has been seen
 EXAMPLES = """examples:
   python -m benchmarks                                  everything, recorded in benchmarks/results/<device>/
   python -m benchmarks --quick --op rms_norm            one size, few rounds: does it work at all?
   python -m benchmarks --op swiglu --direction both --dtype bfloat16
   python -m benchmarks --list                           what would be measured, and the gates
   python -m benchmarks report                           rewrite the README's section from the newest complete runs
-exit status: 0 done, 1 an operator's checks are red (it has no numbers), 2 cannot run here"""
+  python -m benchmarks --device cuda --seconds 480      as much as 8 minutes allow, the most important sizes first;
+                                                        the same with --resume goes on where it ended
+  python -m benchmarks render --out build/gpu           tables and plots of the records in a folder, measuring nothing
+exit status: 0 done, 1 an operator's checks are red (it has no numbers), 2 cannot run here, 3 the device stopped
+answering (--resume goes on after the operator that it happened in), 130 stopped by a signal"""
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, epilog=EXAMPLES,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("command", nargs="?", choices=("run", "report"), default="run")
+    p.add_argument("command", nargs="?", choices=("run", "report", "render"), default="run")
     p.add_argument("--op", action="append", metavar="NAME", help="only this operator (repeatable)")
     p.add_argument("--direction", action="append", choices=("forward", "backward", "both", "call"),
                    help="only this direction (repeatable); call: host time of a small call")
@@ -30,6 +37,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="first size, few rounds, recorded under build/benchmarks")
     p.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     p.add_argument("--out", type=Path, help="folder for the record (default: benchmarks/results)")
+    p.add_argument("--seconds", type=float, metavar="S", help="begin nothing that is not expected to end S seconds from now")
+    p.add_argument("--resume", action="store_true", help="continue the newest record in --out: what it has is not run again")
+    p.add_argument("--commit", metavar="ID", help="the commit to record where git does not know this copy of the tree")
     p.add_argument("--list", action="store_true", help="print passes and gates, measure nothing")
     return p
 
@@ -74,37 +84,82 @@ def measure(args: argparse.Namespace) -> int:
     out = (args.out or (record.ROOT / "build" / "benchmarks" if args.quick else record.RESULTS)).resolve()
     pin(args.threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else torch.get_num_threads())
     if device.type == "cuda":
-        torch._functorch.config.donated_buffer = False  # a captured backward must be able to run again
+        import torch._functorch.config as functorch  # which importing torch alone does not bring
+        functorch.donated_buffer = False  # a captured backward must be able to run again
     started, peaks = time.perf_counter(), measure_peaks(device)
+    _release(device)
     settings = replace(suite.QUICK if args.quick else suite.Settings(), compiled=not args.no_compile)
     bench = suite.Bench(device, peaks, settings)
-    run = record.Record(out, device, peaks, {"ops": ops, "directions": directions, "quick": args.quick,
-                                             "dtypes": [suite.short(d) for d in dtypes], "seconds": settings.seconds,
-                                             "rounds": settings.rounds, "compile": settings.compiled})
+    options = {"ops": ops, "directions": directions, "quick": args.quick, "dtypes": [suite.short(d) for d in dtypes],
+               "seconds": settings.seconds, "rounds": settings.rounds, "compile": settings.compiled}
+    try:
+        run = record.Record(out, device, peaks, options, resume=args.resume, commit_id=args.commit)
+    except ValueError as error:
+        parser().error(str(error))
+    passes = run.without_recorded(suite.by_importance(passes) if device.type == "cuda" else passes)
     console.print(report.describe(run.head), highlight=False)
     console.print(f"{len(passes)} passes -> {run.path}", highlight=False)
     bars = (TextColumn("{task.description:<52}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn())
-    rows, state = [], "killed"
+    state, clock = "killed", Clock(started, args.seconds)
     try:
-        with Progress(*bars, console=console) as progress:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with Progress(*bars, console=console, disable=not sys.stdout.isatty()) as progress:
             task = progress.add_task("", total=len(passes))
             for job in passes:
+                if not clock.leaves_room_for(job):
+                    continue
                 progress.update(task, description=str(job))
+                run.start(job)
                 found, paired = bench.run(job)
-                rows += found
+                clock.passed(job)
                 run.note(bench.notes)
                 run.add(job, found, paired)
                 progress.advance(task)
                 for row in found:
                     progress.console.print(one_line(row), highlight=False, markup=False)
-        state = "done"
+                if bench.lost:
+                    break
+        state = "lost" if bench.lost else "late" if clock.skipped else "done"
     except KeyboardInterrupt:
-        console.print(f"stopped; the {len(rows)} rows so far are in {run.path}")
-    everything = not (args.direction or args.dtype or args.quick or args.no_compile)  # of the operators it measured
+        console.print(f"stopped; the {len(run.rows())} rows so far are in {run.path}")
+    dtypes = args.dtype and (device.type == "cpu" or args.dtype != ["bfloat16"])  # a GPU's tables are of bfloat16
+    everything = not (args.direction or dtypes or args.quick or args.no_compile)  # of the operators it measured
     run.finish(complete=everything and state == "done", state=record.gpu_state() if device.type == "cuda" else "")
-    finish(console, run, rows, bench.notes, time.perf_counter() - started)
-    return 130 if state == "killed" else int(any(row.red for row in rows))
+    finish(console, run, time.perf_counter() - started)
+    if clock.skipped:
+        console.print(f"no time for {clock.skipped} of {len(passes)} passes: --resume measures them")
+    if state == "lost":
+        console.print("the device stopped answering; --resume goes on after the operator that it happened in")
+    return {"killed": 130, "lost": 3}.get(state, int(bool(run.head["run"]["red"])))
+
+
+class Clock:
+    """Whether a pass is expected to end in time, by the longest of its operator so far."""
+
+    def __init__(self, started: float, seconds: float | None) -> None:
+        self.end = math.inf if seconds is None else started + seconds
+        self.begun, self.longest, self.skipped = started, {}, 0
+
+    def leaves_room_for(self, job) -> bool:
+        self.begun = time.perf_counter()
+        room = self.begun + self.longest.get(job.op.name, USUAL_S) <= self.end
+        self.skipped += not room
+        return room
+
+    def passed(self, job) -> None:
+        took = time.perf_counter() - self.begun
+        self.longest[job.op.name] = max(took, self.longest.get(job.op.name, 0.0))
+
+
+def _release(device) -> None:
+    """The yardsticks' memory, which a graph's pool holds until the graph is gone."""
+    import gc
+
+    import torch
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def one_line(row) -> str:
@@ -115,17 +170,23 @@ def one_line(row) -> str:
     return f"{' '.join(start[:4]):<58}{start[4]:>9} {start[5]:>7} GB/s {start[6]:>6}  {peers}"
 
 
-def finish(console, run, rows, notes: list[str], seconds: float) -> None:
+def finish(console, run, seconds: float) -> None:
     """Tables, plot and Markdown of what was measured."""
-    from . import plot, record, report
-    if rows:
-        report.print_tables(console, [asdict(row) for row in rows])
-        data = record.load(run.path)
-        run.path.with_suffix(".md").write_text(report.markdown(data))
-        plot.roofline(data, run.path.with_suffix(".png"))
-    for note in notes:
+    from . import report
+    if run.rows():
+        report.print_tables(console, run.rows())
+        render(run.path)
+    for note in run.head["run"]["notes"]:
         console.print(f"note: {note}", highlight=False, markup=False)
     console.print(f"{seconds:.0f} s; {run.path} (.md, .png)", highlight=False)
+
+
+def render(path: Path) -> None:
+    """Markdown and plot beside a record."""
+    from . import plot, record, report
+    data = record.load(path)
+    path.with_suffix(".md").write_text(report.markdown(data))
+    plot.roofline(data, path.with_suffix(".png"))
 
 
 def list_plan(console, passes) -> int:
@@ -142,6 +203,12 @@ def main(argv: list[str]) -> int:
     if args.command == "report":
         from . import report
         print("README.md rewritten" if report.rewrite_readme() else "README.md is up to date")
+        return 0
+    if args.command == "render":
+        paths = sorted((args.out or Path("benchmarks/results")).glob("*/[0-9][0-9][0-9][0-9]_*.json"))
+        for path in paths:
+            render(path)
+        print(f"{len(paths)} records rendered")
         return 0
     with_huge_pages(argv)
     return measure(args)

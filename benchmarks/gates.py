@@ -15,8 +15,9 @@ from .suite import size_of
 GATES = Path(__file__).with_name("gates.toml")
 WHERE = ("device", "op", "direction", "dtype")
 RATIOS = ("eager", "compile", "liger", "flex", "mask", "folded", "bf16 cache", "sequence", "cudnn", "flash",
-          "varlen")
-OPTIONAL = ("liger", "mask", "cudnn", "flash", "varlen")  # not installed everywhere, or too slow to be timed at every size
+          "efficient", "varlen")
+# Not installed everywhere, or too slow to be timed at every size.
+OPTIONAL = ("liger", "mask", "cudnn", "flash", "efficient", "varlen")
 SHARES = {"bw": "copy_fraction", "read": "read_fraction", "roof": "roof_fraction"}
 
 

@@ -1,177 +1,345 @@
-"""`python -m benchmarks.gpu` (`make gpu VENV=none`): build, check and measure on a machine with a GPU, in one command."""
+"""`python3 -m benchmarks.gpu` (`make gpu`): build, check and measure on a machine with a GPU, in one command.
+
+It runs in the active interpreter, without a virtual environment and without a network.
+"""
 
 import argparse
 import importlib.util
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("build", "checks", "sanitizer", "peaks", "bench", "train")
-LIMITS_S = {"build": 180, "checks": 360, "sanitizer": 120, "peaks": 60, "bench": 570, "train": 300}  # all within 22 minutes
-NEEDED_GIB = 8  # the largest benchmark row with its cold copies, and room for the checks
+FURTHER = ("counters",)
+# Seconds that phases share; all of them together are 22 minutes.
+SHARES = ((("build", "checks"), 360), (("sanitizer",), 120), (("peaks", "bench"), 600), (("train",), 240), (("counters",), 240))
+REPORT_S = 45.0  # of the benchmarks' time, for the row under way and the report
+SILENT_S = 180.0  # without a line of output a benchmark hangs: it is ended and goes on with the next operator
+GRACE_S = 15.0  # from the request to end to the kill
+LATE, SILENT, DEVICE_LOST = 124, 125, 3
+NEEDED_GIB = {"checks": 8, "sanitizer": 4, "peaks": 8, "bench": 30, "train": 8, "counters": 30}
+NEEDED_MODULES = {"build": ("setuptools", "ninja"), "checks": ("pytest", "hypothesis", "einops", "pytest_timeout"),
+                  "bench": ("rich", "matplotlib", "pytest_benchmark", "psutil"),
+                  "train": ("rich", "matplotlib", "safetensors", "sentencepiece")}
+# The shared checks of the registry, and what is special to the GPU kernels; the rest of tests/ needs no GPU.
+TESTS = ("tests/test_ops.py", "tests/test_ops_bits.py", "tests/test_ops_autograd.py", "tests/test_ops_options.py",
+         "tests/test_triton_kernels.py", "tests/test_triton_attention.py", "tests/ops/test_triton_lists.py",
+         "tests/ops/test_triton_losses.py", "tests/ops/test_linear_logprobs.py", "tests/ops/test_errors.py",
+         "tests/ops/test_errors_losses.py")
+METRICS = ("gpu__time_duration.sum", "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+           "sm__throughput.avg.pct_of_peak_sustained_elapsed", "sm__inst_executed_pipe_tensor.sum",
+           "sm__warps_active.avg.pct_of_peak_sustained_active", "launch__registers_per_thread",
+           "l1tex__data_bank_conflicts_pipe_lsu.sum")
 EXAMPLES = """phases, in this order:
-  build    python setup.py build_ext --inplace, in this interpreter, without network
-  checks   the shared checks of every operator on CUDA tensors, backends triton and cuda
+  build      python setup.py build_ext --inplace, in this interpreter
+  checks     the shared checks of every operator on CUDA tensors, backends triton and cuda, fresh random inputs
   sanitizer  compute-sanitizer, memcheck and racecheck, over small cases of every CUDA kernel
-  peaks    copy, read and bf16 matrix rates of this GPU: what everything is measured against
-  bench    python -m benchmarks --device cuda, quick unless --full
-  train    python -m internlm2 demo --device cuda: a training run, kernels beside plain PyTorch
+  peaks      copy, read and matrix rates of this GPU: what everything is measured against
+  bench      python -m benchmarks --device cuda, bfloat16, the most important sizes first
+  train      python -m internlm2 demo --device cuda: a training run, kernels beside plain PyTorch
+  counters   (only where asked for) ncu over one call of each operator at its benchmark sizes
 
-examples:
-  python -m benchmarks.gpu
-  python -m benchmarks.gpu --phases build,peaks --out /tmp/gpu
-  python -m benchmarks.gpu --phases bench --full --op rms_norm
-exit status: 0 all phases passed, 1 a phase failed, 2 there is no GPU to run on"""
+build and checks share 6 minutes, yardsticks and benchmarks 10, everything 22; what one leaves the next may use. A phase
+that runs out of time keeps what it has: every row is on disk as soon as it is measured, and --resume goes on from there.
+
+in two calls of at most 10 minutes, results in $OUT (for the second the first one's are copied back to $OUT before):
+  python3 -m benchmarks.gpu --phases build,checks,sanitizer --minutes 9.5 --out "$OUT"
+  python3 -m benchmarks.gpu --phases build,peaks,bench --minutes 9.5 --resume --out "$OUT"
+further examples:
+  python3 -m benchmarks.gpu
+  python3 -m benchmarks.gpu --phases bench --op rms_norm --op swiglu --full
+  python3 -m benchmarks.gpu --phases checks --op flash_attention --seed 7
+  python3 -m benchmarks.gpu --phases counters --op flash_attention
+exit status: 0 all phases passed, 1 a phase failed, 2 it cannot run here"""
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__, epilog=EXAMPLES,
+    p = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu", description=__doc__, epilog=EXAMPLES,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--phases", default=",".join(PHASES), help=f"comma-separated, of {', '.join(PHASES)} (default: all)")
-    p.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder for logs and records")
-    p.add_argument("--full", action="store_true", help="benchmark every size instead of the first of each operator")
-    p.add_argument("--no-limit", action="store_true", help="let a phase take longer than its share of 22 minutes")
+    p.add_argument("--phases", default=",".join(PHASES), help=f"comma-separated, of {', '.join(PHASES + FURTHER)} "
+                   f"(default: all but {', '.join(FURTHER)})")
+    p.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder for results: at most 8 files")
+    p.add_argument("--minutes", type=float, default=22.0, help="for all phases together (default: 22)")
+    p.add_argument("--no-limit", action="store_true", help="let phases take as long as they need")
+    p.add_argument("--resume", action="store_true", help="benchmark only what the record in --out lacks")
+    p.add_argument("--full", action="store_true", help="benchmark float32 too")
+    p.add_argument("--seed", type=int, help="of the checks' random inputs (default: another at every run)")
+    p.add_argument("--commit", metavar="ID", help="the commit to record where git does not know this copy of the tree")
     p.add_argument("--op", action="append", metavar="NAME", help="check and benchmark only this operator (repeatable)")
     return p
 
 
-def unusable() -> str | None:
-    """Why there is no GPU to run on, in one line; None if there is one."""
-    if importlib.util.find_spec("torch") is None:
-        return "torch is not installed in this interpreter"
+def unusable(phases: list[str]) -> str | None:
+    """Why these phases cannot run here, in one line; None if they can."""
+    needed = dict.fromkeys(("torch", *(name for phase in phases for name in NEEDED_MODULES.get(phase, ()))))
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"not installed in this interpreter: {', '.join(missing)}"
+    reason = _gpu_missing(max((NEEDED_GIB.get(phase, 0) for phase in phases), default=0))
+    return reason and f"no GPU to run on: {reason}"
+
+
+def _gpu_missing(gib: int) -> str | None:
     import torch
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     try:
-        if not torch.cuda.is_available():
-            return f"torch {torch.__version__} sees no CUDA device (no GPU, or its driver does not answer)"
+        with warnings.catch_warnings(record=True) as caught:  # torch warns of a driver that is too old
+            warnings.simplefilter("always")
+            there = torch.cuda.is_available()
+        if not there:
+            why = str(caught[0].message).splitlines()[0] if caught else "no GPU, or its driver does not answer"
+            return f"torch {torch.__version__} sees no CUDA device ({why})"
+        major, minor = torch.cuda.get_device_capability(0)
         free, total = torch.cuda.mem_get_info(0)
     except (RuntimeError, AssertionError) as error:
-        return f"the GPU does not answer: {str(error).splitlines()[0]}"
-    if free < NEEDED_GIB * 2**30:
-        return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB of GPU memory are free, {NEEDED_GIB} are needed"
+        return f"the GPU does not answer: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    if major < 8:
+        return f"{torch.cuda.get_device_name(0)} has compute capability {major}.{minor}, 8.0 is needed"
+    if free < gib * 2**30:
+        return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB of GPU memory are free, {gib} are needed"
     return None
 
 
-def stream(command: list[str], log: Path, limit_s: float | None, mode: str = "w") -> int:
-    """Run `command` in the project's root, each line to the terminal and to `log` as it comes; its exit status, 124 where it
-    was ended after `limit_s`."""
-    print("$ " + " ".join(command), flush=True)
-    with log.open(mode) as file, subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                                 text=True, bufsize=1) as process:
-        late = threading.Event()
-        timer = threading.Timer(limit_s or threading.TIMEOUT_MAX, lambda: (late.set(), process.terminate()))
-        timer.daemon = True
-        timer.start()
+class Log:
+    """One file for what all phases print, and the summary beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.path, self.summary = folder, folder / "log.txt", []
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        with self.path.open("a") as file:
+            file.write(text + "\n")
+
+    def note(self, text: str) -> None:
+        """A line that belongs in the summary."""
+        self.say(text)
+        self.summary.append(text)
+        (self.folder / "summary.txt").write_text("\n".join(self.summary) + "\n")
+
+    def stream(self, command: list[str], limit_s: float | None, silent_s: float | None = None, **env: str) -> tuple[int, str]:
+        """Run `command` in the project's root, each line to the terminal and the log as it comes. (exit status, what it
+        printed); LATE where it was ended after `limit_s`, SILENT where it printed nothing for `silent_s`."""
+        self.say("$ " + " ".join([*(f"{k}={v}" for k, v in env.items()), *command]))
+        lines = []
+        with self.path.open("a") as file, subprocess.Popen(
+                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", bufsize=1,
+                env=os.environ | env, start_new_session=True) as process:
+            watch = Watch(process, limit_s, silent_s)
+            try:
+                for line in process.stdout:
+                    watch.heard = time.monotonic()
+                    print(line, end="", flush=True)
+                    file.write(line)
+                    file.flush()
+                    lines.append(line)
+                process.wait()
+            except BaseException:
+                watch.end(0)
+                raise
+            finally:
+                watch.stop.set()
+        return watch.verdict or process.returncode, "".join(lines)
+
+
+class Watch(threading.Thread):
+    """Ends a process and all that it started: first with the request that lets it write its report, then by force."""
+
+    def __init__(self, process: subprocess.Popen, limit_s: float | None, silent_s: float | None) -> None:
+        super().__init__(daemon=True)
+        self.process, self.silent_s = process, silent_s
+        self.heard, self.stop, self.verdict = time.monotonic(), threading.Event(), 0
+        self.until = None if limit_s is None else self.heard + limit_s
+        self.start()
+
+    def run(self) -> None:
+        while not self.stop.wait(0.2):
+            now = time.monotonic()
+            late = self.until is not None and now > self.until
+            if late or (self.silent_s is not None and now - self.heard > self.silent_s):
+                self.end(LATE if late else SILENT)
+                return
+
+    def end(self, verdict: int) -> None:
+        self.verdict = verdict
+        self.process.send_signal(signal.SIGINT)  # on which pytest tells what has failed so far, and benchmarks report
         try:
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                file.write(line)
-                file.flush()
-        except KeyboardInterrupt:
-            process.terminate()
-            raise
-        finally:
-            timer.cancel()
-    return 124 if late.is_set() else process.returncode
+            self.process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            pass
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)  # the group is the process's own; what it left behind is in it
+        except ProcessLookupError:
+            pass
 
 
-def limit_of(args: argparse.Namespace, phase: str) -> float | None:
-    return None if args.no_limit else LIMITS_S[phase]
+def each(args: argparse.Namespace) -> list[str]:
+    return [part for name in args.op or () for part in ("--op", name)]
 
 
-def build(args: argparse.Namespace) -> int:
-    return stream([sys.executable, "setup.py", "build_ext", "--inplace"], args.out / "build.log",
-                  limit_of(args, "build"))
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["it printed nothing"])[-1]
 
 
-def checks(args: argparse.Namespace) -> int:
+def build(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
+    return log.stream([sys.executable, "setup.py", "build_ext", "--inplace"], limit_s)[0]
+
+
+def checks(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
+    """Many processes on one GPU: their time goes into compiling. Inductor's own compile workers would be a crowd, and
+    Hypothesis draws few sizes, since most of them need kernels of their own."""
+    seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
+    workers = max(1, min(12, (os.cpu_count() or 1) - 2))
+    parallel = ["-n", str(workers), "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
     chosen = ["-k", " or ".join(args.op)] if args.op else ["--require-cells"]
-    tests = ["tests/test_ops.py", "tests/test_ops_bits.py", "tests/test_ops_autograd.py", "tests/ops"]
-    return stream([sys.executable, "-u", "-m", "pytest", *tests, "--device", "cuda", *chosen], args.out / "checks.log",
-                  limit_of(args, "checks"))
+    return log.stream([sys.executable, "-u", "-m", "pytest", *TESTS, "--device", "cuda", "--seed", str(seed), "--examples",
+                       "8", "--timeout", "300", "--durations", "15", "-rfE", *parallel, *chosen], limit_s,
+                      TORCHINDUCTOR_COMPILE_THREADS="1")[0]
 
 
-def sanitizer(args: argparse.Namespace) -> int:
+def sanitizer(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
     """A tool that is not there or does not run on this machine is said in a line and is no failure."""
-    status, log = 0, args.out / "sanitizer.log"
-    log.write_text("")
-    tool = shutil.which("compute-sanitizer")
+    tool, status = shutil.which("compute-sanitizer"), 0
     if tool is None:
-        print("compute-sanitizer is not installed here: left out", flush=True)
+        log.note("compute-sanitizer is not installed here: left out")
         return 0
-    for check in ("memcheck", "racecheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.sanitize",
-                   *[part for name in args.op or () for part in ("--op", name)]]
-        found = stream(command, log, limit_of(args, "sanitizer") and limit_of(args, "sanitizer") / 2, "a")
-        if found and "not supported" in log.read_text().lower():
-            print(f"compute-sanitizer refuses this machine: {check} left out", flush=True)
+    for check, end in (("memcheck", "ERROR SUMMARY"), ("racecheck", "RACECHECK SUMMARY")):
+        # Without PyTorch's cache every tensor has an allocation of its own, beyond which an access is an error.
+        found, text = log.stream([tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-u", "-m",
+                                  "benchmarks.sanitize", *each(args)], limit_s and limit_s / 2,
+                                 PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        if found not in (0, LATE) and end not in text:
+            log.note(f"compute-sanitizer refuses to run here: {check} left out ({last_line(text)})")
+        elif found == LATE:
+            findings = "Invalid" in text or "hazard" in text
+            log.note(f"{check}: ended after its time, {'with findings' if findings else 'without a finding until then'}")
+            status = status or int(findings)
         else:
+            log.note(f"{check}: {'clean' if found == 0 else f'exit status {found}'}")
             status = status or found
     return status
 
 
-def peaks(args: argparse.Namespace) -> int:
-    import torch
-
-    from internlm2_kernels.timing import measure_peaks
-
-    from .record import gpu_state
-    device = torch.device("cuda")
-    measured = measure_peaks(device)
-    lines = [f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}",
-             f"copy   {measured.copy_bytes_per_s / 1e12:8.3f} TB/s   (clone of 1 GiB, bytes read plus written)",
-             f"read   {measured.read_bytes_per_s / 1e12:8.3f} TB/s   (sum of 1 GiB)",
-             f"matrix {measured.matmul_flops_per_s / 1e12:8.1f} TFLOP/s (bf16, 8192 cubes, random data)", gpu_state()]
-    (args.out / "peaks.txt").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines), flush=True)
-    torch.cuda.empty_cache()
-    return 0
+def counters(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
+    """Clocks are left alone: the card is measured as it is found."""
+    tool = shutil.which("ncu")
+    if tool is None:
+        log.note("ncu is not installed here: counters left out")
+        return 0
+    names = "|".join(args.op) if args.op else "flash|rms|cross|swiglu|rope|paged|adamw|linear"
+    found, text = log.stream([tool, "--clock-control", "none", "--metrics", ",".join(METRICS), "--kernel-name",
+                              f"regex:{names}", sys.executable, "-u", "-m", "benchmarks.sanitize", "--kind", "gpu", "--kind",
+                              "model", "--dtype", "bfloat16", "--backend", "triton", "--backend", "cuda", *each(args)], limit_s)
+    if found and "gpu__time_duration" not in text:
+        log.note(f"ncu refuses to run here: counters left out ({last_line(text)})")
+        return 0
+    return 0 if found == LATE else found
 
 
-def bench(args: argparse.Namespace) -> int:
-    options = [*([] if args.full else ["--quick"]), *[part for name in args.op or () for part in ("--op", name)]]
-    command = [sys.executable, "-u", "-m", "benchmarks", "--device", "cuda", "--out", str(args.out / "results"), *options]
-    return stream(command, args.out / "bench.log", limit_of(args, "bench"))
+def peaks(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
+    status, text = log.stream([sys.executable, "-c", PEAKS], limit_s)
+    if status == 0:
+        log.note(text.strip())
+    return status
 
 
-def train(args: argparse.Namespace) -> int:
-    return stream([sys.executable, "-u", "-m", "internlm2", "demo", "--device", "cuda", "--out", str(args.out / "demo")],
-                  args.out / "train.log", limit_of(args, "train"))
+PEAKS = """import torch
+from benchmarks.record import gpu_state
+from internlm2_kernels.timing import measure_peaks
+device = torch.device("cuda")
+p = measure_peaks(device)
+print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}")
+print(f"copy   {p.copy_bytes_per_s / 1e12:8.3f} TB/s   (clone of 1 GiB, bytes read plus written)")
+print(f"read   {p.read_bytes_per_s / 1e12:8.3f} TB/s   (sum of 1 GiB)")
+print(f"matrix {p.matmul_flops_per_s / 1e12:8.1f} TFLOP/s (bf16, 8192 cubes, random data)")
+print(f"matrix {p.matmul_float32_flops_per_s / 1e12:8.1f} TFLOP/s (float32)")
+print(gpu_state())
+"""
 
 
-RUN = {"build": build, "checks": checks, "sanitizer": sanitizer, "peaks": peaks, "bench": bench, "train": train}
+def bench(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
+    """As often as the device stops answering or a call hangs, the benchmarks go on after the operator that it happened in."""
+    end, resume, status = time.monotonic() + (limit_s or 1e9), args.resume, 0
+    base = [sys.executable, "-u", "-m", "benchmarks", "--device", "cuda", "--out", str(args.out), *each(args),
+            *([] if args.full else ["--dtype", "bfloat16"]), *(["--commit", args.commit] if args.commit else [])]
+    while (left := end - time.monotonic()) > 2 * REPORT_S:
+        room = [] if limit_s is None else ["--seconds", f"{left - REPORT_S:.0f}"]
+        found, text = log.stream([*base, *room, *(["--resume"] if resume else [])], None if limit_s is None else left, SILENT_S)
+        status, resume = status or found, True
+        if found not in (DEVICE_LOST, SILENT):
+            break
+        log.note(f"benchmarks: {'the device stopped answering' if found == DEVICE_LOST else 'no sign of life'}; "
+                 "going on with what is left")
+    if status in (LATE, SILENT, DEVICE_LOST):
+        log.stream([sys.executable, "-m", "benchmarks", "render", "--out", str(args.out)], 120)
+    return status
+
+
+def train(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
+    """The run's folder is thrown away but for its table and its curves."""
+    with tempfile.TemporaryDirectory() as folder:
+        minutes = [] if limit_s is None else ["--minutes", f"{max(0.5, (limit_s - 30) / 60):.2f}"]
+        status = log.stream([sys.executable, "-u", "-m", "internlm2", "demo", "--device", "cuda", "--out", f"{folder}/run",
+                             *minutes], limit_s)[0]
+        for name, kept in (("comparison.md", "demo.md"), ("loss.png", "demo.png")):
+            if (Path(folder) / "run" / name).exists():
+                shutil.copyfile(Path(folder) / "run" / name, args.out / kept)
+    return status
+
+
+RUN = {"build": build, "checks": checks, "sanitizer": sanitizer, "peaks": peaks, "bench": bench, "train": train,
+       "counters": counters}
+
+
+class Budget:
+    """What is left for a phase: of its share and of the whole."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.end = None if minutes is None else time.monotonic() + 60 * minutes
+        self.spent = dict.fromkeys(RUN, 0.0)
+
+    def of(self, phase: str) -> float | None:
+        if self.end is None:
+            return None
+        together, share = next(entry for entry in SHARES if phase in entry[0])
+        return max(1.0, min(share - sum(self.spent[name] for name in together), self.end - time.monotonic()))
 
 
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     args.out = args.out.resolve()
     phases = [name for name in args.phases.split(",") if name]
-    unknown = [name for name in phases if name not in PHASES]
-    if unknown or not phases:
-        parser().error(f"--phases: expected some of {', '.join(PHASES)}, got {args.phases!r}")
-    reason = unusable()
+    if not phases or set(phases) - {*PHASES, *FURTHER}:
+        parser().error(f"--phases: expected some of {', '.join(PHASES + FURTHER)}, got {args.phases!r}")
+    if not args.minutes > 0:
+        parser().error(f"--minutes: expected a positive number, got {args.minutes}")
+    reason = unusable(phases)
     if reason:
-        print(f"python -m benchmarks.gpu: no GPU to run on: {reason}", file=sys.stderr)
+        print(f"python -m benchmarks.gpu: {reason}", file=sys.stderr)
         return 2
-    args.out.mkdir(parents=True, exist_ok=True)
-    results = []
-    for name in PHASES:
+    log, failed, budget = Log(args.out), False, Budget(None if args.no_limit else args.minutes)
+    for name in (*PHASES, *FURTHER):
         if name not in phases:
             continue
-        print(f"== {name}", flush=True)
-        start = time.perf_counter()
-        status = RUN[name](args)
-        results.append(f"{name}: {'ok' if status == 0 else f'FAILED (exit status {status})'}, "
-                       f"{time.perf_counter() - start:.0f} s")
-        print(f"== {results[-1]}", flush=True)
-        (args.out / "summary.txt").write_text("\n".join(results) + "\n")
-    print("\n".join(["", *results, f"logs and records: {args.out}"]), flush=True)
-    return int(any("FAILED" in line for line in results))
+        log.say(f"== {name}")
+        start = time.monotonic()
+        status = RUN[name](args, log, budget.of(name))
+        budget.spent[name] = time.monotonic() - start
+        failed |= status != 0
+        verdict = {0: "ok", LATE: "ended after its time"}.get(status, f"FAILED (exit status {status})")
+        log.note(f"== {name}: {verdict}, {budget.spent[name]:.0f} s")
+    log.say("\n".join(["", *log.summary, f"results: {args.out}"]))
+    return int(failed)
 
 
 if __name__ == "__main__":

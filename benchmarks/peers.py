@@ -6,6 +6,7 @@ Liger is called with `in_place=False`: its in-place backward overwrites the inco
 Its swiglu backward overwrites its saved inputs all the same, so every peer gets input copies of its own.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,14 @@ from typing import Any
 import torch
 
 from internlm2_kernels import FusedAdamW
+from internlm2_kernels._registry import Case
 from internlm2_kernels.ops._attention import allowed_keys
 from internlm2_kernels.ops.paged_attention import Contiguous, paged_attention
 
 CPU, CUDA, ANY = ("cpu",), ("cuda",), ("cpu", "cuda")
 SDPA = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
 MASK_TOKENS = 4096  # beyond, SDPA under a mask takes longer than it is worth waiting for
+MASK_PAIRS = 2**31
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,13 @@ def _dense_inputs(q, k, v, *, causal=False, scale=None, window=None, softcap=0.0
 
 
 def _sdpa(name):
-    """SDPA with one backend and no other."""
+    """SDPA with one backend and no other. The efficient one has no groups: its keys are expanded."""
     def run(q, k, v, causal, scale):
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
+        group = q.shape[1] // k.shape[1]
+        if name == "EFFICIENT_ATTENTION" and group > 1:
+            k, v = (t.repeat_interleave(group, 1) for t in (k, v))
         with sdpa_kernel(getattr(SDPBackend, name)):
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale,
                                                                    enable_gqa=q.shape[1] != k.shape[1])
@@ -101,11 +107,16 @@ def _varlen_inputs(q, k, v, *, causal=False, scale=None, window=None, softcap=0.
 
 
 def _varlen(q, k, v, group, cu, longest, causal):
-    """torch's packed FlashAttention 2, keys expanded."""
+    """torch's packed FlashAttention 2; keys expanded where it has no groups (torch 2.10 and 2.11)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
-    return varlen_attn(q, k, v, *cu, *longest, is_causal=causal)
+    known = inspect.signature(varlen_attn).parameters
+    options = {"is_causal": causal} if "is_causal" in known else {"window_size": (-1, 0 if causal else -1)}
+    if "enable_gqa" in known:
+        options["enable_gqa"] = group > 1
+    elif group > 1:
+        k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    return varlen_attn(q, k, v, *cu, *longest, **options)
 
 
 def _flex_inputs(q, k, v, *, causal=False, window=None, softcap=0.0, scale=None, cu_seqlens_q=None, cu_seqlens_k=None,
@@ -136,7 +147,8 @@ def _flex_inputs(q, k, v, *, causal=False, window=None, softcap=0.0, scale=None,
             allowed = allowed & (j <= i + keys - queries + right)
         return allowed
 
-    block_mask = create_block_mask(mask, None, None, queries, keys, device=q.device)
+    # Written out, the mask of 128k tokens would take 16 GiB, and what it is made of several times that.
+    block_mask = create_block_mask(mask, None, None, queries, keys, device=q.device, _compile=queries * keys > MASK_PAIRS)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return dict(q=q, k=k, v=v, block_mask=block_mask, scale=scale, packed=cu_seqlens_q is not None)
 
@@ -205,8 +217,9 @@ def _step(optimizer, backend=None):
 def _torch_adamw(params, grads, masters, lr):
     for master in masters:
         master.grad = torch.zeros_like(master)
-    return {"optimizer": torch.optim.AdamW(masters, lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True), "params": params,
-            "grads": grads, "masters": masters}
+    optimizer = torch.optim.AdamW(masters, lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True,
+                                  capturable=masters[0].is_cuda)  # its steps are recorded in a graph
+    return {"optimizer": optimizer, "params": params, "grads": grads, "masters": masters}
 
 
 def _torch_sequence(optimizer, params, grads, masters):
@@ -243,6 +256,13 @@ PEERS: dict[str, dict[str, Peer]] = {
 # What is timed of ours in place of the public function, where users call another form of it: without eager forms beside it.
 OURS: dict[str, Callable[..., Any]] = {
     "adamw": Peer(_step, ANY, _optimizer_inputs(_fused_adamw)),
+}
+# Sizes at which the error ladder sees the peers too, which refuse most options of the registry's own small cases.
+CHECKED: dict[str, tuple[Case, ...]] = {
+    "flash_attention": (
+        Case("peers", {"batch": 1, "queries": 256, "keys": 256, "heads": 8, "kv_heads": 2, "head_dim": 128, "causal": True}),
+        Case("peers", {"lengths": (128, 192, 64), "heads": 8, "kv_heads": 2, "head_dim": 128, "causal": True}),
+    ),
 }
 # What only reads much: beside the copy a sum of as many bytes is timed.
 READ_BOUND = ("paged_attention", "squared_norm")

@@ -10,7 +10,10 @@ from .record import rows_of
 from .report import DTYPES, WAYS, describe
 from .suite import size_of
 
-LOOKS = {"ours": ("o", "#0b6e4f"), "compile": ("s", "#d17a00"), "eager": ("D", "#9a9a9a"), "liger": ("^", "#5b4ab8")}
+LOOKS = {"ours": ("o", "#0b6e4f"), "compile": ("s", "#d17a00"), "eager": ("D", "#9a9a9a"), "liger": ("^", "#5b4ab8"),
+         "cudnn": ("P", "#2a7fb8"), "flash": ("v", "#c2417c"), "efficient": ("<", "#7a5c2e"), "flex": ("X", "#b8860b"),
+         "varlen": (">", "#3b8686"), "mask": ("p", "#6b6b6b"), "folded": ("h", "#2a7fb8"), "bf16 cache": ("*", "#c2417c"),
+         "sequence": ("d", "#7a5c2e")}
 
 
 def roofline(data: dict[str, Any], path: Path) -> None:

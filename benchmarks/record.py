@@ -25,7 +25,7 @@ import internlm2_kernels
 from internlm2_kernels import _registry
 from internlm2_kernels.timing import Paired, Peaks
 
-from .suite import STAGES, Pass, Row, short
+from .suite import PASSES, STAGES, Pass, Row, short
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -100,28 +100,69 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def commit() -> dict[str, Any]:
+def commit(given: str | None = None) -> dict[str, Any]:
+    """`given`: the commit of a copy of the tree that git does not know."""
     here = os.getcwd()
     os.chdir(ROOT)  # pytest-benchmark asks git in the current directory
     try:
-        return get_commit_info("internlm2_kernels")
+        found = get_commit_info("internlm2_kernels")
+        return found | ({"id": given, "dirty": False} if given else {})
     finally:
         os.chdir(here)
 
 
-class Record:
-    """The file of one run. `add` puts a pass in and writes; `finish` marks it complete."""
+def key_of(op: str, dims: dict[str, Any], dtype: str, direction: str) -> str:
+    """One row of a run, the same before and after JSON."""
+    return json.dumps([op, _plain(dims), dtype, direction])
 
-    def __init__(self, folder: Path, device: torch.device, peaks: Peaks, options: dict[str, Any]) -> None:
-        commit_info, info = commit(), machine(device)
-        self.head = {"machine_info": info, "commit_info": commit_info, "datetime": datetime.now(timezone.utc).isoformat(),
-                     "version": pytest_benchmark_version,
+
+class Record:
+    """The file of one run. `add` puts a pass in and writes; `finish` marks it complete.
+
+    `resume`: an unfinished run of the same device, versions, commit and options in the folder is continued; each
+    continuation leaves its own time, yardsticks and clocks in `resumed`.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, peaks: Peaks, options: dict[str, Any], *, resume: bool = False,
+                 commit_id: str | None = None) -> None:
+        commit_info, info = commit(commit_id), machine(device)
+        now = datetime.now(timezone.utc).isoformat()
+        self.head = {"machine_info": info, "commit_info": commit_info, "datetime": now, "version": pytest_benchmark_version,
                      "run": {"peaks": asdict(peaks), "options": options, "complete": False, "notes": [], "red": []}}
         self.entries: list[dict[str, Any]] = []
         folder = folder / info["node"]
         folder.mkdir(parents=True, exist_ok=True)
-        numbers = [int(p.name[:4]) for p in folder.glob("[0-9][0-9][0-9][0-9]_*.json")]
-        self.path = folder / f"{max(numbers, default=0) + 1:04d}_{commit_info['id'][:7]}.json"
+        paths = sorted(folder.glob("[0-9][0-9][0-9][0-9]_*.json"))
+        self.path = folder / f"{int(paths[-1].name[:4]) + 1 if paths else 1:04d}_{commit_info['id'][:7]}.json"
+        if resume and paths:
+            self._continue(paths[-1], {"datetime": now, "peaks": asdict(peaks), "gpu_state": info["gpu_state"]})
+
+    def _continue(self, path: Path, part: dict[str, Any]) -> None:
+        data = load(path)
+        if data["run"]["complete"]:
+            return
+        names = ("device", "torch", "triton", "internlm2_kernels", "threads")
+        mine, its = ({name: head["machine_info"][name] for name in names} | {
+            "commit": head["commit_info"]["id"], "options": _plain(head["run"]["options"])} for head in (self.head, data))
+        other = [f"{name} {its[name]}, not {mine[name]}" for name in mine if its[name] != mine[name]]
+        if other:
+            raise ValueError(f"--resume: {path.name} was measured with {'; '.join(other)}")
+        self.path, self.entries = path, data["benchmarks"]
+        self.head = {name: data[name] for name in self.head}
+        self.head["run"].setdefault("resumed", []).append(part)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return rows_of(self.head | {"benchmarks": self.entries})
+
+    def without_recorded(self, passes: list[Pass]) -> list[Pass]:
+        """The passes that still have to run; one during which an earlier call ended comes last."""
+        done = {key_of(row["op"], row["dims"], row["dtype"], row["direction"]) for row in self.rows()}
+        left = [job for job in passes if key_of(job.op.name, job.case.dims, short(job.dtype), PASSES[job.kind][-1]) not in done]
+        return sorted(left, key=lambda job: str(job) == self.head["run"].get("running"))
+
+    def start(self, job: Pass) -> None:
+        self.head["run"]["running"] = str(job)
+        self.write()
 
     def add(self, job: Pass, rows: list[Row], paired: Paired | None) -> None:
         for row in rows:
@@ -134,9 +175,10 @@ class Record:
                     continue  # the peers are stored once, beside the automatic choice
                 self._entry(job, row, name, times, {"row": asdict(row)} if ours else {})
             if row.red:
-                self.head["run"]["red"].append(asdict(row))
+                self.head["run"]["red"].append(_plain(asdict(row)))
         for name, times in (paired.screened if paired else {}).items():
             self._entry(job, rows[-1], name, times, {"screened": "slower than its family's fastest form in the warm-up"})
+        self.head["run"].pop("running", None)
         self.write()
 
     def _entry(self, job: Pass, row: Row, name: str, times: list[float], extra: dict[str, Any]) -> None:
@@ -151,7 +193,8 @@ class Record:
             "stats": stats.as_dict() | {"iterations": 100 if job.small else 1}}))
 
     def note(self, notes: list[str]) -> None:
-        self.head["run"]["notes"] = list(notes)
+        known = self.head["run"]["notes"]
+        known += [note for note in notes if note not in known]
 
     def finish(self, complete: bool, state: str = "") -> None:
         self.head["run"] |= {"complete": complete, "gpu_state_after": state,

@@ -17,6 +17,7 @@ from .suite import size_of
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
 WAYS = {"forward": "fwd", "backward": "bwd", "both": "fwd+bwd", "call": "call", "call_grad": "call, grad"}
+NO_GPU = "No run on a GPU is recorded yet: `make gpu` makes one on a machine that has one."
 MEMORY = "memory_linear_cross_entropy.json"  # of benchmarks/memory.py, beside the runs
 Judged = tuple[dict[str, Any], list[Verdict]]
 
@@ -172,6 +173,8 @@ def section(runs: list[dict[str, Any]]) -> str:
         parts += [describe(data), markdown_table(mean_columns(families(rows)), geometric_means(rows, readme=True)),
                   f"{gate_count(judged(rows))} [Every size]({stem}.md), [data]({stem}.json).",
                   f"![Share of the roof that each row reaches]({stem}.png)"]
+    if all(data["machine_info"]["device_type"] == "cpu" for data in runs):
+        parts.append(NO_GPU)
     parts += [memory(path) for path in sorted({data["path"].parent / MEMORY for data in runs}) if path.is_file()]
     return "\n\n".join(parts)
 

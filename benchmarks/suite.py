@@ -4,6 +4,8 @@ A pass is one operator at one size and dtype, all contenders interleaved: `forwa
 (forward and backward in turn, giving the rows backward and both), `call` and `call_grad` (host time of a small call).
 """
 
+import gc
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -16,7 +18,7 @@ from internlm2_kernels._registry import Case, Op, Sample
 from internlm2_kernels.testing import draw_upstream, ladder, ladder_table, run, with_leaves
 from internlm2_kernels.timing import Contender, Paired, Peaks, cold_sets, interleave, quantiles
 
-from .peers import NOT_COMPILED, OURS, PEERS, READ_BOUND, peers_of
+from .peers import CHECKED, NOT_COMPILED, OURS, PEERS, READ_BOUND, peers_of
 
 PASSES = {"forward": ("forward",), "training": ("backward", "both"), "call": ("call",), "call_grad": ("call_grad",)}
 STAGES = {"call": "forward", "call_grad": "forward"}  # the stage of `Paired` a direction is read from, else its own name
@@ -123,12 +125,41 @@ def plan(ops: list[str], directions: list[str], dtypes: list[torch.dtype], quick
     return passes
 
 
+# Where the time is short: operators in the order in which a training step and a decoded token spend their time on them.
+FIRST = ("flash_attention", "rms_norm", "cross_entropy", "linear_cross_entropy", "swiglu", "qkv_rope", "paged_attention",
+         "adamw", "linear_logprobs", "apply_rope", "squared_norm", "gae", "ppo_policy_loss", "ppo_value_loss",
+         "reward_loss_from_last", "reward_loss")
+SHAPES_7B = ({"heads": 32, "head_dim": 128}, {"cols": 4096}, {"cols": 14336})
+LONGEST_FIRST = 2**16  # tokens; attention over more takes as long as everything else
+
+
+def by_importance(passes: list[Pass]) -> list[Pass]:
+    """bfloat16 before other dtypes, small calls last; in these the operators take turns, each with its 7B shapes first."""
+    places = {name: place for place, name in enumerate(FIRST)}
+    seen: dict[tuple, int] = {}
+
+    def tier(job: Pass) -> tuple[bool, bool, bool, bool]:
+        dims = job.case.dims
+        ours = any(all(dims.get(key) == value for key, value in shape.items()) for shape in SHAPES_7B)
+        return job.small, job.dtype != torch.bfloat16, dims.get("queries", 0) > LONGEST_FIRST, not ours
+
+    ranked = []
+    for job in sorted(passes, key=tier):  # stable: sizes stay in the registry's order
+        turn = tier(job)[:3], job.op.name
+        seen[turn] = seen.get(turn, -1) + 1
+        ranked.append((turn[0], seen[turn], places.get(job.op.name, len(places)), job))
+    return [job for *_, job in sorted(ranked, key=lambda entry: entry[:3])]
+
+
 def check(op: Op, dtype: torch.dtype, device: torch.device, implementations: dict[str, str | Callable]) -> dict[str, str]:
-    """The error ladder over the smoke cases; for each implementation that is red, its table."""
+    """The error ladder over the smoke cases; for each implementation that is red, its table.
+
+    A peer may refuse sizes, but not all of them: what was never found right is not timed.
+    """
     red: dict[str, str] = {}
-    for case in op.cases:
-        if case.kind != "smoke":
-            continue
+    refused: dict[str, str] = {}
+    green: set[str] = set()
+    for case in (*(c for c in op.cases if c.kind == "smoke"), *CHECKED.get(op.name, ())):
         for scale in (1.0, 1e-4):
             generator = torch.Generator(device).manual_seed(SEED)
             sample = op.sample(case, dtype, device, generator)
@@ -140,12 +171,14 @@ def check(op: Op, dtype: torch.dtype, device: torch.device, implementations: dic
                     rungs = ladder(op, sample, run(op, _copy(sample), implementation, _clones(upstream)), upstream)
                 except NotImplementedError:  # not what this peer does
                     continue
-                except Exception as error:  # whatever a peer raises, it is not timed, and the run says why
-                    red[name] = f"{type(error).__name__}: {error}"
+                except Exception as error:  # whatever a peer raises, and the run says what
+                    (red if name.startswith("ours ") else refused).setdefault(name, f"{type(error).__name__}: {error}")
                     continue
-                if not all(rung.ok for rung in rungs):
+                if all(rung.ok for rung in rungs):
+                    green.add(name)
+                else:
                     red[name] = f"{size_of(case.dims)}, upstream {scale:g}\n{ladder_table(rungs)}"
-    return red
+    return red | {name: why for name, why in refused.items() if name not in green}
 
 
 def _clones(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -171,6 +204,7 @@ class Bench:
         self.device, self.peaks, self.settings = device, peaks, settings
         self.checked: dict[tuple[str, torch.dtype], dict[str, str]] = {}
         self.notes: list[str] = []
+        self.lost = False  # after a kernel's fault CUDA refuses everything in this process
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -183,7 +217,37 @@ class Bench:
         return [b for b in usable if b not in ("reference", interpreted)] or [usable[0]]
 
     def run(self, job: Pass) -> tuple[list[Row], Paired | None]:
-        """The rows of one pass; a red operator's rows carry the reason and no number."""
+        """The rows of one pass; a red operator's rows carry the reason and no number.
+
+        On a GPU what fails (a fault, too little memory) makes the pass red and leaves the others alone.
+        """
+        if self.device.type != "cuda":
+            return self._run(job)
+        try:
+            return self._run(job)
+        except Exception as error:
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        finally:
+            self._free()
+        self.note(f"{job}: {reason}")
+        return self._rows(job, {f"ours {b}": reason for b in self.backends(job.op)}), None
+
+    def _free(self) -> None:
+        """Gives the pass's memory back, which graphs hold in pools of their own; sees whether the device still answers."""
+        gc.collect()
+        try:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            self.lost = True
+
+    def _rows(self, job: Pass, red: dict[str, str]) -> list[Row]:
+        chosen = self._chosen(job.op)
+        return [Row(job.op.name, job.case.dims, short(job.dtype), direction, self.device.type, b, chosen == b, "", 0,
+                    red=red.get(f"ours {b}", "")) for b in self.backends(job.op) for direction in PASSES[job.kind]]
+
+    def _run(self, job: Pass) -> tuple[list[Row], Paired | None]:
         op, case = job.op, job.case
         functions: dict[str, tuple[str, Callable]] = {
             f"ours {b}": ("", partial(op.public, backend=b)) for b in self.backends(op)}
@@ -192,9 +256,8 @@ class Bench:
         red = self._red(job, {name: function for name, (_, function) in functions.items()} | (
             further if self.device.type == "cuda" else {}))
         functions |= {name: (name, peer) for name, peer in further.items()}
-        rows = [Row(op.name, case.dims, short(job.dtype), direction, self.device.type, b, self._chosen(op) == b, "", 0,
-                    red=red.get(f"ours {b}", "")) for b in self.backends(op) for direction in PASSES[job.kind]]
-        if any(row.red for row in rows):
+        rows = self._rows(job, red)
+        if all(row.red for row in rows):
             return rows, None
         functions = {name: value for name, value in functions.items() if name not in red}
         if op.name in OURS and not job.small:
@@ -206,7 +269,7 @@ class Bench:
             functions |= {f"compile {name}": ("compile", torch.compile(form, dynamic=False)) for name, form in forms}
         with torch.set_grad_enabled(job.training):
             paired = self._time(job, functions)
-        return [self._row(row, job, paired) for row in rows], paired
+        return [row if row.red else self._row(row, job, paired) for row in rows], paired
 
     def _red(self, job: Pass, implementations: dict[str, Callable]) -> dict[str, str]:
         key = (job.op.name, job.dtype)
@@ -217,12 +280,12 @@ class Bench:
         return self.checked[key]
 
     def _chosen(self, op: Op) -> str:
-        return op.select(torch.empty(0, device=self.device), None)
+        return op.usable[self.device.type][0] if self.lost else op.select(torch.empty(0, device=self.device), None)
 
     def _time(self, job: Pass, functions: dict[str, tuple[str, Callable]]) -> Paired:
         generator = torch.Generator(self.device).manual_seed(SEED)
         sample = job.op.sample(job.case, job.dtype, self.device, generator)
-        upstream = draw_upstream(job.op, sample, 1.0, generator) if job.training else {}
+        upstream = draw_upstream(job.op, sample, 1.0, generator, job.op.public) if job.training else {}
         # What `loss.backward()` sends to a loss; the checks draw other numbers.
         upstream = {name: torch.ones_like(v) if v.dim() == 0 else v for name, v in upstream.items()}
         tensors = [v for v in [*sample.inputs.values(), *upstream.values()] if isinstance(v, torch.Tensor)]
@@ -257,13 +320,13 @@ class Bench:
             return torch.autograd.grad(outputs, leaves[i], upstreams[i], retain_graph=retain)
 
         contender = Contender(name, lambda i: calls[i](), backward if job.kind == "training" else None, family)
-        if family not in ("", "eager"):
+        if family not in ("", "eager") or (family and self.device.type == "cuda"):
             try:
                 outputs = contender.forward(0)
                 if contender.backward:
                     contender.backward(0, outputs)
             except Exception as error:  # no compiler, an unsupported shape: the family is missing, and the run says so
-                self.note(f"{job}: {name} cannot run: {type(error).__name__}: {str(error).splitlines()[0]}")
+                self.note(f"{job}: {name} cannot run: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
                 return None
         return contender
 

@@ -76,12 +76,16 @@ def run(op: Op, sample: Sample, backend: str | Callable | None,
     return {name: value.detach() for name, value in outputs.items()} | named
 
 
-def draw_upstream(op: Op, sample: Sample, scale: float, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Normal gradients of size `scale` for every differentiable output, in its dtype; none where nothing takes one."""
+def draw_upstream(op: Op, sample: Sample, scale: float, generator: torch.Generator,
+                  forward: Callable | None = None) -> dict[str, torch.Tensor]:
+    """Normal gradients of size `scale` for every differentiable output, in its dtype; none where nothing takes one.
+
+    `forward` (default: the reference) shows which outputs there are; at large sizes the reference needs too much memory.
+    """
     if not sample.grad or "backward" not in op.directions:
         return {}
     with torch.enable_grad():
-        outputs = call(op, with_leaves(sample), op.reference)
+        outputs = call(op, with_leaves(sample), forward or op.reference)
     shapes = {name: value for name, value in outputs.items() if value.requires_grad}
     return {name: (torch.randn(value.shape, generator=generator, device=value.device) * scale).to(value.dtype)
             for name, value in shapes.items()}

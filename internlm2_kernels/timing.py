@@ -20,6 +20,8 @@ import torch
 MIN_ROUNDS, MAX_ROUNDS = 11, 201
 FEWEST_ROUNDS = 3
 SCREEN = 2.0  # a form this much slower in the warm-up than its family's fastest is not the one to beat
+CAPTURED_S = 10e-3  # beyond, a graph shrinks no gap worth the name, and would hold on to memory
+CYCLES_PER_S, LONGEST_LEAD_S = 2e9, 20e-3
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,10 @@ def interleave(contenders: list[Contender], sets: int, device: torch.device, *, 
     where calls take seconds, no more than three rounds after `longest` seconds.
 
     CPU: wall clock around each call, freeing its results included, input sets rotating. CUDA: one graph per contender
-    that runs every input set once, replayed between events (plain launches for all of them where one cannot be
-    captured). `repeat` calls a sample, for calls of microseconds; `host=True` times the call's host side on CUDA too.
+    that runs every input set once, replayed between events; plain launches for calls beyond 10 ms, for what waits for the
+    device and for what cannot be captured (`Paired.method` says so). The device is kept busy while work is queued, so that
+    either way its time is measured and not the host's. `repeat` calls a sample, for calls of microseconds; `host=True` times
+    the call's host side on CUDA too.
     """
     names = [c.name for c in contenders]
     if len(set(names)) != len(names) or not names:
@@ -109,7 +113,8 @@ def interleave(contenders: list[Contender], sets: int, device: torch.device, *, 
         warm = {c.name: _warm_up(c, sets, device) for c in contenders}
         kept = [c for c in contenders if not _slow(c, contenders, warm)]
         screened = {c.name: warm[c.name] for c in contenders if c not in kept}
-        samplers, method = _host_samplers(kept, sets, device, repeat) if on_host else _cuda_samplers(kept, sets, device)
+        samplers, method = (_host_samplers(kept, sets, device, repeat) if on_host else
+                            _cuda_samplers(kept, sets, device, warm))
         times = defaultdict(lambda: defaultdict(list))
         start = time.perf_counter()
         for index in range(rounds[1]):
@@ -182,34 +187,68 @@ def _host_samplers(contenders: list[Contender], sets: int, device: torch.device,
     return {c.name: (lambda i, c=c: kinds[c.name](c, i)) for c in contenders}, "perf_counter"
 
 
-def _cuda_samplers(contenders: list[Contender], sets: int, device: torch.device
+def _cuda_samplers(contenders: list[Contender], sets: int, device: torch.device, warm: dict[str, list[float]]
                    ) -> tuple[dict[str, Callable[[int], dict[str, float]]], str]:
-    """A sampler runs all input sets and returns seconds a set; outputs stay alive, so that they are cold as well."""
+    """A sampler returns seconds a set: of a graph that runs all of them, or of launches where there is none."""
+    samplers, launched = {}, {}
+    # Graphs share memory where they share pool and stream.
+    pool, stream, outside = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for contender in contenders:
+        took = min(warm[contender.name])
+        waits, why = _waits(contender), f"calls of {1e3 * took:.0f} ms"
+        if waits:
+            why = "it waits for the device"
+        elif took <= CAPTURED_S:
+            try:
+                samplers[contender.name] = _cuda_replays(contender, sets, device, pool, stream)
+                continue
+            except RuntimeError as error:
+                torch.cuda.set_stream(outside)  # a capture that fails leaves its own behind
+                torch.cuda.synchronize(device)
+                pool, why = torch.cuda.graph_pool_handle(), f"no graph: {str(error).splitlines()[0]}"
+        launched[contender.name] = why
+        samplers[contender.name] = _cuda_launches(contender, sets, device, took, waits)
+    if not launched:
+        return samplers, "cuda graph replay"
+    reasons = set(launched.values())
+    if len(launched) == len(contenders):
+        return samplers, f"cuda launches between events ({'; '.join(sorted(reasons))})"
+    return samplers, "cuda graph replay, launched: " + ", ".join(f"{name} ({why})" for name, why in launched.items())
+
+
+def _waits(contender: Contender) -> bool:
+    """Whether a call waits for the device. A capture of one that does fails, and leaves the allocator in disorder."""
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        replays = {c.name: _cuda_replays(c, sets, device) for c in contenders}
-        method = "cuda graph replay"
+        outputs = contender.forward(0)
+        if contender.backward:
+            contender.backward(0, outputs)
     except RuntimeError as error:
-        torch.cuda.synchronize(device)
-        replays = {c.name: _cuda_launches(c, sets) for c in contenders}
-        method = f"cuda launches between events (no graph: {str(error).splitlines()[0]})"
-
-    def sample(stages: dict[str, Callable[[], Any]]) -> dict[str, float]:
-        seconds = {}
-        for stage, body in stages.items():
-            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda.synchronize(device)
-            before.record()
-            body()
-            after.record()
-            after.synchronize()
-            seconds[stage] = before.elapsed_time(after) * 1e-3 / sets
-        return seconds
-
-    return {name: (lambda _, stages=stages: sample(stages)) for name, stages in replays.items()}, method
+        if "synchronizing" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
 
 
-def _cuda_replays(contender: Contender, sets: int, device: torch.device) -> dict[str, Callable[[], Any]]:
-    stream = torch.cuda.Stream(device)
+def _lead(host_s: float, device: torch.device) -> None:
+    """Keeps the device busy while the host queues `host_s` of work, or the events would time the host."""
+    torch.cuda.synchronize(device)
+    torch.cuda._sleep(int(min(1.5 * host_s + 50e-6, LONGEST_LEAD_S) * CYCLES_PER_S))
+
+
+def _host_seconds(body: Callable[[], Any], device: torch.device) -> float:
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    body()
+    return time.perf_counter() - start
+
+
+def _cuda_replays(contender: Contender, sets: int, device: torch.device, pool: Any,
+                  stream: torch.cuda.Stream) -> Callable[[int], dict[str, float]]:
+    """Graphs of the stages. All graphs of a pass share a pool, each reusing what the one before has freed: nobody reads what
+    a replay leaves behind. Within a graph the outputs of all sets are alive together, so that they are cold as well."""
     stream.wait_stream(torch.cuda.current_stream(device))
     indices = range(sets)
     there = lambda: [contender.forward(i) for i in indices]
@@ -222,22 +261,56 @@ def _cuda_replays(contender: Contender, sets: int, device: torch.device) -> dict
         for body in bodies.values():
             body()
     torch.cuda.current_stream(device).wait_stream(stream)
-    replays = {}
+    graphs = {}
     for stage, body in bodies.items():
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            alive = body()
-        replays[stage] = lambda graph=graph, alive=alive: graph.replay()
-    return replays
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            body()
+        graphs[stage] = graph, _host_seconds(graph.replay, device)
+
+    def sample(_: int) -> dict[str, float]:
+        seconds = {}
+        for stage, (graph, host_s) in graphs.items():
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            _lead(host_s, device)
+            before.record()
+            graph.replay()
+            after.record()
+            after.synchronize()
+            seconds[stage] = before.elapsed_time(after) * 1e-3 / sets
+        return seconds
+
+    return sample
 
 
-def _cuda_launches(contender: Contender, sets: int) -> dict[str, Callable[[], Any]]:
-    there = lambda: [contender.forward(i) for i in range(sets)]
-    if not contender.backward:
-        return {"forward": there}
-    outputs = there()
-    return {"backward": lambda: [contender.backward(i, outputs[i]) for i in range(sets)],
-            "both": lambda: [contender.backward(i, out) for i, out in enumerate(there())]}
+def _cuda_launches(contender: Contender, sets: int, device: torch.device, call_s: float,
+                   waits: bool) -> Callable[[int], dict[str, float]]:
+    """Plain launches between events, over as many sets as make a sample of some length."""
+    count = max(1, min(sets, math.ceil(CAPTURED_S / call_s)))
+
+    def launch(first: int) -> list[list[torch.cuda.Event]]:
+        marks = [[torch.cuda.Event(enable_timing=True) for _ in range(3)] for _ in range(count)]
+        for step, (start, turn, end) in enumerate(marks):
+            i = (first + step) % sets
+            start.record()
+            outputs = contender.forward(i)
+            turn.record()
+            if contender.backward:
+                contender.backward(i, outputs)
+            del outputs
+            end.record()
+        return marks
+
+    host_s = _host_seconds(lambda: launch(0), device)
+
+    def sample(first: int) -> dict[str, float]:
+        torch.cuda.synchronize(device) if waits else _lead(host_s, device)
+        marks = launch(first)
+        torch.cuda.synchronize(device)
+        mean = lambda a, b: sum(mark[a].elapsed_time(mark[b]) for mark in marks) * 1e-3 / count
+        return {"backward": mean(1, 2), "both": mean(0, 2)} if contender.backward else {"forward": mean(0, 1)}
+
+    return sample
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 import zlib
 
@@ -12,6 +13,8 @@ CELLS = pytest.StashKey[set]()
 
 def pytest_addoption(parser):
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the shared operator checks run")
+    parser.addoption("--seed", type=int, default=0, help="other random inputs in every test (0: the same at every run)")
+    parser.addoption("--examples", type=int, default=40, help="how many sizes Hypothesis draws for each operator and backend")
     parser.addoption("--require-cells", action="store_true",
                      help="fail unless every operator x backend x direction x dtype x instruction set of the registry ran")
 
@@ -46,10 +49,24 @@ def device(request):
 
 @pytest.fixture
 def generator(request, device):
-    """Random numbers that are the same at every run of this test and differ between tests."""
+    """Random numbers that differ between tests, and are the same at every run of this one with the same `--seed`."""
     import torch
 
-    return torch.Generator(device=device).manual_seed(zlib.crc32(request.node.nodeid.encode()))
+    seed = zlib.crc32(request.node.nodeid.encode()) ^ request.config.getoption("--seed")
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    """After a kernel's fault CUDA refuses everything in its process: it ends with this test, and another takes over."""
+    if item.config.getoption("--device") == "cuda" and hasattr(item.config, "workerinput"):
+        import torch
+
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"{item.nodeid}: the device is lost to this process: {error}", file=sys.__stderr__, flush=True)
+            os._exit(1)
 
 
 def pytest_runtest_logreport(report):

@@ -107,9 +107,9 @@ def _dims(op):
 
 def test_property(op, variant, backend, device, request):
     """Any shape that Hypothesis can think of keeps the ladder, forward and backward."""
-    quick = variant[1] == "interpreted"
+    examples = 6 if variant[1] == "interpreted" else request.config.getoption("--examples")
 
-    @settings(max_examples=6 if quick else 40, deadline=None, derandomize=True, database=None,
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None,
               suppress_health_check=list(HealthCheck))
     @given(dims=_dims(op), dtype=st.sampled_from(op.dtypes), seed=st.integers(0, 2**31))
     def check(dims, dtype, seed):

@@ -77,7 +77,7 @@ class FakeCuda:
 
     def __init__(self, clock, monkeypatch, refuses=False):
         cuda, outer = torch.cuda, self
-        self.replays, self.captured = 0, 0
+        self.replays, self.captured, self.mode, self.slept, self.pools = 0, 0, "default", [], set()
 
         class Graph:
             def replay(self):
@@ -94,7 +94,8 @@ class FakeCuda:
             synchronize = lambda self: None
 
         @contextlib.contextmanager
-        def capture(graph, stream):
+        def capture(graph, pool, stream):
+            outer.pools.add(pool)
             if refuses:
                 raise RuntimeError("operation not permitted when stream is capturing\nmore")
             before = clock.ns
@@ -104,7 +105,9 @@ class FakeCuda:
         stream = SimpleNamespace(wait_stream=lambda other: None)
         for name, fake in {"Stream": lambda device: stream, "current_stream": lambda device: stream, "Event": Event,
                            "stream": lambda s: contextlib.nullcontext(), "CUDAGraph": Graph, "graph": capture,
-                           "synchronize": lambda device=None: None}.items():
+                           "synchronize": lambda device=None: None, "graph_pool_handle": lambda: 7,
+                           "set_stream": lambda s: None, "_sleep": self.slept.append,
+                           "set_sync_debug_mode": lambda m: setattr(self, "mode", m)}.items():
             monkeypatch.setattr(cuda, name, fake)
 
 
@@ -121,7 +124,34 @@ def test_cuda_times_a_replay_of_all_input_sets(monkeypatch, refuses):
     if refuses:
         assert paired.method.endswith("(no graph: operation not permitted when stream is capturing)")
     else:
-        assert paired.method == "cuda graph replay" and cuda.captured == 5 and cuda.replays == 3 * 5
+        assert paired.method == "cuda graph replay" and cuda.captured == 5
+        assert cuda.replays == (1 + 3) * 5 and cuda.pools == {7}  # the first replay shows how long the host takes for one
+
+
+def test_cuda_launches_what_is_long_and_what_waits(monkeypatch):
+    """Neither is captured, the others are; a call that is queued ahead has a device that is busy until it is queued."""
+    clock = Clock(monkeypatch)
+    cuda = FakeCuda(clock, monkeypatch)
+    waiting = clock.contender("waiting", 2)
+
+    def waits(i):
+        if cuda.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return waiting.forward(i)
+
+    contenders = [clock.contender("ours", 1), clock.contender("long", 40), replace(waiting, forward=waits)]
+    paired = interleave(contenders, 4, torch.device("cuda"), seconds=0.0, rounds=(3, 3))
+    assert cuda.captured == 1 and cuda.mode == "default"
+    assert paired.method == ("cuda graph replay, launched: long (calls of 40 ms), waiting (it waits for the device)")
+    assert [paired.median("forward", name) for name in ("ours", "long", "waiting")] == pytest.approx([1e-3, 40e-3, 2e-3])
+    assert sorted(cuda.slept) == [int((1.5 * 4e-3 + 50e-6) * 2e9)] * 3 + [int(20e-3 * 2e9)] * 3
+
+    def fails(i):
+        raise RuntimeError("out of memory")
+    monkeypatch.setattr(timing, "_warm_up", lambda *args: [1e-3])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        interleave([Contender("fails", fails)], 1, torch.device("cuda"), rounds=(3, 3))
+    assert cuda.mode == "default"
 
 
 def test_quantiles_and_cold_sets():

@@ -257,7 +257,8 @@ PEERS: dict[str, dict[str, Peer]] = {
 OURS: dict[str, Callable[..., Any]] = {
     "adamw": Peer(_step, ANY, _optimizer_inputs(_fused_adamw)),
 }
-# Sizes at which the error ladder sees the peers too, which refuse most options of the registry's own small cases.
+# Sizes at which the error ladder sees the peers, which refuse most options of the registry's own small cases, and of which
+# FlexAttention compiles every one that it does not refuse.
 CHECKED: dict[str, tuple[Case, ...]] = {
     "flash_attention": (
         Case("peers", {"batch": 1, "queries": 256, "keys": 256, "heads": 8, "kv_heads": 2, "head_dim": 128, "causal": True}),

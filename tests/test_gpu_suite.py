@@ -224,3 +224,14 @@ def test_json_of_a_run_is_whole_after_every_pass(tmp_path):
         rows, paired = timer.run(job)
         run.add(job, [replace(row) for row in rows], paired)
         assert len({b["group"] for b in json.loads(run.path.read_text())["benchmarks"]}) >= count
+
+
+def test_peers_of_attention_are_checked_at_sizes_that_they_take():
+    """SDPA forced to flash has a form for the CPU, and so has the plain one: layout, groups and mask are right."""
+    from benchmarks import peers
+    op, math = OPS["flash_attention"], peers.Peer(peers._sdpa("MATH"), ("cpu",), peers._dense_inputs)
+    taken = {"flash": peers.PEERS["flash_attention"]["flash"], "efficient": math}
+    assert suite.check(op, torch.float32, CPU, taken | {"ours cpp": lambda **x: op.public(**x)}) == {}
+    turned = peers.Peer(lambda q, k, v, causal, scale: peers._sdpa("MATH")(q, k.flip(2), v, causal, scale), ("cpu",),
+                        peers._dense_inputs)
+    assert set(suite.check(op, torch.float32, CPU, {"flash": turned})) == {"flash"}

@@ -80,7 +80,8 @@ def parser() -> argparse.ArgumentParser:
 def unusable(phases: list[str]) -> str | None:
     """Why these phases cannot run here, in one line; None if they can."""
     needed = dict.fromkeys(("torch", *(name for phase in phases for name in NEEDED_MODULES.get(phase, ()))))
-    missing = [name for name in needed if importlib.util.find_spec(name) is None and shutil.which(name) is None]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None
+               and not (name == "ninja" and shutil.which(name))]
     if missing:
         return f"not installed in this interpreter: {', '.join(missing)}"
     reason = _gpu_missing(max((NEEDED_GIB.get(phase, 0) for phase in phases), default=0))

@@ -23,7 +23,8 @@ FURTHER = ("counters",)
 SHARES = ((("build", "checks"), 360), (("sanitizer",), 120), (("peaks", "bench"), 600), (("train",), 240), (("counters",), 240))
 REPORT_S = 45.0  # of the benchmarks' time, for the row under way and the report
 SILENT_S = 180.0  # without a line of output a benchmark hangs: it is ended and goes on with the next operator
-GRACE_S = 15.0  # from the request to end to the kill
+GRACE_S = 20.0  # from the request to end to the kill
+LARGEST_LOG_BYTES = 12 * 2**20
 LATE, SILENT, DEVICE_LOST = 124, 125, 3
 NEEDED_GIB = {"checks": 8, "sanitizer": 4, "peaks": 8, "bench": 30, "train": 8, "counters": 30}
 NEEDED_MODULES = {"build": ("setuptools", "ninja"), "checks": ("pytest", "hypothesis", "einops", "pytest_timeout"),
@@ -141,9 +142,10 @@ class Log:
                 for line in process.stdout:
                     watch.heard = time.monotonic()
                     print(line, end="", flush=True)
-                    file.write(line)
-                    file.flush()
                     lines.append(line)
+                    if file.tell() < LARGEST_LOG_BYTES:
+                        file.write(line)
+                        file.flush()
                 process.wait()
             except BaseException:
                 watch.end(0)
@@ -201,7 +203,8 @@ def checks(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
     Hypothesis draws few sizes, since most of them need kernels of their own."""
     seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
     workers = max(1, min(12, (os.cpu_count() or 1) - 2))
-    parallel = ["-n", str(workers), "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
+    parallel = ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", "200"]
+    parallel = parallel if importlib.util.find_spec("xdist") else []
     chosen = ["-k", " or ".join(args.op)] if args.op else ["--require-cells"]
     return log.stream([sys.executable, "-u", "-m", "pytest", *TESTS, "--device", "cuda", "--seed", str(seed), "--examples",
                        "8", "--timeout", "300", "--durations", "15", "-rfE", *parallel, *chosen], limit_s,

@@ -184,6 +184,20 @@ def _masked(q, k, v, mask, scale):
     return out[0].transpose(0, 1)
 
 
+def _flex_decoding_inputs(q, k_cache, v_cache, block_table, seq_lens, **options):
+    """One new token of sequences of one length, their keys laid end to end."""
+    held = Contiguous(True).prepare(q, k_cache, v_cache, block_table, seq_lens, **options)
+    parts = held["parts"]
+    if len(parts) != 1 or parts[0][0].shape[1] != 1 or held["left"] >= 0 or held["softcap"] or held["return_lse"]:
+        raise NotImplementedError("one new token, equal lengths, no further option")
+    return dict(zip(("q", "k", "v"), (t.transpose(1, 2) for t in parts[0]), strict=True), scale=held["scale"])
+
+
+def _flex_decoding(q, k, v, scale):
+    """FlexAttention's decoding kernel, which shares the keys among splits as ours does."""
+    return _flex(q, k, v, None, scale, False).flatten(0, 1)
+
+
 def _bf16_cache(k_cache, v_cache, k_scale=None, v_scale=None, **inputs):
     """The same cache unquantised, for our own operator."""
     if k_scale is None:
@@ -249,6 +263,7 @@ PEERS: dict[str, dict[str, Peer]] = {
     },
     "paged_attention": {
         "folded": Peer(_folded.run, ANY, _folded.prepare),
+        "flex": Peer(_flex_decoding, CUDA, _flex_decoding_inputs),
         "bf16 cache": Peer(paged_attention, ANY, _bf16_cache, fits=lambda dims: bool(dims.get("int8"))),
     },
     "adamw": {"sequence": Peer(_torch_sequence, ANY, _optimizer_inputs(_torch_adamw))},
@@ -263,6 +278,11 @@ CHECKED: dict[str, tuple[Case, ...]] = {
     "flash_attention": (
         Case("peers", {"batch": 1, "queries": 256, "keys": 256, "heads": 8, "kv_heads": 2, "head_dim": 128, "causal": True}),
         Case("peers", {"lengths": (128, 192, 64), "heads": 8, "kv_heads": 2, "head_dim": 128, "causal": True}),
+    ),
+    "paged_attention": (
+        Case("peers", {"new": (1, 1), "cached": (255, 255), "heads": 8, "kv_heads": 2, "head_dim": 128, "block_size": 64}),
+        Case("peers", {"new": (1, 1), "cached": (255, 255), "heads": 8, "kv_heads": 2, "head_dim": 128, "block_size": 64,
+                       "int8": True}),
     ),
 }
 # What only reads much: beside the copy a sum of as many bytes is timed.

@@ -97,6 +97,15 @@ def test_a_phase_is_ended_with_all_that_it_started(tmp_path, monkeypatch, code, 
         assert not _running(child)
 
 
+def test_a_log_has_an_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "LARGEST_LOG_BYTES", 2000)
+    log = gpu.Log(tmp_path)
+    status, text = log.stream([sys.executable, "-c", "for i in range(1000): print('line', i)"], 60)
+    log.note("== after")
+    assert status == 0 and len(text.splitlines()) == 1000 and "line 999" in capsys.readouterr().out
+    assert log.path.stat().st_size < 2100 and log.path.read_text().endswith("== after\n")
+
+
 def _running(pid):
     """Ended children of others stay as zombies where nobody waits for them."""
     try:

@@ -232,6 +232,23 @@ def test_peers_of_attention_are_checked_at_sizes_that_they_take():
     op, math = OPS["flash_attention"], peers.Peer(peers._sdpa("MATH"), ("cpu",), peers._dense_inputs)
     taken = {"flash": peers.PEERS["flash_attention"]["flash"], "efficient": math}
     assert suite.check(op, torch.float32, CPU, taken | {"ours cpp": lambda **x: op.public(**x)}) == {}
+    paged = OPS["paged_attention"]
+    taken = peers.PEERS["paged_attention"]
+    assert suite.check(paged, torch.float32, CPU, {name: taken[name] for name in ("folded", "bf16 cache")}) == {}
     turned = peers.Peer(lambda q, k, v, causal, scale: peers._sdpa("MATH")(q, k.flip(2), v, causal, scale), ("cpu",),
                         peers._dense_inputs)
     assert set(suite.check(op, torch.float32, CPU, {"flash": turned})) == {"flash"}
+
+
+def test_flex_decoding_is_the_decoding_of_one_token(monkeypatch):
+    """FlexAttention, not compiled: the layouts that it is given and gives back, and what it refuses."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    from benchmarks import peers
+    monkeypatch.setitem(peers._compiled, "flex", flex_attention)
+    op, peer = OPS["paged_attention"], peers.PEERS["paged_attention"]["flex"]
+    assert suite.check(op, torch.float32, CPU, {"flex": peer}) == {}
+    sample = op.sample(peers.CHECKED["paged_attention"][0], torch.float32, CPU, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(peer(**sample.inputs), op.public(**sample.inputs))
+    with pytest.raises(NotImplementedError, match="equal lengths"):
+        peer(**op.sample(op.cases[0], torch.float32, CPU, torch.Generator().manual_seed(0)).inputs)

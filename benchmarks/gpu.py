@@ -131,12 +131,13 @@ class Log:
 
     def stream(self, command: list[str], limit_s: float | None, silent_s: float | None = None, **env: str) -> tuple[int, str]:
         """Run `command` in the project's root, each line to the terminal and the log as it comes. (exit status, what it
-        printed); LATE where it was ended after `limit_s`, SILENT where it printed nothing for `silent_s`."""
+        printed); LATE where it was ended after `limit_s`, SILENT where it printed nothing for `silent_s`. Nothing is held back
+        in buffers, also by processes that start themselves again, or what is busy would pass for silent."""
         self.say("$ " + " ".join([*(f"{k}={v}" for k, v in env.items()), *command]))
         lines = []
         with self.path.open("a") as file, subprocess.Popen(
                 command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", bufsize=1,
-                env=os.environ | env, start_new_session=True) as process:
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | env, start_new_session=True) as process:
             watch = Watch(process, limit_s, silent_s)
             try:
                 for line in process.stdout:

@@ -97,6 +97,15 @@ def test_a_phase_is_ended_with_all_that_it_started(tmp_path, monkeypatch, code, 
         assert not _running(child)
 
 
+def test_output_comes_as_it_is_printed(tmp_path):
+    """Also from a process that has started itself again, as the benchmarks do: or the watch would take it for silent."""
+    code = ("import os, sys, time\nif len(sys.argv) == 1: os.execv(sys.executable, [sys.executable, sys.orig_argv[-1], 'x'])\n"
+            "for i in range(10): print(i); time.sleep(0.6)")
+    (tmp_path / "again.py").write_text(code)
+    status, text = gpu.Log(tmp_path / "out").stream([sys.executable, str(tmp_path / "again.py")], 60, 4.0)
+    assert status == 0 and text.split() == [str(i) for i in range(10)]
+
+
 def test_a_log_has_an_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "LARGEST_LOG_BYTES", 2000)
     log = gpu.Log(tmp_path)

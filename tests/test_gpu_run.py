@@ -97,8 +97,9 @@ def test_a_phase_is_ended_with_all_that_it_started(tmp_path, monkeypatch, code, 
         assert not _running(child)
 
 
-def test_output_comes_as_it_is_printed(tmp_path):
+def test_output_comes_as_it_is_printed(tmp_path, monkeypatch):
     """Also from a process that has started itself again, as the benchmarks do: or the watch would take it for silent."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     code = ("import os, sys, time\nif len(sys.argv) == 1: os.execv(sys.executable, [sys.executable, sys.orig_argv[-1], 'x'])\n"
             "for i in range(10): print(i); time.sleep(0.6)")
     (tmp_path / "again.py").write_text(code)

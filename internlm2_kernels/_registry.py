@@ -12,6 +12,7 @@ know a raw operator by its name alone, and would go on with the graph that an ol
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -199,6 +200,22 @@ def why_not(op: Op, backend: str, device: str) -> str | None:
         if device == "cpu" and not INTERPRETED:
             return "it runs on CUDA tensors (on CPU only under TRITON_INTERPRET=1, for tests)"
     return None
+
+
+def without_autocast(reference: Callable) -> Callable:
+    """Decorates what multiplies matrices in a dtype of its own choice: autocast would round the factors and the product."""
+    @functools.wraps(reference)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, torch.Tensor):
+                device = argument.device.type
+                break
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return reference(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return reference(*args, **kwargs)
+
+    return wrapper
 
 
 def _not_compiled(op: Op, backend: str) -> str | None:

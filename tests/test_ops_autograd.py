@@ -3,7 +3,7 @@
 import parameters
 import pytest
 import torch
-from shared import assert_bitwise, replaced, sample_of, smoke_cases
+from shared import OPS, assert_bitwise, replaced, sample_of, smoke_cases
 
 from internlm2_kernels.testing import draw_upstream, run, with_leaves
 
@@ -166,14 +166,38 @@ def test_forward_mode_says_no(op, variant, backend, native, device, generator):
     assert (tangent if isinstance(tangent, torch.Tensor) else tangent[0]).any()
 
 
-def test_autocast_keeps_the_dtype(op, variant, backend, native, device, generator):
-    """Operators keep their inputs' dtype; those that cast, compute in autocast's."""
+def test_autocast_keeps_the_dtype(op, variant, backend, device, generator):
+    """Operators keep their inputs' dtype; those that cast, compute in autocast's: nothing else differs, on any backend."""
     sample = _first(op, device, generator)
     low = sample.to(torch.bfloat16) if op.autocast else sample
     mixed = replaced(sample, **{name: low.inputs[name] for name in low.inputs if name.endswith("_cache")})
-    want = run(op, low, backend)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        assert_bitwise(run(op, mixed, backend), want)
+    upstream = draw_upstream(op, low, 1.0, generator)
+
+    def inside(**inputs):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return op.public(**inputs, backend=backend)
+
+    want = run(op, low, backend, upstream)
+    rounded_inputs = {f"d_{name}": mixed.inputs[name].dtype for name in sample.grad}
+    assert_bitwise(run(op, mixed, inside, upstream), {n: v.to(rounded_inputs.get(n, v.dtype)) for n, v in want.items()})
+    for name, other in run(op, low, None if backend == "reference" else "reference", upstream).items():
+        bound = 1e-4 if want[name].dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(want[name], other, rtol=bound, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", ("reward_loss_from_last", "linear_cross_entropy", "linear_logprobs", "flash_attention"))
+def test_a_compiled_reference_under_autocast(name, device, generator):
+    op = OPS[name]
+    sample = _first(op, device, generator)
+    torch._dynamo.reset()
+    function = lambda **inputs: op.public(**inputs, backend="reference")
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    upstream = draw_upstream(op, sample, 1.0, generator)
+    for enabled in (True, False):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
+            got, want = (run(op, sample, f) for f in (compiled, function))
+        assert_bitwise(got, want)
+    assert all(run(op, sample, compiled, upstream)[n].isfinite().all() for n in want)
 
 
 def test_meta_tensors(op, device, generator):

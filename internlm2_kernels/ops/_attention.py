@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from .._checks import check_device, check_layout, fail
+from .._registry import without_autocast
 
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 32, 256, 8
 SMALLEST, LARGEST = 1e-37, 1e37  # of scale and soft-cap: in float32 still normal after a factor of log2(e) or ln(2)
@@ -26,13 +27,9 @@ def allowed_keys(queries, keys, left, right, device):
     return allowed
 
 
+@without_autocast
 def attend(q, k, v, left, right, scale, softcap):
     """One sequence: q [S_q, H, d], k, v [S_k, G, d] -> out [S_q, H, d], lse [H, S_q], in q's dtype as it stands."""
-    with torch.autocast(q.device.type, enabled=False):  # which would round what the products take
-        return _attend(q, k, v, left, right, scale, softcap)
-
-
-def _attend(q, k, v, left, right, scale, softcap):
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, 1) for t in (k, v))
     allowed = allowed_keys(q.shape[0], k.shape[0], left, right, q.device)

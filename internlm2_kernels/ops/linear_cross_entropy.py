@@ -5,13 +5,14 @@ import torch.nn.functional as F
 
 from .._autograd import distinct, once_differentiable
 from .._checks import check_device, check_float, check_same, fail, last_stride_1
-from .._registry import Case, Op, Sample
+from .._registry import Case, Op, Sample, without_autocast
 from ._attention import autocast
 from ._losses import REDUCTIONS, accumulator, check_label_values, check_labels, check_reduction, losses_of, reduced
 from .apply_rope import native
 from .cross_entropy import check_ignore_index, check_loss_options, is_one
 
 
+@without_autocast
 def reference(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0,
               token_weights=None, reduction="mean"):
     acc = accumulator(hidden.dtype)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from .._autograd import distinct, once_differentiable
 from .._checks import last_stride_1
-from .._registry import Case, Op, Sample
+from .._registry import Case, Op, Sample, without_autocast
 from ._losses import accumulator, check_label_values, check_labels, check_number
 from .apply_rope import native
 from .linear_cross_entropy import (
@@ -25,6 +25,7 @@ def _results(logprobs, entropy, hits, return_entropy, return_hits):
     return wanted if len(wanted) > 1 else logprobs
 
 
+@without_autocast
 def reference(hidden, weight, tokens, *, temperature=1.0, return_entropy=False, return_hits=False):
     acc = accumulator(hidden.dtype)
     logits = hidden.to(acc) @ weight.to(acc).T / temperature

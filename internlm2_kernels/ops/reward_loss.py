@@ -4,7 +4,7 @@ import torch
 
 from .._autograd import once_differentiable
 from .._checks import check_device, check_float, check_same, fail, last_stride_1
-from .._registry import Case, Op, Sample
+from .._registry import Case, Op, Sample, without_autocast
 from . import focal_ranking_loss as focal
 from . import log_barrier_penalty as barrier
 from ._attention import check_cu_seqlens
@@ -33,7 +33,7 @@ def _form(ranking, penalty):
     return packed, from_last
 
 
-reference, reference_from_last = _form(focal.reference, barrier.reference)
+reference, reference_from_last = map(without_autocast, _form(focal.reference, barrier.reference))
 _eager, _eager_from_last = _form(focal._eager, barrier._eager)
 
 

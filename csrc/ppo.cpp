@@ -29,90 +29,75 @@ class Partial {
   double here_[kHere];
   OptTensor there_;
 };
-Tensor scalar(const Tensor& like) { return torch::stable::new_empty(like, {}, accumulator_of(like)); }
 
-PolicyLoss policy_args(const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& advantages, const Tensor& mask,
-                       double clip) {
-  PolicyLoss a{};
-  a.acc = accumulator_tag(logprobs);
-  a.logprobs = in_of(logprobs);
-  a.old_logprobs = in_of(old_logprobs);
-  a.advantages = in_of(advantages);
-  a.n = logprobs.numel();
+PpoLoss loss_args(const Tensor& x, const Tensor& old, const Tensor& target, const Tensor& mask, double clip) {
+  PpoLoss a{};
+  a.acc = accumulator_tag(x);
+  a.x = in_of(x);
+  a.old = in_of(old);
+  a.target = in_of(target);
+  a.n = x.numel();
   a.mask = mask_of(mask, a.n);
   a.clip = clip;
   return a;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_policy_loss_fwd_cpp(const Tensor& logprobs, const Tensor& old_logprobs,
-                                                                   const Tensor& advantages, const Tensor& mask,
-                                                                   double clip) {
-  check_cpu();
-  Tensor loss = scalar(logprobs), clip_fraction = scalar(logprobs), approx_kl = scalar(logprobs), count = scalar(logprobs);
-  PolicyLoss a = policy_args(logprobs, old_logprobs, advantages, mask, clip);
-  Partial partial(logprobs, a.n, kPolicySums);
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// `chunks` leaves so many `sums` of each chunk, `grain` of them a thread; `total` makes the results of them.
+template <typename Chunks, typename Total>
+Results forward(const Tensor& x, PpoLoss a, int64_t sums, int64_t grain, const Chunks& chunks, const Total& total) {
+  const auto scalar = [&] { return torch::stable::new_empty(x, {}, accumulator_of(x)); };
+  Tensor loss = scalar(), clip_fraction = scalar(), statistic = scalar(), count = scalar();
+  Partial partial(x, a.n, sums);
   a.partial = partial.data();
   a.loss = data(loss);
   a.clip_fraction = data(clip_fraction);
-  a.approx_kl = data(approx_kl);
+  a.statistic = data(statistic);
   a.count = data(count);
-  for_rows(chunks_of(a.n), 2, [&](int64_t b, int64_t e) { INTERNLM2_CPU(ppo_policy_loss_fwd, a, b, e); });
-  INTERNLM2_CPU(ppo_policy_loss_total, a);
-  return {loss, clip_fraction, approx_kl, count};
+  for_rows(chunks_of(a.n), grain, [&](int64_t b, int64_t e) { chunks(a, b, e); });
+  total(a);
+  return {loss, clip_fraction, statistic, count};
+}
+
+template <typename Elements>
+Tensor backward(const Tensor& dloss, const Tensor& x, PpoLoss a, const Tensor& count, const Elements& elements) {
+  Tensor dx = empty_as(x);
+  a.dloss = cdata(dloss);
+  a.count = const_cast<void*>(cdata(count));  // read alone
+  a.dx = out_of(dx);
+  for_rows(a.n, kGrain, [&](int64_t b, int64_t e) { elements(a, b, e); });
+  return dx;
+}
+
+Results ppo_policy_loss_fwd_cpp(const Tensor& logprobs, const Tensor& old_logprobs, const Tensor& advantages,
+                                const Tensor& mask, double clip) {
+  check_cpu();
+  return forward(logprobs, loss_args(logprobs, old_logprobs, advantages, mask, clip), kPolicySums, 2,
+                 [](const PpoLoss& a, int64_t b, int64_t e) { INTERNLM2_CPU(ppo_policy_loss_fwd, a, b, e); },
+                 [](const PpoLoss& a) { INTERNLM2_CPU(ppo_policy_loss_total, a); });
 }
 
 Tensor ppo_policy_loss_bwd_cpp(const Tensor& dloss, const Tensor& logprobs, const Tensor& old_logprobs,
                                const Tensor& advantages, const Tensor& mask, const Tensor& count, double clip) {
   check_cpu();
-  Tensor dlogprobs = empty_as(logprobs);
-  PolicyLoss a = policy_args(logprobs, old_logprobs, advantages, mask, clip);
-  a.dloss = cdata(dloss);
-  a.count = const_cast<void*>(cdata(count));  // read alone
-  a.dlogprobs = out_of(dlogprobs);
-  for_rows(a.n, kGrain, [&](int64_t b, int64_t e) { INTERNLM2_CPU(ppo_policy_loss_bwd, a, b, e); });
-  return dlogprobs;
+  return backward(dloss, logprobs, loss_args(logprobs, old_logprobs, advantages, mask, clip), count,
+                  [](const PpoLoss& a, int64_t b, int64_t e) { INTERNLM2_CPU(ppo_policy_loss_bwd, a, b, e); });
 }
 
-ValueLoss value_args(const Tensor& values, const Tensor& old_values, const Tensor& returns, const Tensor& mask,
-                     double clip) {
-  ValueLoss a{};
-  a.acc = accumulator_tag(values);
-  a.values = in_of(values);
-  a.old_values = in_of(old_values);
-  a.returns = in_of(returns);
-  a.n = values.numel();
-  a.mask = mask_of(mask, a.n);
-  a.clip = clip;
-  return a;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_value_loss_fwd_cpp(const Tensor& values, const Tensor& old_values,
-                                                                  const Tensor& returns, const Tensor& mask,
-                                                                  double clip) {
+Results ppo_value_loss_fwd_cpp(const Tensor& values, const Tensor& old_values, const Tensor& returns, const Tensor& mask,
+                               double clip) {
   check_cpu();
-  Tensor loss = scalar(values), clip_fraction = scalar(values), explained = scalar(values), count = scalar(values);
-  ValueLoss a = value_args(values, old_values, returns, mask, clip);
-  Partial partial(values, a.n, kValueSums);
-  a.partial = partial.data();
-  a.loss = data(loss);
-  a.clip_fraction = data(clip_fraction);
-  a.explained_variance = data(explained);
-  a.count = data(count);
-  for_rows(chunks_of(a.n), kGrain / kPpoChunk, [&](int64_t b, int64_t e) { INTERNLM2_CPU(ppo_value_loss_fwd, a, b, e); });
-  INTERNLM2_CPU(ppo_value_loss_total, a);
-  return {loss, clip_fraction, explained, count};
+  return forward(values, loss_args(values, old_values, returns, mask, clip), kValueSums, kGrain / kPpoChunk,
+                 [](const PpoLoss& a, int64_t b, int64_t e) { INTERNLM2_CPU(ppo_value_loss_fwd, a, b, e); },
+                 [](const PpoLoss& a) { INTERNLM2_CPU(ppo_value_loss_total, a); });
 }
 
 Tensor ppo_value_loss_bwd_cpp(const Tensor& dloss, const Tensor& values, const Tensor& old_values, const Tensor& returns,
                               const Tensor& mask, const Tensor& count, double clip) {
   check_cpu();
-  Tensor dvalues = empty_as(values);
-  ValueLoss a = value_args(values, old_values, returns, mask, clip);
-  a.dloss = cdata(dloss);
-  a.count = const_cast<void*>(cdata(count));  // read alone
-  a.dvalues = out_of(dvalues);
-  for_rows(a.n, kGrain, [&](int64_t b, int64_t e) { INTERNLM2_CPU(ppo_value_loss_bwd, a, b, e); });
-  return dvalues;
+  return backward(dloss, values, loss_args(values, old_values, returns, mask, clip), count,
+                  [](const PpoLoss& a, int64_t b, int64_t e) { INTERNLM2_CPU(ppo_value_loss_bwd, a, b, e); });
 }
 
 KlPenalty kl_args(const Tensor& logprobs, const Tensor& ref_logprobs, int64_t estimator) {

@@ -8,28 +8,18 @@ constexpr int64_t kPpoChunk = 4096;  // elements whose sums are one row of `part
 constexpr int kPolicySums = 4;       // loss, clipped terms, approximate KL, count
 constexpr int kValueSums = 9;        // see cpu/ppo.cpp
 
-struct PolicyLoss {
+// What the two losses call them: x logprobs | values, old old_logprobs | old_values, target advantages | returns,
+// statistic approx_kl | explained_variance.
+struct PpoLoss {
   Dtype acc;  // f32 or f64: the type of dloss, count and of every 0-dim result
-  In logprobs, old_logprobs, advantages;
+  In x, old, target;
   const uint8_t* mask;
   int64_t n;
-  double clip;
-  double* partial;  // [chunks, kPolicySums]
-  void *loss, *clip_fraction, *approx_kl, *count;  // the backward pass reads count
+  double clip;      // value loss: negative for none
+  double* partial;  // [chunks, kPolicySums | kValueSums]
+  void *loss, *clip_fraction, *statistic, *count;  // the backward pass reads count
   const void* dloss;
-  Out dlogprobs;
-};
-
-struct ValueLoss {
-  Dtype acc;
-  In values, old_values, returns;
-  const uint8_t* mask;
-  int64_t n;
-  double clip;      // negative: none
-  double* partial;  // [chunks, kValueSums]
-  void *loss, *clip_fraction, *explained_variance, *count;
-  const void* dloss;
-  Out dvalues;
+  Out dx;
 };
 
 struct KlPenalty {
@@ -42,12 +32,12 @@ struct KlPenalty {
 };
 
 #define INTERNLM2_PPO_CPU                                                                \
-  void ppo_policy_loss_fwd(const PolicyLoss& a, int64_t begin, int64_t end); /* chunks */ \
-  void ppo_policy_loss_total(const PolicyLoss& a);                                       \
-  void ppo_policy_loss_bwd(const PolicyLoss& a, int64_t begin, int64_t end); /* elements */ \
-  void ppo_value_loss_fwd(const ValueLoss& a, int64_t begin, int64_t end);               \
-  void ppo_value_loss_total(const ValueLoss& a);                                         \
-  void ppo_value_loss_bwd(const ValueLoss& a, int64_t begin, int64_t end);               \
+  void ppo_policy_loss_fwd(const PpoLoss& a, int64_t begin, int64_t end); /* chunks */   \
+  void ppo_policy_loss_total(const PpoLoss& a);                                          \
+  void ppo_policy_loss_bwd(const PpoLoss& a, int64_t begin, int64_t end); /* elements */ \
+  void ppo_value_loss_fwd(const PpoLoss& a, int64_t begin, int64_t end);                 \
+  void ppo_value_loss_total(const PpoLoss& a);                                           \
+  void ppo_value_loss_bwd(const PpoLoss& a, int64_t begin, int64_t end);                 \
   void kl_penalty_fwd(const KlPenalty& a, int64_t begin, int64_t end);                   \
   void kl_penalty_bwd(const KlPenalty& a, int64_t begin, int64_t end);
 

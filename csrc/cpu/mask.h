@@ -1,6 +1,8 @@
 // Comparison, choice and byte masks for Vec, and tensors of any floating-point dtype read and written in blocks of the
 // accumulator: what the elementwise losses are made of.
 #pragma once
+#include <utility>
+
 #include "vec.h"
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
@@ -107,8 +109,10 @@ template <typename Acc> const Acc* block_of(const In& in, int64_t i, int64_t n, 
   return buffer;
 }
 
-// Where a block's results go before put_block rounds them into the tensor: the tensor itself if it is of type Acc.
-template <typename Acc> Acc* block_for(const Out& out, int64_t i, Acc* buffer) {
+// Where elements [i, i + n) of a result go: where they belong, or into `buffer`, which put_block then rounds into the tensor.
+// A tensor without data takes nothing.
+template <typename Acc> Acc* block_of(const Out& out, int64_t i, int64_t, Acc* buffer) {
+  if (out.data == nullptr) return nullptr;
   return out.dtype == kDtype<Acc> ? static_cast<Acc*>(out.data) + i : buffer;
 }
 template <typename T> void round_block(const float* from, int64_t n, T* p) {
@@ -117,9 +121,30 @@ template <typename T> void round_block(const float* from, int64_t n, T* p) {
   });
 }
 inline void put_block(const Out& out, int64_t i, int64_t n, const float* from) {
+  if (out.data == nullptr) return;
   if (out.dtype == Dtype::bf16) round_block(from, n, static_cast<bf16*>(out.data) + i);
   if (out.dtype == Dtype::f16) round_block(from, n, static_cast<f16*>(out.data) + i);
 }
 inline void put_block(const Out&, int64_t, int64_t, const double*) {}  // double results are double tensors
+template <typename Acc> void put_block(const In&, int64_t, int64_t, const Acc*) {}
+
+// body(i, n, blocks...) for elements [begin, end), n <= kBlock of them from i on; `blocks`: theirs in each of the tensors,
+// const Acc* of an In, Acc* of an Out.
+template <typename Acc, typename F, size_t... k, typename... Tensors>
+VEC_INLINE void for_blocks(std::index_sequence<k...>, int64_t begin, int64_t end, const F& body, const Tensors&... tensors) {
+  Acc buffers[sizeof...(k)][kBlock];
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int64_t n = end - i < kBlock ? end - i : kBlock;
+    const auto run = [&](auto*... blocks) VEC_LAMBDA {
+      body(i, n, blocks...);
+      (put_block(tensors, i, n, blocks), ...);
+    };
+    run(block_of(tensors, i, n, buffers[k])...);
+  }
+}
+template <typename Acc, typename F, typename... Tensors>
+VEC_INLINE void for_blocks(int64_t begin, int64_t end, const F& body, const Tensors&... tensors) {
+  for_blocks<Acc>(std::index_sequence_for<Tensors...>(), begin, end, body, tensors...);
+}
 
 }}}}  // namespace internlm2::cpu::CPU_CAPABILITY::(unnamed)

@@ -11,6 +11,23 @@ namespace {
 constexpr double kMostRatio = 20;  // bound of the log-ratio
 constexpr double kInfinity = __builtin_huge_val();
 
+// Nothing over nothing is 0.
+double over(double sum, double count) { return count > 0 ? sum / count : 0; }
+
+template <typename Acc> void put_results(const PpoLoss& a, double loss, double clipped, double statistic, double count) {
+  *static_cast<Acc*>(a.loss) = static_cast<Acc>(over(loss, count));
+  *static_cast<Acc*>(a.clip_fraction) = static_cast<Acc>(over(clipped, count));
+  *static_cast<Acc*>(a.statistic) = static_cast<Acc>(statistic);
+  *static_cast<Acc*>(a.count) = static_cast<Acc>(count);
+}
+
+// Upstream over the number of counted entries; where there are none, every entry is masked.
+template <typename Acc> Acc upstream(const PpoLoss& a) {
+  const Acc count = *static_cast<const Acc*>(a.count);
+  return count > 0 ? *static_cast<const Acc*>(a.dloss) / count : Acc(0);
+}
+
+// ------------------------------------------------------------------------------------------------------ policy loss
 // What the two policy passes share. A NaN passes: it is never smaller.
 template <typename Acc> struct Policy {
   using V = Vec<Acc>;
@@ -19,18 +36,13 @@ template <typename Acc> struct Policy {
   VEC_INLINE V bounded(V ratio, V advantage) const { return min(high, max(low, ratio)) * advantage; }
 };
 
-template <typename Acc> void policy_fwd(const PolicyLoss& a, int64_t chunk) {
+template <typename Acc> void policy_fwd(const PpoLoss& a, int64_t chunk) {
   using V = Vec<Acc>;
   const Policy<Acc> policy(a.clip);
-  Acc new_buffer[kBlock], old_buffer[kBlock], advantage_buffer[kBlock];
   // Clipped terms are A (1 + clip) or A (1 - clip) as A is positive or not: the factors are applied to the sums, in double.
   WideSum free, raised, lowered, kl;
   V clipped_terms, count;
-  const int64_t last = std::min(a.n, (chunk + 1) * kPpoChunk);
-  for (int64_t i = chunk * kPpoChunk; i < last; i += kBlock) {
-    const int64_t n = std::min(kBlock, last - i);
-    const Acc *logprobs = block_of(a.logprobs, i, n, new_buffer), *old = block_of(a.old_logprobs, i, n, old_buffer);
-    const Acc* advantages = block_of(a.advantages, i, n, advantage_buffer);
+  const auto add = [&](int64_t i, int64_t n, const Acc* logprobs, const Acc* old, const Acc* advantages) VEC_LAMBDA {
     for_vectors<V, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
       const auto keep = true_lanes<V>(a.mask + i + j, lanes);
       const V difference = load<V>(logprobs + j, lanes) - load<V>(old + j, lanes);
@@ -46,7 +58,8 @@ template <typename Acc> void policy_fwd(const PolicyLoss& a, int64_t chunk) {
       kl.add(expm1_minus(x, e));
       count = count + only(keep, V(1));
     });
-  }
+  };
+  for_blocks<Acc>(chunk * kPpoChunk, std::min(a.n, (chunk + 1) * kPpoChunk), add, a.x, a.old, a.target);
   double* out = a.partial + chunk * kPolicySums;
   out[0] = free.sum() + (1 + a.clip) * raised.sum() + (1 - a.clip) * lowered.sum();
   out[1] = clipped_terms.sum();
@@ -54,43 +67,29 @@ template <typename Acc> void policy_fwd(const PolicyLoss& a, int64_t chunk) {
   out[3] = count.sum();
 }
 
-template <typename Acc> void policy_total(const PolicyLoss& a) {
+template <typename Acc> void policy_total(const PpoLoss& a) {
   double sums[kPolicySums] = {};
   for (int64_t chunk = 0; chunk * kPpoChunk < a.n; ++chunk) {
     for (int k = 0; k < kPolicySums; ++k) sums[k] += a.partial[chunk * kPolicySums + k];
   }
-  const double count = sums[3];
-  *static_cast<Acc*>(a.loss) = static_cast<Acc>(count > 0 ? -sums[0] / count : 0);
-  *static_cast<Acc*>(a.clip_fraction) = static_cast<Acc>(count > 0 ? sums[1] / count : 0);
-  *static_cast<Acc*>(a.approx_kl) = static_cast<Acc>(count > 0 ? sums[2] / count : 0);
-  *static_cast<Acc*>(a.count) = static_cast<Acc>(count);
+  put_results<Acc>(a, -sums[0], sums[1], over(sums[2], sums[3]), sums[3]);
 }
 
-// Upstream over the number of counted entries; where there are none, every entry is masked.
-template <typename Acc, typename A> Acc upstream(const A& a) {
-  const Acc count = *static_cast<const Acc*>(a.count);
-  return count > 0 ? *static_cast<const Acc*>(a.dloss) / count : Acc(0);
-}
-
-template <typename Acc> void policy_bwd(const PolicyLoss& a, int64_t begin, int64_t end) {
+template <typename Acc> void policy_bwd(const PpoLoss& a, int64_t begin, int64_t end) {
   using V = Vec<Acc>;
   const Policy<Acc> policy(a.clip);
   const V scale(-upstream<Acc>(a)), most(static_cast<Acc>(kMostRatio));
-  Acc new_buffer[kBlock], old_buffer[kBlock], advantage_buffer[kBlock], out_buffer[kBlock];
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = std::min(kBlock, end - i);
-    const Acc *logprobs = block_of(a.logprobs, i, n, new_buffer), *old = block_of(a.old_logprobs, i, n, old_buffer);
-    const Acc* advantages = block_of(a.advantages, i, n, advantage_buffer);
-    Acc* out = block_for(a.dlogprobs, i, out_buffer);
+  const auto fill = [&](int64_t i, int64_t n, const Acc* logprobs, const Acc* old, const Acc* advantages,
+                        Acc* dlogprobs) VEC_LAMBDA {
     for_vectors<V, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
       const V x = load<V>(logprobs + j, lanes) - load<V>(old + j, lanes), advantage = load<V>(advantages + j, lanes);
       const V ratio = exp(min(most, max(V(0) - most, x))), full = ratio * advantage;
       const V through = pick(less(policy.bounded(ratio, advantage), full), V(0), full * scale);
       const V near = pick(less(most, magnitude(x)), V(0), through);
-      store(out + j, only(true_lanes<V>(a.mask + i + j, lanes), near), lanes);
+      store(dlogprobs + j, only(true_lanes<V>(a.mask + i + j, lanes), near), lanes);
     });
-    put_block(a.dlogprobs, i, n, out);
-  }
+  };
+  for_blocks<Acc>(begin, end, fill, a.x, a.old, a.target, a.dx);
 }
 
 // ------------------------------------------------------------------------------------------------------- value loss
@@ -160,16 +159,11 @@ template <typename Acc> double least_of(Vec<Acc> x) {
   return *std::min_element(lanes, lanes + Vec<Acc>::size);
 }
 
-template <typename Acc> void value_fwd(const ValueLoss& a, int64_t chunk) {
+template <typename Acc> void value_fwd(const PpoLoss& a, int64_t chunk) {
   using V = Vec<Acc>;
   const Clip<Acc> clip(a.clip);
-  Acc value_buffer[kBlock], old_buffer[kBlock], return_buffer[kBlock];
   ValueSums sums;
-  const int64_t last = std::min(a.n, (chunk + 1) * kPpoChunk);
-  for (int64_t i = chunk * kPpoChunk; i < last; i += kBlock) {
-    const int64_t n = std::min(kBlock, last - i);
-    const Acc *values = block_of(a.values, i, n, value_buffer), *old = block_of(a.old_values, i, n, old_buffer);
-    const Acc* returns = block_of(a.returns, i, n, return_buffer);
+  const auto add = [&](int64_t i, int64_t n, const Acc* values, const Acc* old, const Acc* returns) VEC_LAMBDA {
     const uint8_t* mask = a.mask + i;
     const V infinity(static_cast<Acc>(kInfinity));
     WideSum loss;
@@ -198,92 +192,79 @@ template <typename Acc> void value_fwd(const ValueLoss& a, int64_t chunk) {
     sums.errors.add(moments_of<Acc>(n, mask, kept, error_sum.sum(), [&](int64_t j, auto lanes) VEC_LAMBDA {
       return load<V>(returns + j, lanes) - load<V>(values + j, lanes);
     }));
-  }
+  };
+  for_blocks<Acc>(chunk * kPpoChunk, std::min(a.n, (chunk + 1) * kPpoChunk), add, a.x, a.old, a.target);
   sums.save(a.partial + chunk * kValueSums);
 }
 
-template <typename Acc> void value_total(const ValueLoss& a) {
+template <typename Acc> void value_total(const PpoLoss& a) {
   ValueSums sums;
   for (int64_t chunk = 0; chunk * kPpoChunk < a.n; ++chunk) sums.add(a.partial + chunk * kValueSums);
   const double count = sums.returns.count, squares = sums.returns.squares;
   const bool flat = count == 0 || (sums.least == sums.most && squares == squares);  // returns that are all the same
-  *static_cast<Acc*>(a.loss) = static_cast<Acc>(count > 0 ? 0.5 * sums.loss / count : 0);
-  *static_cast<Acc*>(a.clip_fraction) = static_cast<Acc>(count > 0 ? sums.clipped / count : 0);
-  *static_cast<Acc*>(a.explained_variance) = static_cast<Acc>(flat ? 0 : 1 - sums.errors.squares / squares);
-  *static_cast<Acc*>(a.count) = static_cast<Acc>(count);
+  put_results<Acc>(a, 0.5 * sums.loss, sums.clipped, flat ? 0 : 1 - sums.errors.squares / squares, count);
 }
 
-template <typename Acc> void value_bwd(const ValueLoss& a, int64_t begin, int64_t end) {
+template <typename Acc> void value_bwd(const PpoLoss& a, int64_t begin, int64_t end) {
   using V = Vec<Acc>;
   const Clip<Acc> clip(a.clip);
   const V scale(upstream<Acc>(a));
-  Acc value_buffer[kBlock], old_buffer[kBlock], return_buffer[kBlock], out_buffer[kBlock];
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = std::min(kBlock, end - i);
-    const Acc *values = block_of(a.values, i, n, value_buffer), *old = block_of(a.old_values, i, n, old_buffer);
-    const Acc* returns = block_of(a.returns, i, n, return_buffer);
-    Acc* out = block_for(a.dvalues, i, out_buffer);
+  const auto fill = [&](int64_t i, int64_t n, const Acc* values, const Acc* old, const Acc* returns,
+                        Acc* dvalues) VEC_LAMBDA {
     for_vectors<V, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
       const V v = load<V>(values + j, lanes), r = load<V>(returns + j, lanes), error = v - r;
       const V far = clip(v, load<V>(old + j, lanes)) - r;
       const V through = pick(less(error * error, far * far), V(0), error * scale);
-      store(out + j, only(true_lanes<V>(a.mask + i + j, lanes), through), lanes);
+      store(dvalues + j, only(true_lanes<V>(a.mask + i + j, lanes), through), lanes);
     });
-    put_block(a.dvalues, i, n, out);
-  }
+  };
+  for_blocks<Acc>(begin, end, fill, a.x, a.old, a.target, a.dx);
 }
 
 // ------------------------------------------------------------------------------------------------------- KL penalty
 template <typename Acc> void kl_fwd(const KlPenalty& a, int64_t begin, int64_t end) {
   using V = Vec<Acc>;
-  Acc new_buffer[kBlock], ref_buffer[kBlock];
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = std::min(kBlock, end - i);
-    const Acc *logprobs = block_of(a.logprobs, i, n, new_buffer), *ref = block_of(a.ref_logprobs, i, n, ref_buffer);
+  const auto fill = [&](int64_t i, int64_t n, const Acc* logprobs, const Acc* ref) VEC_LAMBDA {
     Acc* kl = static_cast<Acc*>(a.kl) + i;
     for_vectors<V, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
       const V p = load<V>(logprobs + j, lanes), q = load<V>(ref + j, lanes), l = p - q;
       if (a.estimator == 1) return store(kl + j, l, lanes);
       store(kl + j, a.estimator == 2 ? V(Acc(0.5)) * l * l : expm1_minus(q - p), lanes);
     });
-  }
+  };
+  for_blocks<Acc>(begin, end, fill, a.logprobs, a.ref_logprobs);
 }
 
 // d kl / d l: 1, l, 1 - exp(-l).
 template <typename Acc> void kl_bwd(const KlPenalty& a, int64_t begin, int64_t end) {
   using V = Vec<Acc>;
-  Acc new_buffer[kBlock], ref_buffer[kBlock], out_buffer[kBlock], dref_buffer[kBlock];
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = std::min(kBlock, end - i);
-    const Acc *logprobs = block_of(a.logprobs, i, n, new_buffer), *ref = block_of(a.ref_logprobs, i, n, ref_buffer);
+  const auto fill = [&](int64_t i, int64_t n, const Acc* logprobs, const Acc* ref, Acc* out, Acc* dref) VEC_LAMBDA {
     const Acc* dkl = static_cast<const Acc*>(a.dkl) + i;
-    Acc *out = block_for(a.dlogprobs, i, out_buffer), *dref = a.dref.data ? block_for(a.dref, i, dref_buffer) : nullptr;
     for_vectors<V, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
       const V p = load<V>(logprobs + j, lanes), q = load<V>(ref + j, lanes), up = load<V>(dkl + j, lanes);
       const V slope = a.estimator == 1 ? V(1) : a.estimator == 2 ? p - q : V(0) - expm1(q - p);
       store(out + j, up * slope, lanes);
       if (dref != nullptr) store(dref + j, V(0) - up * slope, lanes);
     });
-    put_block(a.dlogprobs, i, n, out);
-    if (dref != nullptr) put_block(a.dref, i, n, dref);
-  }
+  };
+  for_blocks<Acc>(begin, end, fill, a.logprobs, a.ref_logprobs, a.dlogprobs, a.dref);
 }
 
 }  // namespace
 
-void ppo_policy_loss_fwd(const PolicyLoss& a, int64_t begin, int64_t end) {
+void ppo_policy_loss_fwd(const PpoLoss& a, int64_t begin, int64_t end) {
   WITH_ACC(a.acc, Acc, { for (; begin < end; ++begin) policy_fwd<Acc>(a, begin); })
 }
-void ppo_policy_loss_total(const PolicyLoss& a) { WITH_ACC(a.acc, Acc, { policy_total<Acc>(a); }) }
-void ppo_policy_loss_bwd(const PolicyLoss& a, int64_t begin, int64_t end) {
+void ppo_policy_loss_total(const PpoLoss& a) { WITH_ACC(a.acc, Acc, { policy_total<Acc>(a); }) }
+void ppo_policy_loss_bwd(const PpoLoss& a, int64_t begin, int64_t end) {
   WITH_ACC(a.acc, Acc, { policy_bwd<Acc>(a, begin, end); })
 }
 
-void ppo_value_loss_fwd(const ValueLoss& a, int64_t begin, int64_t end) {
+void ppo_value_loss_fwd(const PpoLoss& a, int64_t begin, int64_t end) {
   WITH_ACC(a.acc, Acc, { for (; begin < end; ++begin) value_fwd<Acc>(a, begin); })
 }
-void ppo_value_loss_total(const ValueLoss& a) { WITH_ACC(a.acc, Acc, { value_total<Acc>(a); }) }
-void ppo_value_loss_bwd(const ValueLoss& a, int64_t begin, int64_t end) {
+void ppo_value_loss_total(const PpoLoss& a) { WITH_ACC(a.acc, Acc, { value_total<Acc>(a); }) }
+void ppo_value_loss_bwd(const PpoLoss& a, int64_t begin, int64_t end) {
   WITH_ACC(a.acc, Acc, { value_bwd<Acc>(a, begin, end); })
 }
 

@@ -30,27 +30,22 @@ template <bool kSquare, typename Acc> VEC_INLINE Focal<Acc> focal(Vec<Acc> d, Ac
 
 template <bool kSquare, typename Acc> void focal_fwd(const FocalRanking& a, int64_t begin, int64_t end) {
   using V = Vec<Acc>;
-  Acc chosen_buffer[kBlock], rejected_buffer[kBlock];
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = std::min(kBlock, end - i);
-    const Acc *chosen = block_of(a.chosen, i, n, chosen_buffer), *rejected = block_of(a.rejected, i, n, rejected_buffer);
+  const auto fill = [&](int64_t i, int64_t n, const Acc* chosen, const Acc* rejected) VEC_LAMBDA {
     Acc* loss = static_cast<Acc*>(a.loss) + i;
     for_vectors<V, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
       const auto f = focal<kSquare>(load<V>(chosen + j, lanes) - load<V>(rejected + j, lanes), static_cast<Acc>(a.gamma));
       store(loss + j, f.weight * f.softplus, lanes);
     });
-  }
+  };
+  for_blocks<Acc>(begin, end, fill, a.chosen, a.rejected);
 }
 
 // dloss/dd = -weight (s + gamma (1 - s) softplus(-d)), the second term for d > 0 only.
 template <bool kSquare, typename Acc> void focal_bwd(const FocalRanking& a, int64_t begin, int64_t end) {
   using V = Vec<Acc>;
-  Acc chosen_buffer[kBlock], rejected_buffer[kBlock], dchosen_buffer[kBlock], drejected_buffer[kBlock];
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = std::min(kBlock, end - i);
-    const Acc *chosen = block_of(a.chosen, i, n, chosen_buffer), *rejected = block_of(a.rejected, i, n, rejected_buffer);
+  const auto fill = [&](int64_t i, int64_t n, const Acc* chosen, const Acc* rejected, Acc* dchosen,
+                        Acc* drejected) VEC_LAMBDA {
     const Acc* dloss = static_cast<const Acc*>(a.dloss) + i;
-    Acc *dchosen = block_for(a.dchosen, i, dchosen_buffer), *drejected = block_for(a.drejected, i, drejected_buffer);
     for_vectors<V, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
       const V d = load<V>(chosen + j, lanes) - load<V>(rejected + j, lanes);
       const auto f = focal<kSquare>(d, static_cast<Acc>(a.gamma));
@@ -59,9 +54,8 @@ template <bool kSquare, typename Acc> void focal_bwd(const FocalRanking& a, int6
       store(drejected + j, fall, lanes);
       store(dchosen + j, V(0) - fall, lanes);
     });
-    put_block(a.dchosen, i, n, dchosen);
-    put_block(a.drejected, i, n, drejected);
-  }
+  };
+  for_blocks<Acc>(begin, end, fill, a.chosen, a.rejected, a.dchosen, a.drejected);
 }
 
 // ---------------------------------------------------------------------------------------------------- log barrier
@@ -77,10 +71,7 @@ template <typename Acc> void barrier_fwd(const LogBarrier& a, int64_t begin, int
   using V = Vec<Acc>;
   const Edge edge(a.bound, a.margin);
   const V at(static_cast<Acc>(edge.at)), bound(static_cast<Acc>(a.bound));
-  Acc buffer[kBlock];
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = std::min(kBlock, end - i);
-    const Acc* rewards = block_of(a.rewards, i, n, buffer);
+  const auto fill = [&](int64_t i, int64_t n, const Acc* rewards) VEC_LAMBDA {
     Acc* penalty = static_cast<Acc*>(a.penalty) + i;
     for_vectors<V, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
       const V x = load<V>(rewards + j, lanes), size = magnitude(x), near = min(at, size);  // NaN passes
@@ -89,7 +80,8 @@ template <typename Acc> void barrier_fwd(const LogBarrier& a, int64_t begin, int
                                : fma(V(static_cast<Acc>(edge.slope)), size - at, V(static_cast<Acc>(edge.value)));
       store(penalty + j, pick(less(at, size), beyond, inside), lanes);
     });
-  }
+  };
+  for_blocks<Acc>(begin, end, fill, a.rewards);
 }
 
 // 1 / (bound - x) - 1 / (bound + x) = 2 x / ((bound - x) (bound + x))
@@ -98,19 +90,16 @@ template <typename Acc> void barrier_bwd(const LogBarrier& a, int64_t begin, int
   const Edge edge(a.bound, a.margin);
   const V at(static_cast<Acc>(edge.at)), bound(static_cast<Acc>(a.bound));
   const V slope(static_cast<Acc>(a.clamp ? 0 : edge.slope));
-  Acc buffer[kBlock], drewards_buffer[kBlock];
-  for (int64_t i = begin; i < end; i += kBlock) {
-    const int64_t n = std::min(kBlock, end - i);
-    const Acc *rewards = block_of(a.rewards, i, n, buffer), *dpenalty = static_cast<const Acc*>(a.dpenalty) + i;
-    Acc* drewards = block_for(a.drewards, i, drewards_buffer);
+  const auto fill = [&](int64_t i, int64_t n, const Acc* rewards, Acc* drewards) VEC_LAMBDA {
+    const Acc* dpenalty = static_cast<const Acc*>(a.dpenalty) + i;
     for_vectors<V, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
       const V x = load<V>(rewards + j, lanes), near = min(at, max(V(0) - at, x));
       const V inside = (near + near) / ((bound - near) * (bound + near));
       const V beyond = pick(less(x, V(0)), V(0) - slope, slope);
       store(drewards + j, load<V>(dpenalty + j, lanes) * pick(less(at, magnitude(x)), beyond, inside), lanes);
     });
-    put_block(a.drewards, i, n, drewards);
-  }
+  };
+  for_blocks<Acc>(begin, end, fill, a.rewards, a.drewards);
 }
 
 // ---------------------------------------------------------------------------------------------------- reward loss

@@ -67,3 +67,9 @@ def launch(kernel: Any, programs: int, device: torch.device, arguments: dict, *,
     else:
         with torch.cuda.device(device):
             kernel[(programs,)](**arguments, **options)
+
+
+def launch_elements(kernel: Any, x: torch.Tensor, block: int, arguments: dict, *, num_warps: int = 4) -> None:
+    """Runs `kernel` with a program for every `block` elements of `x`; where there are none, not at all."""
+    if x.numel():
+        launch(kernel, -(-x.numel() // block), x.device, dict(arguments, size=x.numel(), BLOCK=block), num_warps=num_warps)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_dtype, launch
+from .common import check_dtype, launch_elements
 from .functions import _exponential, _sigmoid, _softplus
 
 BLOCK = 1024
@@ -49,10 +49,7 @@ def focal_ranking_loss_bwd_kernel(dloss_ptr, chosen_ptr, rejected_ptr, dchosen_p
 def _launch(kernel, chosen, rejected, gamma, **tensors):
     check_dtype("focal_ranking_loss", "chosen", chosen)
     check_dtype("focal_ranking_loss", "rejected", rejected)
-    if chosen.numel():
-        launch(kernel, triton.cdiv(chosen.numel(), BLOCK), chosen.device,
-               dict(chosen_ptr=chosen, rejected_ptr=rejected, size=chosen.numel(), gamma=gamma, BLOCK=BLOCK, **tensors),
-               num_warps=4)
+    launch_elements(kernel, chosen, BLOCK, dict(chosen_ptr=chosen, rejected_ptr=rejected, gamma=gamma, **tensors))
 
 
 def focal_ranking_loss_fwd(chosen, rejected, gamma):

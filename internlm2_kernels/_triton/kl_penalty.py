@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_dtype, launch
+from .common import check_dtype, launch_elements
 from .functions import _expm1, _expm1_less_x
 
 BLOCK = 1024
@@ -46,10 +46,7 @@ def kl_penalty_bwd_kernel(dkl_ptr, logprobs_ptr, ref_ptr, dlogprobs_ptr, dref_pt
 def _launch(kernel, logprobs, ref_logprobs, estimator, **tensors):
     check_dtype("kl_penalty", "logprobs", logprobs)
     check_dtype("kl_penalty", "ref_logprobs", ref_logprobs)
-    if logprobs.numel():
-        launch(kernel, triton.cdiv(logprobs.numel(), BLOCK), logprobs.device,
-               dict(logprobs_ptr=logprobs, ref_ptr=ref_logprobs, size=logprobs.numel(), ESTIMATOR=estimator, BLOCK=BLOCK,
-                    **tensors), num_warps=4)
+    launch_elements(kernel, logprobs, BLOCK, dict(logprobs_ptr=logprobs, ref_ptr=ref_logprobs, ESTIMATOR=estimator, **tensors))
 
 
 def kl_penalty_fwd(logprobs, ref_logprobs, estimator):

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_dtype, launch
+from .common import check_dtype, launch_elements
 
 BLOCK = 1024
 
@@ -50,10 +50,7 @@ def log_barrier_penalty_bwd_kernel(dpenalty_ptr, rewards_ptr, drewards_ptr, size
 
 def _launch(kernel, rewards, bound, margin, clamp, **tensors):
     check_dtype("log_barrier_penalty", "rewards", rewards)
-    if rewards.numel():
-        launch(kernel, triton.cdiv(rewards.numel(), BLOCK), rewards.device,
-               dict(rewards_ptr=rewards, size=rewards.numel(), bound=bound, margin=margin, CLAMP=clamp, BLOCK=BLOCK,
-                    **tensors), num_warps=4)
+    launch_elements(kernel, rewards, BLOCK, dict(rewards_ptr=rewards, bound=bound, margin=margin, CLAMP=clamp, **tensors))
 
 
 def log_barrier_penalty_fwd(rewards, bound, margin, clamp):

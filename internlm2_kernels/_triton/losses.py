@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .attention import _tanh
-from .common import launch
+from .common import launch, launch_elements
 
 NONE, MEAN = 0, 1  # of `reduction`; 2 is the sum
 
@@ -120,7 +120,5 @@ def scale_kernel(x_ptr, scale_ptr, out_ptr, size, BLOCK: tl.constexpr):
 def scaled(x, scale, dtype):
     """x (contiguous) times the 0-dim `scale`, rounded once to `dtype`."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    if x.numel():
-        launch(scale_kernel, triton.cdiv(x.numel(), 4096), x.device,
-               dict(x_ptr=x, scale_ptr=scale, out_ptr=out, size=x.numel(), BLOCK=4096), num_warps=8)
+    launch_elements(scale_kernel, x, 4096, dict(x_ptr=x, scale_ptr=scale, out_ptr=out), num_warps=8)
     return out

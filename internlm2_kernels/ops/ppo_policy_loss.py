@@ -2,10 +2,9 @@
 
 import torch
 
-from .._autograd import distinct, once_differentiable
-from .._checks import check_float
-from .._registry import Case, Op, Sample
-from ._losses import accumulator, check_mask, check_number, check_vector, flattened, masked_mean, target
+from .._registry import Case
+from ._losses import accumulator, check_number, masked_mean
+from ._ppo import checked, flat, masked_loss, passes, run
 
 LOG_RATIO = 20.0  # beyond, exp would say nothing but how far
 
@@ -31,21 +30,9 @@ def _eager(logprobs, old_logprobs, advantages, mask, *, clip=0.2):
         return loss, masked_mean((clipped < free).to(x.dtype), mask), masked_mean(x.exp() - 1 - x, mask)
 
 
-def _fake_fwd(logprobs, old_logprobs, advantages, mask, clip):
-    return tuple(logprobs.new_empty((), dtype=accumulator(logprobs.dtype)) for _ in range(4))
-
-
-def draw_mask(case, device, generator):
-    share = case.dims.get("counted", 0.7)
-    return torch.rand(case.dims["targets"], generator=generator, device=device) < share
-
-
-def _sample(case, dtype, device, generator):
-    draw = lambda size: size * torch.randn(case.dims["targets"], generator=generator, device=device)
-    logprobs = draw(1) - 2
-    inputs = {"logprobs": logprobs.to(dtype), "old_logprobs": (logprobs + draw(0.3)).to(dtype), "advantages": draw(1).to(dtype)}
-    options = {"clip": case.dims["clip"]} if "clip" in case.dims else {}
-    return Sample({**inputs, "mask": draw_mask(case, device, generator), **options}, ("logprobs",))
+def _draw(normal):
+    logprobs = normal(1) - 2
+    return logprobs, logprobs + normal(0.3), normal(1)
 
 
 def _magnitude(sample, upstream):
@@ -55,21 +42,15 @@ def _magnitude(sample, upstream):
     return {"loss": size, "approx_kl": 1.0, "clip_fraction": 1.0}
 
 
-PPO_POLICY_LOSS = Op(
+PPO_POLICY_LOSS = masked_loss(
+    ("logprobs", "old_logprobs", "advantages"),
+    statistic="approx_kl",
+    draw=_draw,
     name="ppo_policy_loss",
     source="arXiv:1707.06347 eq. 7",
     summary="PPO's clipped policy loss with clip fraction and approximate KL",
     reference=reference,
-    public=lambda *args, **kwargs: _flat(ppo_policy_loss(*args, **kwargs)),
-    schemas={
-        "fwd": "(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, float clip)"
-               " -> (Tensor loss, Tensor clip_fraction, Tensor approx_kl, Tensor count)",
-        "bwd": "(Tensor dloss, Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor count, float clip)"
-               " -> Tensor",
-    },
-    fakes={"fwd": _fake_fwd, "bwd": lambda dloss, logprobs, *rest: logprobs.new_empty(logprobs.shape)},
-    outputs=("loss", "clip_fraction", "approx_kl"),
-    sample=_sample,
+    public=lambda *args, **kwargs: flat(ppo_policy_loss(*args, **kwargs)),
     cases=(
         Case("smoke", {"targets": 37}),
         Case("smoke", {"targets": 1031, "clip": 0.1}),
@@ -79,36 +60,13 @@ PPO_POLICY_LOSS = Op(
         Case("model", {"targets": 16384}),
     ),
     eager={"exp, clamp, minimum": _eager},
-    batched=("logprobs", "old_logprobs", "advantages", "mask"),
-    bytes=lambda dims, size, direction: dims["targets"] * ((3 if direction == "forward" else 4) * size + 1),
     flops=lambda dims, direction: 20 * dims["targets"],
     magnitude=_magnitude,
-    rowwise=False,
-    domain={"targets": (0, 300, 1)},
 )
-_FWD, _BWD = PPO_POLICY_LOSS.overloads["fwd"], PPO_POLICY_LOSS.overloads["bwd"]
-
-
-def _flat(result):
-    return result[0], *result[1].values()
 
 
 class _PPOPolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logprobs, old_logprobs, advantages, mask, clip, backend):
-        loss, clip_fraction, approx_kl, count = _FWD[backend](logprobs, old_logprobs, advantages, mask, clip)
-        ctx.save_for_backward(logprobs, old_logprobs, advantages, mask, count)
-        ctx.clip, ctx.backend = clip, backend
-        ctx.mark_non_differentiable(clip_fraction, approx_kl)
-        ctx.set_materialize_grads(False)
-        return loss, clip_fraction, approx_kl
-
-    @staticmethod
-    @once_differentiable("ppo_policy_loss")
-    def backward(ctx, dloss, *_):
-        if dloss is None:
-            return None, None, None, None, None, None
-        return _BWD[ctx.backend](dloss, *ctx.saved_tensors, ctx.clip), None, None, None, None, None
+    forward, backward = passes(PPO_POLICY_LOSS)
 
 
 def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip=0.2, backend=None):
@@ -124,17 +82,6 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip=0.2, backe
     Errors:   ValueError for a shape, a device or clip; TypeError for a dtype
     Cost:     one registered call each way, statistics included.   Source: arXiv:1707.06347 eq. 7
     """
-    check_float("ppo_policy_loss", "logprobs", logprobs)
-    others = [target(check_vector("ppo_policy_loss", name, tensor, logprobs.shape, logprobs, "logprobs"))
-              for name, tensor in (("old_logprobs", old_logprobs), ("advantages", advantages))]
-    mask = flattened(check_mask("ppo_policy_loss", mask, logprobs, "logprobs"))
+    tensors = checked(PPO_POLICY_LOSS, logprobs, old_logprobs, advantages, mask)
     clip = check_number("ppo_policy_loss", "clip", clip, "a number from 0 to 1", lambda v: 0 <= v <= 1)
-    chosen = PPO_POLICY_LOSS.select(logprobs, backend)
-    flat = flattened(logprobs)
-    if chosen == "reference":
-        loss, clip_fraction, approx_kl = reference(flat, *others, mask, clip=clip)
-    elif torch.is_grad_enabled() and flat.requires_grad:
-        loss, clip_fraction, approx_kl = _PPOPolicyLoss.apply(*distinct(flat, *others), mask, clip, chosen)
-    else:
-        loss, clip_fraction, approx_kl, _ = _FWD[chosen](flat, *others, mask, clip)
-    return loss, {"clip_fraction": clip_fraction, "approx_kl": approx_kl}
+    return run(PPO_POLICY_LOSS, _PPOPolicyLoss, tensors, clip, backend)

@@ -2,11 +2,9 @@
 
 import torch
 
-from .._autograd import distinct, once_differentiable
-from .._checks import check_float
-from .._registry import Case, Op, Sample
-from ._losses import accumulator, check_mask, check_number, check_vector, flattened, masked_mean, target
-from .ppo_policy_loss import draw_mask
+from .._registry import Case
+from ._losses import accumulator, check_number, masked_mean
+from ._ppo import checked, flat, masked_loss, passes, run
 
 
 def reference(values, old_values, returns, mask, *, clip=None):
@@ -41,33 +39,20 @@ def _eager(values, old_values, returns, mask, *, clip=None):
         return loss, fraction.to(acc), explained
 
 
-def _fake_fwd(values, old_values, returns, mask, clip):
-    return tuple(values.new_empty((), dtype=accumulator(values.dtype)) for _ in range(4))
+def _draw(normal):
+    values = normal(1)
+    return values, values + normal(0.3), values + normal(1)
 
 
-def _sample(case, dtype, device, generator):
-    draw = lambda size: size * torch.randn(case.dims["targets"], generator=generator, device=device)
-    values = draw(1)
-    inputs = {"values": values.to(dtype), "old_values": (values + draw(0.3)).to(dtype), "returns": (values + draw(1)).to(dtype)}
-    options = {"clip": case.dims["clip"]} if "clip" in case.dims else {}
-    return Sample({**inputs, "mask": draw_mask(case, device, generator), **options}, ("values",))
-
-
-PPO_VALUE_LOSS = Op(
+PPO_VALUE_LOSS = masked_loss(
+    ("values", "old_values", "returns"),
+    statistic="explained_variance",
+    draw=_draw,
     name="ppo_value_loss",
     source="arXiv:1707.06347 eq. 9; clipped form: arXiv:2005.12729 section 3",
     summary="PPO's value loss with explained variance and clip fraction",
     reference=reference,
-    public=lambda *args, **kwargs: _flat(ppo_value_loss(*args, **kwargs)),
-    schemas={
-        "fwd": "(Tensor values, Tensor old_values, Tensor returns, Tensor mask, float clip)"
-               " -> (Tensor loss, Tensor clip_fraction, Tensor explained_variance, Tensor count)",
-        "bwd": "(Tensor dloss, Tensor values, Tensor old_values, Tensor returns, Tensor mask, Tensor count, float clip)"
-               " -> Tensor",
-    },
-    fakes={"fwd": _fake_fwd, "bwd": lambda dloss, values, *rest: values.new_empty(values.shape)},
-    outputs=("loss", "clip_fraction", "explained_variance"),
-    sample=_sample,
+    public=lambda *args, **kwargs: flat(ppo_value_loss(*args, **kwargs)),
     cases=(
         Case("smoke", {"targets": 37}),
         Case("smoke", {"targets": 1031, "clip": 0.2}),
@@ -77,36 +62,13 @@ PPO_VALUE_LOSS = Op(
         Case("model", {"targets": 16384, "clip": 0.2}),
     ),
     eager={"square, clamp, maximum": _eager},
-    batched=("values", "old_values", "returns", "mask"),
-    bytes=lambda dims, size, direction: dims["targets"] * ((3 if direction == "forward" else 4) * size + 1),
     flops=lambda dims, direction: 15 * dims["targets"],
     magnitude=lambda sample, upstream: {"explained_variance": 4.0, "clip_fraction": 1.0, "loss": 1.0},
-    rowwise=False,
-    domain={"targets": (0, 300, 1)},
 )
-_FWD, _BWD = PPO_VALUE_LOSS.overloads["fwd"], PPO_VALUE_LOSS.overloads["bwd"]
-
-
-def _flat(result):
-    return result[0], *result[1].values()
 
 
 class _PPOValueLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, values, old_values, returns, mask, clip, backend):
-        loss, clip_fraction, explained, count = _FWD[backend](values, old_values, returns, mask, clip)
-        ctx.save_for_backward(values, old_values, returns, mask, count)
-        ctx.clip, ctx.backend = clip, backend
-        ctx.mark_non_differentiable(clip_fraction, explained)
-        ctx.set_materialize_grads(False)
-        return loss, clip_fraction, explained
-
-    @staticmethod
-    @once_differentiable("ppo_value_loss")
-    def backward(ctx, dloss, *_):
-        if dloss is None:
-            return None, None, None, None, None, None
-        return _BWD[ctx.backend](dloss, *ctx.saved_tensors, ctx.clip), None, None, None, None, None
+    forward, backward = passes(PPO_VALUE_LOSS)
 
 
 def ppo_value_loss(values, old_values, returns, mask, *, clip=None, backend=None):
@@ -122,18 +84,7 @@ def ppo_value_loss(values, old_values, returns, mask, *, clip=None, backend=None
     Errors:   ValueError for a shape, a device or clip; TypeError for a dtype
     Cost:     one registered call each way, statistics included.   Source: arXiv:1707.06347 eq. 9, arXiv:2005.12729 section 3
     """
-    check_float("ppo_value_loss", "values", values)
-    others = [target(check_vector("ppo_value_loss", name, tensor, values.shape, values, "values"))
-              for name, tensor in (("old_values", old_values), ("returns", returns))]
-    mask = flattened(check_mask("ppo_value_loss", mask, values, "values"))
+    tensors = checked(PPO_VALUE_LOSS, values, old_values, returns, mask)
     if clip is not None:
         clip = check_number("ppo_value_loss", "clip", clip, "None or a finite number >= 0", lambda v: v >= 0)
-    chosen = PPO_VALUE_LOSS.select(values, backend)
-    flat, limit = flattened(values), -1.0 if clip is None else clip
-    if chosen == "reference":
-        loss, clip_fraction, explained = reference(flat, *others, mask, clip=clip)
-    elif torch.is_grad_enabled() and flat.requires_grad:
-        loss, clip_fraction, explained = _PPOValueLoss.apply(*distinct(flat, *others), mask, limit, chosen)
-    else:
-        loss, clip_fraction, explained, _ = _FWD[chosen](flat, *others, mask, limit)
-    return loss, {"clip_fraction": clip_fraction, "explained_variance": explained}
+    return run(PPO_VALUE_LOSS, _PPOValueLoss, tensors, clip, backend)

@@ -13,8 +13,8 @@ from internlm2_kernels._registry import OPS
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-functions, head, tables, policy = (__import__(f"internlm2_kernels._triton.{name}", fromlist=[name])
-                                   for name in ("functions", "linear_head", "tables", "ppo_policy_loss"))
+functions, head, tables, ppo = (__import__(f"internlm2_kernels._triton.{name}", fromlist=[name])
+                                for name in ("functions", "linear_head", "tables", "ppo"))
 LINEAR, LOGPROBS, CROSS = OPS["linear_cross_entropy"], OPS["linear_logprobs"], OPS["cross_entropy"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -313,8 +313,8 @@ def test_ppo_in_one_launch_and_in_two(size, device, randn, generator, monkeypatc
     logprobs = old + 0.3 * randn(size)
     values, old_values, returns = 1000 + randn(size), 1000 + randn(size), 1000 + randn(size)
     results = []
-    for single in (policy.SINGLE, 1024):
-        monkeypatch.setattr(policy, "SINGLE", single)
+    for single in (ppo.SINGLE, 1024):
+        monkeypatch.setattr(ppo, "SINGLE", single)
         results.append((*raw("ppo_policy_loss", "fwd")(logprobs, old, advantages, mask, 0.2),
                         *raw("ppo_value_loss", "fwd")(values, old_values, returns, mask, 0.5)))
     loss, stats = ik.ppo_policy_loss(logprobs.double(), old.double(), advantages.double(), mask, backend="reference")

@@ -1,0 +1,36 @@
+"""Runs Triton's kernels on tensors whose offsets pass 2^31, of which few pages are touched; in a process of its own, for a
+32-bit offset reads elsewhere or ends it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+START = """
+import torch
+import interpreter
+interpreter.install()
+import internlm2_kernels as ik
+torch.manual_seed(0)
+def results(function, inputs, upstream):
+    # all outputs, and the gradients of all inputs; upstream(i, y): of output i
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    out = out if isinstance(out, tuple) else (out,)
+    return *out, *torch.autograd.grad(out, leaves, [upstream(i, y) for i, y in enumerate(out)])
+"""
+END = """
+import resource
+assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 * 2**20, "the far tensors were meant to stay untouched"
+print("all right")
+"""
+
+
+def assert_far(checks: str, device) -> None:
+    """Runs `checks` after START; skips the test where memory is not committed when touched."""
+    if device.type != "cpu":
+        pytest.skip("relies on memory that is committed when touched")
+    out = subprocess.run([sys.executable, "-c", START + checks + END], capture_output=True, text=True,
+                         cwd=os.path.dirname(__file__), env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert out.returncode == 0 and "all right" in out.stdout, f"exit status {out.returncode}\n{out.stdout}{out.stderr[-3000:]}"

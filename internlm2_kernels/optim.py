@@ -1,12 +1,11 @@
 """`FusedAdamW`: AdamW over lists of parameters, with master weights or stochastic rounding, clipping, skipped steps."""
 
-import functools
-
 import torch
 from torch.optim import Optimizer
 
 from ._checks import FLOAT_DTYPES, check_flag, fail
 from ._registry import BACKENDS, OPS
+from ._shards import is_dtensor, local_of, offset_of
 from .ops._losses import check_number
 from .ops.adamw import STEP, check_settings, reference_step
 from .ops.squared_norm import SQUARED_NORM, dense
@@ -17,40 +16,6 @@ STATE = ("exp_avg", "exp_avg_sq", "master")
 OPTIONS = ("master_weights", "stochastic_rounding", "moment_dtype", "max_grad_norm", "skip_nonfinite", "seed", "backend")
 FIXED = {"amsgrad": False, "differentiable": False, "decoupled_weight_decay": True}  # of torch.optim's groups: no other value
 LARGEST = torch.finfo(torch.float32).max
-
-
-def _is_dtensor(tensor):
-    return hasattr(tensor, "to_local")  # the class itself takes half a second to import
-
-
-def _local(tensor):
-    return tensor.to_local() if _is_dtensor(tensor) else tensor
-
-
-def _offset(p):
-    """What random bits count p's elements from: how many elements of the whole tensor lie before this shard's.
-
-    Shards are ordered by the first dimension that is split (as it lies in memory), then the next. Rows that follow each
-    other (FSDP2's) so have the places that they have in the whole tensor. A part that is no contiguous range of it
-    (Shard(d), d > 0) has a range of numbers of its own: no bits are shared, but they are not those of the whole tensor.
-    """
-    if not _is_dtensor(p) or not p.to_local().numel():
-        return 0
-    local = p.to_local()
-    order = tuple(sorted(range(local.dim()), key=lambda d: -local.stride(d)))
-    return _elements_before(p.shape, p.device_mesh, p.placements, order)
-
-
-@functools.lru_cache(maxsize=1024)
-def _elements_before(shape, mesh, placements, order):
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # half a second to import
-
-    local, first = compute_local_shape_and_global_offset(shape, mesh, placements)
-    before, inner = 0, shape.numel()
-    for d in order:
-        inner //= shape[d]
-        before, inner = before + first[d] * inner, inner * local[d]
-    return before
 
 
 def _layout(tensor):
@@ -204,9 +169,9 @@ class FusedAdamW(Optimizer):
             state.pop("master", None)
         elif "master" not in state:
             state["master"] = self._like(p, "master", p.detach())
-        strides = _layout(_local(p)).stride()
+        strides = _layout(local_of(p)).stride()
         for name in STATE:  # or another layout
-            if name in state and (state[name].dtype != self._dtype(p, name) or _local(state[name]).stride() != strides):
+            if name in state and (state[name].dtype != self._dtype(p, name) or local_of(state[name]).stride() != strides):
                 state[name] = self._like(p, name, state[name])
         return state
 
@@ -292,9 +257,9 @@ class FusedAdamW(Optimizer):
         grad = p.grad
         if grad.is_sparse:
             fail(TypeError, "FusedAdamW", "grad", "a dense gradient", "a sparse one")
-        if _is_dtensor(p) and grad.placements != p.placements:
+        if is_dtensor(p) and grad.placements != p.placements:
             grad = grad.redistribute(placements=p.placements)
-        grad, p = _local(grad), _local(p)
+        grad, p = local_of(grad), local_of(p)
         if grad.dtype not in (p.dtype, torch.float32):
             fail(TypeError, "FusedAdamW", "grad", f"{p.dtype} or torch.float32", grad.dtype)
         if grad.stride() != p.stride() or not dense(grad):
@@ -320,7 +285,7 @@ class FusedAdamW(Optimizer):
         """The squared global norm as a 0-dim tensor by device: of all groups, devices and shards."""
         parts = {}
         for p, grad in gradients.items():
-            where = (p.device_mesh, p.placements) if _is_dtensor(p) else None
+            where = (p.device_mesh, p.placements) if is_dtensor(p) else None
             parts.setdefault((p.device, where), []).append(grad)
         total, devices = None, {}
         for (device, where), grads in parts.items():
@@ -382,20 +347,20 @@ class FusedAdamW(Optimizer):
         for (number, device, _, master), (params, first_index) in lists.items():
             group = self.param_groups[number]
             states = [self._state_of(p) for p in params]
-            local = lambda name, states=states: [_local(state[name]) for state in states]
+            local = lambda name, states=states: [local_of(state[name]) for state in states]
             skipped = self._skipped.setdefault(device, torch.zeros((), dtype=torch.int64, device=device))
             on = lambda t, device=device: None if t is None else t.to(device, non_blocking=True)
             beta1, beta2 = group["betas"]
-            chosen = _chosen("adamw", _local(params[0]), self.backend)
+            chosen = _chosen("adamw", local_of(params[0]), self.backend)
             run = reference_step if chosen == "reference" else STEP[chosen]
-            weights = [_local(p).detach() for p in params]
+            weights = [local_of(p).detach() for p in params]
             filled = [w if dense(w) else torch.empty_like(w).copy_(w) for w in weights]
             random = self.stochastic_rounding or states[0]["exp_avg"].dtype == torch.bfloat16
             run(filled, [gradients[p] for p in params], local("master") if master else [],
                 local("exp_avg"), local("exp_avg_sq"), local("step"), skipped.clone() if device in counted else skipped,
                 total.get(device), on(scale), on(found), rates[number, device], beta1, beta2, group["eps"],
                 group["weight_decay"], self.max_grad_norm or 0.0, self.stochastic_rounding, group["maximize"], self.seed,
-                first_index, [_offset(p) for p in params] if random else [])
+                first_index, [offset_of(p) for p in params] if random else [])
             for weight, new in zip(weights, filled, strict=True):
                 if weight is not new:
                     weight.copy_(new)

@@ -1,4 +1,4 @@
-"""Cross-entropy of hidden times vocabulary. Contract: ops/linear_cross_entropy.py; products: linear_head.py."""
+"""Cross-entropy of hidden times vocabulary. Contract: ops/linear_cross_entropy.py; products: linear_head*.py."""
 
 import torch
 import triton
@@ -8,6 +8,7 @@ from .._device_errors import CODES, error_word
 from . import linear_head as head
 from .common import check_dtype, launch
 from .linear_head import _merged
+from .linear_head_bwd import COEFFICIENTS, Gradients, backward, chunk_buffer, gradient_of_stored, peak_of
 from .losses import NONE, _label, _share, count_rows, reduce_losses, scaled
 
 MERGE_TILES, MERGE_ROWS = 32, 32
@@ -15,7 +16,7 @@ MERGE_TILES, MERGE_ROWS = 32, 32
 
 @triton.jit
 def _write_coefficients(coefficients_ptr, row, stride, mask, share, lse, ignored, bad, smoothing, z_loss, vocab):
-    """The loss's d / d logit_j = share (p_j (1 + 2 z lse) - (1 - e) [j = label] - e / V) in linear_head's coefficients."""
+    """The loss's d / d logit_j = share (p_j (1 + 2 z lse) - (1 - e) [j = label] - e / V) in linear_head_bwd's coefficients."""
     share = tl.where(bad, float("nan"), tl.where(ignored, 0.0, share))
     drift = tl.where(share == 0.0, 0.0, 2.0 * z_loss * lse)  # an ignored row's lse may be infinite
     tl.store(coefficients_ptr + row, share * (1.0 + drift), mask=mask)
@@ -105,17 +106,16 @@ def linear_cross_entropy_grad_fwd(hidden, weight, labels, token_weights, ignore_
     count = count_rows(labels, token_weights, ignore_index, reduction)
     ranges = head.gradient_chunks(rows, vocab, hidden.element_size())
     if ranges:
-        buffer = head.chunk_buffer(ranges, weight)
-        gradients = head.Gradients(hidden, weight, dhidden if needs_dhidden else None, dweight if needs_dweight else None,
-                                   ranges)
+        buffer = chunk_buffer(ranges, weight)
+        gradients = Gradients(hidden, weight, dhidden if needs_dhidden else None, dweight if needs_dweight else None, ranges)
     for begin, end in ranges:
         own, stored = labels[begin:end], buffer[: end - begin, :vocab]
-        coefficients = torch.empty((head.COEFFICIENTS, end - begin), dtype=torch.float32, device=hidden.device)
+        coefficients = torch.empty((COEFFICIENTS, end - begin), dtype=torch.float32, device=hidden.device)
         blocks = head.forward(hidden[begin:end], weight, own, None, softcap, stored=stored, needs_sum=label_smoothing > 0)
         _merge(blocks, own, _part(token_weights, begin, end), count, loss[begin:end], lse[begin:end], coefficients, vocab,
                ignore_index, label_smoothing, z_loss)
-        peak = head.peak_of(coefficients, hidden.dtype)
-        head.gradient_of_stored(stored, own, blocks, lse[begin:end], coefficients, peak, vocab, softcap)
+        peak = peak_of(coefficients, hidden.dtype)
+        gradient_of_stored(stored, own, blocks, lse[begin:end], coefficients, peak, vocab, softcap)
         gradients.add(begin, end, stored, peak)
     return reduce_losses(loss, labels, token_weights, ignore_index, reduction), dhidden, dweight
 
@@ -127,15 +127,15 @@ def linear_cross_entropy_bwd(dloss, hidden, weight, labels, token_weights, lse, 
     dhidden, dweight = _gradients(hidden, weight, needs_dhidden, needs_dweight, hidden.dtype, weight.dtype)
     if rows == 0 or not (needs_dhidden or needs_dweight):
         return dhidden, dweight
-    coefficients = torch.empty((head.COEFFICIENTS, rows), dtype=torch.float32, device=hidden.device)
+    coefficients = torch.empty((COEFFICIENTS, rows), dtype=torch.float32, device=hidden.device)
     launch(linear_cross_entropy_coefficients_kernel, triton.cdiv(rows, 256), hidden.device,
            dict(dloss_ptr=dloss, labels_ptr=labels, lse_ptr=lse, weights_ptr=token_weights,
                 count_ptr=count_rows(labels, token_weights, ignore_index, reduction), coefficients_ptr=coefficients,
                 error_ptr=error_word(hidden.device), rows=rows, vocab=vocab, dloss_step=int(reduction == NONE),
                 coefficient_stride=rows, ignore_index=ignore_index, smoothing=label_smoothing, z_loss=z_loss,
                 ERROR=CODES["linear_cross_entropy", "labels"], BLOCK=256), num_warps=4)
-    head.backward(hidden, weight, labels, lse, coefficients, dhidden if needs_dhidden else None,
-                  dweight if needs_dweight else None, None, softcap, 0, False)
+    backward(hidden, weight, labels, lse, coefficients, dhidden if needs_dhidden else None,
+             dweight if needs_dweight else None, None, softcap, 0, False)
     return dhidden, dweight
 
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens under hidden times vocabulary. Contract: ops/linear_logprobs.py; products: linear_head.py."""
+"""Log-probabilities of tokens under hidden times vocabulary. Contract: ops/linear_logprobs.py; products: linear_head*.py."""
 
 import torch
 import triton
@@ -8,6 +8,7 @@ from .._device_errors import CODES, error_word
 from . import linear_head as head
 from .common import check_dtype, launch
 from .linear_head import _merged
+from .linear_head_bwd import COEFFICIENTS, backward
 from .losses import _label
 
 MERGE_TILES, MERGE_ROWS = 32, 32
@@ -98,15 +99,15 @@ def linear_logprobs_bwd(dlogprobs, dentropy, dlse, dsum, hidden, weight, tokens,
     rows = hidden.shape[0]
     if rows == 0 or not (needs_dhidden or needs_dweight):
         return dhidden, dweight
-    coefficients = torch.empty((head.COEFFICIENTS, rows), dtype=torch.float32, device=hidden.device)
+    coefficients = torch.empty((COEFFICIENTS, rows), dtype=torch.float32, device=hidden.device)
     launch(linear_logprobs_coefficients_kernel, triton.cdiv(rows, 256), hidden.device,
            dict(dlogprobs_ptr=dlogprobs, dentropy_ptr=dentropy, dlse_ptr=dlse, dsum_ptr=dsum, tokens_ptr=tokens,
                 entropy_ptr=entropy, coefficients_ptr=coefficients, error_ptr=error_word(hidden.device), rows=rows,
                 vocab_size=vocab_size, stride=rows, NO_TOKEN=NO_TOKEN, ERROR=CODES["linear_logprobs", "tokens"],
                 BLOCK=256), num_warps=4)
-    head.backward(hidden, weight, tokens, lse, coefficients, dhidden if needs_dhidden else None,
-                  dweight if needs_dweight else None, None if inv_temperature == 1.0 else inv_temperature, softcap,
-                  vocab_start, dentropy is not None)
+    backward(hidden, weight, tokens, lse, coefficients, dhidden if needs_dhidden else None,
+             dweight if needs_dweight else None, None if inv_temperature == 1.0 else inv_temperature, softcap, vocab_start,
+             dentropy is not None)
     return dhidden, dweight
 
 

@@ -15,6 +15,7 @@
 #include "../flash_attention.h"
 #include "dispatch.h"
 #include "pack.h"
+#include "scratch.h"
 #include "softmax.h"
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
@@ -26,10 +27,6 @@ constexpr int64_t kSplit = 4096, kBlock = 128, kLanes = 256;  // kLanes: of a fu
 template <typename P> constexpr bool kApart = P::step == 1;
 template <typename P> constexpr int64_t kChain = P::step == 1 ? 128 : 256;
 constexpr int64_t kAhead = 32;  // how many rows before its use a row of a cache is asked for
-
-VEC_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
-VEC_INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
-VEC_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Keys and values of one sequence. select(first, n) turns to keys [first, first + n), n <= kBlock; the rows and scales that
 // follow count from there.
@@ -70,25 +67,13 @@ template <typename T> VEC_INLINE Score<acc_t<T>> score_of(const Attention& a) {
 }
 
 // The unfinished result of one split, or of those so far: maximum and sum of every lane, and its weighted values.
-template <typename Acc> struct State { Acc *m, *l, *o; };
-
-// Hands out a thread's scratch; every part begins on a cache line.
-class Carver {
- public:
-  explicit Carver(void* memory) : memory_(static_cast<char*>(memory)) {}
-  template <typename U> VEC_INLINE void take(U*& part, int64_t count) {
-    part = memory_ == nullptr ? nullptr : reinterpret_cast<U*>(memory_ + bytes);
-    bytes += round_up(count * static_cast<int64_t>(sizeof(U)), 64);
+template <typename Acc> struct State {
+  Acc *m, *l, *o;
+  VEC_INLINE void carve(Carver& carver, int64_t lanes, int64_t width) {
+    carver.take(m, lanes);
+    carver.take(l, lanes);
+    carver.take(o, lanes * width);
   }
-  template <typename Acc> VEC_INLINE void take(State<Acc>& state, int64_t lanes, int64_t width) {
-    take(state.m, lanes);
-    take(state.l, lanes);
-    take(state.o, lanes * width);
-  }
-  int64_t bytes = 0;
-
- private:
-  char* memory_;
 };
 
 // Lane i of a key head: query row begin + i / group, head i % group of the group.

@@ -13,8 +13,6 @@
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
-VEC_INLINE int64_t clip(int64_t x, int64_t low, int64_t high) { return greater(low, lesser(x, high)); }
-
 template <typename T> struct Bwd {
   using P = matrix_t<T>;
   using E = typename P::Element;
@@ -44,31 +42,27 @@ template <typename T> struct Bwd {
     E *p_turned, *ds_turned; // [keys][kSteps], for tiles: A's rows of dV and dK
 
     // Returns the bytes that it takes.
-    int64_t carve(char* base, int64_t d, int64_t columns) {
-      char* at = base;
-      const auto take = [&](auto*& p, int64_t n) {
-        p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(at);
-        at += round_up(n * static_cast<int64_t>(sizeof(*p)), 64);
-      };
-      take(keys, steps_of(d) * kBwdKeys);
-      take(values, steps_of(d) * kBwdKeys);
-      take(key_rows, kBwdKeys / step * columns);
-      take(q_rows, kSteps * columns);
-      take(dout_rows, kSteps * columns);
-      take(p, kBwdQueries / step * kStride);
-      take(ds, kBwdQueries / step * kStride);
-      take(ds_rows, step == 1 ? 0 : kBwdQueries * kStride / step);
-      take(ds_rest, step == 1 ? 0 : kBwdQueries * kStride / step);
+    int64_t carve(void* memory, int64_t d, int64_t columns) {
+      Carver carver(memory);
+      carver.take(keys, steps_of(d) * kBwdKeys);
+      carver.take(values, steps_of(d) * kBwdKeys);
+      carver.take(key_rows, kBwdKeys / step * columns);
+      carver.take(q_rows, kSteps * columns);
+      carver.take(dout_rows, kSteps * columns);
+      carver.take(p, kBwdQueries / step * kStride);
+      carver.take(ds, kBwdQueries / step * kStride);
+      carver.take(ds_rows, step == 1 ? 0 : kBwdQueries * kStride / step);
+      carver.take(ds_rest, step == 1 ? 0 : kBwdQueries * kStride / step);
       if (step == 1) ds_rows = ds;
-      take(s, kStrip * kBwdKeys);
-      take(dp, kStrip * kBwdKeys);
-      take(dk, (kRest ? 2 : 1) * kBwdKeys * columns);
-      take(dv, (kRest ? 2 : 1) * kBwdKeys * columns);
-      take(q, in_place ? 0 : kBwdQueries * steps_of(d));
-      take(dout, in_place ? 0 : kBwdQueries * steps_of(d));
-      take(p_turned, kTiles<P> ? kBwdKeys * kSteps : 0);
-      take(ds_turned, kTiles<P> ? kBwdKeys * kSteps : 0);
-      return at - base;
+      carver.take(s, kStrip * kBwdKeys);
+      carver.take(dp, kStrip * kBwdKeys);
+      carver.take(dk, (kRest ? 2 : 1) * kBwdKeys * columns);
+      carver.take(dv, (kRest ? 2 : 1) * kBwdKeys * columns);
+      carver.take(q, in_place ? 0 : kBwdQueries * steps_of(d));
+      carver.take(dout, in_place ? 0 : kBwdQueries * steps_of(d));
+      carver.take(p_turned, kTiles<P> ? kBwdKeys * kSteps : 0);
+      carver.take(ds_turned, kTiles<P> ? kBwdKeys * kSteps : 0);
+      return carver.bytes;
     }
   };
 
@@ -83,7 +77,7 @@ template <typename T> struct Bwd {
   int64_t c0, nc, wide;                 // this block's keys: the first, how many, rounded up to whole vectors
 
   Bwd(const FlashBwd& args, const BwdUnit& u, void* scratch) : a(args), unit(u), d(args.d), columns(columns_of(args)) {
-    w.carve(static_cast<char*>(scratch), d, columns);
+    w.carve(scratch, d, columns);
     sq = a.length_q(u.sequence);
     sk = a.length_k(u.sequence);
     shift = sk - sq;

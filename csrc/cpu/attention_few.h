@@ -4,6 +4,7 @@
 // operations as in attention_unit.h, except for int8 keys where there are integer products (attention_bytes.h).
 #pragma once
 #include "attention_bytes.h"
+#include "attention_few_products.h"
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
@@ -32,8 +33,8 @@ template <typename T> struct FewScratch {
     carver.take(q, lanes * d_steps);
     carver.take(p, lanes * kBlock / P::step);
     carver.take(s, lanes * kBlock);
-    carver.take(part, lanes, width);
-    carver.take(total, lanes, width);
+    part.carve(carver, lanes, width);
+    total.carve(carver, lanes, width);
     carver.take(factor, lanes);
     carver.take(k_scale, kBlock);
     carver.take(v_scale, kBlock);
@@ -44,113 +45,6 @@ template <typename T> struct FewScratch {
     bytes = carver.bytes;
   }
 };
-
-// s[r][i] = q[r] . k[i] for a vector's worth of keys, rows r < kRows, at `offset` from the pointers, one chain of them,
-// which begins at step `from`; the keys kAhead further on are asked for meanwhile.
-template <typename P, int kRows, typename S>
-__attribute__((noinline)) void few_scores(const S* const* keys, int64_t offset, const typename P::Element* q,
-                                          int64_t d_steps, int64_t from, typename P::Acc* s) {
-  using V = Vec<typename P::Acc>;
-  const int64_t steps = lesser(kChain<P> / P::step, d_steps - from);
-  q += from;
-  offset += from * P::step;
-  V acc[kRows];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) acc[r] = V(0);
-  for_vectors<V, Single>(steps, [&](int64_t e, auto n) VEC_LAMBDA {
-    V k[V::size];
-#pragma GCC unroll 16
-    for (int i = 0; i < V::size; ++i) {
-      ask_for(keys[kAhead + i] + offset + e * P::step);
-      k[i] = Elements<P>::row(keys[i] + offset, e, n);
-    }
-    transpose(k);
-    const auto step = [&](int u) VEC_LAMBDA {
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const auto* from = reinterpret_cast<const char*>(q + r * d_steps + e + u);
-        acc[r] = P::add_product(acc[r], P::broadcast(from), lanes_of<P>(k[u]));
-      }
-    };
-    if constexpr (std::is_same_v<decltype(n), int>) {
-      for (int u = 0; u < n; ++u) step(u);
-    } else {
-#pragma GCC unroll 16
-      for (int u = 0; u < V::size; ++u) step(u);
-    }
-  });
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) (from == 0 ? acc[r] : V::load(s + r * kBlock) + acc[r]).store(s + r * kBlock);
-}
-
-// Whether two vectors of values that follow each other come out of rows with their lanes in an order of their own (`twins`),
-// which o keeps until it is finished.
-template <typename P, typename S> constexpr bool kTwins = P::step == 2 && is_bf16<S>;
-
-// o[r][e..] = (opens ? 0 : factor[r] * o[r][e..]) + sum of p[r][i] * v[i][e..] over rows of values; kVectors of d at a time.
-template <typename P, int kRows, int kVectors, typename S, typename N>
-VEC_INLINE void few_values(const S* const* values, int64_t offset, int64_t n, const typename P::Element* p,
-                           const typename P::Acc* factor, bool opens, typename P::Acc* o, int64_t width, int64_t e, N lanes) {
-  using V = Vec<typename P::Acc>;
-  V acc[kRows][kVectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) {
-      acc[r][j] = opens ? V(0) : V::load(o + r * width + e + j * V::size);
-      if (factor != nullptr && !opens) acc[r][j] = acc[r][j] * V(factor[r]);
-    }
-  }
-  for (int64_t i = 0; i < n; i += P::step) {
-    const S *a = values[i] + offset, *b = i + 1 < n ? values[i + 1] + offset : nullptr;
-    V v[kVectors];
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) {
-      const int64_t at = e + j * V::size;
-      if (j * V::size * sizeof(S) % 64 == 0) {
-        for (int u = 0; u < P::step; ++u) ask_for(values[kAhead + i + u] + offset + at);
-      }
-      if constexpr (kTwins<P, S> && kVectors % 2 == 0) {
-        if (j % 2 == 0) Elements<P>::twins(a, b, at, v[j], v[j + 1]);
-      } else if constexpr (P::step == 2) {
-        v[j] = Elements<P>::rows(a, b, at, lanes);
-      } else {
-        v[j] = Elements<P>::row(a, at, lanes);
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const auto one = P::broadcast(reinterpret_cast<const char*>(p + r * (kBlock / P::step) + i / P::step));
-#pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) acc[r][j] = P::add_product(acc[r][j], one, lanes_of<P>(v[j]));
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) acc[r][j].store(o + r * width + e + j * V::size);
-  }
-}
-
-template <typename P, int kRows, typename S>
-__attribute__((noinline)) void few_values_of(const S* const* values, int64_t offset, int64_t n,
-                                             const typename P::Element* p, const typename P::Acc* factor, bool opens,
-                                             typename P::Acc* o, int64_t width, int64_t d) {
-  constexpr int64_t lanes = Vec<typename P::Acc>::size;
-  constexpr int registers = kTileRows * kTileVectors, fit = registers / kRows;
-  constexpr int vectors = fit >= 8 && kTwins<P, S> ? 8 : fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
-  int64_t e = 0;
-  for (; e + vectors * lanes <= d; e += vectors * lanes) {
-    few_values<P, kRows, vectors>(values, offset, n, p, factor, opens, o, width, e, All{});
-  }
-  if constexpr (kTwins<P, S>) {
-    for (; e + 2 * lanes <= d; e += 2 * lanes) {
-      few_values<P, kRows, 2>(values, offset, n, p, factor, opens, o, width, e, All{});
-    }
-  }
-  for (; e + lanes <= d; e += lanes) few_values<P, kRows, 1>(values, offset, n, p, factor, opens, o, width, e, All{});
-  if (e < d) few_values<P, kRows, 1>(values, offset, n, p, factor, opens, o, width, e, static_cast<int>(d - e));
-}
 
 template <typename T, typename Keys> class Few {
  public:
@@ -180,7 +74,8 @@ template <typename T, typename Keys> class Few {
   const State<Acc>& part() const { return w_.part; }
   State<Acc> state_at(void* memory) const {
     State<Acc> state;
-    Carver(memory).take(state, w_.lanes, w_.width);
+    Carver carver(memory);
+    state.carve(carver, w_.lanes, w_.width);
     return state;
   }
 

@@ -13,8 +13,8 @@ template <typename T> VEC_INLINE FlashPlan plan_of(const Attention& a, int64_t l
   UnitScratch<T> many(lanes, a.d, nullptr);
   FewScratch<T> few(a.kv_heads, lesser(lanes, kFew<T>), a.d, nullptr);
   Carver state(nullptr), other(nullptr);
-  state.take(many.part, many.lanes, a.d);
-  other.take(few.part, few.lanes, few.width);
+  many.part.carve(state, many.lanes, a.d);
+  few.part.carve(other, few.lanes, few.width);
   return {rows, kSplit, kFew<T>, greater(many.bytes, few.bytes), greater(state.bytes, other.bytes)};
 }
 

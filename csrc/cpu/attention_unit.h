@@ -29,8 +29,8 @@ template <typename T> struct UnitScratch {
     carver.take(s, kBlock * kPanel<P>);
     if constexpr (P::step == 1) p = s;
     else carver.take(p, kBlock / P::step * kPanel<P>);
-    carver.take(part, lanes, d);
-    carver.take(total, lanes, d);
+    part.carve(carver, lanes, d);
+    total.carve(carver, lanes, d);
     carver.take(factor, kPanel<P>);
     carver.take(low, kPanel<P>);
     carver.take(high, kPanel<P>);
@@ -62,7 +62,8 @@ template <typename T, typename Keys> class Unit {
   const State<Acc>& part() const { return w_.part; }
   State<Acc> state_at(void* memory) const {
     State<Acc> state;
-    Carver(memory).take(state, w_.lanes, d_);
+    Carver carver(memory);
+    state.carve(carver, w_.lanes, d_);
     return state;
   }
 

@@ -1,7 +1,5 @@
 #include "../cross_entropy.h"
 
-#include <math.h>
-
 #include "dispatch.h"
 #include "math.h"
 
@@ -11,24 +9,6 @@ namespace {
 constexpr double kInfinity = __builtin_huge_val();
 constexpr int64_t kBlock = 1024;  // elements that are read twice, for their maximum and for their sum: from the first-level cache
 
-// C's functions: C++'s own are inline, one copy for all builds.
-VEC_INLINE float log_of(float x) { return ::logf(x); }
-VEC_INLINE double log_of(double x) { return ::log(x); }
-VEC_INLINE float expm1_of(float x) { return ::expm1f(x); }
-VEC_INLINE double expm1_of(double x) { return ::expm1(x); }
-
-#if defined(CPU_CAPABILITY_AVX512)
-VEC_INLINE float largest(Vec<float> x) { return _mm512_reduce_max_ps(x.v); }
-VEC_INLINE double largest(Vec<double> x) { return _mm512_reduce_max_pd(x.v); }
-#else
-template <typename Acc> VEC_INLINE Acc largest(Vec<Acc> x) {
-  alignas(64) Acc lanes[Vec<Acc>::size];
-  x.store(lanes);
-  Acc most = lanes[0];
-  for (int i = 1; i < Vec<Acc>::size; ++i) most = lanes[i] > most ? lanes[i] : most;
-  return most;
-}
-#endif
 template <typename V> VEC_INLINE Two<V> largest_of(Two<V> x, Two<V> y) { return {max(x.a, y.a), max(x.b, y.b)}; }
 template <typename V> VEC_INLINE Two<V> largest_of(Two<V> x, V y) { return {max(x.a, y), x.b}; }
 template <typename V> VEC_INLINE Two<V> plus(Two<V> x, Two<V> y) { return {x.a + y.a, x.b + y.b}; }

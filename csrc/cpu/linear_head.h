@@ -9,20 +9,9 @@
 #pragma once
 #include "linear_head_rows.h"
 #include "pack.h"
+#include "scratch.h"
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
-
-VEC_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
-VEC_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Hands out memory; every part begins on a cache line. From null it counts the bytes.
-struct Carver {
-  char* at;
-  template <typename U> VEC_INLINE void take(U*& part, int64_t count) {
-    part = reinterpret_cast<U*>(at);
-    at += round_up(count * static_cast<int64_t>(sizeof(U)), 64);
-  }
-};
 
 template <typename T> struct Head : HeadRows<T> {
   using Rows = HeadRows<T>;
@@ -64,11 +53,11 @@ template <typename T> struct Head : HeadRows<T> {
     Acc* logits;  // [capacity][kHeadBlock]
     T* even;      // [kHeadBlock][kSteps * step]
     int64_t carve(void* memory, const Head& h) {
-      Carver c{static_cast<char*>(memory)};
+      Carver c(memory);
       c.take(w, lesser(kSteps, round_up(steps_of(h.a.d), 16)) * kHeadBlock);
       c.take(logits, h.a.capacity * kHeadBlock);
       c.take(even, h.odd() ? kHeadBlock * kSteps * step : 0);
-      return c.at - static_cast<char*>(memory);
+      return c.bytes;
     }
   };
   struct WeightScratch {
@@ -76,12 +65,12 @@ template <typename T> struct Head : HeadRows<T> {
     Acc* edge;     // [kHeadSpan][kPanel]: the last columns, where they are no whole vector
     Acc* sum;      // [kHeadSpan][d]
     int64_t carve(void* memory, const Head& h) {
-      Carver c{static_cast<char*>(memory)};
+      Carver c(memory);
       c.take(steps, kTiles<P> ? 0 : steps_of(h.a.capacity) * kTurnedStride);
       c.take(g, kTiles<P> ? kHeadSpan * h.turned_steps() : steps_of(h.a.capacity) * kHeadSpan);
       c.take(edge, h.a.d % lanes != 0 ? kHeadSpan * kPanel<P> : 0);
       c.take(sum, h.a.dweight_sum == nullptr && h.a.dweight != nullptr ? kHeadSpan * h.a.d : 0);
-      return c.at - static_cast<char*>(memory);
+      return c.bytes;
     }
   };
   struct HiddenScratch {
@@ -89,11 +78,11 @@ template <typename T> struct Head : HeadRows<T> {
     Acc* sum;   // [capacity][kHeadColumns]
     E* g;       // [capacity][kHeadSpan], where G is not in place
     int64_t carve(void* memory, const Head& h) {
-      Carver c{static_cast<char*>(memory)};
+      Carver c(memory);
       c.take(w, steps_of(kHeadSpan) * kHeadColumns);
       c.take(sum, h.a.capacity * kHeadColumns);
       c.take(g, in_place ? 0 : h.a.capacity * kTurnedStride);
-      return c.at - static_cast<char*>(memory);
+      return c.bytes;
     }
   };
   int64_t turned_steps() const { return ((steps_of(a.capacity) * size / 64) | 1) * 64 / size; }

@@ -1,8 +1,6 @@
 // What happens to logits between the products of linear_head.h: a block's statistics, their merging into lse and entropy, and
 // the gradient.
 #pragma once
-#include <math.h>
-
 #include "../linear_head.h"
 #include "dispatch.h"
 #include "math.h"
@@ -11,26 +9,11 @@ namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
 constexpr double kInfinity = __builtin_huge_val();
 
-// C's functions: C++'s own are inline, one copy for all builds.
-VEC_INLINE float log_of(float x) { return ::logf(x); }
-VEC_INLINE double log_of(double x) { return ::log(x); }
-VEC_INLINE float expm1_of(float x) { return ::expm1f(x); }
-VEC_INLINE double expm1_of(double x) { return ::expm1(x); }
-
-// The largest lane; the number of the first lane equal to it, or the vector's size.
+// A bit for each lane of a that is equal to b's.
 #if defined(CPU_CAPABILITY_AVX512)
-VEC_INLINE float largest(Vec<float> x) { return _mm512_reduce_max_ps(x.v); }
-VEC_INLINE double largest(Vec<double> x) { return _mm512_reduce_max_pd(x.v); }
 VEC_INLINE unsigned equal_lanes(Vec<float> a, Vec<float> b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
 VEC_INLINE unsigned equal_lanes(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_EQ_OQ); }
 #else
-template <typename Acc> VEC_INLINE Acc largest(Vec<Acc> x) {
-  alignas(64) Acc lanes[Vec<Acc>::size];
-  x.store(lanes);
-  Acc most = lanes[0];
-  for (int i = 1; i < Vec<Acc>::size; ++i) most = lanes[i] > most ? lanes[i] : most;
-  return most;
-}
 VEC_INLINE unsigned equal_lanes(Vec<float> a, Vec<float> b) {
   return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)));
 }

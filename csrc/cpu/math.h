@@ -1,5 +1,7 @@
 // Elementary functions on Vec, written here so that no library symbol with its own accuracy or ABI stands between.
 #pragma once
+#include <math.h>
+
 #include "vec.h"
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
@@ -81,6 +83,26 @@ VEC_INLINE Vec<float> exp2_for_16_bits(Vec<float> x) {
   return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23)));
 #endif
 }
+
+// C's functions: C++'s own are inline, one copy for all builds.
+VEC_INLINE float log_of(float x) { return ::logf(x); }
+VEC_INLINE double log_of(double x) { return ::log(x); }
+VEC_INLINE float expm1_of(float x) { return ::expm1f(x); }
+VEC_INLINE double expm1_of(double x) { return ::expm1(x); }
+
+// The largest lane.
+#if defined(CPU_CAPABILITY_AVX512)
+VEC_INLINE float largest(Vec<float> x) { return _mm512_reduce_max_ps(x.v); }
+VEC_INLINE double largest(Vec<double> x) { return _mm512_reduce_max_pd(x.v); }
+#else
+template <typename Acc> VEC_INLINE Acc largest(Vec<Acc> x) {
+  alignas(64) Acc lanes[Vec<Acc>::size];
+  x.store(lanes);
+  Acc most = lanes[0];
+  for (int i = 1; i < Vec<Acc>::size; ++i) most = lanes[i] > most ? lanes[i] : most;
+  return most;
+}
+#endif
 
 template <typename V> VEC_INLINE Two<V> exp2_for_16_bits(Two<V> x) { return {exp2_for_16_bits(x.a), exp2_for_16_bits(x.b)}; }
 template <typename V> VEC_INLINE Two<V> exp(Two<V> x) { return {exp(x.a), exp(x.b)}; }

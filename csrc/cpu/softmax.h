@@ -59,19 +59,6 @@ VEC_INLINE Vec<double> finite_shift(Vec<double> x) {
 }
 #endif
 
-#if defined(CPU_CAPABILITY_AVX512)
-VEC_INLINE float largest(Vec<float> x) { return _mm512_reduce_max_ps(x.v); }
-VEC_INLINE double largest(Vec<double> x) { return _mm512_reduce_max_pd(x.v); }
-#else
-template <typename Acc> VEC_INLINE Acc largest(Vec<Acc> x) {
-  alignas(64) Acc lanes[Vec<Acc>::size];
-  x.store(lanes);
-  Acc most = lanes[0];
-  for (int i = 1; i < Vec<Acc>::size; ++i) most = lanes[i] > most ? lanes[i] : most;
-  return most;
-}
-#endif
-
 // x, and 0 in the lanes outside [first, last).
 template <typename Acc> VEC_INLINE Vec<Acc> between(Vec<Acc> x, int first, int last) {
   using V = Vec<Acc>;

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from internlm2_kernels import OPS
+from internlm2_kernels import OPS, linear_cross_entropy
 from internlm2_kernels._registry import Sample
 from internlm2_kernels.distributed import vocab_parallel, vocab_parallel_linear_cross_entropy
 from internlm2_kernels.testing import ladder, ladder_table
@@ -67,6 +67,25 @@ def _bad_label(rank):
     return nans
 
 
+def _ignored_and_not_finite(rank):
+    """How far dhidden is from one process's where a row that does not count holds infinity or NaN, by options."""
+    begin, end = ROWS[rank]
+    off = {}
+    for bad in (float("inf"), float("nan")):
+        for options in ({}, {"z_loss": 1e-2}, {"label_smoothing": 0.1}, {"z_loss": 1e-2, "softcap": 5.0, "weighted": True}):
+            inputs, _ = draw(options, torch.float32)
+            inputs["hidden"][1] = bad
+            if "weighted" in options:
+                inputs["token_weights"][2], inputs["hidden"][2] = 0, bad
+            hidden, whole = (inputs.pop("hidden").requires_grad_(), inputs.pop("weight"))
+            rest = {"labels": inputs.pop("labels"), **inputs}
+            loss = vocab_parallel_linear_cross_entropy(hidden, whole[begin:end], vocab_start=begin, vocab_size=VOCAB, **rest)
+            losses = loss, linear_cross_entropy(hidden, whole, **rest)
+            got, want = (torch.autograd.grad(x, hidden)[0] for x in losses)
+            off[f"{bad} {options}"] = float((got - want).abs().max()), float(want.abs().max())
+    return off
+
+
 def _rank(rank, port, results):
     interpreter.install()
     torch.set_num_threads(1)
@@ -109,7 +128,7 @@ def _rank(rank, port, results):
     except ValueError as error:
         errors.append(str(error))
     results[rank] = {"red": red, "same": all(same), "frozen": bool(frozen), "errors": errors, "uncovered": uncovered,
-                     "bad label": _bad_label(rank)}
+                     "bad label": _bad_label(rank), "ignored": _ignored_and_not_finite(rank)}
     dist.destroy_process_group()
 
 
@@ -151,6 +170,13 @@ def test_shards_that_do_not_cover_raise_on_every_rank(results):
         assert len(result["uncovered"]) == 4
         for message in result["uncovered"]:
             assert f"vocab_start: expected the ranks' rows to follow each other from 0 to {VOCAB}, got [" in message
+
+
+def test_an_ignored_row_may_hold_anything(results):
+    for result in results.values():
+        assert len(result["ignored"]) == 8
+        for case, (off, size) in result["ignored"].items():
+            assert size > 0.01 and off < 1e-5 * size, (case, off, size)
 
 
 def test_a_bad_label_on_a_device_is_nan(results):

@@ -4,6 +4,7 @@ Index t of all vectors [T] is the choice of the token after token t: its log-pro
 before it. `mask` marks the choices that the actor made: those whose next token is part of a response.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ class Experience:
 
     tokens, next_tokens: int64 [T]; cu_seqlens: int32 [n + 1] on the CPU; mask: bool [T]
     logprobs, values, advantages, returns: float32 [T], of the models that wrote and judged them
-    kl: [], the mean of log p_actor - log p_reference over the mask
+    kl: [], the mean of log p_actor - log p_reference over the mask; 0 where that is empty
     """
 
     tokens: Tensor
@@ -46,8 +47,11 @@ def gather_experience(
     scores:     float [n], what the reward model gives each sequence; it counts at the sequence's last choice
     kl_coef:    a choice's reward is -kl_coef (log p_actor - log p_reference), besides the score
     gamma, lam: discount and decay of generalised advantage estimation. The report gives lam, not gamma
-    Errors: ValueError where a mask reaches over a sequence's end, or a sequence has a score and no choice.
+    Errors: ValueError where a mask reaches over a sequence's end, a sequence has a score and no choice, or kl_coef, gamma or
+            lam is no finite number. No sequences: empty vectors and a kl of 0.
     """
+    if isinstance(kl_coef, bool) or not isinstance(kl_coef, int | float) or not math.isfinite(kl_coef):
+        raise ValueError(f"kl_coef must be a finite number, got {kl_coef!r}")
     ends = cu_seqlens[1:].to(torch.int64) - 1
     _check_rollout(tokens, cu_seqlens, mask, scores)
     next_tokens = torch.cat((tokens[1:], tokens[:1]))  # at a sequence's end its neighbour's first: not in the mask
@@ -60,7 +64,7 @@ def gather_experience(
     rewards[last] += scores.to(rewards)
     on_device = cu_seqlens.to(tokens.device, non_blocking=True)
     advantages, returns = gae(rewards, values, on_device, mask=mask, gamma=gamma, lam=lam)
-    mean_kl = torch.where(mask, kl, 0).sum() / mask.sum()
+    mean_kl = torch.where(mask, kl, 0).sum() / mask.sum().clamp(min=1)
     return Experience(tokens, next_tokens, cu_seqlens, mask, logprobs, values, advantages, returns, mean_kl)
 
 

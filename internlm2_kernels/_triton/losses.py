@@ -34,7 +34,7 @@ def _cap_slope(logit, softcap):
 def reduce_rows_kernel(loss_ptr, labels_ptr, weights_ptr, result_ptr, count_ptr, rows, ignore_index,
                        MEAN: tl.constexpr, BLOCK: tl.constexpr):
     """count = the sum of the valid rows' weights (without weights, their number); result = the sum of the rows' losses, for
-    MEAN over count, 0 where that is 0."""
+    MEAN over count, over 1 where that is 0."""
     number = tl.zeros((BLOCK,), tl.int32)
     weight = tl.zeros((BLOCK,), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -57,7 +57,7 @@ def reduce_rows_kernel(loss_ptr, labels_ptr, weights_ptr, result_ptr, count_ptr,
     if loss_ptr is not None:
         result = tl.sum(total, axis=0)
         if MEAN:
-            result = tl.where(count == 0.0, 0.0, tl.div_rn(result, tl.where(count == 0.0, 1.0, count)))
+            result = tl.div_rn(result, tl.where(count == 0.0, 1.0, count))
         tl.store(result_ptr, result)
 
 
@@ -96,7 +96,7 @@ def _share(upstream_ptr, row, step, weights_ptr, count_ptr, mask):
         share = tl.where(weight == 0.0, 0.0, share * weight)  # such a row takes nothing of an infinite upstream
     if count_ptr is not None:
         count = tl.load(count_ptr)
-        share = tl.where(count == 0.0, 0.0, tl.div_rn(share, tl.where(count == 0.0, 1.0, count)))
+        share = tl.div_rn(share, tl.where(count == 0.0, 1.0, count))
     return share
 
 

@@ -3,7 +3,8 @@
 Forward: a program takes 16 pairs, computes their rewards and, since slopes depend on the pair and on how many pairs there
 are only, their slopes too; up to 16 pairs it is the only launch, beyond that a second adds the programs' losses in order.
 Backward: a program takes a tile of columns, writes the last tokens' gradients and adds dhead_weight up over the sequences
-in order; the other tokens' zeros are a fill before it.
+in order; the other tokens' zeros are a fill before it. Boundaries are judged sequence by sequence on the way; who comes last
+(the second launch, each tile of columns) puts NaN over everything if one was wrong.
 """
 
 import torch
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .._device_errors import CODES, error_word
+from .attention import _fill
 from .common import check_dtype, launch
 from .focal_ranking_loss import _focal
 from .log_barrier_penalty import _barrier
@@ -33,15 +35,23 @@ def _last(cu_ptr, row, sequences, tokens):
         return end - 1, known & right
 
 
+@triton.jit
+def _none_wrong(cu_ptr, sequences, tokens):
+    """Whether, where there is no sequence, there should be one."""
+    return (sequences == 0) & ((tokens != 0) | (tl.load(cu_ptr) != 0))
+
+
 @triton.jit(do_not_specialize=["sequences", "tokens"])
-def reward_loss_fwd_kernel(hidden_ptr, weight_ptr, cu_ptr, loss_ptr, rewards_ptr, slopes_ptr, partial_ptr, error_ptr,
-                           sequences, tokens, depth, stride, gamma, penalty_weight, bound, margin,
+def reward_loss_fwd_kernel(hidden_ptr, weight_ptr, cu_ptr, loss_ptr, rewards_ptr, slopes_ptr, partial_ptr, wrong_ptr,
+                           error_ptr, sequences, tokens, depth, stride, gamma, penalty_weight, bound, margin,
                            ERROR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     known = row < sequences
     last, right = _last(cu_ptr, row, sequences, tokens)
+    wrong = tl.program_id(0) < 0
     if cu_ptr is not None:
-        tl.atomic_or(error_ptr + row * 0, ERROR, mask=known & (right == 0))
+        wrong = (tl.max((known & (right == 0)).to(tl.int32), axis=0) != 0) | _none_wrong(cu_ptr, sequences, tokens)
+        tl.atomic_or(error_ptr, ERROR, mask=wrong)
     hidden_ptr += last[:, None] * stride
     products = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, depth, BLOCK):
@@ -49,7 +59,7 @@ def reward_loss_fwd_kernel(hidden_ptr, weight_ptr, cu_ptr, loss_ptr, rewards_ptr
         weight = tl.load(weight_ptr + col, mask=col < depth, other=0.0).to(tl.float32)
         h = tl.load(hidden_ptr + col[None, :], mask=right[:, None] & (col < depth)[None, :], other=0.0).to(tl.float32)
         products += h * weight[None, :]
-    reward = tl.where(known & (right == 0), float("nan"), tl.sum(products, axis=1))
+    reward = tl.where(wrong, float("nan"), tl.sum(products, axis=1))
     tl.store(rewards_ptr + row, reward, mask=known)
     chosen, rejected = tl.split(tl.reshape(reward, (ROWS // 2, 2)))
     loss, slope = _focal(chosen - rejected, gamma)
@@ -62,18 +72,23 @@ def reward_loss_fwd_kernel(hidden_ptr, weight_ptr, cu_ptr, loss_ptr, rewards_ptr
     total = tl.div_rn(tl.sum(tl.where(pair < sequences // 2, loss, 0.0), axis=0), pairs)
     total += penalty_weight * tl.div_rn(tl.sum(tl.where(known, penalty, 0.0), axis=0), pairs * 2.0)
     if partial_ptr is None:
-        tl.store(loss_ptr, tl.where(sequences == 0, 0.0, total))
+        tl.store(loss_ptr, tl.where(wrong, float("nan"), tl.where(sequences == 0, 0.0, total)))
     else:
         tl.store(partial_ptr + tl.program_id(0), total)
+        tl.store(wrong_ptr + tl.program_id(0), wrong.to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["size"])
-def reward_loss_sum_kernel(partial_ptr, loss_ptr, size, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["size", "sequences"])
+def reward_loss_sum_kernel(partial_ptr, wrong_ptr, loss_ptr, rewards_ptr, size, sequences, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float32)
+    wrong = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, size, BLOCK):
         index = start + tl.arange(0, BLOCK)
         total += tl.load(partial_ptr + index, mask=index < size, other=0.0)
+        wrong |= tl.load(wrong_ptr + index, mask=index < size, other=0)
     tl.store(loss_ptr, tl.sum(total, axis=0))
+    if tl.max(wrong, axis=0) != 0:
+        _fill(rewards_ptr, sequences, BLOCK)
 
 
 @triton.jit(do_not_specialize=["sequences", "tokens"])
@@ -83,18 +98,18 @@ def reward_loss_bwd_kernel(dloss_ptr, drewards_ptr, hidden_ptr, weight_ptr, cu_p
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + col, mask=col < depth, other=0.0).to(tl.float32)
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
+    wrong = tl.zeros((ROWS,), tl.int32)
     for start in range(0, sequences, ROWS):
         row = start + tl.arange(0, ROWS).to(tl.int64)
         known = row < sequences
         last, right = _last(cu_ptr, row, sequences, tokens)
-        if cu_ptr is not None:
-            tl.atomic_or(error_ptr + row * 0, ERROR, mask=known & (right == 0) & (tl.program_id(0) == 0))
+        wrong |= (known & (right == 0)).to(tl.int32)
         d = tl.zeros((ROWS,), tl.float32)
         if dloss_ptr is not None:
             d += tl.load(dloss_ptr) * tl.load(slopes_ptr + row, mask=known, other=0.0)
         if drewards_ptr is not None:
             d += tl.load(drewards_ptr + row, mask=known, other=0.0)
-        d = tl.where(known & (right == 0), float("nan"), tl.where(known, d, 0.0))
+        d = tl.where(known, d, 0.0)
         mask = right[:, None] & (col < depth)[None, :]
         if dhidden_ptr is not None:
             dh = d[:, None] * weight[None, :]
@@ -102,8 +117,21 @@ def reward_loss_bwd_kernel(dloss_ptr, drewards_ptr, hidden_ptr, weight_ptr, cu_p
         if dweight_ptr is not None:
             h = tl.load(hidden_ptr + last[:, None] * stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
             dweight += d[:, None] * h
+    dw = tl.sum(dweight, axis=0)
+    if cu_ptr is not None:
+        bad = (tl.max(wrong, axis=0) != 0) | _none_wrong(cu_ptr, sequences, tokens)
+        tl.atomic_or(error_ptr, ERROR, mask=bad)
+        dw = tl.where(bad, float("nan"), dw)
+        if dhidden_ptr is not None:
+            if bad:
+                tl.debug_barrier()  # what other threads have stored comes first
+                nothing = tl.full((ROWS, BLOCK), float("nan"), dhidden_ptr.dtype.element_ty)
+                for start in range(0, tokens, ROWS):
+                    row = start + tl.arange(0, ROWS).to(tl.int64)
+                    tl.store(dhidden_ptr + row[:, None] * depth + col[None, :], nothing,
+                             mask=(row < tokens)[:, None] & (col < depth)[None, :])
     if dweight_ptr is not None:
-        tl.store(dweight_ptr + col, tl.sum(dweight, axis=0).to(dweight_ptr.dtype.element_ty), mask=col < depth)
+        tl.store(dweight_ptr + col, dw.to(dweight_ptr.dtype.element_ty), mask=col < depth)
 
 
 def _forward(op, hidden, head_weight, cu_seqlens, gamma, penalty_weight, bound, margin):
@@ -114,15 +142,17 @@ def _forward(op, hidden, head_weight, cu_seqlens, gamma, penalty_weight, bound, 
     loss, rewards, slopes = new(), new(sequences), new(sequences)
     programs = max(1, triton.cdiv(sequences, ROWS))
     partial = new(programs) if programs > 1 else None
+    wrong = torch.empty(programs, dtype=torch.int32, device=hidden.device) if programs > 1 else None
     launch(reward_loss_fwd_kernel, programs, hidden.device,
            dict(hidden_ptr=hidden, weight_ptr=head_weight, cu_ptr=cu_seqlens, loss_ptr=loss, rewards_ptr=rewards,
-                slopes_ptr=slopes, partial_ptr=partial, error_ptr=error_word(hidden.device), sequences=sequences,
-                tokens=hidden.shape[0], depth=depth, stride=hidden.stride(0), gamma=gamma, penalty_weight=penalty_weight,
-                bound=bound, margin=margin, ERROR=CODES["reward_loss", "cu_seqlens"], ROWS=ROWS,
+                slopes_ptr=slopes, partial_ptr=partial, wrong_ptr=wrong, error_ptr=error_word(hidden.device),
+                sequences=sequences, tokens=hidden.shape[0], depth=depth, stride=hidden.stride(0), gamma=gamma,
+                penalty_weight=penalty_weight, bound=bound, margin=margin, ERROR=CODES["reward_loss", "cu_seqlens"], ROWS=ROWS,
                 BLOCK=min(512, max(32, triton.next_power_of_2(depth)))), num_warps=16)
     if partial is not None:
         launch(reward_loss_sum_kernel, 1, hidden.device,
-               dict(partial_ptr=partial, loss_ptr=loss, size=programs, BLOCK=1024), num_warps=4)
+               dict(partial_ptr=partial, wrong_ptr=wrong, loss_ptr=loss, rewards_ptr=rewards, size=programs,
+                    sequences=sequences, BLOCK=1024), num_warps=4)
     return loss, rewards, slopes
 
 

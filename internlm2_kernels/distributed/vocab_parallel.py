@@ -76,7 +76,9 @@ class _Losses(torch.autograd.Function):
     def backward(ctx, dloss):
         hidden, weight, labels, lse = ctx.saved_tensors
         (smoothing, z_loss), vocab_size, needs = ctx.coefficients, ctx.options[-1], ctx.needs_input_grad
-        dlse = dloss * (smoothing + 2 * z_loss * lse) if smoothing or z_loss else None
+        dlse = None
+        if smoothing or z_loss:  # an ignored token's lse may be anything
+            dlse = torch.where(dloss == 0, 0, dloss * (smoothing + 2 * z_loss * lse))
         dsum = (-smoothing / vocab_size * dloss).contiguous() if smoothing else None
         dhidden, dweight = BWD[ctx.backend](((smoothing - 1) * dloss).contiguous(), None, dlse, dsum, hidden, weight, labels,
                                             lse, None, *ctx.options, needs[0], needs[1])

@@ -126,8 +126,8 @@ def check_longest(op, argument, bound, longest):
         fail(ValueError, op, argument, f"at least the longest sequence, {longest}", bound)
 
 
-def check_cu_seqlens(op, argument, cu, like):
-    """int32 [n + 1] on the device of q, contiguous on return."""
+def check_cu_seqlens(op, argument, cu, like, of):
+    """int32 [n + 1] on the device of `like`, the argument named `of`; contiguous on return."""
     if not isinstance(cu, torch.Tensor):
         fail(TypeError, op, argument, "an int32 tensor [sequences + 1]", type(cu).__name__)
     if cu.dtype != torch.int32:
@@ -135,7 +135,7 @@ def check_cu_seqlens(op, argument, cu, like):
     check_layout(op, argument, cu)
     if cu.dim() != 1 or cu.shape[0] < 1:
         fail(ValueError, op, argument, "shape [sequences + 1]", list(cu.shape))
-    check_device(op, argument, cu, like, "q")
+    check_device(op, argument, cu, like, of)
     return cu.contiguous()
 
 

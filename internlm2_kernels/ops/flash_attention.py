@@ -258,8 +258,8 @@ def _check_layout(q, k, v, cu_q, cu_k):
             fail(ValueError, "flash_attention", "cu_seqlens_k", "None where cu_seqlens_q is None", "a tensor")
         layout, shape = "dense (no cu_seqlens_q)", "[B, S, heads, head_dim]"
     else:
-        given, cu_q = cu_q, check_cu_seqlens("flash_attention", "cu_seqlens_q", cu_q, q)
-        cu_k = cu_q if cu_k is None or cu_k is given else check_cu_seqlens("flash_attention", "cu_seqlens_k", cu_k, q)
+        given, cu_q = cu_q, check_cu_seqlens("flash_attention", "cu_seqlens_q", cu_q, q, "q")
+        cu_k = cu_q if cu_k is None or cu_k is given else check_cu_seqlens("flash_attention", "cu_seqlens_k", cu_k, q, "q")
         if cu_k.shape != cu_q.shape:
             fail(ValueError, "flash_attention", "cu_seqlens_k", f"as many entries as cu_seqlens_q, {cu_q.shape[0]}",
                  cu_k.shape[0])

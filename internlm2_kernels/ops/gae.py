@@ -124,7 +124,7 @@ def gae(rewards, values, cu_seqlens, *, mask=None, bootstrap=None, gamma=1.0, la
     if rewards.dim() != 1:
         fail(ValueError, "gae", "rewards", "shape [T]", list(rewards.shape))
     values = check_vector("gae", "values", values, rewards.shape, rewards, "rewards")
-    cu = check_cu_seqlens("gae", "cu_seqlens", cu_seqlens, rewards)
+    cu = check_cu_seqlens("gae", "cu_seqlens", cu_seqlens, rewards, "rewards")
     mask = None if mask is None else check_mask("gae", mask, rewards, "rewards")
     if bootstrap is not None:
         if not isinstance(bootstrap, torch.Tensor) or bootstrap.dtype not in FLOAT_DTYPES:

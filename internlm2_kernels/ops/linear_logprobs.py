@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from .._autograd import distinct, once_differentiable
-from .._checks import last_stride_1
+from .._checks import check_flag, last_stride_1
 from .._registry import Case, Op, Sample, without_autocast
 from ._losses import accumulator, check_label_values, check_labels, check_number
 from .apply_rope import native
@@ -160,13 +160,15 @@ def linear_logprobs(hidden, weight, tokens, *, temperature=1.0, return_entropy=F
     tokens = check_labels("linear_logprobs", "tokens", tokens, shape, hidden, "hidden")
     temperature = check_number("linear_logprobs", "temperature", temperature, "a number from 1e-6 to 1e6",
                                lambda v: 1e-6 <= v <= 1e6)
+    check_flag("linear_logprobs", "return_entropy", return_entropy)
+    check_flag("linear_logprobs", "return_hits", return_hits)
     chosen = LINEAR_LOGPROBS.select(hidden, backend)
     if chosen == "reference":
         check_label_values("linear_logprobs", "tokens", tokens, weight.shape[0])
         return reference(hidden, weight, tokens, temperature=temperature, return_entropy=return_entropy,
                          return_hits=return_hits)
     flat, weight, tokens = as_matrix(hidden), last_stride_1(weight), tokens.view(-1)
-    wanted = bool(return_entropy), bool(return_hits)
+    wanted = return_entropy, return_hits
     if torch.is_grad_enabled() and (flat.requires_grad or weight.requires_grad):
         logprobs, entropy, hits = _LinearLogprobs.apply(*distinct(flat, weight), tokens, 1 / temperature, *wanted, chosen)
     else:

@@ -335,7 +335,7 @@ def paged_attention(q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=
             check_longest("paged_attention", "max_seqlen_q", max_q, 1)
         max_q = 1
     else:
-        cu_seqlens_q = check_cu_seqlens("paged_attention", "cu_seqlens_q", cu_seqlens_q, q)
+        cu_seqlens_q = check_cu_seqlens("paged_attention", "cu_seqlens_q", cu_seqlens_q, q, "q")
         if cu_seqlens_q.shape[0] != sequences + 1:
             fail(ValueError, "paged_attention", "cu_seqlens_q", f"shape [{sequences + 1}] (sequences + 1)",
                  list(cu_seqlens_q.shape))

@@ -161,6 +161,21 @@ def test_all_labels_ignored(backend, reduction, dtype, generator):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ("mean", "sum"))
+def test_token_weights_whose_sum_is_0(backend, reduction, generator):
+    """The mean divides by 1 then, in loss and gradients."""
+    hidden, weight, labels = head(generator, tokens=5)
+    labels[4] = -100
+    losses = ik.linear_cross_entropy(hidden, weight, labels, reduction="none", backend="reference")
+    want = losses[0] - losses[1] + losses[2] - losses[3]
+    loss = ik.linear_cross_entropy(hidden, weight, labels, token_weights=torch.tensor([1.0, -1, 1, -1, 3]),
+                                   reduction=reduction, backend=backend)
+    torch.testing.assert_close(loss, want, rtol=1e-4, atol=1e-5)
+    for got, other in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (loss, want)), strict=True):
+        torch.testing.assert_close(got, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_token_weights(backend, generator):
     hidden, weight, labels = head(generator)
     labels[3] = -100

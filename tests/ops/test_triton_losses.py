@@ -263,16 +263,23 @@ def test_in_place_equals_fresh(device, randn):
 
 
 # --------------------------------------------------------------------------------------------------- rewards and PPO
-def test_reward_loss_with_bad_boundaries(device, randn, word):
-    hidden, weight = randn(10, 16), randn(16)
-    for cu in ([0, 3, 3, 7, 10], [0, 3, 2, 7, 10], [1, 3, 5, 7, 10], [0, 3, 5, 7, 11], [0, 3, 5, 7, 2**30], [-5, 3, 5, 7, 10]):
-        bounds = integers(*cu, device=device, dtype=torch.int32)
-        loss, rewards, slopes = raw("reward_loss", "fwd")(hidden, weight, bounds, 2.0, 0.02, 5.0, 1e-3)
-        assert loss.isnan() and rewards.isnan().any() and slopes.isnan().any()
+@pytest.mark.parametrize("cu", ([0, 3, 3, 7, 10], [0, 3, 2, 7, 10], [0, 5, 3, 8, 10], [1, 3, 5, 7, 10], [0, 3, 5, 7, 11],
+                                [0, 3, 5, 7, 9], [0, 3, 5, 7, 2**30], [-5, 3, 5, 7, 10], [0], [10],
+                                [*range(40), 39, *range(41, 81)], [0, 0, *range(2, 81)], [*range(80), 81]),
+                         ids=lambda cu: str(cu[:5]))
+def test_reward_loss_with_bad_boundaries(cu, device, randn, word):
+    """All that a call returns is NaN, also what other programs have made of right boundaries."""
+    tokens = 80 if len(cu) > 5 else 10
+    hidden, weight = randn(tokens, 16), randn(16)
+    bounds = integers(*cu, device=device, dtype=torch.int32)
+    loss, rewards, slopes = raw("reward_loss", "fwd")(hidden, weight, bounds, 2.0, 0.02, 5.0, 1e-3)
+    assert loss.isnan() and rewards.shape == (len(cu) - 1,) and rewards.isnan().all()
+    assert int(word) == CODES["reward_loss", "cu_seqlens"]
+    word.zero_()
+    for drewards in (None, torch.ones_like(rewards)):
+        gradients = raw("reward_loss", "bwd")(loss.new_ones(()), drewards, hidden, weight, bounds, slopes, True, True)
+        assert all(gradient.isnan().all() for gradient in gradients)
         assert int(word) == CODES["reward_loss", "cu_seqlens"]
-        word.zero_()
-        _, dweight = raw("reward_loss", "bwd")(loss * 0 + 1, None, hidden, weight, bounds, slopes, True, True)
-        assert dweight.isnan().all() and int(word) == CODES["reward_loss", "cu_seqlens"]
         word.zero_()
 
 

@@ -123,6 +123,21 @@ def test_experience_is_the_definition(generator):
             torch.testing.assert_close(found.returns[t], advantage + values[t], rtol=1e-9, atol=1e-9)
 
 
+def test_experience_of_no_sequence(generator):
+    """A rank without a rollout has nothing to say, not NaN."""
+    actor, critic = InternLM2(TINY), RewardModel(TINY)
+    tokens, mask = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool)
+    found = gather_experience(actor, actor, critic, tokens, bounds([]), mask, torch.empty(0))
+    assert found.kl == 0 and found.kl.shape == () and found.advantages.shape == found.returns.shape == (0,)
+
+
+@pytest.mark.parametrize("kl_coef", (float("nan"), float("inf"), "0.1", True))
+def test_a_coefficient_that_is_no_number_is_refused(kl_coef, generator):
+    actor, critic = InternLM2(TINY), RewardModel(TINY)
+    with pytest.raises(ValueError, match="kl_coef must be a finite number, got"):
+        gather_experience(actor, actor, critic, *rollout(actor, generator), kl_coef=kl_coef)
+
+
 @pytest.mark.parametrize("spoil,message", (
     (lambda r: (r[0], r[1], r[2].int(), r[3]), "mask must be bool"),
     (lambda r: (r[0], r[1], r[2], r[3][:-1]), "scores must be .*one a sequence"),

@@ -62,8 +62,7 @@ class Call {
     double sum = 0;
     for (int64_t t = 0; t < rows(); ++t) {
       const double mean = a.total != nullptr ? totals.get(t) / static_cast<double>(a.cols) : 0;
-      const double whole = lses.get(2 * t) + lses.get(2 * t + 1);
-      const double row = loss_.weight(t) == 0 ? 0 : loss_.loss(whole, labels.get(t), mean);
+      const double row = loss_.weight(t) == 0 ? 0 : loss_.loss(lses.get(2 * t), lses.get(2 * t + 1), labels.get(t), mean);
       if (each()) out.set(t, row);
       else sum += row;
     }

@@ -41,7 +41,7 @@ class LossCall : public HeadCall {
   // The weighted loss of the chunk's row t, 0 where it is ignored.
   double loss(int64_t first, int64_t t) const {
     const double weight = rows_.weight(first + t), mean = a.total ? number(a.total, t) / a.vocab : 0;
-    return weight == 0 ? 0 : weight * rows_.loss(number(a.lse, t), number(a.label_logit, t), mean);
+    return weight == 0 ? 0 : weight * rows_.loss(number(a.lse, t), number(a.lse_rest, t), number(a.label_logit, t), mean);
   }
   void coefficients(int64_t first, int64_t t, double dloss) const {
     const double lse = number(a.lse, t), weight = rows_.weight(first + t), r = weight == 0 ? 0 : weight * factor_ * dloss;
@@ -70,15 +70,13 @@ Pair linear_cross_entropy_fwd_cpp(const Tensor& hidden, const Tensor& weight, co
                 HeadStore::none);
   call.prepare_loss();
   const bool each = static_cast<Reduction>(reduction) == Reduction::none;
-  Tensor loss = each ? call.numbers({call.tokens()}) : call.numbers({}), lse = call.numbers({call.tokens()});
-  const Numbers losses(loss);
+  Tensor loss = each ? call.numbers({call.tokens()}) : call.numbers({}), lse = call.numbers({call.tokens(), 2});
+  const Numbers losses(loss), lses(lse);
   double sum = 0;
   call.run(
-      [&](int64_t first) {
-        call.at(first);
-        call.a.lse = static_cast<char*>(data(lse)) + first * call.acc_size();
-      },
+      [&](int64_t first) { call.at(first); },
       [&](int64_t first, int64_t rows) {
+        call.put_lse(lses, first);
         for (int64_t t = 0; t < rows; ++t) {
           if (each) losses.set(first + t, call.loss(first, t));
           else sum += call.loss(first, t);
@@ -106,7 +104,6 @@ Triple linear_cross_entropy_grad_fwd_cpp(const Tensor& hidden, const Tensor& wei
   call.a.dweight_sum = needs_dweight ? data(dweight) : nullptr;
   call.a.dhidden = needs_dhidden ? data(dhidden) : nullptr;
   call.prepare_loss();
-  call.a.lse = call.row_numbers();
   double sum = 0;
   call.run(
       [&](int64_t first) {
@@ -135,13 +132,13 @@ Pair linear_cross_entropy_bwd_cpp(const Tensor& dloss, const Tensor& hidden, con
                 HeadStore::gradient);
   HeadGradients gradients(call, hidden, weight, needs_dhidden, needs_dweight);
   call.prepare_loss();
-  const Numbers upstream(dloss);
+  const Numbers upstream(dloss), lses(lse);
   const bool each = static_cast<Reduction>(reduction) == Reduction::none;
   call.run(
       [&](int64_t first) {
         call.at(first);
         gradients.at(first);
-        call.a.lse = static_cast<char*>(data(lse)) + first * call.acc_size();
+        call.get_lse(lses, first);
         for (int64_t t = 0; t < call.a.rows; ++t) call.coefficients(first, t, upstream.get(each ? first + t : 0));
       },
       [](int64_t, int64_t) {});

@@ -31,6 +31,7 @@ struct LinearHead {
   int32_t* block_best;
   // Results, [rows] in the accumulator's dtype: all but the first two may be null.
   void *label_logit, *lse, *entropy, *best, *total;
+  void* lse_rest;  // what rounding cut off lse: a certain token's loss and gradient are less than a unit of a large lse
   int32_t* best_column;
   // dl_j = p_j (a + b (l_j - lse)) + s + [j is the label's] (k - a), p_j = exp(l_j - lse), before the soft-cap's slope: [rows].
   const void *a, *b, *s, *k;

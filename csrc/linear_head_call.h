@@ -48,6 +48,21 @@ class HeadCall {
     return data(kept_.back());
   }
   void* statistic(int64_t size) { return take(blocks() * a.capacity * size); }
+  // A chunk's part of lse [tokens, 2]: rounded, and what rounding cut off it.
+  void put_lse(const Numbers& lse, int64_t first) const {
+    const Numbers whole(a.lse, wide()), rest(a.lse_rest, wide());
+    for (int64_t t = 0; t < a.rows; ++t) {
+      lse.set(2 * (first + t), whole.get(t));
+      lse.set(2 * (first + t) + 1, rest.get(t));
+    }
+  }
+  void get_lse(const Numbers& lse, int64_t first) const {
+    const Numbers whole(a.lse, wide()), rest(a.lse_rest, wide());
+    for (int64_t t = 0; t < a.rows; ++t) {
+      whole.set(t, lse.get(2 * (first + t)));
+      rest.set(t, lse.get(2 * (first + t) + 1));
+    }
+  }
   void* row_numbers() { return take(a.capacity * acc_size()); }
 
   // Sizes the chunks and takes their memory; dweight, dhidden and dweight_sum are set (to be wanted or not) before.
@@ -60,6 +75,8 @@ class HeadCall {
     sizes = INTERNLM2_CPU_MATRIX(linear_head_sizes, a);
     const bool serial = static_cast<double>(tokens_) * a.vocab * a.d < kSerial;
     workers_ = serial ? 1 : workers_for(std::max(blocks(), chunk_));
+    a.lse = row_numbers();
+    a.lse_rest = row_numbers();
     a.hidden_rows = take(sizes.hidden_rows);
     if (wants_dweight()) a.hidden_steps = take(sizes.hidden_steps);
     if (a.store != HeadStore::none) a.scores = take(sizes.scores);

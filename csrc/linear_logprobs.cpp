@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logprobs_fwd_cpp(
   call.prepare();
   LinearHead& a = call.a;
   const int64_t n = call.tokens();
-  Tensor logprobs = call.numbers({n}), lse = call.numbers({n});
+  Tensor logprobs = call.numbers({n}), lse = call.numbers({n, 2});
   Tensor entropy = call.numbers({needs_entropy ? n : 0}), sum = call.numbers({needs_sum ? n : 0});
   Tensor hits = torch::stable::new_empty(hidden, {needs_hits ? n : 0}, torch::headeronly::ScalarType::Bool);
   if (needs_entropy) a.block_dot = call.statistic(call.acc_size());
@@ -44,15 +44,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logprobs_fwd_cpp(
   call.run(
       [&](int64_t first) {
         call.at(first);
-        a.lse = call.moved(lse, first);
         a.entropy = needs_entropy ? call.moved(entropy, first) : nullptr;
         a.total = needs_sum ? call.moved(sum, first) : nullptr;
       },
       [&](int64_t first, int64_t rows) {
+        call.put_lse(lses, first);
         for (int64_t t = 0; t < rows; ++t) {
           const int64_t column = call.column(first + t);
-          const double z = lses.get(first + t);
-          to.set(first + t, (column >= 0 ? logits.get(t) : 0) - z);
+          const double z = lses.get(2 * (first + t)), rest = lses.get(2 * (first + t) + 1);
+          to.set(first + t, ((column >= 0 ? logits.get(t) : 0) - z) - rest);
           if (needs_hits) hit[first + t] = a.best_column[t] == column && !std::isnan(z);
         }
       });
@@ -74,12 +74,13 @@ std::tuple<Tensor, Tensor> linear_logprobs_bwd_cpp(const OptTensor& dlogprobs, c
   void* coefficients[4];
   for (void*& p : coefficients) p = call.row_numbers();
   a.a = coefficients[0], a.b = coefficients[1], a.s = coefficients[2], a.k = coefficients[3];
+  const Numbers lses(lse);
   const auto value = [](const OptTensor& t, int64_t i) { return t.has_value() ? Numbers(*t).get(i) : 0.0; };
   call.run(
       [&](int64_t first) {
         call.at(first);
         gradients.at(first);
-        a.lse = call.moved(lse, first);
+        call.get_lse(lses, first);
         for (int64_t t = 0; t < a.rows; ++t) {
           const int64_t i = first + t;
           // dl_j = dlogprobs ([j=y] - p_j) - dentropy p_j (l_j - lse + entropy) + dlse p_j + dsum

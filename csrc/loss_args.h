@@ -58,9 +58,10 @@ struct LossRows {
     return total == 0 ? 1 : 1 / total;
   }
   // The loss of row t before its weight; `mean`: of its logits, where label_smoothing asks for it.
-  double loss(double lse, double label_logit, double mean) const {
-    double loss = (1 - label_smoothing) * (lse - label_logit);
-    if (label_smoothing != 0) loss += label_smoothing * (lse - mean);
+  // `rest`: what rounding cut off lse, which a certain label's loss is made of.
+  double loss(double lse, double rest, double label_logit, double mean) const {
+    double loss = (1 - label_smoothing) * ((lse - label_logit) + rest);
+    if (label_smoothing != 0) loss += label_smoothing * ((lse - mean) + rest);
     if (z_loss != 0) loss += z_loss * lse * lse;
     return loss;
   }

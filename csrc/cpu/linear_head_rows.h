@@ -125,7 +125,7 @@ template <typename T> struct HeadRows {
       }
       sum.store(logs);
       for (Acc& s : logs) s = log_of(s);
-      (V::load(shift) + V::load(logs)).store(&at(a.lse, t), n);
+      for (int i = 0; i < n; ++i) store_sum(shift[i], logs[i], at(a.lse, t + i), at(a.lse_rest, t + i));
       if (a.entropy != nullptr) entropy(t, blocks, V::load(shift), V::load(logs)).store(&at(a.entropy, t), n);
       if (a.total != nullptr) {
         V all(Acc(0));
@@ -136,6 +136,12 @@ template <typename T> struct HeadRows {
         for (int i = 0; i < n; ++i) best(t + i, blocks);
       }
     }
+  }
+  // x + y, and what its rounding cut off: nothing of an infinity.
+  static VEC_INLINE void store_sum(Acc x, Acc y, Acc& sum, Acc& rest) {
+    sum = x + y;
+    const Acc part = sum - x, left = (x - (sum - part)) + (y - part);
+    rest = left == left ? left : Acc(0);
   }
   VEC_INLINE V part(const void* statistic, int64_t block, int64_t t) const {
     return V::load(static_cast<const Acc*>(statistic) + block * a.capacity + t);
@@ -173,7 +179,7 @@ template <typename T> struct HeadRows {
   }
   // p - 1 from its own series: nothing cancels where the label is certain.
   Acc label_gradient(int64_t t, Acc l) const {
-    const Acc d = l - at(a.lse, t), x = expm1_of(d);
+    const Acc d = (l - at(a.lse, t)) - at(a.lse_rest, t), x = expm1_of(d);
     Acc g = at(a.a, t) * x + at(a.k, t) + at(a.s, t);
     if (at(a.b, t) != 0) g += at(a.b, t) * (x + 1) * (d < -1000 ? -1000 : d);
     return a.softcap > 0 ? g * slope(l) : g;
@@ -181,11 +187,11 @@ template <typename T> struct HeadRows {
   // `all` columns, of which those from `count` on get 0, in the place of their logits or elsewhere.
   VEC_INLINE void from_logits(int64_t t, const Acc* x, int64_t count, int64_t all, G* out) const {
     if (idle(t)) return static_cast<void>(std::memset(static_cast<void*>(out), 0, static_cast<size_t>(all) * sizeof(G)));
-    const V lse(at(a.lse, t)), va(at(a.a, t)), vb(at(a.b, t)), vs(at(a.s, t)), one(Acc(1));
+    const V lse(at(a.lse, t)), rest(at(a.lse_rest, t)), va(at(a.a, t)), vb(at(a.b, t)), vs(at(a.s, t)), one(Acc(1));
     const V inverse(static_cast<Acc>(1 / a.softcap));
     const bool logs = at(a.b, t) != 0, capped = a.softcap > 0;
     for (int64_t j = 0; j < all; j += lanes) {
-      const V l = V::load(x + j), d = l - lse, p = exp(d);
+      const V l = V::load(x + j), d = (l - lse) - rest, p = exp(d);
       V g = logs ? fma(p, fma(vb, max(V(Acc(-1000)), d), va), vs) : fma(p, va, vs);
       if (capped) {
         const V u = l * inverse;
@@ -217,8 +223,11 @@ template <typename T> struct HeadRows {
   }
   // exp(the block's largest - lse) for a vector of rows from t on.
   VEC_INLINE void factors(int64_t t, int64_t span, int64_t blocks, Acc* factor) const {
-    const V lse = V::load(static_cast<const Acc*>(a.lse) + t, static_cast<int>(a.rows - t < lanes ? a.rows - t : lanes));
-    for (int64_t b = 0; b < blocks; ++b) exp(part(a.block_max, span * kBlocks + b, t) - lse).store(factor + b * lanes);
+    const int n = static_cast<int>(a.rows - t < lanes ? a.rows - t : lanes);
+    const V lse = V::load(static_cast<const Acc*>(a.lse) + t, n), rest = V::load(static_cast<const Acc*>(a.lse_rest) + t, n);
+    for (int64_t b = 0; b < blocks; ++b) {
+      exp((part(a.block_max, span * kBlocks + b, t) - lse) - rest).store(factor + b * lanes);
+    }
   }
   VEC_INLINE void from_exponentials(int64_t t, const Acc* factor, int64_t count, int64_t all, G* row) const {
     if (idle(t)) return static_cast<void>(std::memset(static_cast<void*>(row), 0, static_cast<size_t>(all) * sizeof(G)));

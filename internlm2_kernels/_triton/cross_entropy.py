@@ -14,7 +14,7 @@ import triton.language as tl
 from .._device_errors import CODES, error_word
 from .common import check_dtype, launch
 from .functions import _expm1
-from .losses import NONE, _cap_slope, _capped, _label, _share, count_rows, reduce_losses, scaled
+from .losses import NONE, _cap_slope, _capped, _label, _share, _store_sum, count_rows, reduce_losses, scaled
 
 INNER = 8  # columns a thread takes from one load: 16 bytes of a 2-byte dtype
 LARGEST_BLOCK = 16384
@@ -76,11 +76,8 @@ def cross_entropy_fwd_kernel(logits_ptr, labels_ptr, count_ptr, loss_ptr, lse_pt
     if SMOOTHING:
         loss += smoothing * (top - tl.div_rn(tl.sum(total, axis=0), vocab * 1.0) + log_z)
     tl.store(loss_ptr + row, tl.where(bad, float("nan"), tl.where(ignored, 0.0, loss)))
-    if lse_ptr is not None:  # and the exact rest of the sum: an infinity leaves none
-        part = lse - top
-        residue = (top - (lse - part)) + (log_z - part)
-        tl.store(lse_ptr + 2 * row, lse)
-        tl.store(lse_ptr + 2 * row + 1, tl.where(residue == residue, residue, 0.0))
+    if lse_ptr is not None:
+        _store_sum(lse_ptr, row, top, log_z, True)
     if dlogits_ptr is not None:
         share = 1.0
         if count_ptr is not None:

@@ -9,7 +9,7 @@ from . import linear_head as head
 from .common import check_dtype, launch
 from .linear_head import _merged
 from .linear_head_bwd import COEFFICIENTS, Gradients, backward, chunk_buffer, gradient_of_stored, peak_of
-from .losses import NONE, _label, _share, count_rows, reduce_losses, scaled
+from .losses import NONE, _label, _share, _store_sum, count_rows, reduce_losses, scaled
 
 MERGE_TILES, MERGE_ROWS = 32, 32
 
@@ -43,7 +43,7 @@ def linear_cross_entropy_merge_kernel(top_ptr, sum_ptr, total_ptr, label_ptr, la
         weight = tl.load(weights_ptr + row, mask=mask, other=0.0)
         loss = tl.where(weight == 0.0, 0.0, loss * weight)  # an infinite loss of no weight counts as none
     tl.store(loss_ptr + row, tl.where(bad, float("nan"), tl.where(ignored, 0.0, loss)), mask=mask)
-    tl.store(lse_ptr + row, lse, mask=mask)
+    _store_sum(lse_ptr, row, top, log_z, mask)
     if coefficients_ptr is not None:
         share = _share(None, row, 0, weights_ptr, count_ptr, mask)
         _write_coefficients(coefficients_ptr, row, coefficient_stride, mask, share, lse, ignored, bad, smoothing, z_loss,
@@ -57,7 +57,7 @@ def linear_cross_entropy_coefficients_kernel(dloss_ptr, labels_ptr, lse_ptr, wei
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = row < rows
     label, ignored, bad = _label(labels_ptr, row, mask, ignore_index, vocab, error_ptr, ERROR)
-    lse = tl.load(lse_ptr + row, mask=mask, other=0.0)
+    lse = tl.load(lse_ptr + 2 * row, mask=mask, other=0.0)
     share = _share(dloss_ptr, row, dloss_step, weights_ptr, count_ptr, mask)
     _write_coefficients(coefficients_ptr, row, coefficient_stride, mask, share, lse, ignored, bad, smoothing, z_loss, vocab)
 
@@ -80,7 +80,7 @@ def _part(x, begin, end):
 def linear_cross_entropy_fwd(hidden, weight, labels, token_weights, ignore_index, label_smoothing, z_loss, softcap, reduction):
     check_dtype("linear_cross_entropy", "hidden", hidden)
     rows, vocab = hidden.shape[0], weight.shape[0]
-    loss, lse = (torch.empty(rows, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    loss, lse = (torch.empty(shape, dtype=torch.float32, device=hidden.device) for shape in (rows, (rows, 2)))
     for begin, end in head.chunks(rows, head.FORWARD_ROWS):
         blocks = head.forward(hidden[begin:end], weight, labels[begin:end], None, softcap, needs_sum=label_smoothing > 0)
         _merge(blocks, labels[begin:end], _part(token_weights, begin, end), None, loss[begin:end], lse[begin:end], None,
@@ -102,7 +102,7 @@ def linear_cross_entropy_grad_fwd(hidden, weight, labels, token_weights, ignore_
     (rows, _), vocab, half = hidden.shape, weight.shape[0], hidden.dtype == torch.float16
     dhidden, dweight = _gradients(hidden, weight, needs_dhidden, needs_dweight, torch.float32 if half else hidden.dtype,
                                   torch.float32)
-    loss, lse = (torch.empty(rows, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    loss, lse = (torch.empty(shape, dtype=torch.float32, device=hidden.device) for shape in (rows, (rows, 2)))
     count = count_rows(labels, token_weights, ignore_index, reduction)
     ranges = head.gradient_chunks(rows, vocab, hidden.element_size())
     if ranges:
@@ -149,19 +149,20 @@ def audit(dtype, meta):
     for vocab, depth, label in ((92544, 4096, "7B"), (1003, 96, "odd")):
         hidden, weight = meta(8192, depth, dtype=dtype), meta(vocab, depth, dtype=dtype)
         labels, rows = meta(8192, dtype=torch.int64), meta(8192, dtype=torch.float32)
+        lse = meta(8192, 2, dtype=torch.float32)
         plain, rich = (None, -100, 0.0, 0.0, 0.0), (rows, -100, 0.1, 1e-4, 30.0)
         for name, o in (("", plain), (", all options", rich))[: 2 if label == "7B" else 1]:
             x = hidden, weight, labels
             yield f"{label}{name}", lambda x=x, o=o: linear_cross_entropy_fwd(*x, *o, 1)
             yield f"{label}{name}, gradient", lambda x=x, o=o: linear_cross_entropy_grad_fwd(*x, *o, 1, True, True)
             yield f"{label}{name}", (
-                lambda x=x, o=o, rows=rows: linear_cross_entropy_bwd(rows, *x, o[0], rows, *o[1:], 0, True, True))
+                lambda x=x, o=o, rows=rows, lse=lse: linear_cross_entropy_bwd(rows, *x, o[0], lse, *o[1:], 0, True, True))
         if label == "odd":
             yield "mean", (
-                lambda x=x, rows=rows, o=plain: linear_cross_entropy_bwd(one, *x, None, rows, *o[1:], 1, True, True))
+                lambda x=x, lse=lse, o=plain: linear_cross_entropy_bwd(one, *x, None, lse, *o[1:], 1, True, True))
             if dtype == torch.bfloat16:  # beside it, because only float16 divides by the largest coefficient
                 halves = meta(8192, depth, dtype=torch.float16), meta(vocab, depth, dtype=torch.float16), labels
                 yield "odd, float16", (
-                    lambda x=halves, rows=rows, o=plain: linear_cross_entropy_bwd(rows, *x, None, rows, *o[1:], 0, True, True))
+                    lambda x=halves, rows=rows, lse=lse: linear_cross_entropy_bwd(rows, *x, None, lse, *plain[1:], 0, True, True))
             grads = meta(8192, depth, dtype=dtype), meta(vocab, depth, dtype=torch.float32)
             yield "scale", lambda x=x, g=grads: linear_cross_entropy_scale_bwd(one, *g, *x[:2])

@@ -55,11 +55,12 @@ def linear_head_gradient_kernel(hidden_ptr, weight_ptr, labels_ptr, lse_ptr, coe
                                        SOFTCAP, EVEN, GROUP, BLOCK_M, BLOCK_N, BLOCK_K)
     mask = row < rows
     a, b, c, s, nothing = _coefficients(coefficients_ptr, peak_ptr, row, coefficient_stride, mask)
-    lse = tl.load(lse_ptr + row, mask=mask, other=0.0)
+    lse = tl.load(lse_ptr + 2 * row, mask=mask, other=0.0)
+    rest = tl.load(lse_ptr + 2 * row + 1, mask=mask, other=0.0)  # what rounding cut off lse
     _, own = _labels_in(block_n, labels_ptr, row, col, mask, first_token, vocab, BLOCK_N)
-    y = tl.sum(tl.where(own, logit, 0.0), axis=1) - lse
+    y = (tl.sum(tl.where(own, logit, 0.0), axis=1) - lse) - rest
     entry = a * _expm1(y) + (c + s)
-    x = logit - lse[:, None]
+    x = (logit - lse[:, None]) - rest[:, None]
     p = tl.exp(x)
     if ENTROPY:
         entry -= b * tl.where(y == float("-inf"), 0.0, tl.exp(y) * y)
@@ -88,18 +89,19 @@ def linear_head_stored_kernel(stored_ptr, labels_ptr, top_ptr, label_ptr, lse_pt
     at = stored_ptr + row * stored_stride + col
     stored = tl.load(at, mask=col < vocab, other=0.0).to(tl.float32)
     top = tl.load(top_ptr + row + tile.to(tl.int64) * stride, mask=tile * BLOCK_N < vocab, other=0.0)
-    lse = tl.load(lse_ptr + row)
+    lse = tl.load(lse_ptr + 2 * row)
+    rest = tl.load(lse_ptr + 2 * row + 1)
     a, b, c, s, nothing = _coefficients(coefficients_ptr, peak_ptr, row, coefficient_stride, row >= 0)
     label = tl.load(labels_ptr + row).to(tl.int64)
     known = (label >= 0) & (label < vocab)
-    x = tl.load(label_ptr + row, mask=known, other=0.0) - lse
+    x = (tl.load(label_ptr + row, mask=known, other=0.0) - lse) - rest
     entry = a * _expm1(x) + (c + s)
     if SOFTCAP:
         logit = stored + tl.where(top == float("-inf"), 0.0, top)[:, None]
-        d = tl.where(col == label, entry, a * tl.exp(logit - lse) + c)
+        d = tl.where(col == label, entry, a * tl.exp((logit - lse) - rest) + c)
         d = d * _cap_slope(logit, softcap)
     else:
-        d = tl.where(col == label, entry, a * (stored * tl.exp(top - lse)[:, None]) + c)
+        d = tl.where(col == label, entry, a * (stored * tl.exp((top - lse) - rest)[:, None]) + c)
     d = tl.where(nothing, 0.0, d)
     tl.store(at, d.to(stored_ptr.dtype.element_ty), mask=col < vocab)
 

@@ -9,7 +9,7 @@ from . import linear_head as head
 from .common import check_dtype, launch
 from .linear_head import _merged
 from .linear_head_bwd import COEFFICIENTS, backward
-from .losses import _label
+from .losses import _label, _store_sum
 
 MERGE_TILES, MERGE_ROWS = 32, 32
 NO_TOKEN = -(2**62)  # the ignore_index that no token has
@@ -28,7 +28,7 @@ def linear_logprobs_merge_kernel(top_ptr, sum_ptr, total_ptr, moment_ptr, index_
     local = token - first_token
     own = tl.load(label_ptr + row, mask=mask & (local >= 0) & (local < vocab), other=0.0)
     tl.store(logprobs_ptr + row, tl.where(bad, float("nan"), own - top - log_z), mask=mask)
-    tl.store(lse_ptr + row, top + log_z, mask=mask)
+    _store_sum(lse_ptr, row, top, log_z, mask)
     if hits_ptr is not None:
         z = top + log_z
         tl.store(hits_ptr + row, (index.to(tl.int64) == local) & (z == z), mask=mask)
@@ -72,7 +72,8 @@ def linear_logprobs_fwd(hidden, weight, tokens, inv_temperature, softcap, vocab_
     check_dtype("linear_logprobs", "hidden", hidden)
     rows, vocab = hidden.shape[0], weight.shape[0]
     new = lambda wanted=True, dtype=torch.float32: torch.empty(rows if wanted else 0, dtype=dtype, device=hidden.device)
-    logprobs, lse, entropy, hits, total = new(), new(), new(needs_entropy), new(needs_hits, torch.bool), new(needs_sum)
+    lse = torch.empty((rows, 2), dtype=torch.float32, device=hidden.device)
+    logprobs, entropy, hits, total = new(), new(needs_entropy), new(needs_hits, torch.bool), new(needs_sum)
     scale = None if inv_temperature == 1.0 else inv_temperature
     for begin, end in head.chunks(rows, head.FORWARD_ROWS):
         own = tokens[begin:end]
@@ -115,11 +116,11 @@ def audit(dtype, meta):
     """Launches whose kernels the static audit compiles: InternLM2-7B's head, plain and with all options."""
     hidden, weight = meta(8192, 4096, dtype=dtype), meta(92544, 4096, dtype=dtype)
     tokens, rows = meta(8192, dtype=torch.int64), meta(8192, dtype=torch.float32)
-    x = hidden, weight, tokens
+    x, lse = (hidden, weight, tokens), meta(8192, 2, dtype=torch.float32)
     plain, rich = (1.0, 0.0, 0, 92544), (1.25, 30.0, 0, 92544)
     yield "7B", lambda: linear_logprobs_fwd(*x, *plain, False, False, False)
     yield "7B, entropy", lambda: linear_logprobs_fwd(*x, *plain, True, False, False)
     yield "7B, all options", lambda: linear_logprobs_fwd(*x, *rich, True, True, True)
-    yield "7B", lambda: linear_logprobs_bwd(rows, None, None, None, *x, rows, None, *plain, True, True)
-    yield "7B, entropy", lambda: linear_logprobs_bwd(rows, rows, None, None, *x, rows, rows, 1.25, *plain[1:], True, True)
-    yield "7B, all options", lambda: linear_logprobs_bwd(rows, rows, rows, rows, *x, rows, rows, *rich, True, True)
+    yield "7B", lambda: linear_logprobs_bwd(rows, None, None, None, *x, lse, None, *plain, True, True)
+    yield "7B, entropy", lambda: linear_logprobs_bwd(rows, rows, None, None, *x, lse, rows, 1.25, *plain[1:], True, True)
+    yield "7B, all options", lambda: linear_logprobs_bwd(rows, rows, rows, rows, *x, lse, rows, *rich, True, True)

@@ -30,6 +30,16 @@ def _cap_slope(logit, softcap):
     return (1.0 - t) * (1.0 + t)
 
 
+@triton.jit
+def _store_sum(lse_ptr, row, top, log_z, mask):
+    """lse [rows, 2]: top + log_z, and what its rounding cut off: an infinity leaves nothing."""
+    lse = top + log_z
+    part = lse - top
+    rest = (top - (lse - part)) + (log_z - part)
+    tl.store(lse_ptr + 2 * row, lse, mask=mask)
+    tl.store(lse_ptr + 2 * row + 1, tl.where(rest == rest, rest, 0.0), mask=mask)
+
+
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
 def reduce_rows_kernel(loss_ptr, labels_ptr, weights_ptr, result_ptr, count_ptr, rows, ignore_index,
                        MEAN: tl.constexpr, BLOCK: tl.constexpr):

@@ -16,13 +16,24 @@ NAME = "vocab_parallel_linear_cross_entropy"
 
 
 def _global_lse(lse, group):
-    """log of the sum over all ranks of exp(lse)."""
-    largest = lse.clone()
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group)
-    finite = largest.masked_fill(largest.isinf(), 0)
-    total = torch.exp(lse - finite)
+    """log of the sum over all ranks of exp(lse) as two numbers whose sum it is: a shift of its size and what is left.
+
+    `lse` [T, 2] is rounded, and what rounding cut off. The loss of a certain label is far less than a unit of its lse.
+    """
+    shift = lse[:, 0].clone()
+    dist.all_reduce(shift, dist.ReduceOp.MAX, group)
+    shift = shift.masked_fill(shift.isinf(), 0)
+    total = torch.exp((lse[:, 0] - shift) + lse[:, 1])
     dist.all_reduce(total, group=group)
-    return finite + torch.log(total)
+    return shift, torch.log(total)
+
+
+def _exact_sum(x, y):
+    """[T, 2]: x + y, and what its rounding cut off (of an infinity or NaN nothing)."""
+    whole = x + y
+    part = whole - x
+    rest = (x - (whole - part)) + (y - part)
+    return torch.stack((whole, torch.where(rest == rest, rest, 0)), -1)
 
 
 def _marks(begin, end):
@@ -57,16 +68,19 @@ class _Losses(torch.autograd.Function):
         options = 1.0, softcap, start, vocab_size
         logprobs, lse, _, _, total = native(FWD[backend], hidden, weight, labels, *options, False, smoothing > 0, False)
         end = start + weight.shape[0]
-        label = torch.where((labels >= start) & (labels < end), logprobs + lse, 0)
+        shift, left = _global_lse(lse, group)
+        # lse - the label's logit, from the rank that has the label: its own log-probability, and how far its lse is off
+        loss = torch.where((labels >= start) & (labels < end), ((shift - lse[:, 0]) - lse[:, 1]) + (left - logprobs), 0)
         marks = [lse.new_full((1,), mark) for mark in _marks(start, end)]  # filled on the device: CUDA graphs record no copy
-        parts = torch.cat((label, total, *marks))  # one message; total is empty unless wanted
+        parts = torch.cat((loss, total, *marks))  # one message; total is empty unless wanted
         dist.all_reduce(parts, group=group)
-        label, total, found = parts.split((label.shape[0], total.shape[0], 2))
+        loss, total, found = parts.split((loss.shape[0], total.shape[0], 2))
         right = (labels >= 0) & (labels < vocab_size) & _check_cover(found, start, weight.shape[0], vocab_size)
-        lse = _global_lse(lse, group).masked_fill(~right, float("nan"))  # loss and gradients of what no rank could answer
-        loss = (1 - smoothing) * (lse - label) + z_loss * lse.square()
+        lse = _exact_sum(shift, left).masked_fill(~right[:, None], float("nan"))  # what no rank could answer: loss, gradients
+        loss = (1 - smoothing) * loss + z_loss * lse[:, 0].square()
         if smoothing > 0:
-            loss = loss + smoothing * (lse - total / vocab_size)
+            loss = loss + smoothing * ((shift - total / vocab_size) + left)
+        loss = torch.where(right, loss, float("nan"))
         ctx.save_for_backward(hidden, weight, labels, lse)
         ctx.options, ctx.coefficients, ctx.group, ctx.backend = options, (smoothing, z_loss), group, backend
         return loss
@@ -78,7 +92,7 @@ class _Losses(torch.autograd.Function):
         (smoothing, z_loss), vocab_size, needs = ctx.coefficients, ctx.options[-1], ctx.needs_input_grad
         dlse = None
         if smoothing or z_loss:  # an ignored token's lse may be anything
-            dlse = torch.where(dloss == 0, 0, dloss * (smoothing + 2 * z_loss * lse))
+            dlse = torch.where(dloss == 0, 0, dloss * (smoothing + 2 * z_loss * lse[:, 0]))
         dsum = (-smoothing / vocab_size * dloss).contiguous() if smoothing else None
         dhidden, dweight = BWD[ctx.backend](((smoothing - 1) * dloss).contiguous(), None, dlse, dsum, hidden, weight, labels,
                                             lse, None, *ctx.options, needs[0], needs[1])
@@ -96,8 +110,8 @@ def vocab_parallel_linear_cross_entropy(hidden, weight, labels, *, vocab_start, 
               any sizes that together cover vocab_size rows -> loss [] or [...], the same on all ranks
     Dtypes:   as `linear_cross_entropy`; float32 (float64) statistics travel: two or three numbers a token forward, and
               dhidden [T, D] in hidden's dtype backward
-    Backward: saves hidden, weight, labels and lse; dhidden is summed over the ranks, dweight stays local. Deterministic as far
-              as the group's all-reduce is
+    Backward: saves hidden, weight, labels and lse (8 bytes a token); dhidden is summed over the ranks, dweight stays local.
+              Deterministic as far as the group's all-reduce is
     Errors:   ValueError, TypeError as `linear_cross_entropy`, and for a shard outside the vocabulary; every rank must raise or
               none, so the values of labels are looked at before anything is sent. Shards that leave a gap or overlap raise on
               every CPU rank; on CUDA all results are NaN and `internlm2_kernels.check()` reports it, as it does a label

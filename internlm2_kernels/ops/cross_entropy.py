@@ -139,6 +139,11 @@ def is_one(dloss):
     return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active() and dloss.item() == 1.0
 
 
+def gives_away():
+    """Whether saved gradients may leave as results, to be written by whoever gets them: no second backward will ask again."""
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 class _OneSweep(torch.autograd.Function):
     """mean and sum: the gradient is made with the loss, up to the upstream's factor."""
 
@@ -157,7 +162,7 @@ class _OneSweep(torch.autograd.Function):
         if dloss is None:
             return (None,) * 4
         dlogits, _ = ctx.saved_tensors
-        return dlogits if is_one(dloss) else _SCALE[ctx.backend](dloss, dlogits), None, None, None
+        return dlogits if is_one(dloss) and gives_away() else _SCALE[ctx.backend](dloss, dlogits), None, None, None
 
 
 class _TwoSweeps(torch.autograd.Function):
@@ -208,9 +213,10 @@ def cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_l
               code plans its own memory and does not
     Dtypes:   logits float32 | bfloat16 | float16 | float64; computed in float32 (float64), which is the loss's dtype
     Backward: mean and sum make the gradient in the forward (one read, one write) and save it: the bytes of logits. An
-              upstream other than 1 multiplies it: one pass more (none on CPU for 1), in which inf or NaN reaches
-              ignored rows too. "none", float16 and inplace_backward save logits and lse in two parts (8 bytes a row;
-              float64: 16) and read the logits again. Deterministic: yes, and batch-invariant
+              upstream other than 1 multiplies it, into memory of its own: one pass and the bytes of logits more (none on
+              CPU for 1, unless the graph is kept), in which inf or NaN reaches ignored rows too. "none", float16 and
+              inplace_backward save logits and lse in two parts (8 bytes a row; float64: 16) and read the logits again.
+              Deterministic: yes, and batch-invariant
     Errors:   ValueError, TypeError; a label outside [0, V) that is not ignore_index raises on CPU before memory is touched;
               on CUDA its row becomes NaN and `internlm2_kernels.check()` reports it
     Cost:     memory-bound: one read forward, one read and one write with gradient.

@@ -9,7 +9,7 @@ from .._registry import Case, Op, Sample, without_autocast
 from ._attention import autocast
 from ._losses import REDUCTIONS, accumulator, check_label_values, check_labels, check_reduction, losses_of, reduced
 from .apply_rope import native
-from .cross_entropy import check_ignore_index, check_loss_options, is_one
+from .cross_entropy import check_ignore_index, check_loss_options, gives_away, is_one
 
 
 @without_autocast
@@ -45,7 +45,8 @@ def _torch_linear(hidden, weight, labels, *, ignore_index=-100, label_smoothing=
 
 def _fake_fwd(hidden, weight, labels, token_weights, ignore_index, label_smoothing, z_loss, softcap, reduction):
     acc = accumulator(hidden.dtype)
-    return hidden.new_empty(labels.shape if reduction == 0 else (), dtype=acc), hidden.new_empty(labels.shape, dtype=acc)
+    loss = hidden.new_empty(labels.shape if reduction == 0 else (), dtype=acc)
+    return loss, hidden.new_empty((*labels.shape, 2), dtype=acc)  # lse, and what rounding cut off it
 
 
 def gradient_shapes(hidden, weight, needs_dhidden, needs_dweight):
@@ -199,8 +200,12 @@ class _OneSweep(torch.autograd.Function):
         if dloss is None:
             return (None,) * 6
         dhidden, dweight, like = ctx.saved_tensors
-        if not (is_one(dloss) and dhidden.dtype == like.dtype and (dweight.dtype == like.dtype or not dweight.numel())):
-            dhidden, dweight = _SCALE[ctx.backend](dloss, dhidden, dweight, like, like)
+        final = is_one(dloss) and gives_away()
+        ready = [final and (t.dtype == like.dtype or not t.numel()) for t in (dhidden, dweight)]
+        if not all(ready):
+            scaled = _SCALE[ctx.backend](dloss, dhidden[:0] if ready[0] else dhidden, dweight[:0] if ready[1] else dweight,
+                                         like, like)
+            dhidden, dweight = dhidden if ready[0] else scaled[0], dweight if ready[1] else scaled[1]
         needs = ctx.needs_input_grad
         return dhidden if needs[0] else None, dweight if needs[1] else None, None, None, None, None
 
@@ -268,7 +273,7 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, label_smo
               (float32 for float16), dweight in float32: 4 V D bytes, the one accumulator. Backward rounds them to the inputs'
               dtypes, times the upstream (dhidden of bfloat16 is rounded a second time where the upstream is not 1; inf or
               NaN reaches ignored rows too). A hidden that is not finite reaches dweight also where its label is ignored.
-              "none" saves hidden, weight, labels and lse (4 bytes a token) and computes the logits again: four products. A
+              "none" saves hidden, weight, labels and lse (8 bytes a token) and computes the logits again: four products. A
               frozen hidden or weight costs no product and no memory. Deterministic: yes; forward is batch-invariant: a token's
               loss has the same bits whatever else is in the batch
     Errors:   ValueError, TypeError; a label outside [0, V) that is not ignore_index raises on CPU before memory is touched;

@@ -46,7 +46,8 @@ def _eager(hidden, weight, tokens, *, temperature=1.0, return_entropy=False):
 def _fake_fwd(hidden, weight, tokens, inv_temperature, softcap, vocab_start, vocab_size, needs_entropy, needs_sum, needs_hits):
     acc = accumulator(hidden.dtype)
     each = lambda wanted=True, dtype=acc: hidden.new_empty((tokens.shape[0] if wanted else 0,), dtype=dtype)
-    return each(), each(), each(needs_entropy), each(needs_hits, torch.bool), each(needs_sum)
+    lse = hidden.new_empty((*tokens.shape, 2), dtype=acc)  # and what rounding cut off it
+    return each(), lse, each(needs_entropy), each(needs_hits, torch.bool), each(needs_sum)
 
 
 def _fake_bwd(dlogprobs, dentropy, dlse, dsum, hidden, weight, tokens, lse, entropy, inv_temperature, softcap, vocab_start,
@@ -147,7 +148,7 @@ def linear_logprobs(hidden, weight, tokens, *, temperature=1.0, return_entropy=F
               logits the first counts; False where logits are NaN). No gradient passes hits
     Dtypes:   hidden, weight float32 | bfloat16 | float16 | float64, both equal; under autocast its dtype. Results float32
               (float64), as are all sums
-    Backward: saves hidden, weight, tokens, lse and entropy (8 bytes a token) and computes the logits again: four products
+    Backward: saves hidden, weight, tokens, lse and entropy (12 bytes a token) and computes the logits again: four products
               in all. dweight is summed in float32: 4 V D bytes while the backward runs. A frozen hidden or weight costs no
               product. Deterministic: yes; forward is batch-invariant
     Errors:   ValueError, TypeError; a token outside [0, V) raises on CPU before memory is touched; on CUDA its results are

@@ -62,6 +62,43 @@ def test_one_registered_call_each_way(backend, generator):
     assert [name for name, _ in raw_calls(recorder)] == ["linear_logprobs_fwd", "linear_logprobs_bwd"]
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_an_upstream_of_1_copies_no_hidden_gradient(dtype, generator):
+    """On CPU: the weight's gradient is rounded to its dtype, hidden's, whose dtype it has, is handed out as it is."""
+    hidden, weight, labels = head(generator)
+    hidden, weight = (t.detach().to(dtype).requires_grad_() for t in (hidden, weight))
+    with Recorder() as recorder:
+        ik.linear_cross_entropy(hidden, weight, labels, backend="cpp").backward()
+    scaled = [args[1:3] for name, args in raw_calls(recorder) if name == "linear_cross_entropy_scale_bwd"]
+    assert [[t.shape[0] for t in pair] for pair in scaled] == ([] if dtype == torch.float32 else [[0, weight.shape[0]]])
+    got = {"hidden": hidden.grad, "weight": weight.grad}
+    hidden.grad = weight.grad = None
+    loss = ik.linear_cross_entropy(hidden, weight, labels, backend="cpp")
+    loss.backward(torch.ones(()), retain_graph=True)  # nothing leaves that a second walk needs
+    assert_bitwise({"hidden": hidden.grad, "weight": weight.grad}, got)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("upstream", (1.0, 0.5))
+def test_results_of_a_kept_graph_may_be_written(backend, upstream, generator):
+    """By a hook, or by who asked for them: another backward through the same graph gives the same."""
+    hidden, weight, labels = head(generator)
+    logits = draw(generator, 7, 40).requires_grad_()
+    for leaves, loss in (((logits,), ik.cross_entropy(logits, labels % 40, backend=backend)),
+                         ((hidden, weight), ik.linear_cross_entropy(hidden, weight, labels, backend=backend))):
+        once = torch.autograd.grad(loss, leaves, torch.tensor(upstream), retain_graph=True)
+        want = [g.clone() for g in once]
+        for g in once:
+            g.zero_()
+        hooks = [leaf.register_hook(lambda g: g.mul_(2)) for leaf in leaves]
+        twice = torch.autograd.grad(loss, leaves, torch.tensor(upstream), retain_graph=True)
+        for hook in hooks:
+            hook.remove()
+        last = torch.autograd.grad(loss, leaves, torch.tensor(upstream))
+        for g, doubled, again in zip(want, twice, last, strict=True):
+            assert torch.equal(doubled, 2 * g) and torch.equal(again, g)
+
+
 @pytest.mark.parametrize("backend", NATIVE)
 def test_a_graph_can_be_walked_again(backend, generator):
     """What was saved is not what was handed out: gradients that are changed in place change no later backward."""

@@ -116,6 +116,7 @@ double scalar_of(const char* argument, const Tensor& t) {
 
 struct Lists {
   const Tensors &params, &grads, &masters, &exp_avgs, &exp_avg_sqs, &steps;
+  const std::vector<int64_t>& indices;
   const std::vector<int64_t>& offsets;  // empty: all 0
 };
 
@@ -125,6 +126,11 @@ void check_lists(const Lists& l) {
   check_length("exp_avgs", l.exp_avgs, l.params.size());
   check_length("exp_avg_sqs", l.exp_avg_sqs, l.params.size());
   check_length("steps", l.steps, l.params.size());
+  STD_TORCH_CHECK(l.indices.size() == l.params.size(), "ValueError: indices: expected ", l.params.size(),
+                  " numbers, as many as params, got ", l.indices.size());
+  for (int64_t index : l.indices) {
+    STD_TORCH_CHECK(index >= 0 && index < kIndices, "ValueError: indices: expected numbers from 0 to 2^30 - 1, got ", index);
+  }
   STD_TORCH_CHECK(l.offsets.empty() || l.offsets.size() == l.params.size(), "ValueError: offsets: expected ",
                   l.params.size(), " numbers, as many as params, or none, got ", l.offsets.size());
   for (int64_t offset : l.offsets) {
@@ -154,7 +160,7 @@ void check_lists(const Lists& l) {
 
 // ------------------------------------------------------------------------------------------------------------------ step
 // Counts the update and gathers what one tensor's chunks need of it.
-std::vector<AdamwTensor> tensors_of(const Lists& l, const Adamw& a, double lr, double weight_decay, int64_t first_index) {
+std::vector<AdamwTensor> tensors_of(const Lists& l, const Adamw& a, double lr, double weight_decay) {
   std::vector<AdamwTensor> tensors;
   tensors.reserve(l.params.size());
   for (size_t i = 0; i < l.params.size(); ++i) {
@@ -175,7 +181,7 @@ std::vector<AdamwTensor> tensors_of(const Lists& l, const Adamw& a, double lr, d
     t.decay = 1 - lr * weight_decay;
     t.step_size = lr / (1 - std::pow(a.beta1, step));
     t.root_scale = 1 / std::sqrt(1 - std::pow(a.beta2, step));
-    t.index = static_cast<uint32_t>(first_index + static_cast<int64_t>(i));
+    t.index = static_cast<uint32_t>(l.indices[i]);
     t.step = static_cast<uint32_t>(static_cast<int64_t>(step));
     tensors.push_back(t);
   }
@@ -186,9 +192,9 @@ void adamw_step_cpp(const Tensors& params, const Tensors& grads, const Tensors& 
                     const Tensors& exp_avg_sqs, const Tensors& steps, const Tensor& skipped, const OptTensor& total_sq,
                     const OptTensor& grad_scale, const OptTensor& found_inf, const Tensor& lr, double beta1, double beta2,
                     double eps, double weight_decay, double max_grad_norm, bool stochastic_rounding, bool maximize,
-                    int64_t seed, int64_t first_index, const std::vector<int64_t>& offsets) {
+                    int64_t seed, const std::vector<int64_t>& indices, const std::vector<int64_t>& offsets) {
   check_cpu();
-  const Lists lists{params, grads, masters, exp_avgs, exp_avg_sqs, steps, offsets};
+  const Lists lists{params, grads, masters, exp_avgs, exp_avg_sqs, steps, indices, offsets};
   check_lists(lists);
   STD_TORCH_CHECK(dtype_of(skipped) == Dtype::i64 && skipped.numel() == 1,
                   "ValueError: skipped: expected one int64, got ", skipped.numel(), " of ", name_of(dtype_of(skipped)));
@@ -204,7 +210,7 @@ void adamw_step_cpp(const Tensors& params, const Tensors& grads, const Tensors& 
   const auto bits = static_cast<uint64_t>(seed);
   const Adamw a{beta1, beta2, eps, (maximize ? -coefficient : coefficient) / scale, stochastic_rounding,
                 static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)};
-  const std::vector<AdamwTensor> tensors = tensors_of(lists, a, rate, weight_decay, first_index);
+  const std::vector<AdamwTensor> tensors = tensors_of(lists, a, rate, weight_decay);
   Chunks chunks;
   for (const AdamwTensor& t : tensors) chunks.add(t.numel);
   chunks.run([&](int64_t, size_t i, int64_t begin) {

@@ -5,6 +5,7 @@
 
 namespace internlm2 {
 
+constexpr int64_t kIndices = int64_t{1} << 30;  // of tensors: with a stream of four, a word of the random numbers' counter
 constexpr int64_t kListChunk = 65536;  // elements of one tensor that are worked on at a time, and whose squares are one sum
 
 // One tensor of the list. Dense, so that elements are counted as they lie in memory.

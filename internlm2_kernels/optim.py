@@ -4,15 +4,14 @@ import torch
 from torch.optim import Optimizer
 
 from ._checks import FLOAT_DTYPES, check_flag, fail
+from ._optim_state import LOW, STATE, check_saved, loaded_count, settle_masters, warn_of_masters
 from ._registry import BACKENDS, OPS
-from ._shards import is_dtensor, local_of, offset_of
+from ._shards import check_placements, is_dtensor, local_of, offset_of, split_dimensions
 from .ops._losses import check_number
 from .ops.adamw import STEP, check_settings, reference_step
 from .ops.squared_norm import SQUARED_NORM, dense
 from .ops.squared_norm import reference as reference_norm
 
-LOW = (torch.bfloat16, torch.float16)
-STATE = ("exp_avg", "exp_avg_sq", "master")
 OPTIONS = ("master_weights", "stochastic_rounding", "moment_dtype", "max_grad_norm", "skip_nonfinite", "seed", "backend")
 FIXED = {"amsgrad": False, "differentiable": False, "decoupled_weight_decay": True}  # of torch.optim's groups: no other value
 LARGEST = torch.finfo(torch.float32).max
@@ -45,7 +44,8 @@ class FusedAdamW(Optimizer):
                            bytes an element beside a step's 14 to 28. False, without max_grad_norm: as PyTorch's AdamW
       seed                 of the random bits
       backend              of all operators; None: the best one for each device
-    These are of the whole optimizer, no keys of a group. Betas lie in [0, 1), eps is at least float32's least normal number.
+    These are of the whole optimizer, no keys of a group, and neither is skipped. Betas lie in [0, 1), eps is at least
+    float32's least normal number.
 
     Skipped steps: one whose gradient norm or whose lr tensor is not finite, or in which a `GradScaler` found an infinity,
     changes nothing but `skipped`: decided on the device, nothing waits for it. The norm's square is a float32 (of float32 and
@@ -55,10 +55,14 @@ class FusedAdamW(Optimizer):
 
     Masters: made in a parameter's first step (or loaded), and from then on what its steps start from. What is written to the
     parameter besides (`p.data.fill_`, `model.load_state_dict`) is undone by the next step, unless `refresh_masters()` is
-    called after. A parameter that takes a step in a dtype that needs none loses its master.
-    Shards: a DTensor's elements take random bits by their place in the whole tensor where the shard is a contiguous range of
-    it, as FSDP2's rows are: sharded and whole steps have the same bits for the same gradients. Other parts, Shard(d) with
-    d > 0, take numbers of their own: they share none, but are not the whole tensor's.
+    called after. A parameter that takes a step in a dtype that needs none loses its master. After loading a state, in
+    the first step, a parameter that is not what its master rounds to counts, with a warning: whether weights are loaded
+    before the state or after, and where PyTorch's AdamW took steps in between, which leaves the masters behind.
+    Random bits: of each parameter by its place among all of the optimizer's, whichever have gradients. A DTensor's elements
+    take them by their place in the whole tensor where the shard is a contiguous range of it, as FSDP2's rows are, of
+    tensor parallelism's too: sharded and whole steps have the same bits for the same gradients. Other parts, Shard(d) with
+    d > 0, take numbers of their own: they share none, but are not the whole tensor's. Rows that do not follow each other
+    are refused where bits are drawn, and parameters that are sums over ranks (Partial) everywhere.
 
     State a parameter: step (float32, on its device: it counts to 2^24), exp_avg, exp_avg_sq, master: 8 to 12 bytes an
     element, 4 with bfloat16 moments and stochastic rounding. `state_dict()` goes to and comes from `torch.optim.AdamW`; a
@@ -71,6 +75,7 @@ class FusedAdamW(Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    _unseen_masters = False  # masters were loaded, and no step has compared them with the parameters yet
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, *, master_weights=True,
                  stochastic_rounding=False, moment_dtype=torch.float32, max_grad_norm=None, skip_nonfinite=True, maximize=False,
@@ -98,7 +103,7 @@ class FusedAdamW(Optimizer):
 
     def __getstate__(self):
         """For copy and pickle: the base class knows of groups and state alone."""
-        own = {name: getattr(self, name) for name in (*OPTIONS, "grad_norm", "_skipped")}
+        own = {name: getattr(self, name) for name in (*OPTIONS, "grad_norm", "_skipped", "_unseen_masters")}
         return super().__getstate__() | own | {"_rates": {}}
 
     def add_param_group(self, param_group):
@@ -106,6 +111,8 @@ class FusedAdamW(Optimizer):
         try:
             self._check_group(self.param_groups[-1])
             self._check_dtypes(p.dtype for p in self.param_groups[-1]["params"])
+            for p in self.param_groups[-1]["params"]:
+                check_placements("FusedAdamW", p)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -121,9 +128,9 @@ class FusedAdamW(Optimizer):
     def _check_group(self, group, argument="params"):
         """A group that is given or, in argument state_dict, loaded."""
         op, lr = "FusedAdamW" if argument == "params" else f"FusedAdamW: {argument}", group["lr"]
-        for name in OPTIONS:
+        for name in (*OPTIONS, "skipped"):
             if name in group:
-                fail(TypeError, "FusedAdamW", argument, f"no {name} in a group: it is an option of the optimizer", group[name])
+                fail(TypeError, "FusedAdamW", argument, f"no {name} in a group: it is of the whole optimizer", group[name])
         for name, value in FIXED.items():
             if group.get(name, value) != value:
                 fail(ValueError, "FusedAdamW", argument, f"{name}={value}", group[name])
@@ -187,7 +194,11 @@ class FusedAdamW(Optimizer):
                 state["master"] = self._like(p, "master", p.detach())
 
     def state_dict(self):
-        return {**super().state_dict(), "skipped": self.skipped.clone()}
+        """With `skipped`; what is not 0 in the first group too, since distributed checkpoints keep groups and state alone."""
+        saved, count = super().state_dict(), int(self.skipped)
+        if count:
+            saved["param_groups"][0]["skipped"] = count
+        return {**saved, "skipped": self.skipped.clone()}
 
     def load_state_dict(self, state_dict):
         """Accepts its own and `torch.optim.AdamW`'s; moments and masters keep float32, or the moments' dtype asked for.
@@ -204,11 +215,13 @@ class FusedAdamW(Optimizer):
             return {"state": {}, "param_groups": groups}
 
         def first(_):
-            state, skipped = made[0]
+            state, skipped, stale = made[0]
             for p, own in state.items():
                 self.state[p] = own
             if skipped is not None:
                 self._skipped = {skipped.device: skipped}
+            self._unseen_masters = any("master" in own for own in state.values())
+            warn_of_masters(stale, "are no float32, as after a step of another optimizer")
 
         handles = (self.register_load_state_dict_pre_hook(last), self.register_load_state_dict_post_hook(first, prepend=True))
         try:
@@ -221,6 +234,8 @@ class FusedAdamW(Optimizer):
         if not {"state", "param_groups"} <= set(state_dict):
             fail(ValueError, "FusedAdamW", "state_dict", "state and param_groups", ", ".join(map(str, state_dict)) or "nothing")
         groups = [{"maximize": False, **group} for group in state_dict["param_groups"]]
+        for group in groups:
+            group.pop("skipped", None)  # _loaded_state reads it
         if len(groups) != len(self.param_groups):
             fail(ValueError, "FusedAdamW", "state_dict", f"{len(self.param_groups)} parameter groups", len(groups))
         for group in groups:
@@ -232,28 +247,32 @@ class FusedAdamW(Optimizer):
 
     @torch.no_grad()
     def _loaded_state(self, state_dict):
-        """(state by parameter, skipped or None), copied: nothing is left that could fail when they are put in place."""
+        """(state by parameter, skipped or None, number of stale masters), copied: nothing is left to fail."""
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         found = {p: state_dict["state"][i] for i, p in zip(saved_ids, params, strict=False) if state_dict["state"].get(i)}
         for p, saved in found.items():
-            if not {"step", *STATE[:2]} <= set(saved):
-                fail(ValueError, "FusedAdamW", "state_dict", "step, exp_avg and exp_avg_sq of a parameter", ", ".join(saved))
-            for name in STATE:
-                if name in saved and saved[name].shape != p.shape:
-                    fail(ValueError, "FusedAdamW", f"state_dict: {name}", f"shape {list(p.shape)}", list(saved[name].shape))
-        state = {}
+            check_saved(p, saved)
+        skipped = loaded_count(state_dict)
+        state, stale = {}, 0
         for p, saved in found.items():
-            state[p] = {"step": torch.as_tensor(saved["step"], dtype=torch.float32).to(p.device, copy=True)}
+            step = torch.as_tensor(local_of(saved["step"]), dtype=torch.float32)
+            state[p] = {"step": step.detach().reshape(()).to(p.device, copy=True)}
             for name in STATE:
-                if name in saved and (name != "master" or self._has_master(p)):
+                if name not in saved or (name == "master" and not self._has_master(p)):
+                    continue
+                if name == "master" and saved[name].dtype in LOW:
+                    stale += 1
+                else:
                     state[p][name] = self._like(p, name, saved[name].detach())
-        skipped = state_dict.get("skipped") if params else None
-        return state, None if skipped is None else torch.as_tensor(skipped).to(params[0].device, torch.int64, copy=True)
+        if skipped is not None and params:
+            skipped = torch.as_tensor(skipped).reshape(()).to(params[0].device, torch.int64, copy=True)
+        return state, skipped if params else None, stale
 
     # -------------------------------------------------------------------------------------------------------------- step
     def _gradient(self, p):
         """The local part of p's gradient, in p's memory layout."""
+        check_placements("FusedAdamW", p)
         grad = p.grad
         if grad.is_sparse:
             fail(TypeError, "FusedAdamW", "grad", "a dense gradient", "a sparse one")
@@ -267,25 +286,28 @@ class FusedAdamW(Optimizer):
         return grad
 
     def _lists(self):
-        """Per (group, device, dtype, master or not): its parameters with gradients, and the index of its first one."""
-        lists, first = {}, 0
+        """Per (group, device, dtype, master or not): its parameters with gradients, and their places among all parameters."""
+        lists, place = {}, 0
         for number, group in enumerate(self.param_groups):
             for p in group["params"]:
-                key = number, p.device, p.dtype, self._has_master(p)
-                if key not in lists:
-                    lists[key] = [], [0]
-                lists[key][1][0] += 1
                 if p.grad is not None:
-                    lists[key][0].append(p)
-        for _, count in lists.values():
-            count[0], first = first, first + count[0]
-        return {key: (params, start[0]) for key, (params, start) in lists.items() if params}
+                    params, places = lists.setdefault((number, p.device, p.dtype, self._has_master(p)), ([], []))
+                    params.append(p)
+                    places.append(place)
+                place += 1
+        return lists
+
+    def _offsets(self, dtype, params):
+        """Where the random bits of each parameter begin; none where none are drawn."""
+        stochastic = self.stochastic_rounding and dtype == torch.bfloat16
+        random = stochastic or (self.moment_dtype == torch.bfloat16 and dtype != torch.float64)
+        return [offset_of(p) for p in params] if random else []
 
     def _total(self, gradients):
         """The squared global norm as a 0-dim tensor by device: of all groups, devices and shards."""
         parts = {}
         for p, grad in gradients.items():
-            where = (p.device_mesh, p.placements) if is_dtensor(p) else None
+            where = (p.device_mesh, split_dimensions(p)) if is_dtensor(p) else None
             parts.setdefault((p.device, where), []).append(grad)
         total, devices = None, {}
         for (device, where), grads in parts.items():
@@ -293,33 +315,40 @@ class FusedAdamW(Optimizer):
             chosen = _chosen("squared_norm", grads[0], self.backend)
             part = reference_norm(grads) if chosen == "reference" else SQUARED_NORM.overloads["fwd"][chosen](grads)
             if where is not None:
-                mesh, placements = where
-                for dim, placement in enumerate(placements):
-                    if placement.is_shard() or placement.is_partial():
-                        torch.distributed.all_reduce(part, group=mesh.get_group(dim))
-            total = part if total is None else total + part.to(total.device, total.dtype, non_blocking=True)
+                mesh, split = where
+                for dim in split:
+                    torch.distributed.all_reduce(part, group=mesh.get_group(dim))
+            total = part if total is None else total + part.to(total.device, non_blocking=True)
             devices[device] = None
         return {device: total.to(device, non_blocking=True) for device in devices}
 
-    def _rate(self, number, device):
-        """The group's learning rate as a float32 tensor on the device; filled anew only where it changed."""
+    def _rate(self, number, device, dtype):
+        """The group's learning rate as a tensor on the device; filled anew only where it changed."""
         lr = self.param_groups[number]["lr"]
         if isinstance(lr, torch.Tensor):
-            return lr.detach().reshape(()).to(device, torch.float32, non_blocking=True)
-        known = self._rates.get((number, device))
+            return lr.detach().reshape(()).to(device, dtype, non_blocking=True)
+        known = self._rates.get((number, device, dtype))
         if known is None or known[0] != lr:
-            tensor = torch.full((), lr, dtype=torch.float32, device=device) if known is None else known[1].fill_(lr)
-            known = self._rates[number, device] = lr, tensor
+            tensor = torch.full((), lr, dtype=dtype, device=device) if known is None else known[1].fill_(lr)
+            known = self._rates[number, device, dtype] = lr, tensor
         return known[1]
 
     def _rates_of(self, lists):
-        """The learning rates by (group, device), and for several lists 1 where a tensor of lr is not finite, as an overflow."""
-        rates = {(number, device): self._rate(number, device) for number, device, _, _ in lists}
-        tensors = [rate for (number, _), rate in rates.items() if isinstance(self.param_groups[number]["lr"], torch.Tensor)]
+        """The learning rate of each list in what it is computed in, float32 or float64; and for several lists 1 where a
+        tensor of lr is not finite, as an overflow."""
+        computed_in = lambda dtype: torch.float64 if dtype == torch.float64 else torch.float32
+        rates = {key: self._rate(*key[:2], computed_in(key[2])) for key in lists}
+        tensors = [rate for key, rate in rates.items() if isinstance(self.param_groups[key[0]]["lr"], torch.Tensor)]
         if len(lists) == 1 or not tensors:  # a list of its own looks itself
             return rates, None
         together = torch.stack([t.to(tensors[0].device, non_blocking=True) for t in tensors])
         return rates, 1 - together.isfinite().all().to(torch.float32)
+
+    def _see_masters(self):
+        """Once after loading: a parameter that is not its master's rounding was written to since."""
+        settle_masters((p, self.state[p]["master"]) for group in self.param_groups for p in group["params"]
+                       if p in self.state and "master" in self.state[p] and self._has_master(p))
+        self._unseen_masters = False
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -335,6 +364,9 @@ class FusedAdamW(Optimizer):
         gradients = {p: self._gradient(p) for params, _ in lists.values() for p in params}
         if not gradients:
             return loss
+        offsets = {key: self._offsets(key[2], params) for key, (params, _) in lists.items()}
+        if self._unseen_masters:
+            self._see_masters()
         total = self._total(gradients) if self.skip_nonfinite else {}
         rates, overflow = self._rates_of(lists)
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -344,8 +376,8 @@ class FusedAdamW(Optimizer):
             first = next(iter(total.values()))
             self.grad_norm = first.sqrt() if scale is None else first.sqrt() / scale.to(first.device)
         counted = set()
-        for (number, device, _, master), (params, first_index) in lists.items():
-            group = self.param_groups[number]
+        for key, (params, places) in lists.items():
+            (_, device, _, master), group = key, self.param_groups[key[0]]
             states = [self._state_of(p) for p in params]
             local = lambda name, states=states: [local_of(state[name]) for state in states]
             skipped = self._skipped.setdefault(device, torch.zeros((), dtype=torch.int64, device=device))
@@ -355,12 +387,11 @@ class FusedAdamW(Optimizer):
             run = reference_step if chosen == "reference" else STEP[chosen]
             weights = [local_of(p).detach() for p in params]
             filled = [w if dense(w) else torch.empty_like(w).copy_(w) for w in weights]
-            random = self.stochastic_rounding or states[0]["exp_avg"].dtype == torch.bfloat16
             run(filled, [gradients[p] for p in params], local("master") if master else [],
                 local("exp_avg"), local("exp_avg_sq"), local("step"), skipped.clone() if device in counted else skipped,
-                total.get(device), on(scale), on(found), rates[number, device], beta1, beta2, group["eps"],
+                total.get(device), on(scale), on(found), rates[key], beta1, beta2, group["eps"],
                 group["weight_decay"], self.max_grad_norm or 0.0, self.stochastic_rounding, group["maximize"], self.seed,
-                first_index, [offset_of(p) for p in params] if random else [])
+                places, offsets[key])
             for weight, new in zip(weights, filled, strict=True):
                 if weight is not new:
                     weight.copy_(new)

@@ -116,7 +116,7 @@ def step(param, grad, master, exp_avg, exp_avg_sq, stochastic_rounding=False):
     scalar = lambda value, dtype=torch.float32: torch.full((), value, dtype=dtype)
     STEP["cpp"]([param], [grad], [] if master is None else [master], [exp_avg], [exp_avg_sq], [scalar(2.0)],
                 scalar(0, torch.int64), None, None, None, scalar(1e-2), 0.0, 0.0, 1e-8, 0.1, 0.0, stochastic_rounding, False,
-                SEED, INDEX)
+                SEED, [INDEX])
 
 
 def eighths(most, generator):

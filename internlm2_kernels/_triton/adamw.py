@@ -35,7 +35,7 @@ def adamw_prepare_kernel(table_ptr, state_ptr, skipped_ptr, total_sq_ptr, grad_s
     if found_inf_ptr is not None:
         taken = tl.where(tl.load(found_inf_ptr).to(tl.float32) == 0.0, taken, 0)
     if total_sq_ptr is not None:
-        norm = tl.sqrt_rn(tl.load(total_sq_ptr)) * tl.abs(factor)
+        norm = tl.sqrt_rn(tl.load(total_sq_ptr).to(tl.float32)) * tl.abs(factor)
         taken = tl.where(norm < float("inf"), taken, 0)
         clip = tl.div_rn(max_grad_norm, norm + 1e-6)
         factor = tl.where((max_grad_norm > 0.0) & (clip < 1.0), factor * clip, factor)
@@ -160,13 +160,13 @@ def adamw_step_kernel(table_ptr, state_ptr, lr_ptr, tensors, seed, beta1, one_le
                 beta1, one_less_beta1, beta2, one_less_beta2, eps, seed, index, step, STOCHASTIC, True, CHUNK, GROUPS)
 
 
-def _table(entries, first_index, device):
-    """The rows of these entries (position in the list, param, grad, master, exp_avg, exp_avg_sq, step, offset)."""
-    index, *tensors, offsets = zip(*entries, strict=True)
+def _table(entries, device):
+    """The rows of these entries (index, param, grad, master, exp_avg, exp_avg_sq, step, offset)."""
+    indices, *tensors, offsets = zip(*entries, strict=True)
     address = lambda tensors: [0 if t is None else t.data_ptr() for t in tensors]
     sizes = [t.numel() for t in tensors[0]]
     shifted = [size + offset % 8 if size else 0 for size, offset in zip(sizes, offsets, strict=True)]
-    rows = [sizes, *(address(c) for c in tensors), [first_index + i for i in index], offsets]
+    rows = [sizes, *(address(c) for c in tensors), indices, offsets]
     return table(CHUNK, shifted, rows, device)
 
 
@@ -175,7 +175,7 @@ def _log(beta):
 
 
 def adamw_step_(params, grads, masters, exp_avgs, exp_avg_sqs, steps, skipped, total_sq, grad_scale, found_inf, lr, beta1,
-                beta2, eps, weight_decay, max_grad_norm, stochastic_rounding, maximize, seed, first_index, offsets=()):
+                beta2, eps, weight_decay, max_grad_norm, stochastic_rounding, maximize, seed, indices, offsets=()):
     if not params:
         return
     for param in params:
@@ -184,20 +184,20 @@ def adamw_step_(params, grads, masters, exp_avgs, exp_avg_sqs, steps, skipped, t
     rounded = stochastic_rounding and not masters
     random = lambda i: torch.bfloat16 in (params[i].dtype if rounded else None, exp_avgs[i].dtype, exp_avg_sqs[i].dtype)
     offsets = [offset if random(i) else 0 for i, offset in enumerate(offsets or [0] * len(params))]
-    entries = list(zip(range(len(params)), params, grads, masters or [None] * len(params), exp_avgs, exp_avg_sqs, steps,
+    entries = list(zip(indices, params, grads, masters or [None] * len(params), exp_avgs, exp_avg_sqs, steps,
                        offsets, strict=True))
     groups: dict[tuple, list] = {}
     for entry in entries:
         groups.setdefault(tuple(entry[i].dtype for i in (1, 2, 4, 5)), []).append(entry)
     state = torch.empty(2, dtype=torch.float32, device=device)
-    rows, count = _table(entries, first_index, device)
+    rows, count = _table(entries, device)
     launch(adamw_prepare_kernel, 1, device,
            dict(table_ptr=rows, state_ptr=state, skipped_ptr=skipped, total_sq_ptr=total_sq, grad_scale_ptr=grad_scale,
                 found_inf_ptr=found_inf, lr_ptr=lr, tensors=len(params), max_grad_norm=max_grad_norm,
                 sign=-1.0 if maximize else 1.0, BLOCK=256), num_warps=4)
     for (param, grad, avg, sq), own in groups.items():
         if len(groups) > 1:
-            rows, count = _table(own, first_index, device)
+            rows, count = _table(own, device)
         if not count:
             continue
         lists = [[entry[i] for entry in own] for i in ((1, 2, 3, 4, 5) if masters else (1, 2, 4, 5))]
@@ -221,4 +221,5 @@ def audit(dtype, meta):
                                             ("random rounding", [], full, True), ("random, low moments", [], low, True)):
         if dtype == torch.bfloat16 or not masters:
             yield label, lambda masters=masters, moments=moments, random=random: adamw_step_(
-                params, params, masters, moments, moments, steps, skipped, one, one, one, *settings, random, False, 2**40, 0)
+                params, params, masters, moments, moments, steps, skipped, one, one, one, *settings, random, False, 2**40,
+                list(range(300)))

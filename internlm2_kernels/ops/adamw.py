@@ -9,6 +9,7 @@ from ._philox import bits16, stochastic_bfloat16
 
 LEAST_NORMAL = torch.finfo(torch.float32).tiny
 MOST_STEPS = 2**24  # float32, in which they are counted, goes on by one up to there
+INDICES = 2**30  # of tensors, that have random bits of their own
 MOMENTS = ((torch.float32, torch.bfloat16), (torch.float64,))
 
 
@@ -35,7 +36,7 @@ def reference(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, b
 
 
 def reference_step(params, grads, masters, exp_avgs, exp_avg_sqs, steps, skipped, total_sq, grad_scale, found_inf, lr, beta1,
-                   beta2, eps, weight_decay, max_grad_norm, stochastic_rounding, maximize, seed, first_index, offsets=()):
+                   beta2, eps, weight_decay, max_grad_norm, stochastic_rounding, maximize, seed, indices, offsets=()):
     """`step_` in plain PyTorch, in place; it may wait for the device."""
     norm = None if total_sq is None else total_sq.sqrt() / (1 if grad_scale is None else grad_scale)
     if any(t is not None and not bool(t.isfinite()) for t in (norm, lr)) or (found_inf is not None and bool(found_inf)):
@@ -52,7 +53,7 @@ def reference_step(params, grads, masters, exp_avgs, exp_avg_sqs, steps, skipped
         master = (in_memory(masters[i]),) if masters else ()
         new = reference(*old, *master, step=int(steps[i]), lr=float(lr), betas=(beta1, beta2), eps=eps,
                         weight_decay=weight_decay, maximize=maximize, stochastic_rounding=stochastic_rounding, seed=seed,
-                        index=first_index + i, offset=offsets[i] if offsets else 0)
+                        index=indices[i], offset=offsets[i] if offsets else 0)
         for tensor, value in zip((param, *moments, *master), new, strict=True):
             tensor.copy_(value)
 
@@ -103,7 +104,7 @@ ADAMW = Op(
                       " Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] steps, Tensor(f!) skipped, Tensor? total_sq,"
                       " Tensor? grad_scale, Tensor? found_inf, Tensor lr, float beta1, float beta2, float eps,"
                       " float weight_decay, float max_grad_norm, bool stochastic_rounding, bool maximize, int seed,"
-                      " int first_index, int[] offsets=[]) -> ()"},
+                      " int[] indices, int[] offsets=[]) -> ()"},
     fakes={"step_": lambda *args: None},
     outputs=("param", "exp_avg", "exp_avg_sq", "master"),
     sample=_sample,
@@ -166,8 +167,9 @@ def adamw(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas
               (all float64 for float64); computed in float32 (float64). w is the master, or param where there is none; param
               is w rounded to nearest, or stochastically for bfloat16 without a master on request. bfloat16 moments are always
               stored stochastically rounded: to nearest, b2 = 0.999 would stall far below the true second moment
-    Random:   Philox4x32-10 keyed by seed, step, index (of the tensor in the optimizer), element: the same bits on CPU and GPU.
-              offset: of a shard that is param, its first element's place in the whole tensor, from which elements are counted
+    Random:   Philox4x32-10 keyed by seed, step, index (of the tensor in the optimizer, below 2^30), element: the same bits on
+              CPU and GPU. offset: of a shard that is param, its first element's place in the whole tensor, from which
+              elements are counted
     Backward: none: an update. Deterministic: yes
     Errors:   ValueError, TypeError
     Cost:     memory-bound; `FusedAdamW` updates all parameters in place in one call.   Source: arXiv:1711.05101 algorithm 2
@@ -179,6 +181,8 @@ def adamw(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas
             fail(ValueError, "adamw", name, f"an integer of at least {int(name == 'step')}", repr(value))
     if step > MOST_STEPS:
         fail(ValueError, "adamw", "step", "an integer of at most 2^24", step)
+    if index >= INDICES:  # with the stream it is one word of the counter
+        fail(ValueError, "adamw", "index", "an integer below 2^30", index)
     check_flag("adamw", "maximize", maximize)
     check_flag("adamw", "stochastic_rounding", stochastic_rounding)
     if stochastic_rounding and param.dtype == torch.float16 and master is None:
@@ -192,7 +196,8 @@ def adamw(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas
     grad = tensors.pop(1).contiguous()
     new = [None if t is None else t.clone(memory_format=torch.contiguous_format) for t in tensors]
     scalar = lambda value, dtype=torch.float32: torch.full((), value, dtype=dtype, device=param.device)
+    rate = scalar(lr, torch.float64 if param.dtype == torch.float64 else torch.float32)
     STEP[chosen]([new[0]], [grad], [] if master is None else [new[3]], [new[1]], [new[2]], [scalar(step - 1.0)],
-                 scalar(0, torch.int64), None, None, None, scalar(lr), beta1, beta2, eps, weight_decay, 0.0,
-                 stochastic_rounding, maximize, seed, index, [offset])
+                 scalar(0, torch.int64), None, None, None, rate, beta1, beta2, eps, weight_decay, 0.0,
+                 stochastic_rounding, maximize, seed, [index], [offset])
     return tuple(t for t in new if t is not None)

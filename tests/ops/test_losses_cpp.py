@@ -64,7 +64,8 @@ def step(states, *, skipped=None, total_sq=None, grad_scale=None, found_inf=None
          weight_decay=0.0, max_grad_norm=0.0, stochastic_rounding=False, maximize=False, seed=0, first_index=0):
     lists = [[s[name] for s in states if s[name] is not None] for name in LISTS]
     STEP(*lists, torch.zeros((), dtype=torch.int64) if skipped is None else skipped, total_sq, grad_scale, found_inf,
-         torch.tensor(lr), *betas, eps, weight_decay, max_grad_norm, stochastic_rounding, maximize, seed, first_index)
+         torch.tensor(lr), *betas, eps, weight_decay, max_grad_norm, stochastic_rounding, maximize, seed,
+         list(range(first_index, first_index + len(states))))
 
 
 def test_stored_bits_are_philox(isa, generator):

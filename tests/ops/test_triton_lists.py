@@ -75,8 +75,8 @@ def copied(lists):
 
 
 def step(call, lists, skipped, device, total=None, scale=None, found=None, *, max_norm=0.0, stochastic=False, maximize=False):
-    settings = torch.tensor(1e-2, device=device), 0.9, 0.99, 1e-8, 0.1, max_norm, stochastic, maximize, 2**40 + 9, 3
-    call(*lists.values(), skipped, total, scale, found, *settings)
+    settings = torch.tensor(1e-2, device=device), 0.9, 0.99, 1e-8, 0.1, max_norm, stochastic, maximize, 2**40 + 9
+    call(*lists.values(), skipped, total, scale, found, *settings, list(range(3, 3 + len(lists["params"]))))
 
 
 @pytest.mark.parametrize("dtype, moments, masters, stochastic",
@@ -141,7 +141,7 @@ def test_stochastic_rounding_keeps_the_mean_and_finite_numbers(device):
              "exp_avgs": [torch.zeros(size, device=device)], "exp_avg_sqs": [torch.ones(size, device=device)],
              "steps": [torch.zeros((), device=device)]}
     skipped, rate = torch.zeros((), dtype=torch.int64, device=device), torch.tensor(-2.0**-11, device=device)
-    raw("adamw", "step_")(*lists.values(), skipped, None, None, None, rate, 0.9, 0.99, 1e-8, 1.0, 0.0, True, False, 7, 0)
+    raw("adamw", "step_")(*lists.values(), skipped, None, None, None, rate, 0.9, 0.99, 1e-8, 1.0, 0.0, True, False, 7, [0])
     assert param[0].isinf() and param[1].isnan() and param[2] == torch.finfo(torch.bfloat16).max
     moved = float((param[3:] == 1 + 2.0**-7).float().mean())
     assert 0.04 < moved < 0.09 and set(param[3:].tolist()) == {1.0, 1 + 2.0**-7}

@@ -1,0 +1,77 @@
+"""What `FusedAdamW` asks of a state that it is given, and of masters that were loaded."""
+
+import warnings
+
+import torch
+
+from ._checks import fail
+from ._shards import local_of
+from .ops._losses import check_number
+from .ops.adamw import MOST_STEPS
+
+LOW = (torch.bfloat16, torch.float16)
+STATE = ("exp_avg", "exp_avg_sq", "master")
+
+
+def _value(tensor):
+    """The number that a tensor of one element holds; None where reading it would wait for a device."""
+    return local_of(tensor).item() if tensor.device.type == "cpu" else None
+
+
+def _check_count(argument, count, most, expected):
+    if isinstance(count, torch.Tensor):
+        if count.numel() != 1:
+            fail(ValueError, "FusedAdamW", argument, f"one number, {expected}", f"{list(count.shape)}")
+        if count.is_complex() or count.dtype == torch.bool:
+            fail(TypeError, "FusedAdamW", argument, f"a real number, {expected}", count.dtype)
+        count = _value(count)
+    if count is not None:
+        check_number("FusedAdamW", argument, count, expected, lambda v: 0 <= v <= most and v == int(v))
+
+
+def check_saved(p, saved):
+    """Errors for what was saved of parameter p. Values are looked at on CPU alone: nothing waits for another device."""
+    if not {"step", *STATE[:2]} <= set(saved):
+        fail(ValueError, "FusedAdamW", "state_dict", "step, exp_avg and exp_avg_sq of a parameter", ", ".join(saved))
+    _check_count("state_dict: step", saved["step"], MOST_STEPS, "a whole number from 0 to 2^24")
+    for name in STATE:
+        if name not in saved:
+            continue
+        tensor, argument = saved[name], f"state_dict: {name}"
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            fail(TypeError, "FusedAdamW", argument, "a tensor of real numbers", getattr(tensor, "dtype", type(tensor).__name__))
+        if tensor.shape != p.shape:
+            fail(ValueError, "FusedAdamW", argument, f"shape {list(p.shape)}", list(tensor.shape))
+        local = local_of(tensor.detach())
+        if name == "master" or local.device.type != "cpu" or not local.numel():
+            continue
+        least = local.min().item()  # NaN where there is one
+        if least != least or (name == "exp_avg_sq" and least < 0):
+            fail(ValueError, "FusedAdamW", argument, "numbers >= 0" if name == "exp_avg_sq" else "numbers", least)
+
+
+def loaded_count(state_dict):
+    """How many steps were skipped, as the dictionary has it: of its own, or in a group; None where it has neither."""
+    groups = (group["skipped"] for group in state_dict["param_groups"] if "skipped" in group)
+    count = state_dict["skipped"] if state_dict.get("skipped") is not None else next(groups, None)
+    if count is not None:
+        _check_count("state_dict: skipped", count, 2**53, "a whole number >= 0")
+    return count
+
+
+def settle_masters(pairs):
+    """Of (parameter, master): elements of masters that do not round to their parameter's take its value."""
+    stale = []
+    for p, master in pairs:
+        p, master = local_of(p).detach(), local_of(master)
+        right = (master.to(p.dtype) == p) | (master.isnan() & p.isnan())
+        master.copy_(torch.where(right, master, p.to(master.dtype)))
+        stale.append(~right.all())
+    if not torch.compiler.is_compiling():  # this waits for the device, once after a state was loaded
+        warn_of_masters(sum(map(int, stale)), "are not what their parameters were rounded from, which were written to since")
+
+
+def warn_of_masters(count, why):
+    if count:
+        warnings.warn(f"FusedAdamW: state_dict: master: those of {count} parameters {why}; the parameters' values are taken",
+                      stacklevel=4)

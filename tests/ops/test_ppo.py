@@ -176,12 +176,34 @@ def test_explained_variance(backend, generator):
     r, v = returns[mask].double(), values[mask].double()
     want = 1 - (r - v).var(correction=0) / r.var(correction=0)
     assert float(stats["explained_variance"]) == pytest.approx(float(want), rel=1e-4)
-    for constant in (0.0, 7.0):
-        same = torch.full((100,), constant)
-        _, stats = ik.ppo_value_loss(values[:100], values[:100], same, mask[:100], backend=backend)
-        assert stats["explained_variance"] == 0
     _, stats = ik.ppo_value_loss(returns, values, returns, mask, backend=backend)
     assert stats["explained_variance"] == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tokens", (1, 7, 5000, 20000))
+def test_explained_variance_of_constant_returns(tokens, backend, generator):
+    """0, though the mean of many 0.1 is another number; but not where one return differs, or there is no variance."""
+    values = torch.randn(tokens, generator=generator)
+    mask = torch.rand(tokens, generator=generator) > 0.1
+    mask[0] = True
+    explained = lambda r: float(ik.ppo_value_loss(values, values, r, mask, backend=backend)[1]["explained_variance"])
+    for constant in (0.0, 7.0, 0.1, -1 / 3, 1e6 + 0.3, 1e-20, -1e-42):
+        returns = torch.where(mask, constant, 5.0)  # what is masked is another number
+        assert explained(returns) == 0, constant
+    if tokens > 1:
+        last = int(mask.nonzero()[-1])
+        for other in (0.2, -math.inf, math.nan):
+            returns = torch.full((tokens,), 0.1)
+            returns[last] = other
+            got = explained(returns)
+            assert got < -1 if other == 0.2 else math.isnan(got), (other, got)
+        tiny = torch.full((tokens,), 1e-30)
+        tiny[last] = 2e-30  # whose square float32 does not have
+        assert explained(tiny) == -math.inf
+    assert math.isnan(explained(torch.full((tokens,), math.inf)))
+    mask.zero_()
+    assert explained(values) == 0
 
 
 # -------------------------------------------------------------------------------------------------------------- KL

@@ -104,7 +104,8 @@ inline std::vector<FlashUnit> attention_units(const Attention& a, const FlashPla
 }
 
 // Runs a forward: plan(longest), unit(unit, scratch) and join(unit, states, stride, splits, scratch) are the operator's
-// kernels. Where the units are too few to share out, each split along the keys becomes one.
+// kernels. Where the units are too few to share out, splits along the keys become parts of their own, of the largest units
+// first and of no more than the threads need: each keeps its state until all are joined.
 template <typename Plan, typename Unit, typename Join>
 void run_attention(const FlashFwd& a, const Tensor& like, const Plan& plan_of, const Unit& run, const Join& join) {
   int64_t longest = 0, states = 0;
@@ -113,16 +114,21 @@ void run_attention(const FlashFwd& a, const Tensor& like, const Plan& plan_of, c
   const int64_t threads = workers_for(kMostThreads);
   std::vector<FlashUnit> tasks, heads;  // heads: the first split of every unit that is split
   const std::vector<FlashUnit> units = attention_units(a, plan, threads);
-  const bool few = static_cast<int64_t>(units.size()) < 2 * kUnitsPerThread * threads;
+  const int64_t enough = 2 * kUnitsPerThread * threads;
+  int64_t parts = static_cast<int64_t>(units.size());
+  const bool few = parts < enough;
+  std::vector<FlashUnit> cut;
   for (FlashUnit u : units) {
     const auto [first, last] = splits_of(a, u, plan.split_keys);
-    const bool cut = few && last - first > 1;
-    for (int64_t i = first; i < (cut ? last : first + 1); ++i) {
-      u.split = cut ? i : -1;
+    if (!few || last - first <= 1 || parts >= 2 * enough) {
       tasks.push_back(u);
+      continue;
     }
-    states += cut ? last - first : 0;
+    for (u.split = first; u.split < last; ++u.split) cut.push_back(u);
+    states += last - first;
+    parts += last - first - 1;
   }
+  tasks.insert(tasks.end(), cut.begin(), cut.end());  // the small ones last: the threads end together
   const auto bytes = [&](int64_t size) {
     return torch::stable::new_empty(like, {size}, torch::headeronly::ScalarType::Char);
   };

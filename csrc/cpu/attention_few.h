@@ -168,7 +168,7 @@ template <typename T, typename Keys> class Few {
       }
     }
     for (int64_t r = 0; r < w_.lanes; ++r) weights(part, r, key, n);
-    sums(part, n);
+    sums(part, key, n);
     if (beyond > end) {
       keys_.select(end, beyond - end);
       for (int64_t i = 0; i < beyond - end; ++i) rows[2 * wide + i] = keys_.k_row(i, u_.kv_head);
@@ -275,15 +275,19 @@ template <typename T, typename Keys> class Few {
   }
 
   // Each lane's weights added in the order of the keys, several lanes at a time: a chain of additions waits for each.
-  void sums(const State<Acc>& part, int64_t n) {
+  void sums(const State<Acc>& part, int64_t key, int64_t n) {
     constexpr int64_t together = 8;
     for (int64_t r = 0; r < w_.lanes; r += together) {
       const Acc* s[together];
       Acc sum[together] = {};
       for (int64_t u = 0; u < together; ++u) s[u] = w_.s + lesser(r + u, w_.lanes - 1) * kBlock;
-      for (int64_t i = 0; i < n; ++i) {
+      for (int64_t i = 0; i < n;) {
+        Acc chain[together] = {};
+        for (const int64_t end = lesser(n, i + kSumChain<T> - (key + i) % kSumChain<T>); i < end; ++i) {
 #pragma GCC unroll 8
-        for (int64_t u = 0; u < together; ++u) sum[u] += s[u][i];
+          for (int64_t u = 0; u < together; ++u) chain[u] += s[u][i];
+        }
+        for (int64_t u = 0; u < together; ++u) sum[u] += chain[u];
       }
       for (int64_t u = 0; u < lesser(together, w_.lanes - r); ++u) {
         fma(V(w_.factor[r + u]), V(part.l[r + u]), V(sum[u])).store(part.l + r + u, 1);

@@ -155,7 +155,7 @@ template <typename T, typename Keys> class Unit {
     }
     if (masked) scores<true>(wide, n, at);
     else if (Keys::scaled || score_.cap > 0) scores<false>(wide, n, at);
-    weights(part, from, wide, n, at);
+    weights(part, from, wide, n, at, key);
     const int64_t size = sizeof(Element), steps = round_up(n, P::depth) / P::step;
     ProductArgs<P> pv{w_.v + at / P::step * w_.v_stride, size, w_.v_stride * size, w_.p, panel,
                       part.o + from * d_, panel, d_, wide, steps, w_.factor};
@@ -186,7 +186,7 @@ template <typename T, typename Keys> class Unit {
   }
 
   // Running maximum and sum, w_.factor = what they do to o, and the weights.
-  void weights(const State<Acc>& part, int64_t from, int64_t wide, int64_t n, int64_t at) {
+  void weights(const State<Acc>& part, int64_t from, int64_t wide, int64_t n, int64_t at, int64_t key) {
     const V factor(score_.factor);
     for (int64_t i = 0; i < wide; i += V::size) {
       const Acc* s = w_.s + i;
@@ -203,12 +203,12 @@ template <typename T, typename Keys> class Unit {
       const V scale = exp_of<T>(old - shift);
       m.store(part.m + from + i);
       scale.store(w_.factor + i);
-      const V sum = exponentials(s, w_.p + i, V(0) - shift, n, at);
+      const V sum = exponentials(s, w_.p + i, V(0) - shift, n, at, key);
       fma(scale, V::load(part.l + from + i), sum).store(part.l + from + i);
     }
   }
 
-  VEC_INLINE V exponentials(const Acc* s, Element* p, V minus_shift, int64_t n, int64_t at) {
+  VEC_INLINE V exponentials(const Acc* s, Element* p, V minus_shift, int64_t n, int64_t at, int64_t key) {
     const V factor(score_.factor);
     const auto weight = [&](int64_t j) VEC_LAMBDA { return weight_of<T>(fma(V::load(s + j * panel), factor, minus_shift)); };
     const auto scaled = [&](V x, int64_t j) VEC_LAMBDA {
@@ -229,10 +229,14 @@ template <typename T, typename Keys> class Unit {
         Weights<P>::store(p + j / 2 * panel, scaled(x, j), V(0));
       }
     } else {
-      for (int64_t j = 0; j < n; ++j) {
-        const V x = weight(j);
-        sum = sum + x;
-        Weights<P>::store(p + j * panel, scaled(x, j));
+      for (int64_t j = 0; j < n;) {
+        V chain(0);
+        for (const int64_t end = lesser(n, j + kSumChain<T> - (key + j) % kSumChain<T>); j < end; ++j) {
+          const V x = weight(j);
+          chain = chain + x;
+          Weights<P>::store(p + j * panel, scaled(x, j));
+        }
+        sum = sum + chain;
       }
     }
     return sum;

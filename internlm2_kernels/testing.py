@@ -120,26 +120,42 @@ def _rung(name: str, got: torch.Tensor | None, base: torch.Tensor, gold: torch.T
     return Rung(name, max_err, max_base, bounds[0], rms_err, rms_base, bounds[1], problem)
 
 
-def ladder(op: Op, sample: Sample, got: dict[str, torch.Tensor],
-           upstream: dict[str, torch.Tensor] | None = None) -> list[Rung]:
-    """One `Rung` for every output and gradient in `got`, as `run(op, sample, backend, upstream)` returned them.
+@dataclass(frozen=True)
+class Standard:
+    """What a ladder measures by: gold, the baseline's outputs and gradients, the declared magnitudes."""
 
-    For the low-precision dtypes: at float64 there is nothing more exact to compare with (gradcheck's business).
-    A tensor that is missing, has another shape or dtype than the baseline's, or is not finite where gold is, fails.
-    """
+    gold: dict[str, torch.Tensor]
+    base: dict[str, torch.Tensor]
+    sizes: dict[str, float]
+
+
+def standard(op: Op, sample: Sample, upstream: dict[str, torch.Tensor] | None = None) -> Standard:
+    """The costly part of `ladder`, for those who hold several implementations against one sample."""
     wide = sample.to(torch.float64)
     wide_upstream = {name: value.double() for name, value in (upstream or {}).items()}
     gold = run(op, wide, op.reference, wide_upstream)
     base = run(op, sample, next(iter(op.eager.values())), upstream)
     sizes = op.magnitude(wide, wide_upstream) if op.magnitude and (wide_upstream or not sample.grad) else {}
+    return Standard(gold, base, sizes)
+
+
+def ladder(op: Op, sample: Sample, got: dict[str, torch.Tensor], upstream: dict[str, torch.Tensor] | None = None,
+           by: Standard | None = None) -> list[Rung]:
+    """One `Rung` for every output and gradient in `got`, as `run(op, sample, backend, upstream)` returned them.
+
+    For the low-precision dtypes: at float64 there is nothing more exact to compare with (gradcheck's business).
+    A tensor that is missing, has another shape or dtype than the baseline's, or is not finite where gold is, fails.
+    `by`: `standard(op, sample, upstream)`, taken here where it is not given.
+    """
+    by = standard(op, sample, upstream) if by is None else by
     rungs = []
-    for name in {**gold, **got}:
-        if name not in gold:
+    for name in {**by.gold, **got}:
+        if name not in by.gold:
             rungs.append(Rung(name, *[math.inf] * 6, problem="unexpected"))
             continue
         argument = name.removeprefix("d_")  # a gradient's magnitude may go by the argument's name
-        bare = sizes.get(argument, 0.0) if name != argument and argument not in op.outputs else 0.0
-        rungs.append(_rung(name, got.get(name), base[name], gold[name], max(sizes.get(name, 0.0), bare)))
+        bare = by.sizes.get(argument, 0.0) if name != argument and argument not in op.outputs else 0.0
+        rungs.append(_rung(name, got.get(name), by.base[name], by.gold[name], max(by.sizes.get(name, 0.0), bare)))
     return rungs
 
 
@@ -155,9 +171,10 @@ def ladder_table(rungs: list[Rung]) -> str:
 
 
 def assert_ladder(op: Op, sample: Sample, got: dict[str, torch.Tensor],
-                  upstream: dict[str, torch.Tensor] | None = None, label: str = "") -> list[Rung]:
+                  upstream: dict[str, torch.Tensor] | None = None, label: str = "",
+                  by: Standard | None = None) -> list[Rung]:
     """`ladder`, raising `AssertionError` with its table where a rung is red."""
-    rungs = ladder(op, sample, got, upstream)
+    rungs = ladder(op, sample, got, upstream, by)
     if not all(r.ok for r in rungs):
         raise AssertionError(f"error ladder of {op.name} {label}\n{ladder_table(rungs)}")
     return rungs

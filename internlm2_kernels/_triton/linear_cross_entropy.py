@@ -163,6 +163,7 @@ def audit(dtype, meta):
             if dtype == torch.bfloat16:  # beside it, because only float16 divides by the largest coefficient
                 halves = meta(8192, depth, dtype=torch.float16), meta(vocab, depth, dtype=torch.float16), labels
                 yield "odd, float16", (
-                    lambda x=halves, rows=rows, lse=lse: linear_cross_entropy_bwd(rows, *x, None, lse, *plain[1:], 0, True, True))
+                    lambda x=halves, rows=rows, lse=lse, o=plain[1:]: linear_cross_entropy_bwd(
+                        rows, *x, None, lse, *o, 0, True, True))
             grads = meta(8192, depth, dtype=dtype), meta(vocab, depth, dtype=torch.float32)
             yield "scale", lambda x=x, g=grads: linear_cross_entropy_scale_bwd(one, *g, *x[:2])

@@ -75,22 +75,22 @@ def test_blocks_in_triton(case, dtype, generator):
 
 # ------------------------------------------------------------------------------------------------ almost equal weights
 def with_small_scores(sample):
-    """Scores around 0: sums of weights round the same way at every key, and float32 must not drift with their number."""
+    """Scores around 0: sums of weights round the same way at every key, and float32 must not drift with their number.
+
+    Several draws count as one: of a single one plain PyTorch's largest error is now and then half of what it usually is.
+    """
     return replaced(sample, **{name: value * 1e-3 for name, value in sample.inputs.items() if name in ("q", "k", "k_cache")})
 
 
-DRAWS = range(6)  # the same at every --seed: of thirty at 300 x 300 one has dv at 1.07 of the bound, plain PyTorch two of out
+@pytest.mark.parametrize("queries,options", ((40, {"causal": True}), (300, {})), ids=str)
+def test_weights_that_are_almost_equal(queries, options, generator):
+    dims = {"batch": 6, "queries": queries, "keys": 300, "heads": 2, "kv_heads": 1, "head_dim": 32, **options}
+    case = Case("blocks", dims)
+    on_every_set(FLASH, with_small_scores(FLASH.sample(case, torch.float32, CPU, generator)), generator, case)
 
 
-@pytest.mark.parametrize("case", (dense(40, 300, 2, 1, 32, causal=True), dense(300, 300, 2, 1, 32)), ids=str)
-@pytest.mark.parametrize("draw", DRAWS)
-def test_weights_that_are_almost_equal(draw, case, generator):
-    sample = with_small_scores(FLASH.sample(case, torch.float32, CPU, generator.manual_seed(draw)))
-    on_every_set(FLASH, sample, generator, case)
-
-
-@pytest.mark.parametrize("new", (1, 40))
-@pytest.mark.parametrize("draw", DRAWS)
-def test_weights_that_are_almost_equal_over_a_cache(draw, new, generator):
-    case = Case("blocks", {"new": (new,), "cached": (300 - new,), "heads": 4, "kv_heads": 1, "head_dim": 32, "block_size": 64})
-    on_every_set(PAGED, with_small_scores(PAGED.sample(case, torch.float32, CPU, generator.manual_seed(draw))), generator, case)
+@pytest.mark.parametrize("new,draws", ((1, 48), (40, 6)))
+def test_weights_that_are_almost_equal_over_a_cache(new, draws, generator):
+    case = Case("blocks", {"new": (new,) * draws, "cached": (300 - new,) * draws, "heads": 4, "kv_heads": 1, "head_dim": 32,
+                           "block_size": 64})
+    on_every_set(PAGED, with_small_scores(PAGED.sample(case, torch.float32, CPU, generator)), generator, case)

@@ -2,6 +2,8 @@
 
 import torch
 
+from ._checks import fail
+from .ops._attention import check_causal, check_options
 from .ops.apply_rope import apply_rope
 from .ops.flash_attention import flash_attention
 from .ops.rms_norm import rms_norm
@@ -87,12 +89,16 @@ class FlashAttention(torch.nn.Module):
 
     def __init__(self, *, causal=False, scale=None, window=None, softcap=0.0):
         super().__init__()
+        check_causal("FlashAttention", causal)
+        check_options("FlashAttention", None, scale, window, softcap)
         self.causal, self.scale, self.window, self.softcap = causal, scale, window, softcap
 
     def forward(self, q, k=None, v=None, *, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
                 return_lse=False):
         if (k is None) != (v is None):
             raise ValueError("FlashAttention: v: expected a tensor where k is given, and None otherwise")
+        if not isinstance(q, torch.Tensor):
+            fail(TypeError, "FlashAttention", "q", "a tensor", type(q).__name__)
         if k is None:
             if q.dim() < 4 or q.shape[-3] != 3:
                 raise ValueError(f"FlashAttention: q: expected [..., 3, heads, head_dim] without k and v, got {list(q.shape)}")

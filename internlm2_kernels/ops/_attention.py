@@ -85,10 +85,15 @@ def check_heads(op, q, k, k_name):
         fail(ValueError, op, "q", f"a number of heads that is a multiple of {k_name}'s, {kv_heads}", heads)
 
 
+def check_causal(op, causal):
+    if not isinstance(causal, bool):
+        fail(TypeError, op, "causal", "a bool", type(causal).__name__)
+
+
 def check_options(op, head_dim, scale, window, softcap):
-    """(scale, left, right, softcap) as the kernels take them."""
+    """(scale, left, right, softcap) as the kernels take them. head_dim None: not known yet, the one that allows most."""
     if scale is None:
-        scale = head_dim**-0.5
+        scale = (MIN_HEAD_DIM if head_dim is None else head_dim)**-0.5
     if not _number(scale) or not SMALLEST <= scale <= LARGEST:
         fail(ValueError, op, "scale", "None or a number from 1e-37 to 1e37", repr(scale))
     if not _number(softcap) or not (softcap == 0 or SMALLEST <= softcap <= LARGEST):

@@ -11,6 +11,7 @@ from ._attention import (
     autocast,
     check_bound,
     check_boundaries,
+    check_causal,
     check_cu_seqlens,
     check_heads,
     check_longest,
@@ -311,8 +312,7 @@ def flash_attention(q, k, v, *, causal=False, scale=None, window=None, softcap=0
     q, k, v = autocast(q, k, v)
     check_same("flash_attention", "k", k, q, "q")
     check_same("flash_attention", "v", v, q, "q")
-    if not isinstance(causal, bool):
-        fail(TypeError, "flash_attention", "causal", "a bool", type(causal).__name__)
+    check_causal("flash_attention", causal)
     cu_q, cu_k = _check_layout(q, k, v, cu_seqlens_q, cu_seqlens_k)
     check_heads("flash_attention", q, k, "k")
     scale, left, right, softcap = check_options("flash_attention", q.shape[-1], scale, window, softcap)

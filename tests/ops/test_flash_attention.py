@@ -228,3 +228,21 @@ def test_flash_attention_module(generator):
         module(qkv[0, :, 0])
     with pytest.raises(ValueError, match="FlashAttention: v: expected a tensor where k is given"):
         module(qkv[0, :, 0], qkv[0, :, 0])
+
+
+def test_the_module_names_what_it_cannot_take():
+    """Options at construction, with the function's own words; inputs before anything is asked of them."""
+    q = randn(1, 4, 2, 32)
+    for options in ({"causal": "yes"}, {"causal": 1}, {"window": "x"}, {"window": (-2, 0)}, {"window": (1.0, 0)},
+                    {"scale": -1}, {"scale": math.nan}, {"softcap": -1.0}, {"softcap": 1e37}):
+        with pytest.raises((TypeError, ValueError)) as wanted:
+            flash_attention(q, q, q, **options)
+        with pytest.raises(wanted.type) as got:
+            nn.FlashAttention(**options)
+        assert str(got.value) == str(wanted.value).replace("flash_attention", "FlashAttention")
+    assert nn.FlashAttention(softcap=1e36)(q, q, q).isfinite().all()  # 32^-0.5 / 1e36 is in range, 256^-0.5 / 1e36 is not
+    for wrong in (None, q.numpy(), [q, q, q]):
+        with pytest.raises(TypeError, match=f"^FlashAttention: q: expected a tensor, got {type(wrong).__name__}$"):
+            nn.FlashAttention()(wrong)
+    with pytest.raises(TypeError, match="^flash_attention: k: expected a tensor, got ndarray"):
+        nn.FlashAttention()(q, q.numpy(), q)

@@ -17,7 +17,7 @@ LOOKS = {"ours": ("o", "#0b6e4f"), "compile": ("s", "#d17a00"), "eager": ("D", "
 
 
 def roofline(data: dict[str, Any], path: Path) -> None:
-    """Write the PNG: one line a size and direction, one panel a dtype; 1 is the copy (or matrix) rate of the machine."""
+    """Write the PNG: one line a size and direction, one panel a dtype; 1 is the copy (read, matrix) rate of the machine."""
     rows = [row for row in rows_of(data) if not row["red"] and row["roof_fraction"] is not None]
     dtypes = [dtype for dtype in DTYPES if any(row["dtype"] == dtype for row in rows)]
     lines = list(dict.fromkeys(_line(row) for row in rows))
@@ -38,7 +38,7 @@ def roofline(data: dict[str, Any], path: Path) -> None:
         panel.set_xticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0], ["1 %", "2 %", "5 %", "10 %", "20 %", "50 %", "100 %"])
         panel.minorticks_off()
         panel.grid(axis="x", color="#dddddd", linewidth=0.6)
-        panel.set_xlabel("share of the roof (bytes moved / time, over the copy rate)")
+        panel.set_xlabel("share of the roof (bytes over the copy or read rate, or flops)")
         for index in range(1, len(lines)):
             if lines[index][:3] != lines[index - 1][:3]:
                 panel.axhline(index - 0.5, color="#bbbbbb", linewidth=0.8)
@@ -50,7 +50,7 @@ def roofline(data: dict[str, Any], path: Path) -> None:
     panels[0].set_ylim(len(lines) - 0.5, -0.5)
     present = ["ours", *[f for f in LOOKS if any(f in row["against"] for row in rows)]]
     handles = [Line2D([], [], marker=LOOKS[f][0], color=LOOKS[f][1], linestyle="", label=f) for f in present]
-    handles.append(Line2D([], [], color="#c0392b", label="clone() of as many bytes"))
+    handles.append(Line2D([], [], color="#c0392b", label="the yardstick"))
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False)
     figure.suptitle(describe(data).split("; commit")[0], x=0.01, ha="left", fontsize=9, wrap=True)
     figure.savefig(path, dpi=120)

@@ -25,7 +25,8 @@ import internlm2_kernels
 from internlm2_kernels import _registry
 from internlm2_kernels.timing import Paired, Peaks
 
-from .suite import PASSES, STAGES, Pass, Row, short
+from .peers import READ_BOUND
+from .suite import PASSES, STAGES, Pass, Row, roof_share, short
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -216,8 +217,11 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def rows_of(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a run, as dicts of `Row`."""
-    timed = [entry["extra_info"]["row"] for entry in data["benchmarks"] if "row" in entry["extra_info"]]
+    """The rows of a run, as dicts of `Row`; runs recorded before reading had a roof of its own get it here."""
+    timed = [dict(entry["extra_info"]["row"]) for entry in data["benchmarks"] if "row" in entry["extra_info"]]
+    for row in timed:
+        if row["op"] in READ_BOUND and row["roof_fraction"] is not None:
+            row["roof_fraction"] = roof_share(row, data["run"]["peaks"])
     return [row for row in timed + data["run"]["red"] if row["op"] in data.get("ops", {row["op"]})]
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .gates import Verdict, judge, load
+from .peers import READ_BOUND
 from .record import RESULTS, ROOT, newest, rows_of
 from .suite import size_of
 
@@ -166,7 +167,9 @@ def section(runs: list[dict[str, Any]]) -> str:
     if not runs:
         return "No complete run is recorded yet: `python -m benchmarks` makes one."
     parts = ["A ratio is the peer's time over ours, interleaved call by call in one run, against the fastest form of each "
-             "peer; % of roof is the time that the bytes moved need at this machine's copy rate over the time taken."]
+             "peer; % of roof is the larger of two shares of the time taken: what the bytes moved need at this machine's copy "
+             f"rate ({' and '.join(f'`{op}`' for op in READ_BOUND)}, which only read: at its read rate), and what the flops "
+             "need at torch's matrix rate. These are rates of other programs, not limits: more than 100 % is possible."]
     for data in runs:
         rows = rows_of(data)
         stem = data["path"].relative_to(ROOT).with_suffix("").as_posix()

@@ -49,8 +49,8 @@ class Row:
     """One line of the result: our backend's time at one size, dtype and direction, and the ratios to each peer.
 
     Times in seconds as [median, 20 % quantile, 80 % quantile]; `against` maps a family of peers to its fastest `form`
-    and the paired `ratio`. `copy_fraction` is bytes / time over the copy rate, `roof_fraction` the time that the larger
-    of bytes over copy rate and flops over matrix rate allows, over the time taken.
+    and the paired `ratio`. `copy_fraction` is bytes / time over the copy rate, `read_fraction` over the read rate,
+    `roof_fraction` what `roof_share` says.
     """
 
     op: str
@@ -71,6 +71,14 @@ class Row:
     read_fraction: float | None = None
     roof_fraction: float | None = None
     red: str = ""
+
+
+def roof_share(row: dict[str, Any], peaks: dict[str, float]) -> float:
+    """The larger of two shares of the time that a row (a `Row` as a dict) took: of the bytes at the copy rate, at the read
+    rate for what only reads, and of the flops at torch's matrix rate. Neither rate is a limit: it may exceed 1."""
+    matrix = peaks["matmul_float32_flops_per_s" if row["dtype"] == "float32" else "matmul_flops_per_s"]
+    moved = row["read_fraction" if row["op"] in READ_BOUND else "copy_fraction"]
+    return max(moved, row["flops"] / row["seconds"][0] / matrix)
 
 
 @dataclass(frozen=True)
@@ -371,12 +379,10 @@ class Bench:
             copy_fraction = quantiles([count / ours / (moved / clone) for clone, ours in pairs])[0]
         else:
             copy_fraction = count / seconds / self.peaks.copy_bytes_per_s
-        peaks, read_fraction = self.peaks, count / seconds / self.peaks.read_bytes_per_s
+        read_fraction = count / seconds / self.peaks.read_bytes_per_s
         if "read" in paired.times["forward"]:  # interleaved with the row, which a machine whose speed drifts needs
             reads = zip(paired.times["forward"]["read"], paired.times[stage][f"ours {row.backend}"], strict=True)
             read_fraction = quantiles([read / ours for read, ours in reads])[0]
-        matrix = peaks.matmul_float32_flops_per_s if job.dtype == torch.float32 else peaks.matmul_flops_per_s
-        matrix_fraction = flops / seconds / matrix
-        return {"bytes": count, "flops": flops, "bytes_per_s": count / seconds, "copy_fraction": copy_fraction,
-                "read_fraction": read_fraction,
-                "roof_fraction": max(copy_fraction, matrix_fraction)}
+        found = {"bytes": count, "flops": flops, "bytes_per_s": count / seconds, "copy_fraction": copy_fraction,
+                 "read_fraction": read_fraction}
+        return found | {"roof_fraction": roof_share(asdict(row) | found | {"seconds": (seconds,)}, asdict(self.peaks))}

@@ -166,6 +166,19 @@ def test_verdicts():
     assert gates.judge(row(dtype="float32"), table) == [] == gates.judge(row(direction="both"), table)
 
 
+def test_what_only_reads_is_held_against_the_read_rate():
+    """Also in runs that were recorded when its bytes counted at the copy rate; flops at the matrix rate of the dtype."""
+    peaks = asdict(PEAKS)
+    share = lambda **changes: suite.roof_share(row(flops=0, copy_fraction=1.7, read_fraction=0.9, **changes), peaks)
+    assert (share(), share(op="squared_norm"), share(op="paged_attention")) == (1.7, 0.9, 0.9)
+    for dtype, rate in (("bfloat16", PEAKS.matmul_flops_per_s), ("float32", PEAKS.matmul_float32_flops_per_s)):
+        assert suite.roof_share(row(flops=2e-3 * rate, dtype=dtype), peaks) == pytest.approx(2)  # in a millisecond
+    old = row(op="squared_norm", flops=0, copy_fraction=1.7, read_fraction=0.9, roof_fraction=1.7)
+    call = row(op="squared_norm", direction="call")
+    data = {"benchmarks": [{"extra_info": {"row": r}} for r in (old, call)], "run": {"peaks": peaks, "red": []}}
+    assert [r["roof_fraction"] for r in record.rows_of(data)] == [0.9, None] and old["roof_fraction"] == 1.7
+
+
 def test_unknown_gate_key_is_an_error(tmp_path):
     path = tmp_path / "gates.toml"
     path.write_text('[[gate]]\ndevice = "cpu"\nop = "rms_norm"\ndirection = "forward"\nspeed = 3\n')

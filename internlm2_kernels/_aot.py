@@ -55,7 +55,6 @@ ALLOWED_STACK: dict[str, str] = {
     "linear_logprobs/linear_head_gradient_kernel/7B, entropy/bfloat16/sm_90": BESIDE_LOOPS,
     "linear_logprobs/linear_head_product_kernel/7B, launch 4/bfloat16/sm_90": BESIDE_LOOPS,
     "paged_attention/paged_attention_fwd_kernel/decode, d 128, blocks of 1, window/float32/sm_90": BESIDE_LOOPS,
-    "reward_loss/reward_loss_bwd_kernel/64 pairs, rewards too/bfloat16/sm_90": BESIDE_LOOPS,
 }
 EXAMPLES = """examples:
   python -m internlm2_kernels aot                compile everything and print the table

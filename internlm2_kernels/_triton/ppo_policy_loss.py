@@ -87,8 +87,9 @@ def _arguments(logprobs, old_logprobs, advantages, mask, clip):
     return arguments_of("ppo_policy_loss", mask, clip, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
 
 
-def ppo_policy_loss_fwd(*inputs):
-    return forward(ppo_policy_loss_fwd_kernel, ppo_policy_loss_merge_kernel, SUMS.value, _arguments(*inputs), BLOCK)
+def ppo_policy_loss_fwd(logprobs, old_logprobs, advantages, mask, clip):
+    return forward(ppo_policy_loss_fwd_kernel, ppo_policy_loss_merge_kernel, SUMS.value,
+                   _arguments(logprobs, old_logprobs, advantages, mask, clip), BLOCK)
 
 
 def ppo_policy_loss_bwd(dloss, logprobs, old_logprobs, advantages, mask, count, clip):

@@ -145,8 +145,9 @@ def _arguments(values, old_values, returns, mask, clip):
     return dict(arguments_of("ppo_value_loss", mask, clip, **vectors), CLIP=clip >= 0)
 
 
-def ppo_value_loss_fwd(*inputs):
-    return forward(ppo_value_loss_fwd_kernel, ppo_value_loss_merge_kernel, SUMS.value, _arguments(*inputs), BLOCK)
+def ppo_value_loss_fwd(values, old_values, returns, mask, clip):
+    return forward(ppo_value_loss_fwd_kernel, ppo_value_loss_merge_kernel, SUMS.value,
+                   _arguments(values, old_values, returns, mask, clip), BLOCK)
 
 
 def ppo_value_loss_bwd(dloss, values, old_values, returns, mask, count, clip):

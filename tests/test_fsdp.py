@@ -1,11 +1,10 @@
 """FSDP2 on two gloo ranks: sharded parameters give the gradients of the unsharded module."""
 
 import copy
-import socket
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -41,10 +40,5 @@ def _rank(rank: int, port: int, results) -> None:
 
 
 def test_gradients_under_fsdp2_equal_the_whole():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_rank, (port, results), nprocs=2)
-        assert len(results) == 2 and max(results.values()) < 1e-5, dict(results)
+    results = run_ranks(_rank, 2)
+    assert len(results) == 2 and max(results.values()) < 1e-5, results

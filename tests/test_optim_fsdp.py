@@ -2,12 +2,11 @@
 
 import copy
 import math
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -157,13 +156,7 @@ def _rank(rank, port, results):
 
 @pytest.fixture(scope="module")
 def everything():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with mp.Manager() as manager:
-        shared = manager.dict()
-        mp.spawn(_rank, (port, shared), nprocs=2)
-        everything = dict(shared)
+    everything = run_ranks(_rank, 2)
     return everything
 
 

@@ -1,12 +1,11 @@
 """FusedAdamW on FSDP2 over tensor parallelism, a mesh of two times two gloo ranks: one norm, one decision, one set of bits."""
 
 import math
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -137,13 +136,7 @@ def _rank(rank, port, results):
 
 @pytest.fixture(scope="module")
 def results():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with mp.Manager() as manager:
-        shared = manager.dict()
-        mp.spawn(_rank, (port, shared), nprocs=RANKS)
-        results = dict(shared)
+    results = run_ranks(_rank, RANKS)
     assert len(results) == RANKS
     return results
 

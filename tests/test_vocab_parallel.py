@@ -1,13 +1,12 @@
 """A vocabulary on two gloo ranks: loss and gradients of the sharded head are those of one process, within the error ladder."""
 
-import socket
 from importlib.util import find_spec
 
 import interpreter
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 
 from internlm2_kernels import OPS, linear_cross_entropy
 from internlm2_kernels._registry import Sample
@@ -134,13 +133,7 @@ def _rank(rank, port, results):
 
 @pytest.fixture(scope="module")
 def results():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with mp.Manager() as manager:
-        shared = manager.dict()
-        mp.spawn(_rank, (port, shared), nprocs=2)
-        return dict(shared)
+    return run_ranks(_rank, 2)
 
 
 def test_two_ranks_are_one(results):

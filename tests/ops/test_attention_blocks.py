@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cells import variants
+from memory import peak_extra
 from shared import DTYPES, OPS, instruction_set, replaced
 
 from internlm2_kernels._registry import Case
@@ -94,3 +95,15 @@ def test_weights_that_are_almost_equal_over_a_cache(new, draws, generator):
     case = Case("blocks", {"new": (new,) * draws, "cached": (300 - new,) * draws, "heads": 4, "kv_heads": 1, "head_dim": 32,
                            "block_size": 64})
     on_every_set(PAGED, with_small_scores(PAGED.sample(case, torch.float32, CPU, generator)), generator, case)
+
+
+def test_no_more_states_than_the_threads_need(as_it_comes, generator):
+    """15 units for two threads, each of 16 splits along the keys: were every split's state kept, 30 MiB of them would be."""
+    if "cpp" not in FLASH.usable["cpu"]:
+        pytest.skip("no cpp backend on this system")
+    draw = lambda tokens: torch.randn(1, tokens, 1, 128, generator=generator).bfloat16()
+    q, keys, values = draw(3840), draw(65536), draw(65536)
+    call = lambda: FLASH.public(q, keys, values, causal=True, backend="cpp")
+    call()
+    _, extra = peak_extra(call)
+    assert extra < 16 << 20, extra

@@ -8,10 +8,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shared import DTYPES, Recorder, assert_bitwise, row_count, sample_of, small_cases, smoke_cases, strided_copies
 
-from internlm2_kernels._registry import Case
-from internlm2_kernels.testing import assert_ladder, draw_upstream, ladder, run, with_leaves
+from internlm2_kernels.testing import Draw, assert_ladder, draw_upstream, flat, ladder, run, with_leaves
+from internlm2_kernels.workloads import Case
 
 backend, native, pytest_generate_tests = parameters.backend, parameters.native, parameters.pytest_generate_tests
+
+
+DRAWS = 3  # of the inputs, whose errors the ladder pools
 
 
 # --------------------------------------------------------------------------------------------------- right values
@@ -21,10 +24,13 @@ def test_ladder(op, variant, backend, dtype, direction, device, generator, recor
     if dtype not in op.dtypes or direction not in op.directions:
         pytest.skip(f"{op.name} has no {direction} in {dtype}")
     for case in small_cases(op):
-        sample = sample_of(op, case, dtype, device, generator)
         for scale in (1.0, 1e-4) if direction == "backward" else (0.0,):
-            upstream = draw_upstream(op, sample, scale, generator) if scale else {}
-            assert_ladder(op, sample, run(op, sample, backend, upstream), upstream, f"{case} upstream {scale} {backend}")
+            draws = []
+            for _ in range(DRAWS):
+                sample = sample_of(op, case, dtype, device, generator)
+                upstream = draw_upstream(op, sample, scale, generator) if scale else {}
+                draws.append(Draw(sample, run(op, sample, backend, upstream), upstream))
+            assert_ladder(op, draws, f"{case} upstream {scale} {backend}")
     record_property("cell", cell_name(op, backend, direction, dtype, variant[1]))
 
 
@@ -61,10 +67,10 @@ def test_the_ladder_turns_red(op, dtype, scale, device, generator):
     sample = sample_of(op, case, dtype, device, generator)
     upstream = draw_upstream(op, sample, scale, generator)
     right = run(op, sample, "reference", upstream)
-    assert all(rung.ok for rung in ladder(op, sample, right, upstream))
+    assert all(rung.ok for rung in ladder(op, [Draw(sample, right, upstream)]))
     for tensor, value in right.items():
         for what, wrong in _spoilt(value):
-            red = [rung.name for rung in ladder(op, sample, {**right, tensor: wrong}, upstream) if not rung.ok]
+            red = [rung.name for rung in ladder(op, [Draw(sample, {**right, tensor: wrong}, upstream)]) if not rung.ok]
             assert red == [tensor], f"{op.name} {tensor} {what}: red {red}"
 
 
@@ -81,7 +87,7 @@ def test_gradcheck(op, variant, backend, device, generator):
             continue  # an infinity less an infinity is no finite difference
 
         def function(*tensors, sample=sample):
-            return op.public(**{**sample.inputs, **dict(zip(sample.grad, tensors, strict=True))}, backend=backend)
+            return flat(op.public(**{**sample.inputs, **dict(zip(sample.grad, tensors, strict=True))}, backend=backend))
 
         assert torch.autograd.gradcheck(function, leaves, fast_mode=sum(leaf.numel() for leaf in leaves) > 300)
 
@@ -90,7 +96,7 @@ def _dims(op):
     """Sizes around the edges of vectors and tiles, and every mixture of options, from the cases that the operator has."""
     cases = small_cases(op)
     limits = {"rows": (0, 40, 1), "tokens": (0, 40, 1), "cols": (1, 150, 1), "kv_heads": (1, 3, 1), "heads": (1, 6, 1),
-              "head_dim": (2, 140, 2), **op.domain}
+              "head_dim": (2, 140, 2), **op.workload.domain}
     options = {key: sorted({case.dims.get(key) for case in cases}, key=str) for case in cases for key in case.dims
                if key not in limits and not isinstance(case.dims[key], tuple)}
 
@@ -116,7 +122,7 @@ def test_property(op, variant, backend, device, request):
         generator = torch.Generator(device=device).manual_seed(seed)
         sample = sample_of(op, Case("drawn", {k: v for k, v in dims.items() if v is not None}), dtype, device, generator)
         upstream = draw_upstream(op, sample, 1.0, generator)
-        assert_ladder(op, sample, run(op, sample, backend, upstream), upstream, f"{dims} {dtype}")
+        assert_ladder(op, [Draw(sample, run(op, sample, backend, upstream), upstream)], f"{dims} {dtype}")
 
     check()
 
@@ -170,8 +176,7 @@ def test_export(op, variant, backend, native, device, generator):
         program = torch.export.export(Module(), (), tensors)
         assert any("internlm2" in str(node.target) for node in program.graph.nodes)
         got, want = program.module()(**tensors), op.public(**sample.inputs, backend=backend)
-    as_tuple = lambda v: (v,) if isinstance(v, torch.Tensor) else tuple(v)
-    assert_bitwise(dict(enumerate(as_tuple(got))), dict(enumerate(as_tuple(want))), "export")
+    assert_bitwise(dict(enumerate(flat(got))), dict(enumerate(flat(want))), "export")
 
 
 def test_switching_the_backend_recompiles(op, device, generator):

@@ -92,8 +92,7 @@ def check_values(op: str, argument: str, values: torch.Tensor | None, low: int, 
     if besides is not None:
         wrong &= values != besides
     if wrong.any():
-        fail(ValueError, op, argument,
-             f"values from {low} to {high - 1}" + ("" if besides is None else " or ignore_index"),
+        fail(ValueError, op, argument, f"values from {low} to {high - 1}" + ("" if besides is None else " or ignore_index"),
              int(values[wrong][0]))
 
 

@@ -18,7 +18,7 @@
 namespace internlm2 {
 namespace {
 
-// The most that is chosen by itself. The tiles have so far run in emulation alone (tests/test_amx_emulated.py): until they
+// The most that is chosen by itself. The tiles have so far run in emulation alone (tests/tooling): until they
 // have been tested and timed on a processor that has them, `set_cpu_isa("amx")` asks for them.
 constexpr Isa kMostChosen = Isa::avx512_bf16;
 

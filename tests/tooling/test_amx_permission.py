@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "csrc" / "runtime.cpp"
+SOURCE = Path(__file__).parents[2] / "csrc" / "runtime.cpp"
 PROGRAM = """
 #include <cpuid.h>
 #include <sys/syscall.h>

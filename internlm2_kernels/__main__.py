@@ -96,7 +96,7 @@ def self_test(report) -> bool:
     import torch
 
     from ._registry import OPS
-    from .testing import draw_upstream, ladder, run
+    from .testing import Draw, draw_upstream, ladder, run
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sound, width = True, max(map(len, OPS))
@@ -110,7 +110,7 @@ def self_test(report) -> bool:
                             generator = torch.Generator(device=where).manual_seed(0)
                             sample = op.sample(case, dtype, where, generator)
                             upstream = draw_upstream(op, sample, 1.0, generator)
-                            rungs = ladder(op, sample, run(op, sample, backend, upstream), upstream)
+                            rungs = ladder(op, [Draw(sample, run(op, sample, backend, upstream), upstream)])
                             worst = max([worst, *(rung.ratio for rung in rungs)])
                 except Exception as error:
                     problem = f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: running an operator by name and its error ladder; timing is in timing.py.
+"""What tests and benchmarks share: running an operator by name and its error ladder.
 
 Error ladder (`ladder`): gold is `op.reference` in float64. The error of every output and gradient is taken twice, as
 maximum and as root mean square; each must be at most 1.25 times that of PyTorch's own composition (the first of

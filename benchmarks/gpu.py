@@ -259,7 +259,7 @@ def peaks(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
 
 PEAKS = """import torch
 from benchmarks.record import gpu_state
-from internlm2_kernels.timing import measure_peaks
+from tools.timing import measure_peaks
 device = torch.device("cuda")
 p = measure_peaks(device)
 print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}")

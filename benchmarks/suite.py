@@ -16,7 +16,7 @@ import torch
 from internlm2_kernels import OPS
 from internlm2_kernels._registry import Case, Op, Sample
 from internlm2_kernels.testing import Draw, draw_upstream, ladder, ladder_table, run, with_leaves
-from internlm2_kernels.timing import Contender, Paired, Peaks, cold_sets, interleave, quantiles
+from tools.timing import Contender, Paired, Peaks, cold_sets, interleave, quantiles
 
 from .peers import CHECKED, NOT_COMPILED, OURS, PEERS, READ_BOUND, peers_of
 

@@ -16,7 +16,7 @@ import torch
 
 from internlm2_kernels import OPS
 from internlm2_kernels._registry import Case
-from internlm2_kernels.timing import Peaks
+from tools.timing import Peaks
 
 for needed in ("pytest_benchmark", "matplotlib", "rich"):
     pytest.importorskip(needed, reason="the benchmark suite needs the extra `bench`")

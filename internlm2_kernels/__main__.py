@@ -57,14 +57,9 @@ def library() -> list[tuple[str, str]]:
     info = _C.build_info()
     in_use, best = _C.cpu_isa(), _C.best_cpu_isa()
     return [("compiled library", f"{_C.__file__}, by {info['compiler']} against torch {info['torch']}"),
-            ("instruction set", f"{in_use} in use, {best} the best here" + _untried(in_use, best) if best else
+            ("instruction set", f"{in_use} in use, {best} the best here" if best else
              "none: this processor has no AVX2, the cpp backend is not usable"),
             ("CUDA half", f"sm_{info['cuda'].replace(';', ', sm_')}" if info["cuda"] else "built without nvcc"), *rows]
-
-
-def _untried(in_use: str, best: str) -> str:
-    return (": its tiles have been tested in emulation only and are used where _C.set_cpu_isa('amx') asks for them"
-            if best == "amx" != in_use else "")
 
 
 def backend_table(explain: bool, names: list[str]) -> list[str]:

@@ -16,8 +16,8 @@ import torch
 from internlm2_kernels import OPS
 from internlm2_kernels._registry import Op
 from internlm2_kernels.testing import Draw, draw_upstream, flat, ladder, ladder_table, run, with_leaves
-from internlm2_kernels.timing import Contender, Paired, Peaks, cold_sets, interleave, quantiles
 from internlm2_kernels.workloads import Case, Sample
+from tools.timing import Contender, Paired, Peaks, cold_sets, interleave, quantiles
 
 from .peers import CHECKED, NOT_COMPILED, OURS, PEERS, READ_BOUND, peers_of
 

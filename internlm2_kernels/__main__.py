@@ -1,13 +1,11 @@
-"""python -m internlm2_kernels doctor | ops [NAME ...] [--explain] | aot | table
+"""python -m internlm2_kernels doctor | ops [NAME ...] [--explain]
 
   python -m internlm2_kernels doctor                  what is installed, what loaded or why not, a self-test of each operator
   python -m internlm2_kernels ops                     operators and the backends that can run here
   python -m internlm2_kernels ops rms_norm --explain  what is chosen for a CPU and for a CUDA tensor, and why not the others
-  python -m internlm2_kernels aot --check             compile every GPU kernel without a GPU and compare with the table
 """
 
 import argparse
-import importlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -59,14 +57,9 @@ def library() -> list[tuple[str, str]]:
     info = _C.build_info()
     in_use, best = _C.cpu_isa(), _C.best_cpu_isa()
     return [("compiled library", f"{_C.__file__}, by {info['compiler']} against torch {info['torch']}"),
-            ("instruction set", f"{in_use} in use, {best} the best here" + _untried(in_use, best) if best else
+            ("instruction set", f"{in_use} in use, {best} the best here" if best else
              "none: this processor has no AVX2, the cpp backend is not usable"),
             ("CUDA half", f"sm_{info['cuda'].replace(';', ', sm_')}" if info["cuda"] else "built without nvcc"), *rows]
-
-
-def _untried(in_use: str, best: str) -> str:
-    return (": its tiles have been tested in emulation only and are used where _C.set_cpu_isa('amx') asks for them"
-            if best == "amx" != in_use else "")
 
 
 def backend_table(explain: bool, names: list[str]) -> list[str]:
@@ -139,13 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     ops = commands.add_parser("ops", help="operators x backends")
     ops.add_argument("names", nargs="*", metavar="NAME")
     ops.add_argument("--explain", action="store_true", help="why each backend is or is not chosen")
-    commands.add_parser("aot", help="static audit of the GPU kernels; `aot --help`", add_help=False)
-    commands.add_parser("table", help="the README's operator table; --write puts it there", add_help=False)
-    args, rest = parser.parse_known_args(argv)
-    if args.command in ("aot", "table"):
-        return importlib.import_module("._aot" if args.command == "aot" else "._docs", __package__).main(rest)
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args = parser.parse_args(argv)
     if args.command == "ops":
         print("\n".join(backend_table(args.explain, args.names)))
         return 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def python(code: str, *args: str, **env: str) -> subprocess.CompletedProcess:
@@ -90,7 +90,7 @@ def test_torchs_own_switch_forces_avx2():
 def test_house_rules():
     """Layers: implementations import no operator, the kernels know nothing of the model; public docstrings are complete."""
     import internlm2_kernels
-    from internlm2_kernels._docs import section
+    from tools.docs import section
 
     for path in (ROOT / "internlm2_kernels").rglob("*.py"):
         text = path.read_text()
@@ -106,7 +106,7 @@ def test_house_rules():
 
 
 def test_operator_table_of_the_readme_is_fresh():
-    from internlm2_kernels._docs import with_table
+    from tools.docs import with_table
 
     text = (ROOT / "README.md").read_text()
     assert with_table(text) == text, "run `make docs`"
@@ -137,6 +137,8 @@ def test_archives(tmp_path):
     assert wheel.name.endswith("py3-none-any.whl") and not any(n.endswith(".so") for n in names)
     for needed in ("internlm2_kernels/py.typed", "internlm2_kernels/_triton/rms_norm.py", "internlm2/recipes/demo.toml"):
         assert needed in names, needed
+    metadata = wheel.name.split("-py3")[0] + ".dist-info"
+    assert {name.split("/")[0] for name in names} == {"internlm2", "internlm2_kernels", metadata}, "tools/ stays out"
     subprocess.run([sys.executable, "-c", "import setuptools.build_meta as b, sys; b.build_sdist(sys.argv[1])", tmp_path],
                    cwd=ROOT, env=env, check=True, capture_output=True)
     (sdist,) = tmp_path.glob("*.tar.gz")

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ._triton import common
+from internlm2_kernels._triton import common
 
 TRITON_ARCHS = ("80", "90", "100")
 CUDA_ARCHS = ("80", "90a", "100a")

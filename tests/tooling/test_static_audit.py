@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from internlm2_kernels import OPS, _aot
+import internlm2_kernels
+from internlm2_kernels import OPS
+from tools import audit, compile_kernels
 
 pytest.importorskip("triton")
-PACKAGE = Path(_aot.__file__).parent
-ROWS = json.loads(_aot.TABLE.read_text())["rows"]
+PACKAGE = Path(internlm2_kernels.__file__).parent
+ROWS = audit.read(audit.TABLE)["rows"]
 TRITON_OPS = [name for name, op in OPS.items() if "triton" in op.backends]
 
 
@@ -46,7 +48,7 @@ def test_every_kernel_is_in_the_table():
             for dtype in dtypes:
                 for arch in (80, 90, 100):
                     assert any(key.startswith(f"{name}/{kernel}/") and key.endswith(f"/{dtype}/sm_{arch}") for key in ROWS
-                               for name in ops), f"{kernel} {dtype} sm_{arch}: give it a launch in audit(), run aot --write"
+                               for name in ops), f"{kernel} {dtype} sm_{arch}: launch it in audit(), run tools.audit --write"
 
 
 def test_every_cuda_source_is_in_the_table():
@@ -57,13 +59,13 @@ def test_every_cuda_source_is_in_the_table():
 
 def test_table_is_of_the_launches_that_are_shipped():
     """What the launchers launch now, and nothing else; each pass of an operator launches something that is audited."""
-    code = ("import json; from internlm2_kernels import OPS, _aot_compile as a\n"
+    code = ("import json; from internlm2_kernels import OPS; from tools import compile_kernels as a\n"
             "found = {l.key: l.kernel.__name__ for op in OPS if 'triton' in OPS[op].backends for dtype in a.DTYPES "
             "for l in a.launches(op, dtype)}\nprint(json.dumps(found))")
     out = run("-c", code)
     assert out.returncode == 0, out.stderr
     found = json.loads(out.stdout)
-    assert set(found) == {key.rsplit("/sm_", 1)[0] for key in ROWS if not key.startswith("cuda/")}, "run aot --write"
+    assert set(found) == {key.rsplit("/sm_", 1)[0] for key in ROWS if not key.startswith("cuda/")}, "run tools.audit --write"
     for name in TRITON_OPS:
         for pass_name in OPS[name].schemas:
             words = WORDS[next(word for word in WORDS if word in pass_name)]
@@ -72,7 +74,7 @@ def test_table_is_of_the_launches_that_are_shipped():
 
 
 def test_committed_table_has_no_problem():
-    assert _aot.find_problems(ROWS) == []
+    assert audit.find_problems(ROWS) == []
 
 
 def test_model_sizes_move_sixteen_bytes_at_a_time():
@@ -109,8 +111,6 @@ def test_products_of_16_bits_use_the_tensor_cores():
 
 
 def test_each_kind_of_product_is_counted():
-    from internlm2_kernels._aot_compile import read_ptx
-
     text = """
         mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1}, {%r1}, {%r2}, {%f1};
         wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1}, %rd1, %rd2, 1, 1, 1, 0, 0;
@@ -118,42 +118,40 @@ def test_each_kind_of_product_is_counted():
         @%p1 tcgen05.mma.cta_group::1.kind::f16 [ %r1 + 0 ], [ %r3 + 0 ], %rd2, %r2, %p2;
         tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r1];
         ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [ %rd1 + 0 ];"""
-    assert read_ptx(text) == {"mma": 1, "wgmma": 1, "tcgen05": 2, "loads": "1x128", "stores": ""}
+    assert compile_kernels.read_ptx(text) == {"mma": 1, "wgmma": 1, "tcgen05": 2, "loads": "1x128", "stores": ""}
 
 
 def test_problems_are_found():
     good = next(facts for key, facts in ROWS.items() if key.endswith("sm_80"))
-    assert _aot.find_problems({"op/kernel/x/float32/sm_80": good}) == []
-    (spill,) = _aot.find_problems({"op/kernel/x/float32/sm_80": {**good, "stack_bytes": 8}})
+    assert audit.find_problems({"op/kernel/x/float32/sm_80": good}) == []
+    (spill,) = audit.find_problems({"op/kernel/x/float32/sm_80": {**good, "stack_bytes": 8}})
     assert "spills: 8 bytes" in spill
-    (shared,) = _aot.find_problems({"op/kernel/x/float32/sm_80": {**good, "shared_bytes": 170_000}})
+    (shared,) = audit.find_problems({"op/kernel/x/float32/sm_80": {**good, "shared_bytes": 170_000}})
     assert "170000 bytes of shared memory" in shared
-    assert _aot.find_problems({"op/kernel/x/float32/sm_90": {**good, "shared_bytes": 170_000}}) == []
+    assert audit.find_problems({"op/kernel/x/float32/sm_90": {**good, "shared_bytes": 170_000}}) == []
 
 
 def test_a_spill_passes_with_a_reason_only(monkeypatch):
     key, good = "op/kernel/x/float32", next(facts for key, facts in ROWS.items() if key.endswith("sm_80"))
-    spill = lambda stack, inside: _aot.find_problems(
+    spill = lambda stack, inside: audit.find_problems(
         {f"{key}/sm_80": {**good, "stack_bytes": stack, "spills_in_loops": inside}})
     assert len(spill(8, 0)) == 1
-    monkeypatch.setitem(_aot.ALLOWED_STACK, key, "for this test")
+    monkeypatch.setitem(audit.ALLOWED_STACK, key, "for this test")
     assert spill(8, 0) == spill(8, 1) == spill(1000, 1) == []
-    monkeypatch.setitem(_aot.ALLOWED_STACK, key, _aot.BESIDE_LOOPS)  # a reason that the machine code has to bear out
-    assert spill(8, 0) == [] and len(spill(8, 1)) == len(spill(_aot.LARGEST_STACK_BYTES + 1, 0)) == 1
-    monkeypatch.delitem(_aot.ALLOWED_STACK, key)
-    monkeypatch.setitem(_aot.ALLOWED_STACK, f"{key}/sm_90", "for another architecture")
+    monkeypatch.setitem(audit.ALLOWED_STACK, key, audit.BESIDE_LOOPS)  # a reason that the machine code has to bear out
+    assert spill(8, 0) == [] and len(spill(8, 1)) == len(spill(audit.LARGEST_STACK_BYTES + 1, 0)) == 1
+    monkeypatch.delitem(audit.ALLOWED_STACK, key)
+    monkeypatch.setitem(audit.ALLOWED_STACK, f"{key}/sm_90", "for another architecture")
     assert len(spill(8, 0)) == 1
 
 
 def test_reasons_are_of_kernels_that_spill():
-    for key in _aot.ALLOWED_STACK:
+    for key in audit.ALLOWED_STACK:
         rows = [facts for name, facts in ROWS.items() if key in (name, name.rsplit("/sm_", 1)[0])]
         assert any(facts["stack_bytes"] for facts in rows), f"{key} does not spill: take it out of ALLOWED_STACK"
 
 
 def test_spills_in_loops_are_counted(monkeypatch, tmp_path):
-    from internlm2_kernels import _aot_compile
-
     listing = """
         /*0000*/  STL [R1], R2 ;
         /*0010*/  LDG.E R4, [R6] ;
@@ -163,8 +161,8 @@ def test_spills_in_loops_are_counted(monkeypatch, tmp_path):
         /*0050*/  LDL R3, [R1] ;
         /*0060*/  @P2 BRA 0x10 ;
         /*0070*/  EXIT ;"""
-    monkeypatch.setattr(_aot_compile.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, stdout=listing))
-    assert _aot_compile.spills_in_loops("cuobjdump", tmp_path) == 1  # the inner loop's, not those around it
+    monkeypatch.setattr(compile_kernels.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, stdout=listing))
+    assert compile_kernels.spills_in_loops("cuobjdump", tmp_path) == 1  # the inner loop's, not those around it
 
 
 def test_differences_are_found():
@@ -172,26 +170,27 @@ def test_differences_are_found():
     facts = {"registers": 40, "stack_bytes": 0}
     committed = {"compilers": compilers, "rows": {"op/a/sm_80": facts, "cuda/f/b/sm_80": facts}}
     same = {"op/a/sm_80": facts, "cuda/f/b/sm_80": facts}
-    assert _aot.compare(same, compilers, committed, cuda=True) == ([], [])
+    assert audit.compare(same, compilers, committed, cuda=True) == ([], [])
     heavier = {**same, "op/a/sm_80": {**facts, "registers": 41}}
-    assert _aot.compare(heavier, compilers, committed, cuda=True)[0] == ["op/a/sm_80: registers was 40, is 41"]
-    changes, notes = _aot.compare(heavier, {**compilers, "triton": "9"}, committed, cuda=True)
+    assert audit.compare(heavier, compilers, committed, cuda=True)[0] == ["op/a/sm_80: registers was 40, is 41"]
+    changes, notes = audit.compare(heavier, {**compilers, "triton": "9"}, committed, cuda=True)
     assert changes == [] and "triton 1, here is 9" in notes[0]
-    changes, _ = _aot.compare({"op/new/sm_80": facts}, compilers, committed, cuda=True)
+    changes, _ = audit.compare({"op/new/sm_80": facts}, compilers, committed, cuda=True)
     assert len(changes) == 3 and "op/new/sm_80 is not in the committed table" in changes[-1]
-    assert _aot.compare({"op/a/sm_80": facts}, compilers, committed, cuda=False)[0] == []
+    assert audit.compare({"op/a/sm_80": facts}, compilers, committed, cuda=False)[0] == []
 
 
 def test_write_then_read(tmp_path):
     path = tmp_path / "table.json"
-    _aot.write(path, {"triton": "1", "nvcc": None}, {"b": {"registers": 1}, "a": {"registers": 2}})
-    assert json.loads(path.read_text())["rows"] == {"a": {"registers": 2}, "b": {"registers": 1}}
+    rows = {"b/sm_80": {"registers": 1, "spills_in_loops": 0}, "b/sm_90": {"registers": 3}, "a/sm_80": {"registers": 2}}
+    audit.write(path, {"triton": "1", "nvcc": None}, rows)
+    assert audit.read(path) == {"compilers": {"triton": "1", "nvcc": None}, "rows": rows}
     assert [p.name for p in tmp_path.iterdir()] == ["table.json"]
 
 
 def test_command_compiles_from_an_interpreted_process():
     """One operator for real, from a process in which kernels are the interpreter's; its rows are the committed ones."""
-    out = subprocess.run([sys.executable, "-m", "internlm2_kernels", "aot", "--op", "rope_table"], capture_output=True,
+    out = subprocess.run([sys.executable, "-m", "tools.audit", "--op", "rope_table"], capture_output=True,
                          text=True, cwd=PACKAGE.parent, env={**os.environ, "TRITON_INTERPRET": "1"})
     assert out.returncode == 0, out.stderr
     assert "static: compiled, not run" in out.stdout and "6 kernels compiled, none run: no problem" in out.stdout
@@ -204,7 +203,8 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
-from internlm2_kernels import OPS, _aot_compile as audit
+from internlm2_kernels import OPS
+from tools import compile_kernels as audit
 from internlm2_kernels._triton import common
 backend, count = make_backend(GPUTarget("cuda", 90, 32)), 0
 def compare(kernel, arguments, options):
@@ -237,16 +237,16 @@ def test_changed_sources_are_compiled_again():
     row = next(iter(ROWS.values()))
     older = {name: value for name, value in row.items() if name != "tcgen05"}  # an audit that knew less wrote it
     committed = {"compilers": compilers, "rows": {"op/a/sm_80": row, "cuda/f/b/sm_80": row, "op/old/sm_80": older}}
-    assert set(_aot.unchanged(committed, compilers)) == {"op/a/sm_80", "cuda/f/b/sm_80"}
-    assert set(_aot.unchanged(committed, {"triton": "1", "nvcc": None})) == {"op/a/sm_80"}
+    assert set(audit.unchanged(committed, compilers)) == {"op/a/sm_80", "cuda/f/b/sm_80"}
+    assert set(audit.unchanged(committed, {"triton": "1", "nvcc": None})) == {"op/a/sm_80"}
     code = """
 import json
-from internlm2_kernels import _aot
-rows = json.loads(_aot.TABLE.read_text())["rows"]
-kept, compiled = _aot._compile_all(["rope_table"], [], 1, rows)
+from tools import audit
+rows = audit.read(audit.TABLE)["rows"]
+kept, compiled = audit._compile_all(["rope_table"], [], 1, rows)
 assert (len(kept), compiled) == (6, 0), compiled
 key = next(iter(kept))
-kept, compiled = _aot._compile_all(["rope_table"], [], 1, rows | {key: rows[key] | {"source": "another"}})
+kept, compiled = audit._compile_all(["rope_table"], [], 1, rows | {key: rows[key] | {"source": "another"}})
 assert (len(kept), compiled) == (6, 1) and kept[key] == rows[key], compiled
 """
     out = run("-c", code)
@@ -256,5 +256,5 @@ assert (len(kept), compiled) == (6, 1) and kept[key] == rows[key], compiled
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_check():
-    out = run("-m", "internlm2_kernels", "aot", "--check", "--all")
+    out = run("-m", "tools.audit", "--check", "--all")
     assert out.returncode == 0, out.stdout + out.stderr

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from internlm2_kernels import OPS, testing, timing
+from internlm2_kernels import OPS, testing
 from internlm2_kernels.testing import Draw, ladder, run
-from internlm2_kernels.timing import Contender, interleave, quantiles, turns
 from internlm2_kernels.workloads import Case
+from tools import timing
+from tools.timing import Contender, interleave, quantiles, turns
 
 CPU = torch.device("cpu")
 

@@ -72,7 +72,7 @@ import re
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from internlm2_kernels import _aot_compile as audit
+from tools import compile_kernels as audit
 wanted = {"flash_attention": ("d 128, packed", "d 64, packed, at most 64"),
           "paged_attention": ("decode, d 128", "decode, d 64")}
 for op, labels in wanted.items():

@@ -15,8 +15,8 @@ for needed in ("pytest_benchmark", "matplotlib", "rich"):
 from benchmarks import __main__ as command  # noqa: E402 (skipped above where pytest-benchmark is missing)
 from benchmarks import gates, plot, record, report, suite  # noqa: E402
 from internlm2_kernels import OPS  # noqa: E402
-from internlm2_kernels.timing import Paired, Peaks  # noqa: E402
 from internlm2_kernels.workloads import Case  # noqa: E402
+from tools.timing import Paired, Peaks  # noqa: E402
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PEAKS = Peaks(3e12, 3.1e12, 8e14, 5e13)

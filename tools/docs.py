@@ -2,17 +2,17 @@
 
 import inspect
 import re
+import sys
 from pathlib import Path
 
-from ._registry import OPS, Op
+import internlm2_kernels
+from internlm2_kernels._registry import OPS, Op
 
-BEGIN, END = "<!-- operators: begin (python -m internlm2_kernels table --write) -->", "<!-- operators: end -->"
+BEGIN, END = "<!-- operators: begin (python -m tools.docs --write) -->", "<!-- operators: end -->"
 
 
 def section(op: Op, title: str) -> str:
     """One section of the public docstring as a line: `Shapes:`, `Backward:`, ..."""
-    import internlm2_kernels
-
     text = inspect.getdoc(getattr(internlm2_kernels, op.name))
     found = re.search(rf"^{title}:\s+(.*?)(?=\n\S|\Z)", text, re.S | re.M)
     if found is None:
@@ -43,10 +43,14 @@ def main(argv: list[str]) -> int:
         path = Path("README.md")
         path.write_text(with_table(path.read_text()))
     elif argv:
-        print("usage: python -m internlm2_kernels table [--write]\n\n"
+        print("usage: python -m tools.docs [--write]\n\n"
               "Prints the operator table, made from the registry and the docstrings. --write puts it between its markers in\n"
-              "./README.md. Example: python -m internlm2_kernels table --write && git diff README.md")
+              "./README.md. Example: python -m tools.docs --write && git diff README.md")
         return 0 if argv in (["-h"], ["--help"]) else 2
     else:
         print(operator_table())
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,8 +1,6 @@
 """What the shared checks do not cover of Triton's losses: shards, chunks, bad indices, launches."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ import torch
 import internlm2_kernels as ik
 from internlm2_kernels._device_errors import CODES, error_word
 from internlm2_kernels._registry import OPS
+from tools import audit
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -338,7 +337,7 @@ def test_ppo_in_one_launch_and_in_two(size, device, randn, generator, monkeypatc
 # ------------------------------------------------------------------------------------------------------- static audit
 def test_products_run_on_the_tensor_cores():
     """As the committed audit has it: wgmma on sm_90, mma on sm_80, tcgen05 on sm_100, for every 16-bit product."""
-    rows = json.loads(Path(ik.__file__).with_name("static_audit.json").read_text())["rows"]
+    rows = audit.read(audit.TABLE)["rows"]
     products = ("linear_head_fwd_kernel", "linear_head_gradient_kernel", "linear_head_product_kernel")
     found = {key: facts for key, facts in rows.items() if key.split("/")[1] in products and "/bfloat16/" in key}
     assert {key.split("/")[1] for key in found} == set(products)

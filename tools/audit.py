@@ -1,8 +1,8 @@
-"""python -m internlm2_kernels aot: what every GPU kernel takes, read off its machine code without a GPU.
+"""python -m tools.audit: the static audit of every GPU kernel, read from its machine code without a GPU.
 
-Every Triton kernel in its shipped configurations is compiled for sm_80, sm_90 and sm_100, every CUDA C++ kernel for sm_80,
-sm_90a and sm_100a. The table says what a kernel needs, whether it spills and how many tensor-core products it has; how fast
-it runs it cannot say.
+Every Triton kernel in its shipped configurations is compiled for sm_80, sm_90 and sm_100, and every CUDA C++ kernel for
+sm_80, sm_90a and sm_100a. The table says which resources a kernel needs, whether it spills registers and how many
+tensor-core instructions it has. The table is static: no kernel is run, so it says nothing about speed.
 """
 
 import argparse
@@ -15,8 +15,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from ._registry import OPS
+from internlm2_kernels import OPS
 
 TABLE = Path(__file__).with_name("static_audit.json")
 LARGEST_STACK_BYTES = 128  # of a spill for which BESIDE_LOOPS is reason enough
@@ -57,31 +58,31 @@ ALLOWED_STACK: dict[str, str] = {
     "paged_attention/paged_attention_fwd_kernel/decode, d 128, blocks of 1, window/float32/sm_90": BESIDE_LOOPS,
 }
 EXAMPLES = """examples:
-  python -m internlm2_kernels aot                compile everything and print the table
-  python -m internlm2_kernels aot --check        compare with the committed table; exit status 1 on a difference.
-                                                 Compiles what has changed since; --check --all compiles everything
-  python -m internlm2_kernels aot --write        rewrite the committed table
-  python -m internlm2_kernels aot --op swiglu    one operator only"""
+  python -m tools.audit                compile everything and print the table
+  python -m tools.audit --check        compare with the committed table; exit status 1 on a difference.
+                                       Compiles only what changed since; --check --all compiles everything
+  python -m tools.audit --write        rewrite the committed table
+  python -m tools.audit --op swiglu    audit one operator only"""
 
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":  # kernels of this process are the interpreter's: compile in another
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        command = [sys.executable, "-m", "internlm2_kernels._aot", *argv]
+        command = [sys.executable, "-m", "tools.audit", *argv]
         return subprocess.run(command, env=environment).returncode
     missing = [name for name in ("triton", "rich") if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"aot: this command needs {' and '.join(missing)}: Triton's compiler is what it runs, rich prints the table.",
+        print(f"audit: this command needs {' and '.join(missing)}: Triton's compiler is what it runs, rich prints the table.",
               file=sys.stderr)
         return 1
     import triton
 
-    from ._aot_compile import CSRC, nvcc_version
+    from .compile_kernels import CSRC, nvcc_version
 
     compilers = {"triton": triton.__version__, "nvcc": nvcc_version()}
     sources = sorted(CSRC.glob("*.cu")) if compilers["nvcc"] and not args.op else []
-    committed = json.loads(TABLE.read_text()) if TABLE.exists() else {"compilers": {}, "rows": {}}
+    committed = read(TABLE) if TABLE.exists() else {"compilers": {}, "rows": {}}
     known = unchanged(committed, compilers) if (args.check or args.write) and not args.all else {}
     ops = [args.op] if args.op else _triton_ops()
     rows, compiled = _compile_all(ops, [str(source) for source in sources], args.jobs, known)
@@ -100,7 +101,7 @@ def main(argv: list[str]) -> int:
         compilers["nvcc"] = compilers["nvcc"] if sources else committed["compilers"].get("nvcc")
         write(TABLE, compilers, rows | kept)
     for problem in problems:
-        print(f"aot: {problem}", file=sys.stderr)
+        print(f"audit: {problem}", file=sys.stderr)
     same = f", {len(rows) - compiled} have not changed" if len(rows) > compiled else ""
     verdict = "no problem" if not problems else f"{len(problems)} problems"
     print(f"{compiled} kernels compiled{same}, none run: {verdict}.")
@@ -108,7 +109,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m internlm2_kernels aot", description=__doc__, epilog=EXAMPLES,
+    parser = argparse.ArgumentParser(prog="python -m tools.audit", description=__doc__, epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="compare with the committed table")
@@ -125,7 +126,7 @@ def _triton_ops() -> list[str]:
 
 def unchanged(committed: dict, compilers: dict) -> dict[str, dict]:
     """The committed rows that the compilers at hand made: they stand for kernels whose sources are still the same."""
-    from ._aot_compile import Facts
+    from .compile_kernels import Facts
 
     needed = {"source", *(field.name for field in dataclasses.fields(Facts))}
     made = {kind for kind, version in compilers.items() if committed["compilers"].get(kind) == version}
@@ -137,7 +138,7 @@ def _compile_all(ops: list[str], sources: list[str], workers: int, known: dict[s
     """Every row of the table, sorted by key, and how many were compiled: those not `known` with the same source."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ._aot_compile import CUDA_ARCHS, DTYPES, TRITON_ARCHS, compile_cuda, compile_triton, cuda_digest, launches
+    from .compile_kernels import CUDA_ARCHS, DTYPES, TRITON_ARCHS, compile_cuda, compile_triton, cuda_digest, launches
 
     jobs, rows = [], {}
     for source in sources:
@@ -172,13 +173,13 @@ def _compile_all(ops: list[str], sources: list[str], workers: int, known: dict[s
 
 def _put(rows: dict[str, dict], key: str, facts: dict) -> None:
     if key in rows:
-        raise ValueError(f"aot: two launches are called {key!r}: give one another label in its audit()")
+        raise ValueError(f"audit: two launches are called {key!r}: give one another label in its audit()")
     rows[key] = facts
 
 
 def find_problems(rows: dict[str, dict]) -> list[str]:
     """Spills that ALLOWED_STACK has no reason for, and shared memory that the architecture does not have."""
-    from ._aot_compile import SHARED_LIMIT
+    from .compile_kernels import SHARED_LIMIT
 
     problems = []
     for key, facts in rows.items():
@@ -204,8 +205,8 @@ def compare(rows: dict[str, dict], compilers: dict, committed: dict, cuda: bool)
         belongs = lambda key, kind=kind: key.startswith("cuda/") == (kind == "cuda")
         old = {key: facts for key, facts in committed["rows"].items() if belongs(key)}
         new = {key: facts for key, facts in rows.items() if belongs(key)}
-        changes += [f"{key} is not in the committed table; run aot --write" for key in new.keys() - old.keys()]
-        changes += [f"{key} is in the committed table, but is no longer compiled; run aot --write"
+        changes += [f"{key} is not in the committed table; run tools.audit --write" for key in new.keys() - old.keys()]
+        changes += [f"{key} is in the committed table, but is no longer compiled; run tools.audit --write"
                     for key in old.keys() - new.keys()]
         was = committed["compilers"].get(compiler)
         if was != compilers[compiler]:
@@ -217,11 +218,28 @@ def compare(rows: dict[str, dict], compilers: dict, committed: dict, cuda: bool)
     return sorted(changes), notes
 
 
+def read(path: Path) -> dict[str, Any]:
+    """The committed table: the versions of the `compilers`, and `rows` that map a kernel's key to its facts."""
+    table = json.loads(path.read_text())
+    return {"compilers": table["compilers"],
+            "rows": {f"{name}/{arch}": {field: value for field, value in zip(table["fields"], values, strict=False)
+                                        if value is not None}
+                     for name, by_arch in table["rows"].items() for arch, values in by_arch.items()}}
+
+
 def write(path: Path, compilers: dict, rows: dict[str, dict]) -> None:
-    """One row a line, so that a diff shows which kernels changed; replaced in one step."""
-    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(facts)}" for key, facts in sorted(rows.items()))
-    text = (f'{{"note": "static: compiled, not run; written by python -m internlm2_kernels aot --write",\n'
-            f' "compilers": {json.dumps(compilers)},\n "rows": {{\n{lines}\n}}}}\n')
+    """One configuration a line with the facts of its architectures in the order of `fields`, so that a diff shows which
+    kernels changed. The file is replaced in one step."""
+    fields = list(dict.fromkeys(field for facts in rows.values() for field in facts))
+    grouped: dict[str, dict[str, list]] = {}
+    for key, facts in sorted(rows.items()):
+        name, arch = key.rsplit("/", 1)
+        last = max(index for index, field in enumerate(fields) if field in facts)
+        grouped.setdefault(name, {})[arch] = [facts.get(field) for field in fields[:last + 1]]
+    compact = lambda value: json.dumps(value, separators=(",", ":"))
+    lines = ",\n".join(f"{compact(name)}: {compact(by_arch)}" for name, by_arch in grouped.items())
+    text = (f'{{"note": "static: compiled, not run; written by python -m tools.audit --write",\n'
+            f'"compilers": {json.dumps(compilers)},\n"fields": {json.dumps(fields)},\n"rows": {{\n{lines}\n}}}}\n')
     temporary = path.with_suffix(".new")
     temporary.write_text(text)
     os.replace(temporary, path)

@@ -59,7 +59,8 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match="source a.jsonl, line 1: expected a JSON object"):
         read_documents(str(tmp_path), 100)
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800"}')
-    with pytest.raises(ValueError, match="source a.jsonl, line 1: the text must be valid Unicode, got a lone surrogate at index 1"):
+    message = "source a.jsonl, line 1: the text must be valid Unicode, got a lone surrogate at index 1"
+    with pytest.raises(ValueError, match=message):
         read_documents(str(tmp_path), 100)
 
 

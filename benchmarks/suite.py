@@ -15,7 +15,7 @@ import torch
 
 from internlm2_kernels import OPS
 from internlm2_kernels._registry import Case, Op, Sample
-from internlm2_kernels.testing import draw_upstream, ladder, ladder_table, run, with_leaves
+from internlm2_kernels.testing import Draw, draw_upstream, ladder, ladder_table, run, with_leaves
 from tools.timing import Contender, Paired, Peaks, cold_sets, interleave, quantiles
 
 from .peers import CHECKED, NOT_COMPILED, OURS, PEERS, READ_BOUND, peers_of
@@ -176,7 +176,7 @@ def check(op: Op, dtype: torch.dtype, device: torch.device, implementations: dic
                 if name in red or (name in PEERS.get(op.name, {}) and op.name in CHECKED and case.kind == "smoke"):
                     continue
                 try:  # copies: some peers write into their inputs
-                    rungs = ladder(op, sample, run(op, _copy(sample), implementation, _clones(upstream)), upstream)
+                    rungs = ladder(op, [Draw(sample, run(op, _copy(sample), implementation, _clones(upstream)), upstream)])
                 except NotImplementedError:  # not what this peer does
                     continue
                 except Exception as error:  # whatever a peer raises, and the run says what

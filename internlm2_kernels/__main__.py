@@ -57,14 +57,9 @@ def library() -> list[tuple[str, str]]:
     info = _C.build_info()
     in_use, best = _C.cpu_isa(), _C.best_cpu_isa()
     return [("compiled library", f"{_C.__file__}, by {info['compiler']} against torch {info['torch']}"),
-            ("instruction set", f"{in_use} in use, {best} the best here" + _untried(in_use, best) if best else
+            ("instruction set", f"{in_use} in use, {best} the best here" if best else
              "none: this processor has no AVX2, the cpp backend is not usable"),
             ("CUDA half", f"sm_{info['cuda'].replace(';', ', sm_')}" if info["cuda"] else "built without nvcc"), *rows]
-
-
-def _untried(in_use: str, best: str) -> str:
-    return (": its tiles have been tested in emulation only and are used where _C.set_cpu_isa('amx') asks for them"
-            if best == "amx" != in_use else "")
 
 
 def backend_table(explain: bool, names: list[str]) -> list[str]:
@@ -94,7 +89,7 @@ def self_test(report) -> bool:
     import torch
 
     from ._registry import OPS
-    from .testing import draw_upstream, ladder, run
+    from .testing import Draw, draw_upstream, ladder, run
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sound, width = True, max(map(len, OPS))
@@ -108,7 +103,7 @@ def self_test(report) -> bool:
                             generator = torch.Generator(device=where).manual_seed(0)
                             sample = op.sample(case, dtype, where, generator)
                             upstream = draw_upstream(op, sample, 1.0, generator)
-                            rungs = ladder(op, sample, run(op, sample, backend, upstream), upstream)
+                            rungs = ladder(op, [Draw(sample, run(op, sample, backend, upstream), upstream)])
                             worst = max([worst, *(rung.ratio for rung in rungs)])
                 except Exception as error:
                     problem = f"{type(error).__name__}: {error}"

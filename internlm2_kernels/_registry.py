@@ -187,7 +187,7 @@ def why_not(op: Op, backend: str, device: str) -> str | None:
     if backend == "cpp":
         if device != "cpu":
             return f"it runs on CPU tensors, not on {device}"
-        return NATIVE_ERROR or (_not_compiled(op, backend) if _C.cpu_isa() else "this processor has no AVX2")
+        return NATIVE_ERROR or (_not_compiled(op, backend) if _C.best_cpu_isa() else "this processor has no AVX2")
     if backend == "cuda":
         if device != "cuda":
             return f"it runs on CUDA tensors, not on {device}"

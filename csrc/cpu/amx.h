@@ -1,7 +1,7 @@
 // The tile instructions of AMX that product_amx.h needs: eight tiles of 16 rows of 64 bytes each, always whole.
 //
 // Written as assembly since gcc 12's own functions do not say that a tile is read from or written to memory, so that the
-// compiler may move a store past them. With INTERNLM2_EMULATE_AMX (tests/test_amx_emulated.py) they are plain C++ that does
+// compiler may move a store past them. With INTERNLM2_EMULATE_AMX (tests/tooling) they are plain C++ that does
 // what Intel's Software Developer's Manual, volume 2, says of each, on processors without AMX.
 #pragma once
 #include "vec.h"

@@ -7,7 +7,7 @@ from memory import peak_extra
 from shared import DTYPES, OPS, instruction_set, replaced
 
 from internlm2_kernels._registry import Case
-from internlm2_kernels.testing import assert_ladder, draw_upstream, run, standard
+from internlm2_kernels.testing import Draw, assert_ladder, draw_upstream, run, standard
 
 FLASH, PAGED = OPS["flash_attention"], OPS["paged_attention"]
 SETS = [isa for name, isa in variants("cpu", FLASH) if name == "cpp"]
@@ -33,7 +33,7 @@ def on_every_set(op, sample, generator, label):
     for isa in SETS:
         with instruction_set(isa):
             got = run(op, sample, "cpp", upstream)
-        assert_ladder(op, sample, got, upstream, f"{label} {isa}", by)
+        assert_ladder(op, [Draw(sample, got, upstream, by)], f"{label} {isa}")
 
 
 # The backward in C++ walks blocks of 144 queries and 192 keys: three and more of each, none of them whole at the end.
@@ -71,7 +71,7 @@ def test_blocks_in_triton(case, dtype, generator):
     pytest.importorskip("triton")
     sample = FLASH.sample(case, dtype, CPU, generator)
     upstream = draw_upstream(FLASH, sample, 1.0, generator)
-    assert_ladder(FLASH, sample, run(FLASH, sample, "triton", upstream), upstream, str(case))
+    assert_ladder(FLASH, [Draw(sample, run(FLASH, sample, "triton", upstream), upstream)], str(case))
 
 
 # ------------------------------------------------------------------------------------------------ almost equal weights

@@ -60,7 +60,7 @@ CHILD = """
 
 
 def test_every_operator_runs_in_a_forked_child():
-    code = textwrap.dedent(CHILD).format(tests=str(Path(__file__).parent.parent))
+    code = textwrap.dedent(CHILD).format(tests=str(Path(__file__).parents[1] / "support"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     status, *names = done.stdout.split()

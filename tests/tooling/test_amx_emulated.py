@@ -12,7 +12,7 @@ from test_native_build import lines, objects  # noqa: F401, a fixture
 
 from internlm2_kernels._registry import _C
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(_C is None or _C.best_cpu_isa() not in ("avx512_bf16", "amx"), reason="needs AVX512_BF16")
 
 
@@ -46,11 +46,12 @@ def run(command):
 # Of the tests that run at every instruction set those at level amx: values on the error ladder, the same bits at one and two
 # threads, whatever else is in the batch and in decoding as in prefill, nothing read from poisoned neighbours.
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("file,among", (("test_ops.py", "test_ladder"), ("test_ops_bits.py", "test_bitwise_repeatable"),
+@pytest.mark.parametrize("file,among", (("shared/test_ops.py", "test_ladder"),
+                                        ("shared/test_ops_bits.py", "test_bitwise_repeatable"),
                                         ("ops/test_flash_attention.py", "test_packed_is_batch_invariant"),
                                         ("ops/test_paged_attention.py", "test_a_decoded_token_has_the_bits_of_prefill")))
 def test_emulated(library, file, among):
-    environment = os.environ | {"INTERNLM2_TEST_LIBRARY": str(library), "PYTHONPATH": str(TESTS)}
+    environment = os.environ | {"INTERNLM2_TEST_LIBRARY": str(library), "PYTHONPATH": str(TESTS / "support")}
     chosen = "amx and not float32 and (bfloat16 or not float16) and not fullgraph and not opcheck and not export"
     done = subprocess.run([sys.executable, "-m", "pytest", "-p", "amx_emulated", "-p", "no:cacheprovider", "-rp", "-k", chosen,
                            str(TESTS / file)], env=environment, capture_output=True, text=True, cwd=TESTS.parent)
@@ -61,7 +62,7 @@ def test_emulated(library, file, among):
 
 def test_the_tiles_are_what_is_tested(library):
     """At level amx sums have another order than at avx512_bf16; the library is the emulated one, and chooses amx for nobody."""
-    code = (f"import sys; sys.path.insert(0, {str(TESTS)!r}); import amx_emulated, torch\n"
+    code = (f"import sys; sys.path.insert(0, {str(TESTS / 'support')!r}); import amx_emulated, torch\n"
             "from internlm2_kernels import flash_attention, _C\n"
             "q = torch.randn(1, 200, 4, 128, generator=torch.Generator().manual_seed(0)).bfloat16()\n"
             "call = lambda: flash_attention(q, q, q, causal=True, backend='cpp')\n"

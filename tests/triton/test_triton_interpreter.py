@@ -11,7 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-PROBE = Path(__file__).with_name("interpreter_probe.py")
+PROBE = Path(__file__).parents[1] / "support" / "interpreter_probe.py"
 
 
 def probe(mode: str) -> dict:

@@ -11,7 +11,7 @@ from ranks import run_ranks
 from internlm2_kernels import OPS, linear_cross_entropy
 from internlm2_kernels._registry import Sample
 from internlm2_kernels.distributed import vocab_parallel, vocab_parallel_linear_cross_entropy
-from internlm2_kernels.testing import ladder, ladder_table
+from internlm2_kernels.testing import Draw, ladder, ladder_table
 
 VOCAB = 131
 ROWS = ((0, 50), (50, 131))  # uneven shards
@@ -94,7 +94,7 @@ def _rank(rank, port, results):
         for options in OPTIONS:
             inputs, upstream = draw(options, dtype)
             got = sharded(rank, inputs, upstream)
-            rungs = ladder(op, Sample(inputs, ("hidden", "weight")), got, {"loss": upstream})
+            rungs = ladder(op, [Draw(Sample(inputs, ("hidden", "weight")), got, {"loss": upstream})])
             if not all(r.ok for r in rungs):
                 red.append(f"{dtype} {options}\n{ladder_table(rungs)}")
             other = got["loss"].clone()

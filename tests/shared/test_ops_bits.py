@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import parameters
 import pytest
@@ -65,10 +66,8 @@ for op in shared.OPS.values():
 def test_bitwise_in_another_process(device):
     if device.type != "cpu":
         pytest.skip("the digest runs the cpp backend")
-    import pathlib
-
-    folder = str(pathlib.Path(__file__).parent)
-    digests = {subprocess.run([sys.executable, "-c", _DIGEST, folder, threads], capture_output=True, text=True,
+    support = str(Path(parameters.__file__).parent)
+    digests = {subprocess.run([sys.executable, "-c", _DIGEST, support, threads], capture_output=True, text=True,
                               check=True).stdout for threads in ("1", "2")}
     assert len(digests) == 1 and len(digests.pop().splitlines()) >= len(OPS)
 

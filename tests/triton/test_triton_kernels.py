@@ -9,7 +9,7 @@ from far import assert_far
 import internlm2_kernels as ik
 from internlm2_kernels._device_errors import CODES, error_word
 from internlm2_kernels._registry import _C, OPS, Case
-from internlm2_kernels.testing import assert_ladder, draw_upstream, run
+from internlm2_kernels.testing import Draw, assert_ladder, draw_upstream, run
 
 pytest.importorskip("triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -32,7 +32,7 @@ def check_rms_norm(dims, dtype, device, generator):
     op = OPS["rms_norm"]
     sample = op.sample(Case("edge", dims), dtype, device, generator)
     upstream = draw_upstream(op, sample, 1.0, generator)
-    assert_ladder(op, sample, run(op, sample, "triton", upstream), upstream, str(dims))
+    assert_ladder(op, [Draw(sample, run(op, sample, "triton", upstream), upstream)], str(dims))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

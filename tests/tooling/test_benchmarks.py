@@ -23,7 +23,7 @@ for needed in ("pytest_benchmark", "matplotlib", "rich"):
 
 from benchmarks import gates, plot, record, report, suite  # noqa: E402 (skipped above where pytest-benchmark is missing)
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 PEAKS = Peaks(1e10, 2e10, 1e12, 2e11)
 SMALL = Case("model", {"rows": 64, "cols": 64})

@@ -11,7 +11,7 @@ import torch
 
 from internlm2_kernels import OPS, testing
 from internlm2_kernels._registry import Case
-from internlm2_kernels.testing import ladder, run
+from internlm2_kernels.testing import Draw, ladder, run
 from tools import timing
 from tools.timing import Contender, interleave, quantiles, turns
 
@@ -195,19 +195,19 @@ def _last(tensor, value):
 ], ids=["zeros", "nan", "inf", "rolled", "5 % off", "dtype", "shape"])
 def test_ladder_turns_red(laddered, broken):
     op, sample, right, upstream = laddered
-    assert all(r.ok for r in ladder(op, sample, right, upstream))
+    assert all(r.ok for r in ladder(op, [Draw(sample, right, upstream)]))
     for name, tensor in right.items():
-        rungs = {r.name: r for r in ladder(op, sample, {**right, name: broken(tensor)}, upstream)}
+        rungs = {r.name: r for r in ladder(op, [Draw(sample, {**right, name: broken(tensor)}, upstream)])}
         assert not rungs.pop(name).ok and all(r.ok for r in rungs.values()), name
     with pytest.raises(AssertionError, match="RED"):
-        testing.assert_ladder(op, sample, {**right, "y": broken(right["y"])}, upstream)
+        testing.assert_ladder(op, [Draw(sample, {**right, "y": broken(right["y"])}, upstream)])
 
 
 def test_ladder_wants_every_tensor_and_no_other(laddered):
     op, sample, right, upstream = laddered
-    missing = ladder(op, sample, {n: t for n, t in right.items() if n != "d_x"}, upstream)
+    missing = ladder(op, [Draw(sample, {n: t for n, t in right.items() if n != "d_x"}, upstream)])
     assert [r.problem for r in missing if not r.ok] == ["missing"]
-    extra = ladder(op, sample, {**right, "d_eps": right["y"]}, upstream)
+    extra = ladder(op, [Draw(sample, {**right, "d_eps": right["y"]}, upstream)])
     assert [r.problem for r in extra if not r.ok] == ["unexpected"]
 
 

@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 from shared import DTYPES, Recorder, assert_bitwise, row_count, sample_of, small_cases, smoke_cases, strided_copies
 
 from internlm2_kernels._registry import Case
-from internlm2_kernels.testing import assert_ladder, draw_upstream, ladder, run, with_leaves
+from internlm2_kernels.testing import Draw, assert_ladder, draw_upstream, ladder, run, with_leaves
 
 backend, native, pytest_generate_tests = parameters.backend, parameters.native, parameters.pytest_generate_tests
+
+
+DRAWS = 3  # of the inputs, whose errors the ladder pools
 
 
 # --------------------------------------------------------------------------------------------------- right values
@@ -21,10 +24,13 @@ def test_ladder(op, variant, backend, dtype, direction, device, generator, recor
     if dtype not in op.dtypes or direction not in op.directions:
         pytest.skip(f"{op.name} has no {direction} in {dtype}")
     for case in small_cases(op):
-        sample = sample_of(op, case, dtype, device, generator)
         for scale in (1.0, 1e-4) if direction == "backward" else (0.0,):
-            upstream = draw_upstream(op, sample, scale, generator) if scale else {}
-            assert_ladder(op, sample, run(op, sample, backend, upstream), upstream, f"{case} upstream {scale} {backend}")
+            draws = []
+            for _ in range(DRAWS):
+                sample = sample_of(op, case, dtype, device, generator)
+                upstream = draw_upstream(op, sample, scale, generator) if scale else {}
+                draws.append(Draw(sample, run(op, sample, backend, upstream), upstream))
+            assert_ladder(op, draws, f"{case} upstream {scale} {backend}")
     record_property("cell", cell_name(op, backend, direction, dtype, variant[1]))
 
 
@@ -61,10 +67,10 @@ def test_the_ladder_turns_red(op, dtype, scale, device, generator):
     sample = sample_of(op, case, dtype, device, generator)
     upstream = draw_upstream(op, sample, scale, generator)
     right = run(op, sample, "reference", upstream)
-    assert all(rung.ok for rung in ladder(op, sample, right, upstream))
+    assert all(rung.ok for rung in ladder(op, [Draw(sample, right, upstream)]))
     for tensor, value in right.items():
         for what, wrong in _spoilt(value):
-            red = [rung.name for rung in ladder(op, sample, {**right, tensor: wrong}, upstream) if not rung.ok]
+            red = [rung.name for rung in ladder(op, [Draw(sample, {**right, tensor: wrong}, upstream)]) if not rung.ok]
             assert red == [tensor], f"{op.name} {tensor} {what}: red {red}"
 
 
@@ -116,7 +122,7 @@ def test_property(op, variant, backend, device, request):
         generator = torch.Generator(device=device).manual_seed(seed)
         sample = sample_of(op, Case("drawn", {k: v for k, v in dims.items() if v is not None}), dtype, device, generator)
         upstream = draw_upstream(op, sample, 1.0, generator)
-        assert_ladder(op, sample, run(op, sample, backend, upstream), upstream, f"{dims} {dtype}")
+        assert_ladder(op, [Draw(sample, run(op, sample, backend, upstream), upstream)], f"{dims} {dtype}")
 
     check()
 

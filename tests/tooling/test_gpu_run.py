@@ -16,7 +16,7 @@ from benchmarks import __main__ as command  # noqa: E402 (skipped above where py
 from benchmarks import gpu, sanitize, suite  # noqa: E402
 from internlm2_kernels import OPS  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("arguments, part", [

@@ -12,7 +12,7 @@ from far import assert_far
 import internlm2_kernels as ik
 from internlm2_kernels._device_errors import CODES, error_word
 from internlm2_kernels._registry import OPS, Case
-from internlm2_kernels.testing import assert_ladder, draw_upstream, run
+from internlm2_kernels.testing import Draw, assert_ladder, draw_upstream, run
 
 pytest.importorskip("triton")
 attention, flash, flash_bwd, paged, common = (
@@ -110,7 +110,7 @@ def test_every_tile_keeps_the_ladder(arch, head_dim, device, generator, monkeypa
     for dtype in (torch.float16,) if head_dim > 40 or arch != 90 else (torch.float16, torch.float32):
         sample = FLASH.sample(case, dtype, device, generator)
         upstream = draw_upstream(FLASH, sample, 1.0, generator)
-        assert_ladder(FLASH, sample, run(FLASH, sample, "triton", upstream), upstream, f"sm_{arch} {case}")
+        assert_ladder(FLASH, [Draw(sample, run(FLASH, sample, "triton", upstream), upstream)], f"sm_{arch} {case}")
 
 
 # ------------------------------------------------------------------------------------------------- splits
@@ -120,7 +120,7 @@ def test_several_splits(options, dtype, device, generator, short_splits):
     case = Case("edge", {"batch": 1, "queries": 70, "keys": 300, "heads": 2, "kv_heads": 1, "head_dim": 32,
                          "return_lse": True, **options})
     sample = FLASH.sample(case, dtype, device, generator)
-    assert_ladder(FLASH, sample, run(FLASH, sample, "triton", {}), {}, str(case))
+    assert_ladder(FLASH, [Draw(sample, run(FLASH, sample, "triton", {}))], str(case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

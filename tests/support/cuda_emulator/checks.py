@@ -7,7 +7,7 @@ import torch
 
 import internlm2_kernels as ik
 from internlm2_kernels._registry import Case
-from internlm2_kernels.testing import assert_ladder, draw_upstream, run
+from internlm2_kernels.testing import Draw, assert_ladder, draw_upstream, run
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
@@ -18,7 +18,7 @@ def ladder(name, case, dtype):
     op, generator = ik.OPS[name], torch.Generator().manual_seed(7)
     sample = op.sample(case, dtype, CPU, generator)
     upstream = draw_upstream(op, sample, 1.0, generator)
-    assert_ladder(op, sample, run(op, sample, "cuda", upstream), upstream, f"{case} {dtype}")
+    assert_ladder(op, [Draw(sample, run(op, sample, "cuda", upstream), upstream)], f"{case} {dtype}")
 
 
 def small(name):

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels and their bindings, run on the CPU by tests/cuda_emulator: right values without a GPU."""
+"""The CUDA C++ kernels and their bindings, run on the CPU by tests/support/cuda_emulator: right values without a GPU."""
 
 import importlib.util
 import shutil
@@ -10,7 +10,7 @@ import pytest
 
 from internlm2_kernels._registry import _C
 
-FOLDER = Path(__file__).parent / "cuda_emulator"
+FOLDER = Path(__file__).parents[1] / "support" / "cuda_emulator"
 
 
 @pytest.fixture(scope="session")

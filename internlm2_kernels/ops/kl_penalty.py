@@ -2,6 +2,7 @@
 
 import torch
 
+from .._autocast import promoted
 from .._autograd import once_differentiable
 from .._checks import check_choice, check_float, check_vector
 from .._registry import Op
@@ -58,6 +59,7 @@ def kl_penalty(logprobs, ref_logprobs, *, estimator="k1", backend=None):
     Errors:   ValueError for a shape, a device or estimator; TypeError for a dtype
     Cost:     one launch each way; reads two, writes one.   Source: joschu.net/blog/kl-approx.html
     """
+    logprobs, ref_logprobs = promoted(logprobs, ref_logprobs)
     check_float("kl_penalty", "logprobs", logprobs)
     other = check_vector("kl_penalty", "ref_logprobs", ref_logprobs, logprobs.shape, logprobs, "logprobs").view(-1)
     check_choice("kl_penalty", "estimator", estimator, tuple(ESTIMATORS))

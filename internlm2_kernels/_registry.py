@@ -112,7 +112,7 @@ class Op:
             if device == "cuda" and tensor.dtype == torch.float64:  # the GPU kernels have none
                 return "reference"
             wanted = usable[0]
-        elif wanted not in usable:
+        elif not isinstance(wanted, str) or wanted not in usable:
             raise_unusable(self, wanted, device)
         if wanted != "reference":
             if _forward_ad._current_level >= 0:
@@ -143,7 +143,7 @@ def _lazy_launcher(name: str, qualified: str) -> Callable:
 
 def why_not(op: Op, backend: str, device: str) -> str | None:
     """Why `backend` cannot run `op` on tensors of `device`; None if it can."""
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         return f"there is no such backend; there are {', '.join(BACKENDS)}"
     if backend not in op.backends:
         return f"{op.name} has no {backend} implementation; it has {', '.join(op.backends)}"
@@ -210,7 +210,7 @@ def _leave(entry: list[str | None]) -> None:
 
 
 def _check_name(origin: str, backend: str | None) -> None:
-    if backend is not None and backend not in BACKENDS:
+    if backend is not None and (not isinstance(backend, str) or backend not in BACKENDS):
         raise ValueError(f"{origin}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 
 

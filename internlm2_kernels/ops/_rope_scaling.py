@@ -2,7 +2,7 @@
 
 import math
 
-from .._checks import check_choice, fail
+from .._checks import check_choice, check_number, fail
 
 _KEYS = {"default": set(), "linear": set(), "dynamic": set(), "llama3": {"low_freq_factor", "high_freq_factor"},
          "yarn": {"beta_fast", "beta_slow", "attention_factor", "truncate"}}
@@ -28,7 +28,10 @@ def _dynamic(head_dim, base, factor, scaling):
     """base' = base * (factor * s / M - (factor - 1))^(d / (d - 2)) for s > M, where s is fixed when a sequence is admitted."""
     trained, length = _positive(scaling, "max_position_embeddings"), _positive(scaling, "seq_len")
     if length > trained:
-        base = base * (factor * length / trained - (factor - 1)) ** (head_dim / (head_dim - 2))
+        try:
+            base = base * (factor * length / trained - (factor - 1)) ** (head_dim / (head_dim - 2))
+        except OverflowError:
+            fail(ValueError, "rope_table", "scaling['seq_len']", "a length that keeps the base finite", length)
     return [base ** (-2 * i / head_dim) for i in range(head_dim // 2)]
 
 
@@ -72,10 +75,7 @@ def _yarn(plain, head_dim, base, factor, scaling):
 
 
 def _positive(scaling, key):
-    value = scaling.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        fail(ValueError, "rope_table", f"scaling[{key!r}]", "a positive number", repr(value))
-    return value
+    return check_number("rope_table", f"scaling[{key!r}]", scaling.get(key), "a positive number", lambda v: v > 0)
 
 
 def check_scaling(head_dim, scaling):

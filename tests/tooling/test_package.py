@@ -22,7 +22,7 @@ WITHOUT = """
 import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("triton", "einops", "rich", "numpy.core") or name == "internlm2_kernels._C":
+        if name.split(".")[0] in ("triton", "rich", "numpy.core") or name == "internlm2_kernels._C":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
 import importlib.util

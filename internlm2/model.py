@@ -147,7 +147,7 @@ class Backbone(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything below a head of `outputs` rows, which is named `head`. For users: InternLM2, and RewardModel (reward.py).
+    """Everything below a head of `outputs` rows. Users take InternLM2, or RewardModel (reward.py).
 
     config:            sizes
     operators:         a module with rms_norm, swiglu, rope_table, qkv_rope, flash_attention, linear_cross_entropy;
@@ -159,8 +159,10 @@ class Decoder(nn.Module):
     checkpoint_layers: keep only each block's input for backward and compute the rest again
     """
 
+    head_name: str  # of the head's module, and so of its parameter; a subclass says which
+
     def __init__(
-        self, config: ModelConfig, head: str, outputs: int, *, operators: Any = None,
+        self, config: ModelConfig, outputs: int, *, operators: Any = None,
         compute_dtype: torch.dtype | None = None, device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32, seed: int = 0, checkpoint_layers: bool = False,
     ):  # fmt: skip
@@ -171,7 +173,7 @@ class Decoder(nn.Module):
         if self.compute_dtype != dtype and (dtype != torch.float32 or self.compute_dtype == torch.float64):
             raise ValueError(f"compute_dtype must be dtype, or narrower than float32, got {compute_dtype} with {dtype}")
         self.model = Backbone(config, self.operators, device=device, dtype=dtype)
-        self.add_module(head, Linear(config.hidden_size, outputs, device=device, dtype=dtype))
+        self.add_module(self.head_name, Linear(config.hidden_size, outputs, device=device, dtype=dtype))
         self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
         if self.model.norm.weight.device.type != "meta":
             self.init_weights(seed)
@@ -224,8 +226,7 @@ class Decoder(nn.Module):
                 raise ValueError(f"positions must be below {_LARGEST_TABLE}, got {max(ends) - 1}")
         else:
             ends = [longest] * len(lengths)
-        scaling = self.config.rope_scaling
-        dynamic = scaling is not None and scaling.get("rope_type", scaling.get("type")) == "dynamic"
+        dynamic = self.config.rope_scaling_type == "dynamic"
         if not dynamic or max(ends, default=0) <= longest:
             # Powers of two: a few tables serve all lengths.
             rows = 1 << (max(ends, default=1) - 1).bit_length() if ends else 1
@@ -241,10 +242,7 @@ class Decoder(nn.Module):
         """cos and sin [rows, d/2], computed once for a length and never changed afterwards."""
         key = (rows, device)
         if key not in self._tables:
-            config, scaling = self.config, self.config.rope_scaling
-            if scaling is not None:
-                # For dynamic scaling, whose length is that of the table.
-                scaling = {"max_position_embeddings": config.max_position_embeddings} | scaling | {"seq_len": rows}
+            config, scaling = self.config, self.config.rope_scaling_at(rows)
             with torch.inference_mode(False):  # kept for later steps, which may save it for their backward
                 table = self.operators.rope_table(
                     rows, config.head_dim, base=config.rope_theta, scaling=scaling, angles=config.rope_angles
@@ -256,11 +254,13 @@ class Decoder(nn.Module):
 
 
 class InternLM2(Decoder):
-    """A causal language model; arguments as `Decoder`'s, without its head's."""
+    """A causal language model. Arguments as `Decoder`'s, without `outputs`."""
+
+    head_name = "output"
 
     def __init__(self, config: ModelConfig, **options: Any):
         _check_config(config)
-        super().__init__(config, "output", config.vocab_size, **options)
+        super().__init__(config, config.vocab_size, **options)
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Logits [T, V] in compute_dtype; arguments and errors as in hidden_states."""

@@ -14,12 +14,14 @@ from internlm2_kernels import reward_loss
 class RewardModel(Decoder):
     """v_head [1, D] on the final norm's hidden states; parameters are named as in the released reward checkpoints.
 
-    Arguments as `Decoder`'s, without its head's. A sequence's reward is the number at its last token, which a conversation
+    Arguments as `Decoder`'s, without `outputs`. A sequence's reward is the number at its last token, which a conversation
     ends with the config's reward token for. As a critic, the number at a token is the value of the state after it.
     """
 
+    head_name = "v_head"
+
     def __init__(self, config: ModelConfig, **options: Any):
-        super().__init__(config, "v_head", 1, **options)
+        super().__init__(config, 1, **options)
 
     def values(self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None) -> Tensor:
         """The number at every token, float32 [T] (float64 in float64); arguments and errors as in hidden_states."""

@@ -34,8 +34,8 @@ def test_parameter_names_are_the_released_ones():
     expected |= {"model.tok_embeddings.weight", "model.norm.weight", "output.weight"}
     state = InternLM2(TINY).state_dict()
     assert set(state) == expected
-    assert state["model.layers.0.attention.wqkv.weight"].shape == ((4 + 2 * 2) * 32, 64)
-    assert state["model.layers.1.feed_forward.w2.weight"].shape == (64, 128)
+    assert state["model.layers.0.attention.wqkv.weight"].shape == ((4 + 2 * 2) * 32, 128)
+    assert state["model.layers.1.feed_forward.w2.weight"].shape == (128, 256)
 
 
 @pytest.mark.parametrize("operators", [None, internlm2.plain], ids=["kernels", "plain"])

@@ -45,13 +45,13 @@ gpu:  ## on a machine with an NVIDIA GPU, in the active interpreter: build, shar
 	@python3 -m benchmarks.gpu $(ARGS)
 
 aot: build  ## static audit of every GPU kernel against the committed table
-	$(PY) -m internlm2_kernels aot --check $(ARGS)
+	$(PY) -m tools.audit --check $(ARGS)
 
 lint: $(ENVIRONMENT)  ## ruff
 	$(PY) -m ruff check .
 
-docs: build  ## rewrites the generated parts of README.md
-	$(PY) -m internlm2_kernels table --write
+docs: build  ## rewrites the generated parts of README.md, docs/ and benchmarks/results/README.md
+	$(PY) -m tools.docs --write
 	$(PY) -m benchmarks report
 
 doctor: build  ## what is installed, what loaded or why not, a self-test of each operator

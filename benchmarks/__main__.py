@@ -74,7 +74,7 @@ def measure(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from internlm2_kernels.timing import measure_peaks, pin
+    from tools.timing import measure_peaks, pin
 
     from . import record, report, suite
     ops, directions, dtypes, device = choose(args)

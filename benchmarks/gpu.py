@@ -31,10 +31,9 @@ NEEDED_MODULES = {"build": ("setuptools", "ninja"), "checks": ("pytest", "hypoth
                   "bench": ("rich", "matplotlib", "pytest_benchmark", "psutil"),
                   "train": ("rich", "matplotlib", "safetensors", "sentencepiece")}
 # The shared checks of the registry, and what is special to the GPU kernels; the rest of tests/ needs no GPU.
-TESTS = ("tests/test_ops.py", "tests/test_ops_bits.py", "tests/test_ops_autograd.py", "tests/test_ops_options.py",
-         "tests/test_triton_kernels.py", "tests/test_triton_attention.py", "tests/ops/test_triton_lists.py",
-         "tests/ops/test_triton_losses.py", "tests/ops/test_linear_logprobs.py", "tests/ops/test_errors.py",
-         "tests/ops/test_errors_losses.py")
+TESTS = ("tests/shared", "tests/triton/test_triton_kernels.py", "tests/triton/test_triton_attention.py",
+         "tests/triton/test_triton_lists.py", "tests/triton/test_triton_losses.py", "tests/ops/test_linear_logprobs.py",
+         "tests/ops/test_errors.py", "tests/ops/test_errors_losses.py")
 METRICS = ("gpu__time_duration.sum", "dram__throughput.avg.pct_of_peak_sustained_elapsed",
            "sm__throughput.avg.pct_of_peak_sustained_elapsed", "sm__inst_executed_pipe_tensor.sum",
            "sm__warps_active.avg.pct_of_peak_sustained_active", "launch__registers_per_thread",
@@ -260,7 +259,7 @@ def peaks(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
 
 PEAKS = """import torch
 from benchmarks.record import gpu_state
-from internlm2_kernels.timing import measure_peaks
+from tools.timing import measure_peaks
 device = torch.device("cuda")
 p = measure_peaks(device)
 print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}")

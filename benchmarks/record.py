@@ -24,7 +24,7 @@ from pytest_benchmark.utils import get_commit_info
 
 import internlm2_kernels
 from internlm2_kernels import _registry
-from internlm2_kernels.timing import Paired, Peaks
+from tools.timing import Paired, Peaks
 
 from .names import key_of, plain, short
 from .suite import PASSES, STAGES, Pass, Row

@@ -18,10 +18,6 @@
 namespace internlm2 {
 namespace {
 
-// The most that is chosen by itself. The tiles have so far run in emulation alone (tests/test_amx_emulated.py): until they
-// have been tested and timed on a processor that has them, `set_cpu_isa("amx")` asks for them.
-constexpr Isa kMostChosen = Isa::avx512_bf16;
-
 // Whether the processor has tiles and bfloat16 products, and the operating system looks after their state.
 bool tiles_offered() {
 #if defined(INTERNLM2_EMULATE_AMX)
@@ -39,8 +35,8 @@ bool tiles_offered() {
 #endif
 }
 
-// The operating system's leave to use them. It is given to the whole process for good, whose threads' signal frames grow by
-// the tiles' 8 KiB: so it is asked for only when somebody wants them.
+// Asks the operating system for permission to use the tiles. It is given to the whole process for good, and the signal frames
+// of its threads grow by the tiles' 8 KiB, so it is asked for at the first call of an operator, not when the library is loaded.
 bool tiles_permitted() {
 #if defined(__x86_64__) && defined(__linux__) && !defined(INTERNLM2_EMULATE_AMX)
   constexpr long request = 0x1023, data = 18;  // ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA
@@ -73,7 +69,7 @@ Isa initial() {  // torch's own switch is honoured, so that one variable forces 
   if (wanted != nullptr && best >= Isa::avx512 && (!std::strcmp(wanted, "avx2") || !std::strcmp(wanted, "default"))) {
     return Isa::avx2;
   }
-  return best < kMostChosen ? best : kMostChosen;
+  return best == Isa::amx && !tiles_permitted() ? Isa::avx512_bf16 : best;
 }
 
 std::atomic<int>& current() {

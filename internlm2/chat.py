@@ -1,63 +1,83 @@
-"""InternLM2's chat format: turns between <|im_start|> and <|im_end|>, tools named after the role."""
+"""InternLM2's chat format: turns between <|im_start|> and <|im_end|>, with tools named after the role."""
 
 from collections.abc import Mapping, Sequence
 
 from internlm2.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "environment")
-_PLACES = {"plugin": "<|plugin|>", "interpreter": "<|interpreter|>"}
+_TOOLS = {"plugin": "<|plugin|>", "interpreter": "<|interpreter|>"}
+_PROMPT = "assistant\n"
 
 
 def encode_chat(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
-) -> list[int]:
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool = True,
+    as_generated: bool = False,
+) -> list[int]:  # fmt: skip
     """Ids of a conversation: <s>, then for each message <|im_start|>role[ name=...]\\ncontent<|im_end|>\\n.
 
+    The ids are those of the released chat template, which tokenises all text between two control tokens as one piece: a
+    content that begins with a newline continues the newline after the role ("\\n\\n" is one token).
+
     messages: dictionaries with role (system, user, assistant, environment), content, and optionally name: "plugin" and
-              "interpreter" become their tokens, another name stays text. An assistant's message may carry a tool call
-              in `action` = {"name": "plugin" | "interpreter", "content": ...}, which is put between
-              <|action_start|> and <|action_end|>
-    add_generation_prompt: end with the head of an assistant's turn
-    Contents are text: what they spell never becomes a control token. No system message is added.
-    Errors: ValueError naming the message and what is wrong, or the special that the tokenizer lacks
+              "interpreter" become their control tokens, any other name stays text. An assistant's message may carry a tool
+              call in `action` = {"name": "plugin" | "interpreter", "content": ...}, which is put between <|action_start|>
+              and <|action_end|>
+    add_generation_prompt: end with <|im_start|>assistant\\n, after which the model writes its answer
+    as_generated: tokenise the role line of an assistant's turn by itself. A model that answers sees the generation prompt as
+              tokens of its own, so its answer never shares a token with it. True gives training the same tokens, and makes
+              the ids of a prompt a prefix of the ids of the conversation that continues it. False gives the released ids.
+    Contents are text: whatever they spell, no control token comes of it. No system message is added.
+    Errors: ValueError names the message and what is wrong, or the control token that the tokenizer lacks
     """
     missing = [name for name in ("<|im_start|>", "<|im_end|>") if name not in tokenizer.specials]
     if missing:
         raise ValueError(f"tokenizer has no special {', '.join(missing)}, which the chat format needs")
     ids = [tokenizer.bos_id]
     for number, message in enumerate(messages):
-        ids += _encode_message(tokenizer, message, f"messages[{number}]")
+        ids += _encode_message(tokenizer, message, f"messages[{number}]", as_generated)
     if add_generation_prompt:
-        ids += [tokenizer.specials["<|im_start|>"], *tokenizer.encode("assistant\n")]
+        ids += [tokenizer.specials["<|im_start|>"], *tokenizer.encode(_PROMPT)]
     return ids
 
 
-def _encode_message(tokenizer: Tokenizer, message: Mapping[str, object], where: str) -> list[int]:
-    unknown = sorted(set(message) - {"role", "content", "name", "action"})
+def _encode_message(tokenizer: Tokenizer, message: Mapping[str, object], where: str, as_generated: bool) -> list[int]:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"{where} must be a mapping with the keys role and content, got {message!r}")
+    unknown = sorted(set(message) - {"role", "content", "name", "action"}, key=str)
     if unknown:
-        raise ValueError(f"{where} must have the keys role, content, name, action, got {unknown[0]!r}")
+        raise ValueError(f"{where} must have only the keys role, content, name, action, got {unknown[0]!r}")
     role, name, action = message.get("role"), message.get("name"), message.get("action")
     if role not in ROLES:
         raise ValueError(f"{where}: role must be one of {', '.join(ROLES)}, got {role!r}")
     content = _text(message.get("content"), f"{where}: content")
     special = tokenizer.specials
-    if name in _PLACES:
-        head = [*tokenizer.encode(f"{role} name="), _special(tokenizer, _PLACES[name], where), *tokenizer.encode("\n")]
+    ids = [special["<|im_start|>"]]
+    if name is None and role == "assistant" and as_generated:
+        ids += tokenizer.encode(_PROMPT) + tokenizer.encode(content)
     elif name is None:
-        head = tokenizer.encode(f"{role}\n")
-    elif not isinstance(name, str) or not name or "\n" in name:
-        raise ValueError(f"{where}: name must be a text of one line, got {name!r}")
+        ids += tokenizer.encode(f"{role}\n{content}")
+    elif isinstance(name, str) and name in _TOOLS:
+        ids += [*tokenizer.encode(f"{role} name="), _special(tokenizer, _TOOLS[name], where), *tokenizer.encode(f"\n{content}")]
+    elif isinstance(name, str) and name and "\n" not in name:
+        ids += tokenizer.encode(f"{role} name={name}\n{content}")
     else:
-        head = tokenizer.encode(f"{role} name={name}\n")
-    body = tokenizer.encode(content)
+        raise ValueError(f"{where}: name must be a non-empty string without a newline, got {name!r}")
     if action is not None:
-        if role != "assistant" or not isinstance(action, Mapping) or action.get("name") not in _PLACES:
-            raise ValueError(f"{where}: action must be an assistant's {{name: plugin | interpreter, content}}, got {action!r}")
-        place = _special(tokenizer, _PLACES[action["name"]], where)
-        body += [_special(tokenizer, "<|action_start|>", where), place, *tokenizer.encode("\n")]
-        body += tokenizer.encode(_text(action.get("content"), f"{where}: action content"))
-        body.append(_special(tokenizer, "<|action_end|>", where))
-    return [special["<|im_start|>"], *head, *body, special["<|im_end|>"], *tokenizer.encode("\n")]
+        ids += _encode_action(tokenizer, role, action, where)
+    return [*ids, special["<|im_end|>"], *tokenizer.encode("\n")]
+
+
+def _encode_action(tokenizer: Tokenizer, role: object, action: object, where: str) -> list[int]:
+    if role != "assistant" or not isinstance(action, Mapping) or action.get("name") not in tuple(_TOOLS):
+        raise ValueError(
+            f"{where}: action must be {{name: plugin | interpreter, content}} in a message of the assistant, got {action!r}"
+            f" in a message of the role {role!r}"
+        )
+    content = _text(action.get("content"), f"{where}: action content")
+    start, tool, end = (
+        _special(tokenizer, name, where) for name in ("<|action_start|>", _TOOLS[action["name"]], "<|action_end|>")
+    )
+    return [start, tool, *tokenizer.encode(f"\n{content}"), end]
 
 
 def _special(tokenizer: Tokenizer, name: str, where: str) -> int:
@@ -68,5 +88,5 @@ def _special(tokenizer: Tokenizer, name: str, where: str) -> int:
 
 def _text(value: object, where: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{where} must be a text, got {value!r}")
+        raise ValueError(f"{where} must be a string, got {value!r}")
     return value

@@ -1,13 +1,11 @@
-"""python -m internlm2_kernels doctor | ops [NAME ...] [--explain] | aot | table
+"""python -m internlm2_kernels doctor | ops [NAME ...] [--explain]
 
   python -m internlm2_kernels doctor                  what is installed, what loaded or why not, a self-test of each operator
   python -m internlm2_kernels ops                     operators and the backends that can run here
   python -m internlm2_kernels ops rms_norm --explain  what is chosen for a CPU and for a CUDA tensor, and why not the others
-  python -m internlm2_kernels aot --check             compile every GPU kernel without a GPU and compare with the table
 """
 
 import argparse
-import importlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -59,14 +57,9 @@ def library() -> list[tuple[str, str]]:
     info = _C.build_info()
     in_use, best = _C.cpu_isa(), _C.best_cpu_isa()
     return [("compiled library", f"{_C.__file__}, by {info['compiler']} against torch {info['torch']}"),
-            ("instruction set", f"{in_use} in use, {best} the best here" + _untried(in_use, best) if best else
+            ("instruction set", f"{in_use} in use, {best} the best here" if best else
              "none: this processor has no AVX2, the cpp backend is not usable"),
             ("CUDA half", f"sm_{info['cuda'].replace(';', ', sm_')}" if info["cuda"] else "built without nvcc"), *rows]
-
-
-def _untried(in_use: str, best: str) -> str:
-    return (": its tiles have been tested in emulation only and are used where _C.set_cpu_isa('amx') asks for them"
-            if best == "amx" != in_use else "")
 
 
 def backend_table(explain: bool, names: list[str]) -> list[str]:
@@ -83,9 +76,7 @@ def backend_table(explain: bool, names: list[str]) -> list[str]:
         if explain:
             lines.append(f"  {op.summary}; {op.source}")
             for device in ("cpu", "cuda"):
-                lines.append(f"  on {device}: {op.usable[device][0]} is chosen"
-                             + (" unless a recorded run shows another to be faster for the shape" if op.prefer else
-                                ", the first of its order that can run"))
+                lines.append(f"  on {device}: {op.usable[device][0]} is chosen, the first of its order that can run")
                 lines += [f"    not {backend}: {why_not(op, backend, device)}" for backend in BACKENDS
                           if why_not(op, backend, device)]
     return lines
@@ -96,7 +87,7 @@ def self_test(report) -> bool:
     import torch
 
     from ._registry import OPS
-    from .testing import draw_upstream, ladder, run
+    from .testing import Draw, draw_upstream, ladder, run
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sound, width = True, max(map(len, OPS))
@@ -105,12 +96,12 @@ def self_test(report) -> bool:
             for backend in op.usable[where.type]:
                 worst, problem = 0.0, ""
                 try:
-                    for case in (c for c in op.cases if c.kind == "smoke"):
+                    for case in (c for c in op.workload.cases if c.kind == "smoke"):
                         for dtype in op.dtypes:
                             generator = torch.Generator(device=where).manual_seed(0)
-                            sample = op.sample(case, dtype, where, generator)
+                            sample = op.workload.sample(case, dtype, where, generator)
                             upstream = draw_upstream(op, sample, 1.0, generator)
-                            rungs = ladder(op, sample, run(op, sample, backend, upstream), upstream)
+                            rungs = ladder(op, [Draw(sample, run(op, sample, backend, upstream), upstream)])
                             worst = max([worst, *(rung.ratio for rung in rungs)])
                 except Exception as error:
                     problem = f"{type(error).__name__}: {error}"
@@ -141,13 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     ops = commands.add_parser("ops", help="operators x backends")
     ops.add_argument("names", nargs="*", metavar="NAME")
     ops.add_argument("--explain", action="store_true", help="why each backend is or is not chosen")
-    commands.add_parser("aot", help="static audit of the GPU kernels; `aot --help`", add_help=False)
-    commands.add_parser("table", help="the README's operator table; --write puts it there", add_help=False)
-    args, rest = parser.parse_known_args(argv)
-    if args.command in ("aot", "table"):
-        return importlib.import_module("._aot" if args.command == "aot" else "._docs", __package__).main(rest)
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args = parser.parse_args(argv)
     if args.command == "ops":
         print("\n".join(backend_table(args.explain, args.names)))
         return 0

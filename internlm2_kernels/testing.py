@@ -1,21 +1,25 @@
-"""What tests and benchmarks share: running an operator by name and its error ladder; timing is in timing.py.
+"""What tests and benchmarks share: running an operator by name, and its error ladder.
 
-Error ladder (`ladder`): gold is `op.reference` in float64. The error of every output and gradient is taken twice, as
-maximum and as root mean square; each must be at most 1.25 times that of PyTorch's own composition (the first of
-`op.eager`) in the sample's dtype, plus 2 eps x scale, with scale = max |gold| or the operator's declared magnitude of
-cancelling terms where that is larger. No tolerance is set by hand.
+Error ladder (`ladder`): gold is `op.reference` in float64. The errors of every output and gradient, pooled over all draws
+of the inputs (three in the shared checks), are taken twice: their root mean square must be at most 1.25 times that of
+PyTorch's own composition (the first of the operator's eager forms) in the same dtype, their maximum at most 2 times, each
+plus 2 eps x scale, where scale is max |gold| or the operator's declared magnitude of cancelling terms where that is
+larger. A maximum over few elements varies from draw to draw; a root mean square hardly does, so it is held more tightly.
+No tolerance is set by hand.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ._registry import Op, Sample
+from ._registry import Op
+from .workloads import Sample
 
-SLACK = 1.25  # how much of the baseline's error is allowed
-EPS_TERMS = 2  # and how many eps x scale beside it
+RMS_SLACK = 1.25  # how many times the baseline's root mean square error is allowed,
+MAX_SLACK = 2.0  # how many times its largest error,
+EPS_TERMS = 2  # and how many eps x scale in addition
 
 
 @dataclass(frozen=True)
@@ -42,14 +46,19 @@ class Rung:
         return self.ratio <= 1
 
 
+def flat(result: torch.Tensor | tuple) -> tuple[torch.Tensor, ...]:
+    """What a public function returned, as a tuple of tensors: a dictionary of statistics gives its values."""
+    parts = (result,) if isinstance(result, torch.Tensor) else tuple(result)
+    return tuple(tensor for part in parts for tensor in (part.values() if isinstance(part, dict) else (part,)))
+
+
 def call(op: Op, sample: Sample, backend: str | Callable | None) -> dict[str, torch.Tensor]:
     """The outputs by name. `backend` is a backend's name (None: the automatic choice) or a function to call instead."""
     if callable(backend):
         result = backend(**sample.inputs)
     else:
         result = op.public(**sample.inputs, backend=backend)
-    outputs = (result,) if isinstance(result, torch.Tensor) else tuple(result)
-    return dict(zip(op.outputs, outputs, strict=False))
+    return dict(zip(op.outputs, flat(result), strict=False))
 
 
 def with_leaves(sample: Sample) -> Sample:
@@ -99,25 +108,33 @@ def _errors(got: torch.Tensor, gold: torch.Tensor) -> tuple[torch.Tensor, torch.
     return error, wide.isfinite()
 
 
-def _max_rms(error: torch.Tensor) -> tuple[float, float]:
-    if error.numel() == 0:
+def _max_rms(errors: list[torch.Tensor]) -> tuple[float, float]:
+    """The largest and the root mean square of all errors together."""
+    errors = [e for e in errors if e.numel()]
+    if not errors:
         return 0.0, 0.0
-    return float(error.max()), float(error.square().mean().sqrt())
+    count = sum(e.numel() for e in errors)
+    return max(float(e.max()) for e in errors), math.sqrt(sum(float(e.square().sum()) for e in errors) / count)
 
 
-def _rung(name: str, got: torch.Tensor | None, base: torch.Tensor, gold: torch.Tensor, size: float) -> Rung:
-    finite = gold.isfinite()
-    scale = max(float(gold[finite].abs().max()) if finite.any() else 0.0, size)
-    # A baseline that overflows must not excuse everything, so it counts where it is finite.
-    base_error, base_finite = _errors(base, gold)
-    max_base, rms_base = _max_rms(base_error[base_finite & finite])
-    floor = EPS_TERMS * (torch.finfo(base.dtype).eps if base.is_floating_point() else 0.0) * scale
-    bounds = (SLACK * max_base + floor, SLACK * rms_base + floor)
-    problem = ("missing" if got is None else
-               f"shape {list(got.shape)} for {list(gold.shape)}" if got.shape != gold.shape else
-               f"{got.dtype} for {base.dtype}" if got.dtype != base.dtype else "")
-    max_err, rms_err = (math.inf, math.inf) if problem else _max_rms(_errors(got, gold)[0])
-    return Rung(name, max_err, max_base, bounds[0], rms_err, rms_base, bounds[1], problem)
+def _rung(name: str, gots: list[torch.Tensor | None], bases: list[torch.Tensor], golds: list[torch.Tensor],
+          size: float) -> Rung:
+    scale, errors, base_errors, problem = size, [], [], ""
+    for got, base, gold in zip(gots, bases, golds, strict=True):
+        finite = gold.isfinite()
+        scale = max(scale, float(gold[finite].abs().max()) if finite.any() else 0.0)
+        # A baseline that overflows must not excuse everything, so it counts where it is finite.
+        base_error, base_finite = _errors(base, gold)
+        base_errors.append(base_error[base_finite & finite])
+        problem = problem or ("missing" if got is None else
+                              f"shape {list(got.shape)} for {list(gold.shape)}" if got.shape != gold.shape else
+                              f"{got.dtype} for {base.dtype}" if got.dtype != base.dtype else "")
+        if not problem:
+            errors.append(_errors(got, gold)[0])
+    max_base, rms_base = _max_rms(base_errors)
+    floor = EPS_TERMS * (torch.finfo(bases[0].dtype).eps if bases[0].is_floating_point() else 0.0) * scale
+    max_err, rms_err = (math.inf, math.inf) if problem else _max_rms(errors)
+    return Rung(name, max_err, max_base, MAX_SLACK * max_base + floor, rms_err, rms_base, RMS_SLACK * rms_base + floor, problem)
 
 
 @dataclass(frozen=True)
@@ -134,28 +151,41 @@ def standard(op: Op, sample: Sample, upstream: dict[str, torch.Tensor] | None = 
     wide = sample.to(torch.float64)
     wide_upstream = {name: value.double() for name, value in (upstream or {}).items()}
     gold = run(op, wide, op.reference, wide_upstream)
-    base = run(op, sample, next(iter(op.eager.values())), upstream)
-    sizes = op.magnitude(wide, wide_upstream) if op.magnitude and (wide_upstream or not sample.grad) else {}
+    base = run(op, sample, next(iter(op.workload.eager.values())), upstream)
+    sizes = op.workload.magnitude(wide, wide_upstream) if op.workload.magnitude and (wide_upstream or not sample.grad) else {}
     return Standard(gold, base, sizes)
 
 
-def ladder(op: Op, sample: Sample, got: dict[str, torch.Tensor], upstream: dict[str, torch.Tensor] | None = None,
-           by: Standard | None = None) -> list[Rung]:
-    """One `Rung` for every output and gradient in `got`, as `run(op, sample, backend, upstream)` returned them.
+@dataclass(frozen=True)
+class Draw:
+    """One draw of the inputs and what an implementation made of it: `got` as `run(op, sample, backend, upstream)` returns.
+
+    `by` is `standard(op, sample, upstream)`, taken by the ladder where it is not given.
+    """
+
+    sample: Sample
+    got: dict[str, torch.Tensor]
+    upstream: dict[str, torch.Tensor] | None = None
+    by: Standard | None = None
+
+
+def ladder(op: Op, draws: Sequence[Draw]) -> list[Rung]:
+    """One `Rung` for every output and gradient, its errors pooled over `draws`.
 
     For the low-precision dtypes: at float64 there is nothing more exact to compare with (gradcheck's business).
     A tensor that is missing, has another shape or dtype than the baseline's, or is not finite where gold is, fails.
-    `by`: `standard(op, sample, upstream)`, taken here where it is not given.
     """
-    by = standard(op, sample, upstream) if by is None else by
+    standards = [draw.by or standard(op, draw.sample, draw.upstream) for draw in draws]
     rungs = []
-    for name in {**by.gold, **got}:
-        if name not in by.gold:
+    for name in dict.fromkeys(name for draw, by in zip(draws, standards, strict=True) for name in (*by.gold, *draw.got)):
+        if any(name not in by.gold for by in standards):
             rungs.append(Rung(name, *[math.inf] * 6, problem="unexpected"))
             continue
         argument = name.removeprefix("d_")  # a gradient's magnitude may go by the argument's name
-        bare = by.sizes.get(argument, 0.0) if name != argument and argument not in op.outputs else 0.0
-        rungs.append(_rung(name, got.get(name), by.base[name], by.gold[name], max(by.sizes.get(name, 0.0), bare)))
+        keys = (name,) if name == argument or argument in op.outputs else (name, argument)
+        size = max(by.sizes.get(key, 0.0) for by in standards for key in keys)
+        rungs.append(_rung(name, [draw.got.get(name) for draw in draws], [by.base[name] for by in standards],
+                           [by.gold[name] for by in standards], size))
     return rungs
 
 
@@ -170,11 +200,9 @@ def ladder_table(rungs: list[Rung]) -> str:
     return "\n".join(lines)
 
 
-def assert_ladder(op: Op, sample: Sample, got: dict[str, torch.Tensor],
-                  upstream: dict[str, torch.Tensor] | None = None, label: str = "",
-                  by: Standard | None = None) -> list[Rung]:
+def assert_ladder(op: Op, draws: Sequence[Draw], label: str = "") -> list[Rung]:
     """`ladder`, raising `AssertionError` with its table where a rung is red."""
-    rungs = ladder(op, sample, got, upstream, by)
+    rungs = ladder(op, draws)
     if not all(r.ok for r in rungs):
         raise AssertionError(f"error ladder of {op.name} {label}\n{ladder_table(rungs)}")
     return rungs

@@ -5,9 +5,18 @@ import shutil
 import sys
 import tempfile
 import zlib
+from pathlib import Path
 
 import pytest
 
+# pytest puts the folder of this file on the path, where `tests/triton` would answer to `import triton` on a system without
+# Triton. What tests import lies in tests/support, which pyproject.toml puts on the path.
+if (folder := str(Path(__file__).parent)) in sys.path:
+    sys.path.remove(folder)
+
+# Read when torch is imported. OpenMP's threads otherwise spin while they wait for work, which with several processes on the
+# same cores takes five times the processor time of the tests themselves.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 CELLS = pytest.StashKey[set]()
 
 

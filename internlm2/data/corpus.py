@@ -89,17 +89,18 @@ def _documents(root: Path, files: list[Path]) -> Iterator[Document]:
     for file in files:
         name = file.relative_to(root).as_posix()
         try:
-            text = file.read_text(encoding="utf-8")
+            if file.suffix == ".jsonl":
+                yield from _json_lines(name, file.read_bytes().decode("utf-8"))
+            elif (text := file.read_text(encoding="utf-8")).strip():
+                yield Document(name, text)
         except UnicodeDecodeError:
             continue
-        if file.suffix == ".jsonl":
-            yield from _json_lines(name, text)
-        elif text.strip():
-            yield Document(name, text)
 
 
 def _json_lines(name: str, text: str) -> Iterator[Document]:
-    for number, line in enumerate(text.splitlines(), 1):
+    # Only "\n" ends a JSON line. str.splitlines would also cut at U+2028, U+2029 and U+0085, which a JSON string may hold
+    # unescaped, and universal newlines would also cut at a carriage return between two JSON tokens.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -109,5 +110,11 @@ def _json_lines(name: str, text: str) -> Iterator[Document]:
         body = record.get("text", record.get("content")) if isinstance(record, dict) else None
         if not isinstance(body, str):
             raise ValueError(f'source {name}, line {number}: expected an object with a "text" string, got {line[:60]}')
+        try:
+            body.encode("utf-8")
+        except UnicodeEncodeError as error:  # JSON can spell one half of a surrogate pair: "\ud800"
+            raise ValueError(
+                f"source {name}, line {number}: the text must be valid Unicode, got a lone surrogate at index {error.start}"
+            ) from None
         if body.strip():
             yield Document(f"{name}:{number}", body)

@@ -24,6 +24,7 @@ import triton.language as tl
 
 from .._device_errors import error_word
 from .common import launch
+from .functions import _softmax_tanh, _tanh
 
 SPLIT = 512  # 256 would merge more often than it shares work better; at 1024 one sequence of 8k keeps 64 programs busy
 LOG2E = 1.4426950408889634
@@ -33,7 +34,7 @@ CHECK_PROGRAMS = 64  # at most; they share the filling of results with NaN
 
 
 class Options(NamedTuple):
-    """Scores in units of log2: outer * x, or with a soft-cap outer * tanh(inner * x); a window side of None has no limit."""
+    """A score in units of log2 is outer * q.k, or with a soft-cap outer * tanh(inner * q.k). None: no limit of the window."""
 
     inner: float
     outer: float
@@ -45,9 +46,9 @@ SMALLEST = 1.1754943508222875e-38  # float32's smallest normal number: a factor 
 
 
 def options(scale: float, softcap: float, left: int, right: int) -> Options:
-    """The settings as kernels take them: no window where it is wider than any sequence, no factor that float32 lacks."""
-    # an infinite factor would make a score of 0 NaN
-    inner, outer = (min(scale / softcap, 3e38), softcap * LOG2E) if softcap > 0 else (0.0, max(scale * LOG2E, SMALLEST))
+    """The settings as the kernels take them. A window wider than any sequence is None; every factor is a normal float32."""
+    # `_softmax_tanh` multiplies inner by 3; if the factor became infinite, a score of 0 would become NaN
+    inner, outer = (min(scale / softcap, 1e38), softcap * LOG2E) if softcap > 0 else (0.0, max(scale * LOG2E, SMALLEST))
     return Options(inner, outer, *(None if w < 0 or w > LARGEST_WINDOW else w for w in (left, right)))
 
 
@@ -196,54 +197,58 @@ def _edges(first, last, length, before, after, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _tanh(x):
-    """Odd polynomial below 0.5477, of error 1 ulp; beyond, 1 - 2 / (exp(2 |x|) + 1)."""
-    a = tl.abs(x)
-    s = x * x
-    small = tl.fma(tl.fma(tl.fma(tl.fma(s, -0.00663105, 0.02132081), s, -0.05391137), s, 0.13333124), s, -0.33333332)
-    small = tl.fma(a * s, small, a)
-    large = 1.0 - 2.0 / (tl.exp2(a * 2.8853900817779268) + 1.0)
-    t = tl.where(a < 0.5477, small, large)
-    return tl.where(x < 0, -t, t)
+def _cap(score, inner, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr):
+    """tanh(inner * score) with a soft-cap, score without one. Options.outer is the remaining factor of the score."""
+    if SOFTCAP:
+        # 16-bit inputs round the probabilities to 2^-9 or 2^-12, and do not need an accurate tanh
+        return _tanh(score * inner) if FLOAT32 else _softmax_tanh(score, inner)
+    else:
+        return score
 
 
 @triton.jit
-def _scores(q, k, k_scale, key, position, keys, left, right, inner, outer, SOFTCAP: tl.constexpr,
-            MASKED: tl.constexpr):
-    """Scores of a block, in units of log2 with a soft-cap, otherwise yet to be multiplied by `outer`."""
+def _allowed(inside, position, key, left, right):
+    """Which pairs of a query position and a key the window allows: one of them a column, the other a row. `inside` excludes
+    keys or queries past the end of the sequence."""
+    if left is not None:
+        inside = inside & (key >= position - left)
+    if right is not None:
+        inside = inside & (key <= position + right)
+    return inside
+
+
+@triton.jit
+def _sees_one_key(position, keys, left, right):
+    """Whether the query at a position sees exactly one key. Its softmax is constant, so its gradient of the score is 0."""
+    first = position * 0
+    last = first + keys - 1
+    if left is not None:
+        first = tl.maximum(first, position - left)
+    if right is not None:
+        last = tl.minimum(last, position + right)
+    return first == last
+
+
+@triton.jit
+def _scores(q, k, k_scale, key, position, keys, left, right, inner, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
+    """The scores of a block of keys, which are yet to be multiplied by Options.outer; -inf where the mask forbids the key."""
     score = tl.dot(q, tl.trans(k), input_precision="ieee")
     if k_scale is not None:
         score = score * k_scale[None, :]
-    if SOFTCAP:
-        score = _tanh(score * inner) * outer
+    score = _cap(score, inner, SOFTCAP, q.dtype == tl.float32)
     if MASKED:
-        allowed = (key < keys)[None, :]
-        if left is not None:
-            allowed = allowed & (key[None, :] >= (position - left)[:, None])
-        if right is not None:
-            allowed = allowed & (key[None, :] <= (position + right)[:, None])
+        allowed = _allowed((key < keys)[None, :], position[:, None], key[None, :], left, right)
         score = tl.where(allowed, score, float("-inf"))
     return score
 
 
 @triton.jit
-def _attend(acc, z, m, score, v, outer, SCALED: tl.constexpr, v_scale=None):
-    """The split's sum of p v, sum of p and largest score (acc, z, m) with one more block of keys; masked scores are -inf.
-
-    SCALED: the scores are in units of log2 already.
-    """
-    if SCALED:
-        m_new = tl.maximum(m, tl.max(score, axis=1))
-    else:
-        top = tl.max(score, axis=1) * outer  # rounded down: what is left of the largest score must not be negative
-        m_new = tl.maximum(m, top - tl.minimum(tl.abs(top) * 1.1920929e-07, 1e32))
+def _attend(acc, z, m, score, v, outer, v_scale=None):
+    """Adds a block of keys to the state of a split: acc = sum of p v, z = sum of p, m = the maximum of score * outer, where
+    p = exp2(score * outer - m). The argument of exp2 is one fused multiply-add per score."""
+    m_new = tl.maximum(m, tl.max(score, axis=1) * outer)
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    if SCALED:
-        p = tl.exp2(score - m_safe[:, None])
-    else:
-        shifted = tl.fma(score, outer, -m_safe[:, None])
-        # beyond 1e8 a unit in the last place of m is large
-        p = tl.exp2(tl.minimum(shifted, 14.0, propagate_nan=tl.PropagateNan.ALL))
+    p = tl.exp2(tl.fma(score, outer, -m_safe[:, None]))
     decay = tl.exp2(m - m_safe)
     z = tl.fma(z, decay, tl.sum(p, axis=1))
     if v_scale is not None:
@@ -265,7 +270,8 @@ def _merge(total, total_z, total_m, acc, z, m):
 
 @triton.jit
 def _finish(acc, z, m):
-    """(out, natural log-sum-exp); a row without a key gives (0, -inf) whatever acc holds, one with a NaN is NaN."""
-    some = tl.where(z == 0.0, 1.0, z)
-    lse = tl.where(z == 0.0, float("-inf"), (m + tl.log2(some)) * _LN2)
-    return tl.where(tl.expand_dims(z, -1) == 0.0, 0.0, acc * tl.expand_dims(tl.div_rn(1.0, some), -1)), lse
+    """(out, natural log-sum-exp). A row without keys, whose maximum is -inf, gives (0, -inf); a row with a NaN gives NaN."""
+    empty = (z == 0.0) & (m == float("-inf"))
+    some = tl.where(empty, 1.0, z)
+    lse = tl.where(empty, float("-inf"), (m + tl.log2(some)) * _LN2)
+    return tl.where(tl.expand_dims(empty, -1), 0.0, acc * tl.expand_dims(tl.div_rn(1.0, some), -1)), lse

@@ -71,8 +71,8 @@ def _walk(state, q, k_ptr, v_ptr, k_row, v_row, v_cols, position, start, end, ke
                 v = tl.load(v_block)
             else:
                 v = tl.load(v_block, mask=dv < v_cols, other=0.0)
-        score = _scores(q, k, None, key, position, keys, left, right, inner, outer, SOFTCAP, MASKED)
-        acc, z, m = _attend(acc, z, m, score, v, outer, SOFTCAP)
+        score = _scores(q, k, None, key, position, keys, left, right, inner, SOFTCAP, MASKED)
+        acc, z, m = _attend(acc, z, m, score, v, outer)
     return acc, z, m, total, total_z, total_m
 
 

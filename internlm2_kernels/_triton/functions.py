@@ -1,7 +1,7 @@
-"""Elementary functions of float32 to within about 2 ulp, written out so that compiled and interpreted kernels agree.
+"""Elementary functions of float32, which give the same results compiled and interpreted.
 
-The hardware's exp2 of x * log2(e) is off by |x| / 2 ulp or so, which softmax does not feel (there large |x| means a small
-result) but a ratio exp(x) does; libdevice's functions do not run in Triton's interpreter.
+`_softmax_exp` and `_softmax_tanh` take few instructions and are accurate enough for softmax. The other functions have errors of
+about 2 ulp. libdevice's functions are no alternative: they do not run in Triton's interpreter.
 """
 
 import triton
@@ -9,8 +9,40 @@ import triton.language as tl
 
 
 @triton.jit
+def _softmax_exp(x):
+    """exp(x) where x is a logit minus a maximum or a log-sum-exp.
+
+    The error of exp2(x * log2(e)) is about |x| / 2 ulp, which softmax tolerates: a large |x| means a small result. It takes two
+    instructions, and tl.exp, which gives subnormal results too, takes five.
+    """
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def _softmax_tanh(x, scale):
+    """tanh(scale * x) with an absolute error of 2^-22, as 1 - 2 / (exp(2 * scale * x) + 1).
+
+    The reciprocal is the square of rsqrt, two instructions; Triton's division takes seven.
+    """
+    root = tl.rsqrt(tl.exp2(x * (scale * 2.8853900817779268)) + 1.0)
+    return tl.fma(root * root, -2.0, 1.0)
+
+
+@triton.jit
+def _tanh(x):
+    """tanh(x) with an error of 1 ulp: an odd polynomial for |x| < 0.5477, and 1 - 2 / (exp(2 |x|) + 1) beyond."""
+    a = tl.abs(x)
+    s = x * x
+    small = tl.fma(tl.fma(tl.fma(tl.fma(s, -0.00663105, 0.02132081), s, -0.05391137), s, 0.13333124), s, -0.33333332)
+    small = tl.fma(a * s, small, a)
+    large = 1.0 - 2.0 / (tl.exp2(a * 2.8853900817779268) + 1.0)
+    t = tl.where(a < 0.5477, small, large)
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
 def _series(r):
-    """exp(r) - 1 for |r| <= 0.35: Taylor's series, whose rest is below 1e-9."""
+    """exp(r) - 1 for |r| <= 0.35 by its Taylor series; the truncation error is below 1e-9."""
     t = tl.fma(r, 1.0 / 5040, 1.0 / 720)
     t = tl.fma(t, r, 1.0 / 120)
     t = tl.fma(t, r, 1.0 / 24)
@@ -21,13 +53,13 @@ def _series(r):
 
 @triton.jit
 def _exponential(x):
-    """exp(x): a power of two times the series of the rest. 0 where the result would be subnormal."""
-    x = tl.where(x < -104.0, -104.0, x)  # not tl.maximum, which would drop a NaN
+    """exp(x) as 2^n * exp(r) with |r| <= ln(2) / 2. The result is 0 where it would be subnormal."""
+    x = tl.where(x < -104.0, -104.0, x)  # tl.maximum would not propagate a NaN
     x = tl.where(x > 89.0, 89.0, x)
-    n = tl.floor(x * 1.4426950408889634 + 0.5)
-    r = tl.fma(n, -0.693359375, x)  # ln 2 in two parts, the first of few enough bits for an exact product
+    n = tl.floor(tl.fma(x, 1.4426950408889634, 0.5))
+    r = tl.fma(n, -0.693359375, x)  # ln(2) in two parts; n times the first part is exact
     r = tl.fma(n, 2.12194440e-4, r)
-    return (1.0 + _series(r)) * tl.exp2(n - 1.0) * 2.0  # in two steps: 2^128 is no float32
+    return (1.0 + _series(r)) * tl.exp2(n - 1.0) * 2.0  # in two steps, because float32 has no 2^128
 
 
 @triton.jit
@@ -38,7 +70,7 @@ def _expm1(x):
 
 @triton.jit
 def _expm1_less_x(x):
-    """exp(x) - 1 - x without cancellation: x^2 / 2 near 0."""
+    """exp(x) - 1 - x without cancellation near 0, where it is about x^2 / 2."""
     t = tl.fma(x, 1.0 / 479001600, 1.0 / 39916800)
     t = tl.fma(t, x, 1.0 / 3628800)
     t = tl.fma(t, x, 1.0 / 362880)
@@ -54,7 +86,7 @@ def _expm1_less_x(x):
 
 @triton.jit
 def _log1p(y):
-    """log(1 + y) for 0 <= y <= 1: 2 atanh(y / (2 + y)) as a series."""
+    """log(1 + y) for 0 <= y <= 1 by the series of 2 atanh(y / (2 + y))."""
     s = tl.div_rn(y, 2.0 + y)
     q = s * s
     t = tl.fma(q, 1.0 / 17, 1.0 / 15)

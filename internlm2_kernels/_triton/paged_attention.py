@@ -76,8 +76,8 @@ def _paged_walk(state, bad, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr
             v = v.to(tl.float32).to(q.dtype)
             k_scale = _load_scale(k_scale_ptr, place, inside)
             v_scale = _load_scale(v_scale_ptr, place, inside)
-        score = _scores(q, k, k_scale, key, position, keys, left, 0, inner, outer, SOFTCAP, True)
-        acc, z, m = _attend(acc, z, m, score, v, outer, SOFTCAP, v_scale)
+        score = _scores(q, k, k_scale, key, position, keys, left, 0, inner, SOFTCAP, True)
+        acc, z, m = _attend(acc, z, m, score, v, outer, v_scale)
     return acc, z, m, total, total_z, total_m, bad
 
 

@@ -1,11 +1,10 @@
 """The cosine and sine tables of rotary position embedding, with the context-length scalings in use."""
 
-import math
-
 import torch
 
 from .._checks import check_choice, fail
-from .._registry import Case, Op, Sample
+from .._registry import Op
+from ._rope_scaling import check_scaling, inverse_frequencies
 
 
 def reference(length_or_positions, head_dim, *, base=1e6, scaling=None, angles="float64", device=None):
@@ -15,11 +14,6 @@ def reference(length_or_positions, head_dim, *, base=1e6, scaling=None, angles="
         return angle.cos() * magnitude, angle.sin() * magnitude
     angle = positions.to(torch.float64)[:, None] * inv_freq
     return (angle.cos() * magnitude).float(), (angle.sin() * magnitude).float()
-
-
-def _eager(length_or_positions, head_dim, *, base=1e6, scaling=None, angles="float64", device=None):
-    """What the released model computes: angles in float32 (the outer product is off by 0.0144 rad at position 200,000)."""
-    return reference(length_or_positions, head_dim, base=base, scaling=scaling, angles=angles, device=device)
 
 
 def _resolve(length_or_positions, head_dim, base, scaling, device):
@@ -32,129 +26,21 @@ def _resolve(length_or_positions, head_dim, base, scaling, device):
     return positions, torch.tensor(inv_freq, dtype=torch.float64, device=positions.device), magnitude
 
 
-def inverse_frequencies(head_dim, base, scaling):
-    """Inverse frequencies (Python floats, exact to float64) and the magnitude factor, for Hugging Face's `scaling`."""
-    plain = [base ** (-2 * i / head_dim) for i in range(head_dim // 2)]
-    kind = "none" if scaling is None else scaling.get("rope_type", scaling.get("type"))
-    if kind in ("none", "default"):
-        return plain, 1.0
-    factor = _positive(scaling, "factor")
-    if kind == "linear":
-        return [f / factor for f in plain], 1.0
-    if kind == "dynamic":
-        return _dynamic(head_dim, base, factor, scaling), 1.0
-    if kind == "llama3":
-        return _llama3(plain, factor, scaling), 1.0
-    return _yarn(plain, head_dim, base, factor, scaling)
-
-
-def _dynamic(head_dim, base, factor, scaling):
-    """base' = base * (factor * s / M - (factor - 1))^(d / (d - 2)) for s > M, where s is fixed when a sequence is admitted."""
-    trained, length = _positive(scaling, "max_position_embeddings"), _positive(scaling, "seq_len")
-    if length > trained:
-        base = base * (factor * length / trained - (factor - 1)) ** (head_dim / (head_dim - 2))
-    return [base ** (-2 * i / head_dim) for i in range(head_dim // 2)]
-
-
-def _llama3(plain, factor, scaling):
-    """Long wavelengths are divided by factor, short ones kept, those between interpolated (Llama 3.1 model card)."""
-    low, high = _positive(scaling, "low_freq_factor"), _positive(scaling, "high_freq_factor")
-    if high <= low:
-        fail(ValueError, "rope_table", "scaling['high_freq_factor']", f"more than low_freq_factor, {low}", high)
-    trained = _positive(scaling, "original_max_position_embeddings")
-    out = []
-    for f in plain:
-        turns = trained * f / (2 * math.pi)
-        keep = min(1.0, max(0.0, (turns - low) / (high - low)))
-        out.append(keep * f + (1 - keep) * f / factor)
-    return out
-
-
-def _yarn(plain, head_dim, base, factor, scaling):
-    """YaRN (arXiv:2309.00071): a ramp over dimensions between interpolated and kept; cos and sin times 0.1 ln(factor) + 1."""
-    trained = _positive(scaling, "original_max_position_embeddings")
-    scaling = {"beta_fast": 32, "beta_slow": 1, **scaling}
-    fast, slow = _positive(scaling, "beta_fast"), _positive(scaling, "beta_slow")
-    if base <= 1:
-        fail(ValueError, "rope_table", "base", "more than 1 for yarn scaling", base)
-
-    def dimension(turns):
-        return head_dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(base))
-
-    first, last = dimension(fast), dimension(slow)
-    if scaling.get("truncate", True):
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, head_dim - 1)
-    last = last + 0.001 if first == last else last
-    out = []
-    for i, f in enumerate(plain):
-        stretched = min(1.0, max(0.0, (i - first) / (last - first)))
-        out.append(stretched * f / factor + (1 - stretched) * f)
-    if scaling.get("attention_factor") is not None:
-        return out, float(_positive(scaling, "attention_factor"))
-    return out, 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
-def _positive(scaling, key):
-    value = scaling.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        fail(ValueError, "rope_table", f"scaling[{key!r}]", "a positive number", repr(value))
-    return value
-
-
 def _fake_fwd(positions, inv_freq, magnitude, float32_angles):
     shape = (positions.shape[0], inv_freq.shape[0])
     return (positions.new_empty(shape, dtype=torch.float32), positions.new_empty(shape, dtype=torch.float32))
 
-
-def _sample(case, dtype, device, generator):
-    dims = case.dims
-    positions = torch.randint(0, 200_000, (dims["rows"],), generator=generator, device=device)
-    if dims.get("positions") == "int32":
-        positions = positions.to(torch.int32)
-    inputs = {"length_or_positions": positions, "head_dim": dims["head_dim"]}
-    for key in ("scaling", "angles"):
-        if key in dims:
-            inputs[key] = _SCALINGS[dims[key]] if key == "scaling" else dims[key]
-    return Sample(inputs)
-
-
-_SCALINGS = {
-    "linear": {"type": "linear", "factor": 4.0},
-    "dynamic": {"type": "dynamic", "factor": 2.0, "max_position_embeddings": 32768, "seq_len": 200_000},
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
-    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 8192},
-}
 
 ROPE_TABLE = Op(
     name="rope_table",
     source="arXiv:2104.09864; scalings: arXiv:2306.15595, arXiv:2309.00071",
     summary="cos and sin of rotary angles, from float64 angles",
     reference=reference,
-    public=lambda *args, **kwargs: rope_table(*args, **kwargs),
     schemas={"fwd": "(Tensor positions, Tensor inv_freq, float magnitude, bool float32_angles) -> (Tensor cos, Tensor sin)"},
     fakes={"fwd": _fake_fwd},
     outputs=("cos", "sin"),
-    sample=_sample,
-    cases=(
-        Case("smoke", {"rows": 33, "head_dim": 64}),
-        Case("smoke", {"rows": 17, "head_dim": 128, "scaling": "dynamic", "positions": "int32"}),
-        Case("edge", {"rows": 0, "head_dim": 32}),
-        Case("edge", {"rows": 1, "head_dim": 2}),
-        Case("edge", {"rows": 5, "head_dim": 6, "scaling": "linear"}),
-        Case("edge", {"rows": 9, "head_dim": 96, "scaling": "yarn"}),
-        Case("edge", {"rows": 9, "head_dim": 128, "scaling": "llama3"}),
-        Case("model", {"rows": 4096, "head_dim": 128}),
-        Case("model", {"rows": 32768, "head_dim": 128}),
-    ),
-    eager={"torch": _eager},
-    batched=("length_or_positions",),
-    bytes=lambda dims, size, direction: dims["rows"] * (8 + 4 * dims["head_dim"]),
-    flops=lambda dims, direction: 3 * dims["rows"] * dims["head_dim"],
     dtypes=(torch.float32,),
     directions=("forward",),
-    domain={"head_dim": (4, 140, 2)},  # dynamic scaling needs 4
 )
 _FWD = ROPE_TABLE.overloads["fwd"]
 
@@ -187,29 +73,9 @@ def rope_table(length_or_positions, head_dim, *, base=1e6, scaling=None, angles=
     if isinstance(base, bool) or not isinstance(base, int | float) or not 0 < base < float("inf"):
         fail(ValueError, "rope_table", "base", "a positive number", repr(base))
     check_choice("rope_table", "angles", angles, ("float64", "float32"))
-    _check_scaling(head_dim, scaling)
+    check_scaling(head_dim, scaling)
     positions, inv_freq, magnitude = _resolve(length_or_positions, head_dim, base, scaling, device)
     chosen = ROPE_TABLE.select(positions, backend)
     if chosen == "reference":
         return reference(positions, head_dim, base=base, scaling=scaling, angles=angles)
     return _FWD[chosen](positions.contiguous(), inv_freq, magnitude, angles == "float32")
-
-
-_KEYS = {"default": set(), "linear": set(), "dynamic": set(), "llama3": {"low_freq_factor", "high_freq_factor"},
-         "yarn": {"beta_fast", "beta_slow", "attention_factor", "truncate"}}
-
-
-def _check_scaling(head_dim, scaling):
-    if scaling is None:
-        return
-    if not isinstance(scaling, dict):
-        fail(TypeError, "rope_table", "scaling", "a dictionary or None", type(scaling).__name__)
-    kind = scaling.get("rope_type", scaling.get("type"))
-    check_choice("rope_table", "scaling['rope_type']", kind, ("default", "linear", "dynamic", "yarn", "llama3"))
-    known = _KEYS[kind] | {"type", "rope_type", "rope_theta", "factor", "original_max_position_embeddings",
-                           "max_position_embeddings", "seq_len"}
-    for key in scaling:
-        if key not in known:
-            fail(ValueError, "rope_table", "scaling", f"keys among {', '.join(sorted(known))}", repr(key))
-    if kind == "dynamic" and head_dim < 4:
-        fail(ValueError, "rope_table", "head_dim", "at least 4 for dynamic scaling", head_dim)

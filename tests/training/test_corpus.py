@@ -1,5 +1,7 @@
 """Reading documents: the standard library, folders, JSON lines, and what is refused."""
 
+import json
+
 import pytest
 
 from internlm2.data import read_documents, split_validation
@@ -30,6 +32,21 @@ def test_folder_of_text(tmp_path):
     assert read_documents(str(tmp_path / "a.txt"), 10_000) == [Document("a.txt", "alpha")]
 
 
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u0085"])
+def test_only_a_newline_ends_a_json_line(tmp_path, character):
+    """A JSON string may hold U+2028, U+2029 and U+0085 unescaped; str.splitlines would cut the line at each of them."""
+    texts = [f"one{character}line", "the second line", character.join("abc")]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    found = read_documents(str(tmp_path), 10_000)
+    assert found == [Document(f"a.jsonl:{number}", text) for number, text in enumerate(texts, 1)]
+
+
+def test_a_carriage_return_is_white_space_of_json(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text":\r "one"}\r\n{"text": "two"}\r\n')
+    assert read_documents(str(tmp_path), 100) == [Document("a.jsonl:1", "one"), Document("a.jsonl:2", "two")]
+
+
 def test_errors(tmp_path):
     with pytest.raises(ValueError, match="max_bytes must be positive, got 0"):
         read_documents("stdlib", 0)
@@ -40,6 +57,10 @@ def test_errors(tmp_path):
         read_documents(str(tmp_path), 100)
     (tmp_path / "a.jsonl").write_text("{")
     with pytest.raises(ValueError, match="source a.jsonl, line 1: expected a JSON object"):
+        read_documents(str(tmp_path), 100)
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud800"}')
+    message = "source a.jsonl, line 1: the text must be valid Unicode, got a lone surrogate at index 1"
+    with pytest.raises(ValueError, match=message):
         read_documents(str(tmp_path), 100)
 
 

@@ -1,0 +1,216 @@
+"""The shared checks: every operator x backend x dtype x direction keeps the contract. Nothing here lists operators."""
+
+import parameters
+import pytest
+import torch
+from cells import name as cell_name
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from shared import DTYPES, Recorder, assert_bitwise, row_count, sample_of, small_cases, smoke_cases, strided_copies
+
+from internlm2_kernels.testing import Draw, assert_ladder, draw_upstream, flat, ladder, run, with_leaves
+from internlm2_kernels.workloads import Case
+
+backend, native, pytest_generate_tests = parameters.backend, parameters.native, parameters.pytest_generate_tests
+
+
+DRAWS = 3  # of the inputs, whose errors the ladder pools
+
+
+# --------------------------------------------------------------------------------------------------- right values
+@pytest.mark.parametrize("direction", ("forward", "backward"))
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_ladder(op, variant, backend, dtype, direction, device, generator, record_property):
+    if dtype not in op.dtypes or direction not in op.directions:
+        pytest.skip(f"{op.name} has no {direction} in {dtype}")
+    for case in small_cases(op):
+        for scale in (1.0, 1e-4) if direction == "backward" else (0.0,):
+            draws = []
+            for _ in range(DRAWS):
+                sample = sample_of(op, case, dtype, device, generator)
+                upstream = draw_upstream(op, sample, scale, generator) if scale else {}
+                draws.append(Draw(sample, run(op, sample, backend, upstream), upstream))
+            assert_ladder(op, draws, f"{case} upstream {scale} {backend}")
+    record_property("cell", cell_name(op, backend, direction, dtype, variant[1]))
+
+
+def _spoilt(x):
+    """(what is wrong, tensor): what a kernel with a forgotten edge would return."""
+    if x.any():
+        yield "zeros", torch.zeros_like(x)
+    yield "NaN", torch.full_like(x, float("nan"))
+    if x.numel() < 33:  # a loss, a statistic
+        return
+    for what, index in (("last row", (-1,)), ("last column", (..., -1)), ("first row", (0,))):
+        wrong = x.clone()
+        if x.dim() > 1 and x[index].abs().max() > x.abs().max() / 2:
+            wrong[index] = 0
+        else:  # one number says little by being 0, and a row may rightly be 0 or small: another's value
+            wrong[index] = -torch.where(x[index] < 0, -1, 1) * x.abs().max()
+        yield f"{what} lost", wrong
+    wrong = x.clone().flatten()
+    wrong[-16:] = wrong[-32:-16]
+    if (wrong - x.flatten()).abs().max() > x.abs().max() / 4:  # rows may rightly be 0 or small
+        yield "last tile shifted", wrong.view(x.shape)
+    wrong = x.clone().flatten()
+    wrong[x.numel() // 2] = float("nan")
+    yield "one NaN", wrong.view(x.shape)
+
+
+@pytest.mark.parametrize("scale", (1.0, 1e-4))
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_the_ladder_turns_red(op, dtype, scale, device, generator):
+    """An implementation that returns zeros, or whose last row, column or tile is wrong, fails in every dtype."""
+    if dtype not in op.dtypes:
+        pytest.skip(f"{op.name} has no {dtype}")
+    case = max(smoke_cases(op), key=row_count)
+    sample = sample_of(op, case, dtype, device, generator)
+    upstream = draw_upstream(op, sample, scale, generator)
+    right = run(op, sample, "reference", upstream)
+    assert all(rung.ok for rung in ladder(op, [Draw(sample, right, upstream)]))
+    for tensor, value in right.items():
+        for what, wrong in _spoilt(value):
+            red = [rung.name for rung in ladder(op, [Draw(sample, {**right, tensor: wrong}, upstream)]) if not rung.ok]
+            assert red == [tensor], f"{op.name} {tensor} {what}: red {red}"
+
+
+def test_gradcheck(op, variant, backend, device, generator):
+    """In float64, where finite differences mean something; Triton and CUDA do not take float64."""
+    if backend not in ("reference", "cpp") or "backward" not in op.directions:
+        pytest.skip(f"{backend} of {op.name} has no float64 backward")
+    for case in small_cases(op):
+        sample = with_leaves(sample_of(op, case, torch.float64, device, generator))
+        leaves = [sample.inputs[n] for n in sample.grad]
+        if not 0 < sum(leaf.numel() for leaf in leaves) < 3000:
+            continue
+        if not all(v.isfinite().all() for v in run(op, sample, backend).values()):
+            continue  # an infinity less an infinity is no finite difference
+
+        def function(*tensors, sample=sample):
+            return flat(op.public(**{**sample.inputs, **dict(zip(sample.grad, tensors, strict=True))}, backend=backend))
+
+        assert torch.autograd.gradcheck(function, leaves, fast_mode=sum(leaf.numel() for leaf in leaves) > 300)
+
+
+def _dims(op):
+    """Sizes around the edges of vectors and tiles, and every mixture of options, from the cases that the operator has."""
+    cases = small_cases(op)
+    limits = {"rows": (0, 40, 1), "tokens": (0, 40, 1), "cols": (1, 150, 1), "kv_heads": (1, 3, 1), "heads": (1, 6, 1),
+              "head_dim": (2, 140, 2), **op.workload.domain}
+    options = {key: sorted({case.dims.get(key) for case in cases}, key=str) for case in cases for key in case.dims
+               if key not in limits and not isinstance(case.dims[key], tuple)}
+
+    def around(case):
+        sizes = {key: st.integers(low // step, high // step).map(lambda n, step=step: n * step)
+                 for key, (low, high, step) in limits.items() if key in case.dims}
+        chosen = {key: st.sampled_from(values) for key, values in options.items()}
+        fixed = {key: st.just(value) for key, value in case.dims.items() if key not in sizes and key not in chosen}
+        return st.fixed_dictionaries(sizes | chosen | fixed)
+
+    return st.sampled_from(cases).flatmap(around).map(
+        lambda d: {**d, "heads": d["heads"] * d["kv_heads"]} if "kv_heads" in d else d)
+
+
+def test_property(op, variant, backend, device, request):
+    """Any shape that Hypothesis can think of keeps the ladder, forward and backward."""
+    examples = 6 if variant[1] == "interpreted" else request.config.getoption("--examples")
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None,
+              suppress_health_check=list(HealthCheck))
+    @given(dims=_dims(op), dtype=st.sampled_from(op.dtypes), seed=st.integers(0, 2**31))
+    def check(dims, dtype, seed):
+        generator = torch.Generator(device=device).manual_seed(seed)
+        sample = sample_of(op, Case("drawn", {k: v for k, v in dims.items() if v is not None}), dtype, device, generator)
+        upstream = draw_upstream(op, sample, 1.0, generator)
+        assert_ladder(op, [Draw(sample, run(op, sample, backend, upstream), upstream)], f"{dims} {dtype}")
+
+    check()
+
+
+# ------------------------------------------------------------------------------- registered, compiled, exported
+def test_opcheck(op, variant, backend, native, device, generator):
+    """Schema, fakes and strides of every pass, on the arguments that the public function itself hands over."""
+    seen = set()
+    for case in smoke_cases(op):
+        sample = sample_of(op, case, torch.float32, device, generator)
+        upstream = draw_upstream(op, sample, 1.0, generator)
+        with Recorder() as recorder:
+            run(op, sample, backend, upstream)
+        for overload, args in [c for c in recorder.calls if c[0].namespace == "internlm2"]:
+            seen.add(overload._schema.name.removeprefix(f"internlm2::{op.name}_"))
+            torch.library.opcheck(overload, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+            plain = isinstance(args[0], list) or args[0].dim() < 2 or not args[0].is_floating_point()
+            strided = args if plain else (next(strided_copies(args[0]))[1], *args[1:])
+            torch.library.opcheck(overload, strided, test_utils=("test_schema", "test_faketensor"))
+    assert seen >= set(op.schemas) - {"cache_fwd", "bwd_"}, seen
+
+
+def _compiled_equals_eager(op, sample, backend, upstream, compiler):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **inputs: op.public(**inputs, backend=backend), fullgraph=True, backend=compiler)
+    assert_bitwise(run(op, sample, lambda **inputs: compiled(**inputs), upstream), run(op, sample, backend, upstream), compiler)
+
+
+def test_fullgraph(op, variant, backend, native, device, generator):
+    """Without a graph break, equal to the bit; the grid under aot_eager, one case under inductor."""
+    cases = smoke_cases(op)
+    for case in cases[:1] if variant[1] == "interpreted" else cases:
+        sample = sample_of(op, case, torch.bfloat16 if torch.bfloat16 in op.dtypes else torch.float32, device, generator)
+        upstream = draw_upstream(op, sample, 1.0, generator)
+        _compiled_equals_eager(op, sample, backend, upstream, "aot_eager")
+    if variant[1] != "avx2":
+        _compiled_equals_eager(op, sample, backend, upstream, "inductor")
+
+
+def test_export(op, variant, backend, native, device, generator):
+    """torch.export gives a program with our operator in it and the same bits."""
+    sample = sample_of(op, smoke_cases(op)[0], torch.float32, device, generator)
+    tensors = {n: v for n, v in sample.inputs.items() if isinstance(v, torch.Tensor)}
+    fixed = {n: v for n, v in sample.inputs.items() if n not in tensors}
+
+    class Module(torch.nn.Module):
+        def forward(self, **inputs):
+            return op.public(**inputs, **fixed, backend=backend)
+
+    with torch.no_grad():
+        program = torch.export.export(Module(), (), tensors)
+        assert any("internlm2" in str(node.target) for node in program.graph.nodes)
+        got, want = program.module()(**tensors), op.public(**sample.inputs, backend=backend)
+    assert_bitwise(dict(enumerate(flat(got))), dict(enumerate(flat(want))), "export")
+
+
+def test_switching_the_backend_recompiles(op, device, generator):
+    """A compiled function follows `use_backend`: a stale choice would be silent."""
+    from internlm2_kernels import use_backend
+
+    called = []
+
+    def compiler(graph, example_inputs):
+        overloads = [str(node.target) for node in graph.graph.nodes if "internlm2" in str(node.target)]
+        return lambda *args: (called.append(overloads), graph(*args))[1]
+
+    sample = sample_of(op, smoke_cases(op)[0], torch.float32, device, generator)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **inputs: op.public(**inputs), backend=compiler)
+    native = "cpp" if device.type == "cpu" else "triton"
+    seen = []
+    for backend in (native, "reference", native):
+        with use_backend(backend), torch.no_grad():
+            compiled(**sample.inputs)
+        seen.append([name.rsplit(".", 1)[-1] for names in called for name in names])
+        called.clear()
+    assert seen == [[native], [], [native]]
+
+
+# ----------------------------------------------------------------------------------------------------- choice of backend
+def test_unusable_backends_say_why(op, device, generator):
+    from internlm2_kernels import use_backend
+
+    sample = sample_of(op, smoke_cases(op)[0], torch.float32, device, generator)
+    with pytest.raises(ValueError, match=rf"{op.name}: backend='metal' cannot run here: there is no such backend"):
+        op.public(**sample.inputs, backend="metal")
+    wrong = "cuda" if device.type == "cpu" else "cpp"
+    with pytest.raises(ValueError, match=rf"{op.name}: backend='{wrong}' cannot run here: "):
+        op.public(**sample.inputs, backend=wrong)
+    with pytest.raises(ValueError, match="backend: expected one of"), use_backend("metal"):
+        pass

@@ -1,0 +1,273 @@
+"""python -m tools.audit: the static audit of every GPU kernel, read from its machine code without a GPU.
+
+Every Triton kernel in its shipped configurations is compiled for sm_80, sm_90 and sm_100, and every CUDA C++ kernel for
+sm_80, sm_90a and sm_100a. The table says which resources a kernel needs, whether it spills registers and how many
+tensor-core instructions it has. The table is static: no kernel is run, so it says nothing about speed.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import importlib.util
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from internlm2_kernels import OPS
+
+TABLE = Path(__file__).with_name("static_audit.json")
+LARGEST_STACK_BYTES = 128  # of a spill for which BESIDE_LOOPS is reason enough
+BESIDE_LOOPS = "put aside before the loops that multiply and taken up behind them, once a program"
+# Rows that may spill, and why; any other that does is a problem. The key is the row's, with or without the architecture.
+ALLOWED_STACK: dict[str, str] = {
+    "flash_attention/flash_attention_bwd_dkdv_kernel/d 128, packed/float32/sm_100": BESIDE_LOOPS,
+    "flash_attention/flash_attention_bwd_dkdv_kernel/d 128, soft-cap/bfloat16/sm_90": BESIDE_LOOPS,
+    "flash_attention/flash_attention_bwd_dkdv_kernel/d 256, packed/float32/sm_90": BESIDE_LOOPS,
+    "flash_attention/flash_attention_bwd_dkdv_kernel/d 96, packed/float32/sm_100": BESIDE_LOOPS,
+    "flash_attention/flash_attention_fwd_kernel/d 128, packed, window/bfloat16/sm_80": BESIDE_LOOPS,
+    "flash_attention/flash_attention_fwd_kernel/d 128, packed/bfloat16/sm_80": BESIDE_LOOPS,
+    "flash_attention/flash_attention_fwd_kernel/d 128, soft-cap/bfloat16/sm_80": BESIDE_LOOPS,
+    "flash_attention/flash_attention_fwd_kernel/d 128/bfloat16/sm_80": BESIDE_LOOPS,
+    "flash_attention/flash_attention_fwd_kernel/d 64, packed, at most 64/bfloat16/sm_100":
+        "8 bytes, at 128 registers a thread; not yet timed on that architecture",
+    "flash_attention/flash_attention_fwd_kernel/d 96, packed/bfloat16/sm_80": BESIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/chunks of 1024, d 128/bfloat16/sm_80": BESIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/chunks of 1024, d 128/float32/sm_100": BESIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/chunks of 2, d 128/bfloat16/sm_80": BESIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/chunks of 2, d 128/bfloat16/sm_90": BESIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/decode, d 128, int8/bfloat16/sm_80": BESIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/decode, d 128, int8/bfloat16/sm_90": BESIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/decode, d 128, int8/float32/sm_90": BESIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/decode, d 128/bfloat16/sm_80": BESIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/decode, d 128/bfloat16/sm_90": BESIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/decode, d 256/bfloat16/sm_80": BESIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/decode, d 64/float32/sm_90": BESIDE_LOOPS,
+    "flash_attention/flash_attention_bwd_dkdv_kernel/d 128, launch 2/float32/sm_90": BESIDE_LOOPS,
+    "flash_attention/flash_attention_bwd_dkdv_kernel/d 128, soft-cap, launch 2/float32/sm_90": BESIDE_LOOPS,
+    "flash_attention/flash_attention_bwd_dkdv_kernel/d 64, packed/bfloat16/sm_80": BESIDE_LOOPS,
+    "flash_attention/flash_attention_bwd_dkdv_kernel/d 64, packed/bfloat16/sm_90": BESIDE_LOOPS,
+    "flash_attention/flash_attention_fwd_kernel/d 128, packed, window/float32/sm_90": BESIDE_LOOPS,
+    "linear_cross_entropy/linear_head_fwd_kernel/7B, all options, gradient/float32/sm_100": BESIDE_LOOPS,
+    "linear_cross_entropy/linear_head_product_kernel/7B, launch 4/bfloat16/sm_90": BESIDE_LOOPS,
+    "linear_logprobs/linear_head_gradient_kernel/7B, entropy/bfloat16/sm_90": BESIDE_LOOPS,
+    "linear_logprobs/linear_head_product_kernel/7B, launch 4/bfloat16/sm_90": BESIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/decode, d 128, blocks of 1, window/float32/sm_90": BESIDE_LOOPS,
+}
+EXAMPLES = """examples:
+  python -m tools.audit                compile everything and print the table
+  python -m tools.audit --check        compare with the committed table; exit status 1 on a difference.
+                                       Compiles only what changed since; --check --all compiles everything
+  python -m tools.audit --write        rewrite the committed table
+  python -m tools.audit --op swiglu    audit one operator only"""
+
+
+def main(argv: list[str]) -> int:
+    args = _parser().parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":  # kernels of this process are the interpreter's: compile in another
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        command = [sys.executable, "-m", "tools.audit", *argv]
+        return subprocess.run(command, env=environment).returncode
+    missing = [name for name in ("triton", "rich") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"audit: this command needs {' and '.join(missing)}: Triton's compiler is what it runs, rich prints the table.",
+              file=sys.stderr)
+        return 1
+    import triton
+
+    from .compile_kernels import CSRC, nvcc_version
+
+    compilers = {"triton": triton.__version__, "nvcc": nvcc_version()}
+    sources = sorted(CSRC.glob("*.cu")) if compilers["nvcc"] and not args.op else []
+    committed = read(TABLE) if TABLE.exists() else {"compilers": {}, "rows": {}}
+    known = unchanged(committed, compilers) if (args.check or args.write) and not args.all else {}
+    ops = [args.op] if args.op else _triton_ops()
+    rows, compiled = _compile_all(ops, [str(source) for source in sources], args.jobs, known)
+    if not args.op and not sources:
+        reason = "there is no nvcc on the PATH" if compilers["nvcc"] is None else f"there are no CUDA sources in {CSRC}"
+        print(f"CUDA C++ kernels are left out: {reason}.")
+    if not args.check:
+        _print_table(rows, compilers)
+    problems = find_problems(rows)
+    if args.check:
+        changes, notes = compare(rows, compilers, committed, cuda=bool(sources))
+        problems += changes
+        print("\n".join(notes))
+    if args.write:
+        kept = {} if sources else {k: v for k, v in committed["rows"].items() if k.startswith("cuda/")}
+        compilers["nvcc"] = compilers["nvcc"] if sources else committed["compilers"].get("nvcc")
+        write(TABLE, compilers, rows | kept)
+    for problem in problems:
+        print(f"audit: {problem}", file=sys.stderr)
+    same = f", {len(rows) - compiled} have not changed" if len(rows) > compiled else ""
+    verdict = "no problem" if not problems else f"{len(problems)} problems"
+    print(f"{compiled} kernels compiled{same}, none run: {verdict}.")
+    return 1 if problems else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tools.audit", description=__doc__, epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--check", action="store_true", help="compare with the committed table")
+    action.add_argument("--write", action="store_true", help="rewrite the committed table")
+    action.add_argument("--op", choices=_triton_ops(), metavar="NAME", help=f"one of {', '.join(_triton_ops())}")
+    parser.add_argument("--all", action="store_true", help="with --check or --write: compile unchanged kernels too")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="compile in N processes (default 2)")
+    return parser
+
+
+def _triton_ops() -> list[str]:
+    return [name for name, op in OPS.items() if "triton" in op.backends]
+
+
+def unchanged(committed: dict, compilers: dict) -> dict[str, dict]:
+    """The committed rows that the compilers at hand made: they stand for kernels whose sources are still the same."""
+    from .compile_kernels import Facts
+
+    needed = {"source", *(field.name for field in dataclasses.fields(Facts))}
+    made = {kind for kind, version in compilers.items() if committed["compilers"].get(kind) == version}
+    return {key: facts for key, facts in committed["rows"].items()
+            if ("nvcc" if key.startswith("cuda/") else "triton") in made and needed <= facts.keys()}
+
+
+def _compile_all(ops: list[str], sources: list[str], workers: int, known: dict[str, dict]) -> tuple[dict[str, dict], int]:
+    """Every row of the table, sorted by key, and how many were compiled: those not `known` with the same source."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from .compile_kernels import CUDA_ARCHS, DTYPES, TRITON_ARCHS, compile_cuda, compile_triton, cuda_digest, launches
+
+    jobs, rows = [], {}
+    for source in sources:
+        for arch in CUDA_ARCHS:
+            prefix, suffix = f"cuda/{Path(source).name}/", f"/sm_{arch}"
+            same = {key: facts for key, facts in known.items() if key.startswith(prefix) and key.endswith(suffix)
+                    and facts["source"] == cuda_digest(source)}
+            rows |= same
+            if not same:
+                jobs.append((compile_cuda, source, arch))
+    for op in ops:
+        for dtype in DTYPES:
+            for arch in TRITON_ARCHS:
+                for index, launch in enumerate(launches(op, dtype, arch)):
+                    key = f"{launch.key}/sm_{arch}"
+                    if known.get(key, {}).get("source") == launch.source:
+                        _put(rows, key, known[key])
+                    else:
+                        jobs.append((compile_triton, op, dtype, index, arch))
+    reused = len(rows)
+    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(max(1, workers), context) as pool, Progress(*columns) as progress:
+        futures = [pool.submit(*job) for job in jobs]
+        task = progress.add_task("", total=len(futures))
+        for future in concurrent.futures.as_completed(futures):
+            for key, facts in future.result().items():
+                _put(rows, key, facts)
+            progress.advance(task)
+    return dict(sorted(rows.items())), len(rows) - reused
+
+
+def _put(rows: dict[str, dict], key: str, facts: dict) -> None:
+    if key in rows:
+        raise ValueError(f"audit: two launches are called {key!r}: give one another label in its audit()")
+    rows[key] = facts
+
+
+def find_problems(rows: dict[str, dict]) -> list[str]:
+    """Spills that ALLOWED_STACK has no reason for, and shared memory that the architecture does not have."""
+    from .compile_kernels import SHARED_LIMIT
+
+    problems = []
+    for key, facts in rows.items():
+        name, arch = key.rsplit("/sm_", 1)
+        reason = ALLOWED_STACK.get(key, ALLOWED_STACK.get(name, ""))
+        if reason == BESIDE_LOOPS and (facts.get("spills_in_loops") != 0 or facts["stack_bytes"] > LARGEST_STACK_BYTES):
+            reason = ""
+        if facts["stack_bytes"] and not reason:
+            problems.append(f"{key} spills: {facts['stack_bytes']} bytes of stack, {facts.get('spills_in_loops', '?')} "
+                            "accesses in loops that multiply; change its tile, or give the reason in ALLOWED_STACK")
+        limit = SHARED_LIMIT[arch.rstrip("a")]
+        if facts["shared_bytes"] > limit:
+            problems.append(f"{key} needs {facts['shared_bytes']} bytes of shared memory, a block of sm_{arch} has {limit}")
+    return problems
+
+
+def compare(rows: dict[str, dict], compilers: dict, committed: dict, cuda: bool) -> tuple[list[str], list[str]]:
+    """What differs from the committed table, and remarks. Numbers are compared where the same compiler made them."""
+    changes, notes = [], []
+    for kind, compiler in (("triton", "triton"), ("cuda", "nvcc")):
+        if kind == "cuda" and not cuda:
+            continue
+        belongs = lambda key, kind=kind: key.startswith("cuda/") == (kind == "cuda")
+        old = {key: facts for key, facts in committed["rows"].items() if belongs(key)}
+        new = {key: facts for key, facts in rows.items() if belongs(key)}
+        changes += [f"{key} is not in the committed table; run tools.audit --write" for key in new.keys() - old.keys()]
+        changes += [f"{key} is in the committed table, but is no longer compiled; run tools.audit --write"
+                    for key in old.keys() - new.keys()]
+        was = committed["compilers"].get(compiler)
+        if was != compilers[compiler]:
+            notes.append(f"numbers of {kind} kernels not compared: made by {compiler} {was}, here is {compilers[compiler]}")
+            continue
+        for key in sorted(old.keys() & new.keys()):
+            changes += [f"{key}: {field} was {old[key].get(field)}, is {value}"
+                        for field, value in new[key].items() if field != "source" and old[key].get(field) != value]
+    return sorted(changes), notes
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The committed table: the versions of the `compilers`, and `rows` that map a kernel's key to its facts."""
+    table = json.loads(path.read_text())
+    return {"compilers": table["compilers"],
+            "rows": {f"{name}/{arch}": {field: value for field, value in zip(table["fields"], values, strict=False)
+                                        if value is not None}
+                     for name, by_arch in table["rows"].items() for arch, values in by_arch.items()}}
+
+
+def write(path: Path, compilers: dict, rows: dict[str, dict]) -> None:
+    """One configuration a line with the facts of its architectures in the order of `fields`, so that a diff shows which
+    kernels changed. The file is replaced in one step."""
+    fields = list(dict.fromkeys(field for facts in rows.values() for field in facts))
+    grouped: dict[str, dict[str, list]] = {}
+    for key, facts in sorted(rows.items()):
+        name, arch = key.rsplit("/", 1)
+        last = max(index for index, field in enumerate(fields) if field in facts)
+        grouped.setdefault(name, {})[arch] = [facts.get(field) for field in fields[:last + 1]]
+    compact = lambda value: json.dumps(value, separators=(",", ":"))
+    lines = ",\n".join(f"{compact(name)}: {compact(by_arch)}" for name, by_arch in grouped.items())
+    text = (f'{{"note": "static: compiled, not run; written by python -m tools.audit --write",\n'
+            f'"compilers": {json.dumps(compilers)},\n"fields": {json.dumps(fields)},\n"rows": {{\n{lines}\n}}}}\n')
+    temporary = path.with_suffix(".new")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _print_table(rows: dict[str, dict], compilers: dict) -> None:
+    """One line a kernel and configuration, its architectures side by side."""
+    from rich.console import Console
+    from rich.table import Table
+
+    versions = ", ".join(f"{name} {version}" for name, version in compilers.items() if version)
+    table = Table(title=f"static: compiled, not run ({versions}); numbers for sm_80 / sm_90 / sm_100")
+    for name in ("kernel", "configuration", "registers", "stack", "shared", "occupancy %", "mma", "wgmma", "tcgen05",
+                 "loads", "stores"):
+        table.add_column(name, overflow="fold")
+    grouped: dict[str, list[dict]] = {}
+    for key, facts in rows.items():
+        grouped.setdefault(key.rsplit("/sm_", 1)[0], []).append((int(key.rsplit("/sm_", 1)[1].rstrip("a")), facts))
+    for name, entries in grouped.items():
+        facts = [entry for _, entry in sorted(entries, key=lambda pair: pair[0])]
+        _, kernel, *configuration = name.split("/")
+        beside = lambda field, facts=facts: "/".join(str(f[field]) for f in facts)
+        shortest = lambda field, facts=facts: "/".join(dict.fromkeys(str(f[field]) for f in facts))
+        table.add_row(kernel, ", ".join(configuration), beside("registers"), shortest("stack_bytes"),
+                      shortest("shared_bytes"), "/".join(f"{100 * f['occupancy']:.0f}" for f in facts), shortest("mma"),
+                      shortest("wgmma"), shortest("tcgen05"), facts[-1]["loads"], facts[-1]["stores"])
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -286,10 +286,6 @@ CHECKED: dict[str, tuple[Case, ...]] = {
                        "int8": True}),
     ),
 }
-# What only reads much: beside the copy a sum of as many bytes is timed.
-READ_BOUND = ("paged_attention", "squared_norm")
-# Where torch.compile leaves eager's form as it is (SDPA is one call to it), or unrolls a loop over tokens for many minutes.
-NOT_COMPILED = ("flash_attention", "paged_attention", "gae")
 
 
 def peers_of(op: str, device: str, training: bool, dims: dict[str, Any]) -> dict[str, Peer]:

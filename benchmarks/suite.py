@@ -1,10 +1,13 @@
-"""From the registry to rows: what to time, against whom, and what a timed pass says.
+"""From the registry to rows: what is timed, against which peers, and the rows that a timed pass gives.
 
-A pass is one operator at one size and dtype, all contenders interleaved: `forward` without gradients, `training`
-(forward and backward in turn, giving the rows backward and both), `call` and `call_grad` (host time of a small call).
+A pass is one operator at one size and dtype with all contenders interleaved: `forward` without gradients, `training`
+(forward and backward one after the other, which gives the rows backward and both), `call` and `call_grad` (host time of
+a small call). On the CPU the yardsticks are contenders too: copying into memory that is present, reading, and for what
+multiplies the loop of multiply-add instructions.
 """
 
 import gc
+import itertools
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -17,13 +20,19 @@ from internlm2_kernels import OPS
 from internlm2_kernels._registry import Op
 from internlm2_kernels.testing import Draw, draw_upstream, flat, ladder, ladder_table, run, with_leaves
 from internlm2_kernels.workloads import Case, Sample
-from tools.timing import Contender, Paired, Peaks, cold_sets, interleave, quantiles
+from tools.timing import Contender, Paired, Peaks, cache_bytes, cold_sets, interleave, quantiles
 
-from .peers import CHECKED, NOT_COMPILED, OURS, PEERS, READ_BOUND, peers_of
+from .gates import settings
+from .names import short, size_of
+from .peers import CHECKED, OURS, PEERS, peers_of
+from .registers import Loop
 
 PASSES = {"forward": ("forward",), "training": ("backward", "both"), "call": ("call",), "call_grad": ("call_grad",)}
 STAGES = {"call": "forward", "call_grad": "forward"}  # the stage of `Paired` a direction is read from, else its own name
 SEED = 20240326
+YARDSTICKS = ("copy", "read", "registers")  # their names as contenders
+LARGEST_YARDSTICK = 2**28  # bytes moved by one call: a yardstick needs no more to leave the caches
+FLOPS_A_BYTE = 4  # from here on the register peak may be the limit
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,10 @@ class Row:
     """One line of the result: our backend's time at one size, dtype and direction, and the ratios to each peer.
 
     Times in seconds as [median, 20 % quantile, 80 % quantile]; `against` maps a family of peers to its fastest `form`
-    and the paired `ratio`. `copy_fraction` is bytes / time over the copy rate, `read_fraction` over the read rate,
-    `roof_fraction` what `roof_share` says.
+    and the paired `ratio`. `copy_fraction` is bytes / time over the rate of copying into memory that is present,
+    `read_fraction` over the read rate, `product_fraction` flops / time over the register peak (CUDA: over torch's matrix
+    rate), None where it was not measured. `limit_fraction` is the larger of the share of what the bytes need and
+    `product_fraction`: how close the row runs to what the machine allows for this work.
     """
 
     op: str
@@ -70,16 +81,15 @@ class Row:
     bytes_per_s: float = 0.0
     copy_fraction: float | None = None
     read_fraction: float | None = None
-    roof_fraction: float | None = None
+    product_fraction: float | None = None
+    limit_fraction: float | None = None
     red: str = ""
 
 
-def roof_share(row: dict[str, Any], peaks: dict[str, float]) -> float:
-    """The larger of two shares of the time that a row (a `Row` as a dict) took: of the bytes at the copy rate, at the read
-    rate for what only reads, and of the flops at torch's matrix rate. Neither rate is a limit: it may exceed 1."""
-    matrix = peaks["matmul_float32_flops_per_s" if row["dtype"] == "float32" else "matmul_flops_per_s"]
-    moved = row["read_fraction" if row["op"] in READ_BOUND else "copy_fraction"]
-    return max(moved, row["flops"] / row["seconds"][0] / matrix)
+def only_reads(op: str, direction: str) -> bool:
+    """Whether the bytes of this row are read and next to none written, so that the read rate is its limit."""
+    listed = settings()["only_reads"]
+    return op in listed or f"{op} {direction}" in listed
 
 
 @dataclass(frozen=True)
@@ -94,25 +104,6 @@ class Settings:
 
 
 QUICK = Settings(seconds=0.2, rounds=(3, 11), quick=True)
-
-
-def size_of(dims: dict[str, Any]) -> str:
-    """A size as people write it: lists by name, numbers with x between, true flags and words by name."""
-    lists = [f"{key} {_list(v)}" for key, v in dims.items() if isinstance(v, (tuple, list))]
-    numbers = [str(v) for v in dims.values() if isinstance(v, int) and not isinstance(v, bool)]
-    words = [str(k) if v is True else f"{k}={v}" for k, v in dims.items() if v and (v is True or isinstance(v, str))]
-    return " ".join([*lists, "x".join(numbers), *words])
-
-
-def _list(values: tuple[int, ...]) -> str:
-    """8x512 where all are equal, else 8 of 256-2816."""
-    if len(set(values)) == 1:
-        return f"{len(values)}x{values[0]}"
-    return f"{len(values)} of {min(values)}-{max(values)}" if values else "none"
-
-
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def plan(ops: list[str], directions: list[str], dtypes: list[torch.dtype], quick: bool, device: str = "cpu") -> list[Pass]:
@@ -134,17 +125,15 @@ def plan(ops: list[str], directions: list[str], dtypes: list[torch.dtype], quick
     return passes
 
 
-# Where the time is short: operators in the order in which a training step and a decoded token spend their time on them.
-FIRST = ("flash_attention", "rms_norm", "cross_entropy", "linear_cross_entropy", "swiglu", "qkv_rope", "paged_attention",
-         "adamw", "linear_logprobs", "apply_rope", "squared_norm", "gae", "ppo_policy_loss", "ppo_value_loss",
-         "reward_loss_from_last", "reward_loss")
+# The sizes of InternLM2-7B, which come first where time is short.
 SHAPES_7B = ({"heads": 32, "head_dim": 128}, {"cols": 4096}, {"cols": 14336})
 LONGEST_FIRST = 2**16  # tokens; attention over more takes as long as everything else
 
 
 def by_importance(passes: list[Pass]) -> list[Pass]:
-    """bfloat16 before other dtypes, small calls last; in these the operators take turns, each with its 7B shapes first."""
-    places = {name: place for place, name in enumerate(FIRST)}
+    """bfloat16 before other dtypes, small calls last; within these the operators take turns in the order of gates.toml,
+    each with its 7B shapes first."""
+    places = {name: place for place, name in enumerate(settings()["order"])}
     seen: dict[tuple, int] = {}
 
     def tier(job: Pass) -> tuple[bool, bool, bool, bool]:
@@ -209,8 +198,10 @@ def _call(function: Callable, inputs: dict[str, Any]) -> Callable[[], Any]:
 class Bench:
     """Runs passes on one device; remembers which operators are green (checked once per dtype) and what was left out."""
 
-    def __init__(self, device: torch.device, peaks: Peaks, settings: Settings) -> None:
+    def __init__(self, device: torch.device, peaks: Peaks, settings: Settings, loops: dict[str, Loop] | None = None) -> None:
         self.device, self.peaks, self.settings = device, peaks, settings
+        self.loops = loops or {}  # by dtype: the register peak, see registers.py
+        self.memory: tuple[torch.Tensor, ...] = ()  # of the yardsticks
         self.checked: dict[tuple[str, torch.dtype], dict[str, str]] = {}
         self.notes: list[str] = []
         self.lost = False  # after a kernel's fault CUDA refuses everything in this process
@@ -273,7 +264,8 @@ class Bench:
             functions = {name: value if value[0] else ("ours", OURS[op.name]) for name, value in functions.items()
                          if value[0] != "eager"}
         torch._dynamo.reset()  # else the recompile limit turns later compiled rows into eager ones
-        if self.settings.compiled and not job.small and op.name not in NOT_COMPILED and op.name not in OURS:
+        if self.settings.compiled and not job.small and op.name not in settings()["not_compiled"] and (
+                op.name not in OURS):
             forms = list(op.workload.eager.items())[:1 if self.settings.quick else None]
             functions |= {f"compile {name}": ("compile", torch.compile(form, dynamic=False)) for name, form in forms}
         with torch.set_grad_enabled(job.training):
@@ -309,9 +301,7 @@ class Bench:
                 contenders.append(contender)
         if job.small:
             return interleave(contenders, 1, self.device, seconds=0.3, rounds=(31, 101), repeat=100, host=True)
-        contenders.append(self._clone(job, sets))
-        if job.op.name in READ_BOUND:
-            contenders.append(self._read(job, sets))
+        contenders += self._yardsticks(job)
         return interleave(contenders, sets, self.device, seconds=self.settings.seconds, rounds=self.settings.rounds,
                           longest=self.settings.longest)
 
@@ -339,18 +329,46 @@ class Bench:
                 return None
         return contender
 
-    def _clone(self, job: Pass, sets: int) -> Contender:
-        """A copy that moves as many bytes as the forward: the bandwidth yardstick of this very row."""
+    def _bytes(self, job: Pass, direction: str) -> int:
         size = torch.empty((), dtype=job.dtype).element_size()
-        count = max(1, job.op.workload.bytes(job.case.dims, size, "forward") // 2 // size)
-        sources = [torch.randn(count, device=self.device).to(job.dtype) for _ in range(sets)]
-        return Contender("clone", lambda i: sources[i].clone())
+        ways = ("forward", "backward") if direction == "both" else (direction,)
+        return sum(job.op.workload.bytes(job.case.dims, size, way) for way in ways)
 
-    def _read(self, job: Pass, sets: int) -> Contender:
-        """A sum over as many bytes as the forward moves: the yardstick of what reads a cache and writes next to nothing."""
-        count = max(1, job.op.workload.bytes(job.case.dims, torch.empty((), dtype=job.dtype).element_size(), "forward") // 4)
-        sources = [torch.randn(count, device=self.device) for _ in range(sets)]
-        return Contender("read", lambda i: sources[i].sum())
+    def _flops(self, job: Pass, direction: str) -> int:
+        ways = ("forward", "backward") if direction == "both" else (direction,)
+        return sum(job.op.workload.flops(job.case.dims, way) for way in ways)
+
+    def _moved(self, job: Pass) -> int:
+        """What a call of the copy and of the read yardstick moves: as many bytes as the forward, up to a limit."""
+        return max(8, min(self._bytes(job, "forward"), LARGEST_YARDSTICK) // 8 * 8)
+
+    def _memory(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory that is present (written once, so that no call meets a page fault), larger than the caches."""
+        if not self.memory:
+            count = (3 * cache_bytes(self.device) + 2 * LARGEST_YARDSTICK) // 4
+            self.memory = torch.ones(count), torch.ones(count)
+        return self.memory
+
+    def _yardsticks(self, job: Pass) -> list[Contender]:
+        """On the CPU what this very machine allows in this very run, interleaved with the row. A GPU's rates do not drift:
+        its rows are held against the rates from the start of the run."""
+        if self.device.type != "cpu":
+            return []
+        count = self._moved(job) // 4  # float32 elements
+        source, target = self._memory()
+        # They take turns of their own: an operator with few input sets would leave the yardsticks' data in the cache.
+        halves = itertools.cycle(list(zip(target.split(count // 2), source.split(count // 2), strict=True))[:-1])
+        wholes = itertools.cycle(source.split(count)[:-1])
+
+        def copy(i: int) -> None:
+            into, out_of = next(halves)
+            into.copy_(out_of)
+
+        contenders = [Contender("copy", copy), Contender("read", lambda i: next(wholes).sum())]
+        loop = self.loops.get(short(job.dtype))
+        if loop is not None and self._flops(job, "forward") >= FLOPS_A_BYTE * self._bytes(job, "forward"):
+            contenders.append(Contender("registers", lambda i: loop()))
+        return contenders
 
     def _row(self, row: Row, job: Pass, paired: Paired) -> Row:
         stage, ours = STAGES.get(row.direction, row.direction), f"ours {row.backend}"
@@ -366,24 +384,27 @@ class Bench:
                                    "seconds": quantiles(times[fastest])}
         done = asdict(row) | {"seconds": seconds, "against": against, "method": paired.method,
                               "rounds": len(times[ours])}
-        return Row(**done | ({} if job.small else self._roof(row, job, paired, stage, seconds[0])))
+        return Row(**done | ({} if job.small else self._limit(row, job, paired, stage, seconds[0])))
 
-    def _roof(self, row: Row, job: Pass, paired: Paired, stage: str, seconds: float) -> dict[str, Any]:
-        size = torch.empty((), dtype=job.dtype).element_size()
-        ways = ("forward", "backward") if row.direction == "both" else (row.direction,)
-        count = sum(job.op.workload.bytes(job.case.dims, size, way) for way in ways)
-        flops = sum(job.op.workload.flops(job.case.dims, way) for way in ways)
-        copied = paired.times["forward"]["clone"]
-        moved = 2 * (job.op.workload.bytes(job.case.dims, size, "forward") // 2 // size) * size
-        if self.device.type == "cpu" and moved:
-            pairs = zip(copied, paired.times[stage][f"ours {row.backend}"], strict=True)
-            copy_fraction = quantiles([count / ours / (moved / clone) for clone, ours in pairs])[0]
+    def _limit(self, row: Row, job: Pass, paired: Paired, stage: str, seconds: float) -> dict[str, Any]:
+        count, flops = self._bytes(job, row.direction), self._flops(job, row.direction)
+        ours, rates = paired.times[stage][f"ours {row.backend}"], paired.times["forward"]
+
+        def share(work: float, yardstick: str, done: float) -> float:
+            """This row's rate over the yardstick's, within a round."""
+            pairs = zip(rates[yardstick], ours, strict=True)
+            return quantiles([work / mine / (done / its) for its, mine in pairs])[0]
+
+        if self.device.type == "cpu":
+            moved = self._moved(job)
+            found = {"copy_fraction": share(count, "copy", moved), "read_fraction": share(count, "read", moved)}
+            if "registers" in rates:
+                found["product_fraction"] = share(flops, "registers", self.loops[row.dtype].flops)
         else:
-            copy_fraction = count / seconds / self.peaks.copy_bytes_per_s
-        read_fraction = count / seconds / self.peaks.read_bytes_per_s
-        if "read" in paired.times["forward"]:  # interleaved with the row, which a machine whose speed drifts needs
-            reads = zip(paired.times["forward"]["read"], paired.times[stage][f"ours {row.backend}"], strict=True)
-            read_fraction = quantiles([read / ours for read, ours in reads])[0]
-        found = {"bytes": count, "flops": flops, "bytes_per_s": count / seconds, "copy_fraction": copy_fraction,
-                 "read_fraction": read_fraction}
-        return found | {"roof_fraction": roof_share(asdict(row) | found | {"seconds": (seconds,)}, asdict(self.peaks))}
+            peaks, single = self.peaks, row.dtype == "float32"
+            matrix = peaks.matmul_float32_flops_per_s if single else peaks.matmul_flops_per_s
+            found = {"copy_fraction": count / seconds / peaks.copy_bytes_per_s,
+                     "read_fraction": count / seconds / peaks.read_bytes_per_s, "product_fraction": flops / seconds / matrix}
+        bytes_share = found["read_fraction" if only_reads(row.op, row.direction) else "copy_fraction"]
+        return found | {"bytes": count, "flops": flops, "bytes_per_s": count / seconds,
+                        "limit_fraction": max(bytes_share, found.get("product_fraction", 0.0))}

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from internlm2_kernels import FusedAdamW
-from internlm2_kernels._registry import Case
 from internlm2_kernels.ops._attention import allowed_keys
-from internlm2_kernels.ops.paged_attention import Contiguous, paged_attention
+from internlm2_kernels.ops.paged_attention import paged_attention
+from internlm2_kernels.workloads import Case
+from internlm2_kernels.workloads.paged_attention import Contiguous
 
 CPU, CUDA, ANY = ("cpu",), ("cuda",), ("cpu", "cuda")
 SDPA = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}

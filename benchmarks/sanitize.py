@@ -23,8 +23,8 @@ def parser() -> argparse.ArgumentParser:
 
 def cases_of(op, kinds: list[str]) -> list:
     """All small cases, but one large one: a call of each kernel is enough for counters."""
-    small = [case for case in op.cases if case.kind in kinds and case.kind in ("smoke", "edge")]
-    large = sorted((case for case in op.cases if case.kind in kinds and case.kind in ("model", "gpu")),
+    small = [case for case in op.workload.cases if case.kind in kinds and case.kind in ("smoke", "edge")]
+    large = sorted((case for case in op.workload.cases if case.kind in kinds and case.kind in ("model", "gpu")),
                    key=lambda case: case.kind != "gpu")
     return small + large[:1]
 
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
                     if args.dtype and str(dtype).removeprefix("torch.") not in args.dtype:
                         continue
                     generator = torch.Generator(device).manual_seed(calls)
-                    sample = op.sample(case, dtype, device, generator)
+                    sample = op.workload.sample(case, dtype, device, generator)
                     run(op, sample, backend, draw_upstream(op, sample, 1.0, generator, op.public))
                     calls += 1
         torch.cuda.synchronize()

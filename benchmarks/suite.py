@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from internlm2_kernels import OPS
-from internlm2_kernels._registry import Case, Op, Sample
-from internlm2_kernels.testing import Draw, draw_upstream, ladder, ladder_table, run, with_leaves
+from internlm2_kernels._registry import Op
+from internlm2_kernels.testing import Draw, draw_upstream, flat, ladder, ladder_table, run, with_leaves
+from internlm2_kernels.workloads import Case, Sample
 from tools.timing import Contender, Paired, Peaks, cold_sets, interleave, quantiles
 
 from .peers import CHECKED, NOT_COMPILED, OURS, PEERS, READ_BOUND, peers_of
@@ -122,13 +123,13 @@ def plan(ops: list[str], directions: list[str], dtypes: list[torch.dtype], quick
         trains = "backward" in op.directions
         kinds = ["forward"] if "forward" in directions else []
         kinds += ["training"] if trains and {"backward", "both"} & set(directions) else []
-        kind = "gpu" if device == "cuda" and any(case.kind == "gpu" for case in op.cases) else "model"
-        cases = [case for case in op.cases if case.kind == kind][:1 if quick else None]
+        kind = "gpu" if device == "cuda" and any(case.kind == "gpu" for case in op.workload.cases) else "model"
+        cases = [case for case in op.workload.cases if case.kind == kind][:1 if quick else None]
         chosen = [dtype for dtype in dtypes if dtype in op.dtypes]
         passes += [Pass(op, case, dtype, kind) for case in cases for dtype in chosen for kind in kinds
                    if kind in (case.passes or kinds) and dtype in (case.dtypes or chosen)]
         if "call" in directions:
-            smoke = next(case for case in op.cases if case.kind == "smoke")
+            smoke = next(case for case in op.workload.cases if case.kind == "smoke")
             passes += [Pass(op, smoke, dtype, kind) for dtype in chosen for kind in ["call", "call_grad"][:1 + trains]]
     return passes
 
@@ -167,10 +168,10 @@ def check(op: Op, dtype: torch.dtype, device: torch.device, implementations: dic
     red: dict[str, str] = {}
     refused: dict[str, str] = {}
     green: set[str] = set()
-    for case in (*(c for c in op.cases if c.kind == "smoke"), *CHECKED.get(op.name, ())):
+    for case in (*(c for c in op.workload.cases if c.kind == "smoke"), *CHECKED.get(op.name, ())):
         for scale in (1.0, 1e-4):
             generator = torch.Generator(device).manual_seed(SEED)
-            sample = op.sample(case, dtype, device, generator)
+            sample = op.workload.sample(case, dtype, device, generator)
             upstream = draw_upstream(op, sample, scale, generator)
             for name, implementation in implementations.items():
                 if name in red or (name in PEERS.get(op.name, {}) and op.name in CHECKED and case.kind == "smoke"):
@@ -259,7 +260,7 @@ class Bench:
         op, case = job.op, job.case
         functions: dict[str, tuple[str, Callable]] = {
             f"ours {b}": ("", partial(op.public, backend=b)) for b in self.backends(op)}
-        functions |= {f"eager {name}": ("eager", form) for name, form in op.eager.items()}
+        functions |= {f"eager {name}": ("eager", form) for name, form in op.workload.eager.items()}
         further = peers_of(op.name, self.device.type, job.training, case.dims) if not job.small else {}
         red = self._red(job, {name: function for name, (_, function) in functions.items()} | (
             further if self.device.type == "cuda" else {}))
@@ -273,7 +274,7 @@ class Bench:
                          if value[0] != "eager"}
         torch._dynamo.reset()  # else the recompile limit turns later compiled rows into eager ones
         if self.settings.compiled and not job.small and op.name not in NOT_COMPILED and op.name not in OURS:
-            forms = list(op.eager.items())[:1 if self.settings.quick else None]
+            forms = list(op.workload.eager.items())[:1 if self.settings.quick else None]
             functions |= {f"compile {name}": ("compile", torch.compile(form, dynamic=False)) for name, form in forms}
         with torch.set_grad_enabled(job.training):
             paired = self._time(job, functions)
@@ -292,7 +293,7 @@ class Bench:
 
     def _time(self, job: Pass, functions: dict[str, tuple[str, Callable]]) -> Paired:
         generator = torch.Generator(self.device).manual_seed(SEED)
-        sample = job.op.sample(job.case, job.dtype, self.device, generator)
+        sample = job.op.workload.sample(job.case, job.dtype, self.device, generator)
         upstream = draw_upstream(job.op, sample, 1.0, generator, job.op.public) if job.training else {}
         # What `loss.backward()` sends to a loss; the checks draw other numbers.
         upstream = {name: torch.ones_like(v) if v.dim() == 0 else v for name, v in upstream.items()}
@@ -324,7 +325,7 @@ class Bench:
         retain = self.device.type == "cuda"  # a graph is captured from a backward that must be able to run again
 
         def backward(i: int, outputs: Any) -> Any:
-            outputs = [outputs] if isinstance(outputs, torch.Tensor) else [t for t in outputs if t.requires_grad]
+            outputs = [t for t in flat(outputs) if t.requires_grad]
             return torch.autograd.grad(outputs, leaves[i], upstreams[i], retain_graph=retain)
 
         contender = Contender(name, lambda i: calls[i](), backward if job.kind == "training" else None, family)
@@ -341,13 +342,13 @@ class Bench:
     def _clone(self, job: Pass, sets: int) -> Contender:
         """A copy that moves as many bytes as the forward: the bandwidth yardstick of this very row."""
         size = torch.empty((), dtype=job.dtype).element_size()
-        count = max(1, job.op.bytes(job.case.dims, size, "forward") // 2 // size)
+        count = max(1, job.op.workload.bytes(job.case.dims, size, "forward") // 2 // size)
         sources = [torch.randn(count, device=self.device).to(job.dtype) for _ in range(sets)]
         return Contender("clone", lambda i: sources[i].clone())
 
     def _read(self, job: Pass, sets: int) -> Contender:
         """A sum over as many bytes as the forward moves: the yardstick of what reads a cache and writes next to nothing."""
-        count = max(1, job.op.bytes(job.case.dims, torch.empty((), dtype=job.dtype).element_size(), "forward") // 4)
+        count = max(1, job.op.workload.bytes(job.case.dims, torch.empty((), dtype=job.dtype).element_size(), "forward") // 4)
         sources = [torch.randn(count, device=self.device) for _ in range(sets)]
         return Contender("read", lambda i: sources[i].sum())
 
@@ -370,10 +371,10 @@ class Bench:
     def _roof(self, row: Row, job: Pass, paired: Paired, stage: str, seconds: float) -> dict[str, Any]:
         size = torch.empty((), dtype=job.dtype).element_size()
         ways = ("forward", "backward") if row.direction == "both" else (row.direction,)
-        count = sum(job.op.bytes(job.case.dims, size, way) for way in ways)
-        flops = sum(job.op.flops(job.case.dims, way) for way in ways)
+        count = sum(job.op.workload.bytes(job.case.dims, size, way) for way in ways)
+        flops = sum(job.op.workload.flops(job.case.dims, way) for way in ways)
         copied = paired.times["forward"]["clone"]
-        moved = 2 * (job.op.bytes(job.case.dims, size, "forward") // 2 // size) * size
+        moved = 2 * (job.op.workload.bytes(job.case.dims, size, "forward") // 2 // size) * size
         if self.device.type == "cpu" and moved:
             pairs = zip(copied, paired.times[stage][f"ours {row.backend}"], strict=True)
             copy_fraction = quantiles([count / ours / (moved / clone) for clone, ours in pairs])[0]

@@ -17,7 +17,8 @@ from .ops.paged_attention import paged_attention
 from .ops.ppo_policy_loss import ppo_policy_loss
 from .ops.ppo_value_loss import ppo_value_loss
 from .ops.qkv_rope import KVCache, qkv_rope
-from .ops.reward_loss import reward_loss, reward_loss_from_last
+from .ops.reward_loss import reward_loss
+from .ops.reward_loss_from_last import reward_loss_from_last
 from .ops.rms_norm import rms_norm
 from .ops.rope_table import rope_table
 from .ops.squared_norm import squared_norm

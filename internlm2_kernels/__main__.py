@@ -76,9 +76,7 @@ def backend_table(explain: bool, names: list[str]) -> list[str]:
         if explain:
             lines.append(f"  {op.summary}; {op.source}")
             for device in ("cpu", "cuda"):
-                lines.append(f"  on {device}: {op.usable[device][0]} is chosen"
-                             + (" unless a recorded run shows another to be faster for the shape" if op.prefer else
-                                ", the first of its order that can run"))
+                lines.append(f"  on {device}: {op.usable[device][0]} is chosen, the first of its order that can run")
                 lines += [f"    not {backend}: {why_not(op, backend, device)}" for backend in BACKENDS
                           if why_not(op, backend, device)]
     return lines
@@ -98,10 +96,10 @@ def self_test(report) -> bool:
             for backend in op.usable[where.type]:
                 worst, problem = 0.0, ""
                 try:
-                    for case in (c for c in op.cases if c.kind == "smoke"):
+                    for case in (c for c in op.workload.cases if c.kind == "smoke"):
                         for dtype in op.dtypes:
                             generator = torch.Generator(device=where).manual_seed(0)
-                            sample = op.sample(case, dtype, where, generator)
+                            sample = op.workload.sample(case, dtype, where, generator)
                             upstream = draw_upstream(op, sample, 1.0, generator)
                             rungs = ladder(op, [Draw(sample, run(op, sample, backend, upstream), upstream)])
                             worst = max([worst, *(rung.ratio for rung in rungs)])

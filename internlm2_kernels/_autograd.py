@@ -47,6 +47,18 @@ def distinct(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(t.view_as(t) if any(t is other for other in tensors[:i]) else t for i, t in enumerate(tensors))
 
 
+def is_one(dloss):
+    """Whether an upstream is known to be 1 without waiting for a device: gradients made for 1 are then right as they are."""
+    if type(dloss) is not torch.Tensor or dloss.device.type != "cpu":  # fake and other tensors have no number to look at
+        return False
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active() and dloss.item() == 1.0
+
+
+def may_return_saved():
+    """Whether a backward may return saved buffers without copying: without retain_graph no second one will read them."""
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 class _Unpacked:
     """A context whose saved tensors are fetched once: activation checkpointing hands them out no second time."""
 

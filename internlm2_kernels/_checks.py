@@ -1,5 +1,8 @@
 """Argument checks shared by the public functions: each error names the operator, the argument, what was expected, what came."""
 
+import math
+import numbers
+
 import torch
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -51,6 +54,106 @@ def check_choice(op: str, argument: str, value: object, choices: tuple) -> None:
 def check_flag(op: str, argument: str, value: object) -> None:
     if not isinstance(value, bool):
         fail(TypeError, op, argument, "True or False", repr(value))
+
+
+def check_number(op, argument, value, expected, accept):
+    """A real number, no tensor and no bool, that `accept` takes; as a float.
+
+    Finite by comparison: torch.compile cannot trace math.isfinite of a number that it holds as a symbol.
+    """
+    if type(value) is float and -math.inf < value < math.inf and accept(value):  # an abstract class would take a microsecond
+        return value
+    try:
+        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an integer beyond float64
+        number = math.inf
+    if not -math.inf < number < math.inf or not accept(number):
+        fail(ValueError, op, argument, expected, repr(value))
+    return number
+
+
+def check_labels(op, argument, labels, rows, like, of):
+    """int64 or int32 of shape `rows`, on the device of `like`; contiguous on return. Values are the kernels' business."""
+    if not isinstance(labels, torch.Tensor):
+        fail(TypeError, op, argument, "an int64 or int32 tensor", type(labels).__name__)
+    if labels.dtype not in (torch.int64, torch.int32):
+        fail(TypeError, op, argument, "torch.int64 or torch.int32", labels.dtype)
+    check_layout(op, argument, labels)
+    check_shape(op, argument, labels, rows, f"the leading dimensions of {of}")
+    check_device(op, argument, labels, like, of)
+    return labels.contiguous()
+
+
+def check_values(op: str, argument: str, values: torch.Tensor | None, low: int, high: int, besides: int | None = None) -> None:
+    """Values of a CPU tensor within [low, high), or `besides`: what compiled kernels check themselves, for the reference."""
+    if values is None or values.device.type != "cpu" or torch.compiler.is_compiling() or not values.numel():
+        return
+    wrong = (values < low) | (values >= high)
+    if besides is not None:
+        wrong &= values != besides
+    if wrong.any():
+        fail(ValueError, op, argument, f"values from {low} to {high - 1}" + ("" if besides is None else " or ignore_index"),
+             int(values[wrong][0]))
+
+
+def check_vector(op, argument, tensor, shape, like, of):
+    """A floating-point tensor of `shape` and of the dtype and device of `like`; contiguous on return."""
+    if not isinstance(tensor, torch.Tensor):
+        fail(TypeError, op, argument, "a tensor", type(tensor).__name__)
+    if tensor.dtype not in FLOAT_DTYPES or tensor.dtype != like.dtype:
+        fail(TypeError, op, argument, f"the dtype of {of}, {like.dtype}", tensor.dtype)
+    check_layout(op, argument, tensor)
+    if tensor.shape != shape:
+        check_shape(op, argument, tensor, shape, f"the shape of {of}")
+    check_device(op, argument, tensor, like, of)
+    return tensor.contiguous()
+
+
+def check_mask(op, mask, like, of):
+    """bool (or numbers, of which all but 0 count) of the shape of `like`; bool and contiguous on return."""
+    if not isinstance(mask, torch.Tensor):
+        fail(TypeError, op, "mask", "a tensor", type(mask).__name__)
+    check_layout(op, "mask", mask)
+    if mask.shape != like.shape:
+        check_shape(op, "mask", mask, like.shape, f"the shape of {of}")
+    check_device(op, "mask", mask, like, of)
+    return (mask if mask.dtype == torch.bool else mask != 0).contiguous()
+
+
+def check_cu_seqlens(op, argument, cu, like, of):
+    """int32 [n + 1] on the device of `like`, the argument named `of`; contiguous on return."""
+    if not isinstance(cu, torch.Tensor):
+        fail(TypeError, op, argument, "an int32 tensor [sequences + 1]", type(cu).__name__)
+    if cu.dtype != torch.int32:
+        fail(TypeError, op, argument, "torch.int32", cu.dtype)
+    check_layout(op, argument, cu)
+    if cu.dim() != 1 or cu.shape[0] < 1:
+        fail(ValueError, op, argument, "shape [sequences + 1]", list(cu.shape))
+    check_device(op, argument, cu, like, of)
+    return cu.contiguous()
+
+
+def check_boundaries(op: str, argument: str, cu: torch.Tensor, total: int, shortest: int = 0, longest: int = -1) -> None:
+    """cu_seqlens on the CPU rise from 0 to `total` by at least `shortest`, and by no more than the bound `longest` (-1: none):
+    what compiled kernels check themselves, for the reference."""
+    if cu.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bounds, rising = cu.tolist(), f"rise by at least {shortest}" if shortest else "never fall"
+    if bounds[0] != 0:
+        fail(ValueError, op, argument, "values that start at 0", bounds[0])
+    lengths = [after - before for before, after in zip(bounds, bounds[1:], strict=False)]
+    for i, length in enumerate(lengths):
+        if length < shortest:
+            fail(ValueError, op, argument, f"values that {rising}", f"{bounds[i + 1]} after {bounds[i]}")
+    if bounds[-1] != total:
+        fail(ValueError, op, argument, f"values that end at {total}", bounds[-1])
+    check_longest(op, argument.replace("cu_seqlens", "max_seqlen"), longest, max(lengths, default=0))
+
+
+def check_longest(op, argument, bound, longest):
+    """A bound that was given (not -1) holds for sequences of the length `longest`."""
+    if 0 <= bound < longest:
+        fail(ValueError, op, argument, f"at least the longest sequence, {longest}", bound)
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,8 @@ import warnings
 
 import torch
 
-from ._checks import fail
+from ._checks import check_number, fail
 from ._shards import local_of
-from .ops._losses import check_number
 from .ops.adamw import MOST_STEPS
 
 LOW = (torch.bfloat16, torch.float16)

@@ -18,12 +18,16 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd import forward_ad as _forward_ad
 
-from ._device_errors import error_word
+from ._device_errors import Index, declare
+from ._native import _C, NATIVE_ERROR, OPERATOR
+
+if TYPE_CHECKING:
+    from .workloads import Workload
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,87 +36,33 @@ OPS: dict[str, "Op"] = {}
 _library = torch.library.Library("internlm2", "FRAGMENT")
 _forced: str | None = None  # a plain module global: Dynamo guards it, which it cannot do with a ContextVar
 
-try:
-    from . import _C
-    NATIVE_ERROR: str | None = None
-except ImportError as error:
-    _C = None
-    NATIVE_ERROR = f"the compiled library is not here ({error}); see `python -m internlm2_kernels doctor`"
-
-if hasattr(_C, "set_error_word_maker"):  # a CUDA kernel that is the first to need its device's word asks for it
-    _C.set_error_word_maker(lambda index: error_word(torch.device("cuda", index)))
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One problem size: `kind` is smoke (every check), edge (odd sizes), model (benchmarks) or gpu (benchmarks on a GPU
-    in place of model).
-
-    `passes` and `dtypes` limit what the benchmark measures of it (empty: everything): some sizes take minutes a call.
-    """
-
-    kind: str
-    dims: dict[str, Any]
-    passes: tuple[str, ...] = ()
-    dtypes: tuple[torch.dtype, ...] = ()
-
-    def __str__(self) -> str:
-        return "-".join(f"{key}{value}" for key, value in self.dims.items())
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Arguments of the public function by name; `grad` names those that take a gradient."""
-
-    inputs: dict[str, Any]
-    grad: tuple[str, ...] = ()
-
-    def to(self, dtype: torch.dtype) -> "Sample":
-        """A copy with every floating-point tensor converted to `dtype` (the gold run uses float64)."""
-        convert = lambda v: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-        return Sample({name: convert(value) for name, value in self.inputs.items()}, self.grad)
 
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """Everything that is known of one operator; CONTRIBUTING.md walks through adding one.
+    """The contract of one operator; CONTRIBUTING.md walks through adding one.
 
-    `schemas` and `fakes` are keyed by pass. `eager` holds the PyTorch compositions that users would write: the first
-    is what the error ladder compares with, all are what the benchmark measures. `bytes` and `flops` take
-    `(dims, element_size, direction)` with direction `forward` or `backward` and count each input and output once.
-    `batched` names the arguments whose first dimension counts rows or tokens, each computed by itself (`cos` and `sin` only
-    where they have one row a token); `magnitude` gives the size of cancelling terms, by output or argument name, where
-    the gold itself cancels.
+    schemas, fakes  of every registered function, keyed by pass
+    outputs         the names of what the public function returns
+    isas            the instruction sets for which `cpp` has builds of their own
+    autocast        under autocast the floating-point inputs, but for caches, are cast to its dtype
+    indices         the arguments that hold indices, which kernels on a device check
     """
 
     name: str
     source: str
     summary: str
     reference: Callable
-    public: Callable
     schemas: dict[str, str]
     fakes: dict[str, Callable]
     outputs: tuple[str, ...]
-    sample: Callable[[Case, torch.dtype, torch.device, torch.Generator], Sample]
-    cases: tuple[Case, ...]
-    eager: dict[str, Callable]
-    batched: tuple[str, ...]
-    bytes: Callable[[dict, int, str], int]
-    flops: Callable[[dict, str], int]
     backends: tuple[str, ...] = ("reference", "cpp", "triton")
     dtypes: tuple[torch.dtype, ...] = FLOATS
     directions: tuple[str, ...] = ("forward", "backward")
-    magnitude: Callable[[Sample, dict], dict[str, float]] | None = None
-    # (device type, dims) -> backend, where a recorded run shows another than the first usable to be faster
-    prefer: Callable[[torch.Tensor], str] | None = None
-    rowwise: bool = True  # each row or token is computed by itself, under any leading dimensions
-    autocast: bool = False  # under autocast the floating-point inputs, but for caches, are cast to its dtype
-    isas: tuple[str, ...] = ("avx2", "avx512")  # the instruction sets for which `cpp` has builds of their own
-    contiguous: tuple[str, ...] = ()  # arguments that must be: anything else is an error
-    copies: tuple[str, ...] = ()  # aten operators that a call uses to copy its inputs, where it updates in place
-    domain: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # dims with limits: lowest, highest, step
+    isas: tuple[str, ...] = ("avx2", "avx512")
+    autocast: bool = False
+    indices: dict[str, Index] = field(default_factory=dict)
     overloads: dict[str, dict[str, Any]] = field(default_factory=dict)
     usable: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -124,7 +74,18 @@ class Op:
                 self._define(pass_name, schema, backend)
         for device in ("cpu", "cuda"):
             self.usable[device] = tuple(b for b in _ORDER[device] if why_not(self, b, device) is None)
+        declare(self.name, self.indices)
         OPS[self.name] = self
+
+    @functools.cached_property
+    def public(self) -> Callable:
+        """The public function: NAME of internlm2_kernels.ops.NAME."""
+        return getattr(importlib.import_module(f"internlm2_kernels.ops.{self.name}"), self.name)
+
+    @functools.cached_property
+    def workload(self) -> "Workload":
+        """What tests, benchmarks and `doctor` run it on."""
+        return importlib.import_module(f"internlm2_kernels.workloads.{self.name}").WORKLOAD
 
     def _define(self, pass_name: str, schema: str, backend: str) -> None:
         qualified = f"{self.name}_{pass_name}"
@@ -136,19 +97,18 @@ class Op:
                 _library.impl(f"{qualified}.triton", launcher, "CPU")
         torch.library.register_fake(f"internlm2::{qualified}.{backend}", self.fakes[pass_name], lib=_library)
         packet = getattr(torch.ops.internlm2, qualified)
-        self.overloads.setdefault(pass_name, {})[backend] = getattr(packet, backend)
+        overload = self.overloads.setdefault(pass_name, {})[backend] = getattr(packet, backend)
+        OPERATOR[overload] = self.name
 
     def select(self, tensor: torch.Tensor, backend: str | None) -> str:
-        """The backend for this call: `backend`, else `use_backend`'s, else the best measured one for the device."""
+        """The backend for this call: `backend`, else `use_backend`'s, else the first usable one for the device."""
         wanted = backend if backend is not None else _forced
         device = tensor.device.type
         usable = self.usable.get(device, ("reference",))
         if wanted is None:
+            if device == "cuda" and tensor.dtype == torch.float64:  # the GPU kernels have none
+                return "reference"
             wanted = usable[0]
-            if device == "cuda":
-                if tensor.dtype == torch.float64:  # the GPU kernels have none
-                    return "reference"
-                wanted = wanted if self.prefer is None else self.prefer(tensor)
         elif wanted not in usable:
             raise_unusable(self, wanted, device)
         if wanted != "reference":
@@ -161,7 +121,7 @@ class Op:
         return wanted
 
 
-# What the automatic choice tries, best first, until a recorded run says otherwise (`Op.prefer`).
+# What the automatic choice tries, best first.
 _ORDER = {"cpu": ("cpp", "reference", "triton"), "cuda": ("triton", "cuda", "reference")}
 
 
@@ -200,22 +160,6 @@ def why_not(op: Op, backend: str, device: str) -> str | None:
         if device == "cpu" and not INTERPRETED:
             return "it runs on CUDA tensors (on CPU only under TRITON_INTERPRET=1, for tests)"
     return None
-
-
-def without_autocast(reference: Callable) -> Callable:
-    """Decorates what multiplies matrices in a dtype of its own choice: autocast would round the factors and the product."""
-    @functools.wraps(reference)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        for argument in (*args, *kwargs.values()):
-            if isinstance(argument, torch.Tensor):
-                device = argument.device.type
-                break
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-            return reference(*args, **kwargs)
-        with torch.autocast(device, enabled=False):
-            return reference(*args, **kwargs)
-
-    return wrapper
 
 
 def _not_compiled(op: Op, backend: str) -> str | None:

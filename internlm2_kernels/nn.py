@@ -2,8 +2,8 @@
 
 import torch
 
-from ._checks import fail
-from .ops._attention import check_causal, check_options
+from ._checks import check_flag, fail
+from .ops._attention import check_options
 from .ops.apply_rope import apply_rope
 from .ops.flash_attention import flash_attention
 from .ops.rms_norm import rms_norm
@@ -89,7 +89,7 @@ class FlashAttention(torch.nn.Module):
 
     def __init__(self, *, causal=False, scale=None, window=None, softcap=0.0):
         super().__init__()
-        check_causal("FlashAttention", causal)
+        check_flag("FlashAttention", "causal", causal)
         check_options("FlashAttention", None, scale, window, softcap)
         self.causal, self.scale, self.window, self.softcap = causal, scale, window, softcap
 

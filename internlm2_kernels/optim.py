@@ -3,11 +3,10 @@
 import torch
 from torch.optim import Optimizer
 
-from ._checks import FLOAT_DTYPES, check_flag, fail
+from ._checks import FLOAT_DTYPES, check_flag, check_number, fail
 from ._optim_state import LOW, STATE, check_saved, loaded_count, settle_masters, warn_of_masters
 from ._registry import BACKENDS, OPS
 from ._shards import check_placements, is_dtensor, local_of, offset_of, split_dimensions
-from .ops._losses import check_number
 from .ops.adamw import STEP, check_settings, reference_step
 from .ops.squared_norm import SQUARED_NORM, dense
 from .ops.squared_norm import reference as reference_norm

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ._registry import Op, Sample
+from ._registry import Op
+from .workloads import Sample
 
 RMS_SLACK = 1.25  # how many times the baseline's root mean square error is allowed,
 MAX_SLACK = 2.0  # how many times its largest error,
@@ -45,14 +46,19 @@ class Rung:
         return self.ratio <= 1
 
 
+def flat(result: torch.Tensor | tuple) -> tuple[torch.Tensor, ...]:
+    """What a public function returned, as a tuple of tensors: a dictionary of statistics gives its values."""
+    parts = (result,) if isinstance(result, torch.Tensor) else tuple(result)
+    return tuple(tensor for part in parts for tensor in (part.values() if isinstance(part, dict) else (part,)))
+
+
 def call(op: Op, sample: Sample, backend: str | Callable | None) -> dict[str, torch.Tensor]:
     """The outputs by name. `backend` is a backend's name (None: the automatic choice) or a function to call instead."""
     if callable(backend):
         result = backend(**sample.inputs)
     else:
         result = op.public(**sample.inputs, backend=backend)
-    outputs = (result,) if isinstance(result, torch.Tensor) else tuple(result)
-    return dict(zip(op.outputs, outputs, strict=False))
+    return dict(zip(op.outputs, flat(result), strict=False))
 
 
 def with_leaves(sample: Sample) -> Sample:
@@ -145,8 +151,8 @@ def standard(op: Op, sample: Sample, upstream: dict[str, torch.Tensor] | None = 
     wide = sample.to(torch.float64)
     wide_upstream = {name: value.double() for name, value in (upstream or {}).items()}
     gold = run(op, wide, op.reference, wide_upstream)
-    base = run(op, sample, next(iter(op.eager.values())), upstream)
-    sizes = op.magnitude(wide, wide_upstream) if op.magnitude and (wide_upstream or not sample.grad) else {}
+    base = run(op, sample, next(iter(op.workload.eager.values())), upstream)
+    sizes = op.workload.magnitude(wide, wide_upstream) if op.workload.magnitude and (wide_upstream or not sample.grad) else {}
     return Standard(gold, base, sizes)
 
 

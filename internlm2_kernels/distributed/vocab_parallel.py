@@ -4,15 +4,17 @@ import torch
 import torch.distributed as dist
 
 from .._autograd import once_differentiable
-from .._checks import fail, last_stride_1
-from .._device_errors import CODES, error_word
-from ..ops._losses import check_label_values, check_labels, check_reduction, reduced
-from ..ops.apply_rope import native
+from .._checks import check_labels, check_values, fail, last_stride_1
+from .._device_errors import CODES, Index, declare, error_word
+from .._native import native
+from ..ops._losses import check_reduction, reduced
 from ..ops.cross_entropy import check_ignore_index, check_loss_options
 from ..ops.linear_cross_entropy import as_matrix, check_head, check_weights
 from ..ops.linear_logprobs import BWD, FWD, LINEAR_LOGPROBS
 
 NAME = "vocab_parallel_linear_cross_entropy"
+declare(NAME, {"vocab_start": Index(1 << 13, "the ranks' rows to follow each other from 0 to vocab_size",
+                                    "all results of the call are NaN")})
 
 
 def _global_lse(lse, group):
@@ -129,7 +131,7 @@ def vocab_parallel_linear_cross_entropy(hidden, weight, labels, *, vocab_start, 
     ignore_index = check_ignore_index(NAME, ignore_index)
     smoothing, z_loss, softcap = check_loss_options(NAME, label_smoothing, z_loss, softcap)
     check_reduction(NAME, reduction)
-    check_label_values(NAME, "labels", labels, vocab_size, ignore_index)
+    check_values(NAME, "labels", labels, 0, vocab_size, ignore_index)
     token_weights = check_weights(NAME, token_weights, labels, hidden)
     chosen = LINEAR_LOGPROBS.select(hidden, backend)
     if chosen == "reference":

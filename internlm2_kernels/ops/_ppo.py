@@ -3,43 +3,25 @@
 import torch
 
 from .._autograd import distinct, once_differentiable
-from .._checks import check_float
-from .._registry import Op, Sample
-from ._losses import accumulator, check_mask, check_vector, flattened, target
+from .._checks import check_float, check_mask, check_vector
+from .._registry import Op
+from ._losses import accumulator, flattened, target
 
 
-def masked_loss(vectors, statistic, draw, **own):
+def masked_loss(vectors, statistic, **own):
     """The operator on the named `vectors`, of which the first takes a gradient: loss, clip_fraction and `statistic`.
 
-    draw(normal) gives a sample's vectors, normal(size) being random numbers of that size; `own`: the rest of `Op`'s fields.
+    `own`: the other fields of `Op`.
     """
     tensors = ", ".join(f"Tensor {name}" for name in (*vectors, "mask"))
-
-    def sample(case, dtype, device, generator):
-        targets, options = case.dims["targets"], {"clip": case.dims["clip"]} if "clip" in case.dims else {}
-        drawn = draw(lambda size: size * torch.randn(targets, generator=generator, device=device))
-        mask = torch.rand(targets, generator=generator, device=device) < case.dims.get("counted", 0.7)
-        inputs = {name: x.to(dtype) for name, x in zip(vectors, drawn, strict=True)}
-        return Sample({**inputs, "mask": mask, **options}, vectors[:1])
-
     return Op(
         schemas={"fwd": f"({tensors}, float clip) -> (Tensor loss, Tensor clip_fraction, Tensor {statistic}, Tensor count)",
                  "bwd": f"(Tensor dloss, {tensors}, Tensor count, float clip) -> Tensor"},
         fakes={"fwd": lambda x, *rest: tuple(x.new_empty((), dtype=accumulator(x.dtype)) for _ in range(4)),
                "bwd": lambda dloss, x, *rest: x.new_empty(x.shape)},
         outputs=("loss", "clip_fraction", statistic),
-        sample=sample,
-        batched=(*vectors, "mask"),
-        bytes=lambda dims, size, direction: dims["targets"] * ((3 if direction == "forward" else 4) * size + 1),
-        rowwise=False,
-        domain={"targets": (0, 300, 1)},
         **own,
     )
-
-
-def flat(result):
-    """(loss, statistics by name) as a tuple."""
-    return result[0], *result[1].values()
 
 
 def passes(op):
@@ -63,14 +45,12 @@ def passes(op):
     return staticmethod(forward), staticmethod(backward)
 
 
-def checked(op, x, old, other, mask):
-    """The operator's tensors, flat; no gradient goes to the second and third."""
-    name, *targets = op.batched[:3]
+def checked(op, vectors, mask):
+    """The vectors, given by name, and the mask, all flat; no gradient goes to any vector but the first."""
+    (name, x), *others = vectors.items()
     check_float(op.name, name, x)
-    vectors = [target(check_vector(op.name, argument, tensor, x.shape, x, name))
-               for argument, tensor in zip(targets, (old, other), strict=True)]
-    mask = flattened(check_mask(op.name, mask, x, name))
-    return flattened(x), *vectors, mask
+    targets = [target(check_vector(op.name, other, tensor, x.shape, x, name)) for other, tensor in others]
+    return flattened(x), *targets, flattened(check_mask(op.name, mask, x, name))
 
 
 def run(op, function, tensors, clip, backend):

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from .._autograd import once_differentiable
-from .._checks import check_float
-from .._registry import Case, Op, Sample
-from ._losses import accumulator, check_number, check_vector
+from .._checks import check_float, check_vector
+from .._registry import Op
+from ._losses import accumulator, check_number
 
 
 def reference(chosen, rejected, *, gamma=2.0):
@@ -20,24 +20,11 @@ def reference(chosen, rejected, *, gamma=2.0):
     return weight * F.softplus(-d)
 
 
-def _eager(chosen, rejected, *, gamma=2.0):
-    d = chosen.to(accumulator(chosen.dtype)) - rejected.to(accumulator(rejected.dtype))
-    p = torch.sigmoid(d)
-    return -((1 - 2 * torch.clamp(p - 0.5, min=0)) ** gamma) * F.logsigmoid(d)
-
-
-def _sample(case, dtype, device, generator):
-    draw = lambda: 3 * torch.randn(case.dims["rows"], generator=generator, device=device)
-    options = {"gamma": case.dims["gamma"]} if "gamma" in case.dims else {}
-    return Sample({"chosen": draw().to(dtype), "rejected": draw().to(dtype), **options}, ("chosen", "rejected"))
-
-
 FOCAL_RANKING_LOSS = Op(
     name="focal_ranking_loss",
     source="arXiv:2403.17297 section 4.2.1 eq. 1",
     summary="focal ranking loss of pairs of rewards",
     reference=reference,
-    public=lambda *args, **kwargs: focal_ranking_loss(*args, **kwargs),
     schemas={
         "fwd": "(Tensor chosen, Tensor rejected, float gamma) -> Tensor",
         "bwd": "(Tensor dloss, Tensor chosen, Tensor rejected, float gamma) -> (Tensor dchosen, Tensor drejected)",
@@ -45,21 +32,6 @@ FOCAL_RANKING_LOSS = Op(
     fakes={"fwd": lambda chosen, rejected, gamma: chosen.new_empty(chosen.shape, dtype=accumulator(chosen.dtype)),
            "bwd": lambda dloss, chosen, rejected, gamma: (chosen.new_empty(chosen.shape), chosen.new_empty(chosen.shape))},
     outputs=("loss",),
-    sample=_sample,
-    cases=(
-        Case("smoke", {"rows": 37}),
-        Case("smoke", {"rows": 64, "gamma": 0.5}),
-        Case("edge", {"rows": 0}),
-        Case("edge", {"rows": 1, "gamma": 0.0}),
-        Case("edge", {"rows": 1031, "gamma": 3.0}),
-        Case("model", {"rows": 65536}),
-    ),
-    eager={"sigmoid form": _eager},
-    batched=("chosen", "rejected"),
-    bytes=lambda dims, size, direction: dims["rows"] * (2 * size + 4 if direction == "forward" else 4 * size + 4),
-    flops=lambda dims, direction: 20 * dims["rows"],
-    magnitude=lambda sample, upstream: {"loss": 1.0, **{f"d_{name}": float(upstream["loss"].abs().max())
-                                                        for name in sample.grad if upstream and upstream["loss"].numel()}},
 )
 _FWD, _BWD = FOCAL_RANKING_LOSS.overloads["fwd"], FOCAL_RANKING_LOSS.overloads["bwd"]
 

@@ -3,9 +3,9 @@
 import torch
 
 from .._autograd import once_differentiable
-from .._checks import check_choice, check_float
-from .._registry import Case, Op, Sample
-from ._losses import accumulator, check_vector
+from .._checks import check_choice, check_float, check_vector
+from .._registry import Op
+from ._losses import accumulator
 
 ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
 
@@ -16,25 +16,11 @@ def reference(logprobs, ref_logprobs, *, estimator="k1"):
     return x if estimator == "k1" else x.square() / 2 if estimator == "k2" else torch.expm1(-x) + x
 
 
-def _eager(logprobs, ref_logprobs, *, estimator="k1"):
-    acc = accumulator(logprobs.dtype)
-    x = logprobs.to(acc) - ref_logprobs.to(acc)
-    return x if estimator == "k1" else 0.5 * x**2 if estimator == "k2" else torch.exp(-x) - 1 + x
-
-
-def _sample(case, dtype, device, generator):
-    draw = lambda size: size * torch.randn(case.dims["rows"], generator=generator, device=device)
-    logprobs = draw(1) - 2
-    inputs = {"logprobs": logprobs.to(dtype), "ref_logprobs": (logprobs + draw(0.5)).to(dtype)}
-    return Sample({**inputs, "estimator": case.dims.get("estimator", "k1")}, ("logprobs", "ref_logprobs"))
-
-
 KL_PENALTY = Op(
     name="kl_penalty",
     source="J. Schulman, Approximating KL divergence (2020), joschu.net/blog/kl-approx.html",
     summary="k1, k2, k3 estimators of the KL divergence, token by token",
     reference=reference,
-    public=lambda *args, **kwargs: kl_penalty(*args, **kwargs),
     schemas={
         "fwd": "(Tensor logprobs, Tensor ref_logprobs, int estimator) -> Tensor",
         "bwd": "(Tensor dkl, Tensor logprobs, Tensor ref_logprobs, int estimator, bool needs_ref)"
@@ -43,21 +29,6 @@ KL_PENALTY = Op(
     fakes={"fwd": lambda a, b, estimator: a.new_empty(a.shape, dtype=accumulator(a.dtype)),
            "bwd": lambda dkl, a, b, estimator, needs_ref: (a.new_empty(a.shape), a.new_empty(a.shape if needs_ref else (0,)))},
     outputs=("kl",),
-    sample=_sample,
-    cases=(
-        Case("smoke", {"rows": 37, "estimator": "k3"}),
-        Case("smoke", {"rows": 64, "estimator": "k1"}),
-        Case("smoke", {"rows": 33, "estimator": "k2"}),
-        Case("edge", {"rows": 0, "estimator": "k3"}),
-        Case("edge", {"rows": 1031, "estimator": "k3"}),
-        Case("model", {"rows": 16384, "estimator": "k3"}),
-    ),
-    eager={"exp(-x) - 1 + x": _eager},
-    batched=("logprobs", "ref_logprobs"),
-    bytes=lambda dims, size, direction: dims["rows"] * ((2 if direction == "forward" else 4) * size + 4),
-    flops=lambda dims, direction: 10 * dims["rows"],
-    magnitude=lambda sample, upstream: {"kl": 1.0, **{f"d_{name}": float(upstream["kl"].abs().max())
-                                                      for name in sample.grad if upstream and upstream["kl"].numel()}},
 )
 _FWD, _BWD = KL_PENALTY.overloads["fwd"], KL_PENALTY.overloads["bwd"]
 

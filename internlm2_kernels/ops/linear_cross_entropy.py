@@ -1,15 +1,16 @@
 """Cross-entropy of a linear head without its logits in memory."""
 
 import torch
-import torch.nn.functional as F
 
-from .._autograd import distinct, once_differentiable
-from .._checks import check_device, check_float, check_same, fail, last_stride_1
-from .._registry import Case, Op, Sample, without_autocast
-from ._attention import autocast
-from ._losses import REDUCTIONS, accumulator, check_label_values, check_labels, check_reduction, losses_of, reduced
-from .apply_rope import native
-from .cross_entropy import check_ignore_index, check_loss_options, gives_away, is_one
+from .._autocast import without_autocast
+from .._autograd import distinct, may_return_saved, once_differentiable
+from .._checks import check_labels, check_values, last_stride_1
+from .._device_errors import Index
+from .._native import native
+from .._registry import Op
+from ._head import as_matrix, check_head, check_weights, gradient_shapes
+from ._losses import REDUCTIONS, accumulator, check_reduction, losses_of, reduced
+from .cross_entropy import check_ignore_index, check_loss_options, is_one
 
 
 @without_autocast
@@ -21,37 +22,10 @@ def reference(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0,
     return reduced(losses, valid, reduction, token_weights)
 
 
-def _eager(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, token_weights=None,
-           reduction="mean"):
-    logits = F.linear(hidden, weight).to(accumulator(hidden.dtype))
-    if token_weights is None and not z_loss and not softcap and labels.numel():
-        loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1).long(), ignore_index=ignore_index,
-                               label_smoothing=label_smoothing, reduction=reduction)
-        return loss.view(labels.shape if reduction == "none" else ()).nan_to_num(0.0)
-    losses, valid = losses_of(logits, labels, ignore_index, label_smoothing, z_loss, softcap)
-    return reduced(losses, valid, reduction, token_weights)
-
-
-def _torch_linear(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0,
-                  token_weights=None, reduction="mean"):
-    """PyTorch's own chunked form (torch 2.13 on)."""
-    if not hasattr(F, "linear_cross_entropy") or token_weights is not None or z_loss or softcap or not labels.numel():
-        return _eager(hidden, weight, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
-                      softcap=softcap, token_weights=token_weights, reduction=reduction)
-    loss = F.linear_cross_entropy(hidden.view(-1, hidden.shape[-1]), weight, labels.view(-1).long(), ignore_index=ignore_index,
-                                  label_smoothing=label_smoothing, reduction=reduction)
-    return loss.view(labels.shape if reduction == "none" else ()).to(accumulator(hidden.dtype)).nan_to_num(0.0)
-
-
 def _fake_fwd(hidden, weight, labels, token_weights, ignore_index, label_smoothing, z_loss, softcap, reduction):
     acc = accumulator(hidden.dtype)
     loss = hidden.new_empty(labels.shape if reduction == 0 else (), dtype=acc)
     return loss, hidden.new_empty((*labels.shape, 2), dtype=acc)  # lse, and what rounding cut off it
-
-
-def gradient_shapes(hidden, weight, needs_dhidden, needs_dweight):
-    return ((hidden.shape[0] if needs_dhidden else 0, hidden.shape[1]),
-            (weight.shape[0] if needs_dweight else 0, weight.shape[1]))
 
 
 def _fake_grad_fwd(hidden, weight, labels, token_weights, ignore_index, label_smoothing, z_loss, softcap, reduction,
@@ -72,76 +46,11 @@ def _fake_scale_bwd(dloss, dhidden, dweight, hidden, weight):
     return hidden.new_empty(dhidden.shape), weight.new_empty(dweight.shape)
 
 
-def head_sample(case, dtype, device, generator):
-    """hidden, weight and labels with logits of the size that trained models have."""
-    dims = case.dims
-    rows, cols, vocab = dims.get("rows", dims.get("targets")), dims["cols"], dims["vocab"]
-    draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)
-    hidden, weight = draw(rows, cols).to(dtype), (2 * draw(vocab, cols) * cols**-0.5).to(dtype)
-    labels = torch.randint(vocab, (rows,), generator=generator, device=device)
-    if rows > 2:  # a label's row has the large gradients: the first and the last one must not be missed
-        labels[0], labels[2] = vocab - 1, 0
-    return hidden, weight, labels
-
-
-def _sample(case, dtype, device, generator):
-    dims = case.dims
-    hidden, weight, labels = head_sample(case, dtype, device, generator)
-    options = {key: dims[key] for key in ("label_smoothing", "z_loss", "softcap") if dims.get(key)}
-    if dims.get("ignored"):
-        labels[1:: 3] = -100
-    if dims.get("weighted"):
-        weights = torch.rand(labels.shape, generator=generator, device=device)
-        options["token_weights"] = weights.to(accumulator(dtype))
-    reduction = dims.get("reduction", "mean" if "targets" in dims else "none")
-    return Sample({"hidden": hidden, "weight": weight, "labels": labels, "reduction": reduction, **options},
-                  ("hidden", "weight"))
-
-
-def logit_error(hidden, weight):
-    """How many roundings a logit is off, typically: what the probabilities in a gradient are off by, relatively."""
-    return float((hidden.square() @ weight.square().T).max().sqrt())
-
-
-def _magnitude(sample, upstream):
-    """Logits are sums over D, gradients sums over the vocabulary or the tokens, with terms of both signs."""
-    hidden, weight, labels = (sample.inputs[name] for name in ("hidden", "weight", "labels"))
-    if not labels.numel():
-        return {}
-    size = float((hidden.abs() @ weight.abs().T).max())
-    mean = sample.inputs["reduction"] == "mean"
-    rows = max(int((labels != -100).sum()), 1) if mean else 1
-    total = labels.numel() if sample.inputs["reduction"] == "sum" else 1
-    sizes = {"loss": size * total}
-    if upstream:
-        each = float(upstream["loss"].abs().max()) / rows * (1 + logit_error(hidden, weight))
-        sizes |= {"d_hidden": each * float(weight.abs().max()), "d_weight": each * float(hidden.abs().max())}
-    return sizes
-
-
-def head_bytes(dims, size, direction):
-    rows, cols, vocab = dims.get("rows", dims.get("targets")), dims["cols"], dims["vocab"]
-    return (rows * cols + vocab * cols) * size * (1 if direction == "forward" else 2)
-
-
-def head_flops(dims, direction):
-    products = 1 if direction == "forward" else 2
-    return 2 * products * dims.get("rows", dims.get("targets")) * dims["cols"] * dims["vocab"]
-
-
-HEAD_CASES = (
-    Case("edge", {"rows": 0, "cols": 16, "vocab": 40}),
-    Case("edge", {"rows": 1, "cols": 1, "vocab": 1}),
-    Case("edge", {"rows": 7, "cols": 33, "vocab": 1031}),
-    Case("edge", {"rows": 3, "cols": 130, "vocab": 17}),
-)
-
 LINEAR_CROSS_ENTROPY = Op(
     name="linear_cross_entropy",
     source="logits in chunks, gradients in the same sweep: arXiv:2410.10989 section 3.2; arXiv:2411.09009",
     summary="cross-entropy of a linear head, logits never in memory",
     reference=reference,
-    public=lambda *args, **kwargs: linear_cross_entropy(*args, **kwargs),
     schemas={
         "fwd": "(Tensor hidden, Tensor weight, Tensor labels, Tensor? token_weights, int ignore_index, float label_smoothing,"
                " float z_loss, float softcap, int reduction) -> (Tensor loss, Tensor lse)",
@@ -156,27 +65,10 @@ LINEAR_CROSS_ENTROPY = Op(
     },
     fakes={"fwd": _fake_fwd, "grad_fwd": _fake_grad_fwd, "bwd": _fake_bwd, "scale_bwd": _fake_scale_bwd},
     outputs=("loss",),
-    sample=_sample,
-    cases=(
-        Case("smoke", {"rows": 5, "cols": 64, "vocab": 100}),
-        Case("smoke", {"targets": 33, "cols": 48, "vocab": 517, "ignored": True, "label_smoothing": 0.1, "z_loss": 1e-3}),
-        Case("smoke", {"rows": 20, "cols": 32, "vocab": 129, "softcap": 3.0, "ignored": True, "weighted": True}),
-        Case("smoke", {"targets": 9, "cols": 40, "vocab": 257, "weighted": True, "softcap": 20.0}),
-        *HEAD_CASES,
-        Case("edge", {"targets": 1, "cols": 5, "vocab": 9, "weighted": True, "reduction": "sum"}),
-        Case("edge", {"targets": 0, "cols": 8, "vocab": 9}),
-        Case("model", {"targets": 2048, "cols": 2048, "vocab": 92544}, ("training",), (torch.bfloat16,)),
-        Case("model", {"targets": 512, "cols": 2048, "vocab": 92544}, ("training",), (torch.float32,)),
-        Case("gpu", {"targets": 8192, "cols": 4096, "vocab": 92544}, ("training",), (torch.bfloat16,)),
-    ),
-    eager={"F.cross_entropy(F.linear)": _eager, "F.linear_cross_entropy": _torch_linear},
-    batched=("hidden", "labels", "token_weights"),
-    bytes=head_bytes,
-    flops=head_flops,
-    magnitude=_magnitude,
     autocast=True,
     isas=("avx2", "avx512", "avx512_bf16", "amx"),
-    domain={"targets": (0, 40, 1), "vocab": (1, 300, 1)},
+    indices={"labels": Index(1 << 9, "values from 0 to V - 1 or ignore_index",
+                             "the losses and gradients of those tokens are NaN")},
 )
 _FWD, _GRAD, _BWD, _SCALE = (LINEAR_CROSS_ENTROPY.overloads[name] for name in ("fwd", "grad_fwd", "bwd", "scale_bwd"))
 
@@ -200,7 +92,7 @@ class _OneSweep(torch.autograd.Function):
         if dloss is None:
             return (None,) * 6
         dhidden, dweight, like = ctx.saved_tensors
-        final = is_one(dloss) and gives_away()
+        final = is_one(dloss) and may_return_saved()
         ready = [final and (t.dtype == like.dtype or not t.numel()) for t in (dhidden, dweight)]
         if not all(ready):
             scaled = _SCALE[ctx.backend](dloss, dhidden[:0] if ready[0] else dhidden, dweight[:0] if ready[1] else dweight,
@@ -228,34 +120,6 @@ class _TwoSweeps(torch.autograd.Function):
         dhidden, dweight = _BWD[ctx.backend](dloss.contiguous(), hidden, weight, labels, token_weights, lse, *ctx.options,
                                              needs[0], needs[1])
         return dhidden if needs[0] else None, dweight if needs[1] else None, None, None, None, None
-
-
-def check_head(op, hidden, weight):
-    """hidden [..., D] and weight [V, D], under autocast in its dtype, of one dtype and device."""
-    for name, tensor in (("hidden", hidden), ("weight", weight)):
-        check_float(op, name, tensor)
-    hidden, weight = autocast(hidden, weight)
-    check_same(op, "weight", weight, hidden, "hidden")
-    if hidden.dim() == 0 or hidden.shape[-1] == 0:
-        fail(ValueError, op, "hidden", "a last dimension of at least 1", list(hidden.shape))
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
-        fail(ValueError, op, "weight", f"shape [V, {hidden.shape[-1]}] with V at least 1", list(weight.shape))
-    return hidden, weight
-
-
-def as_matrix(x):
-    return last_stride_1(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
-
-
-def check_weights(op, token_weights, labels, hidden):
-    """None, or the weights in the accumulator's dtype; no gradient reaches them."""
-    if token_weights is None:
-        return None
-    check_float(op, "token_weights", token_weights)
-    if token_weights.shape != labels.shape:
-        fail(ValueError, op, "token_weights", f"the shape of labels, {list(labels.shape)}", list(token_weights.shape))
-    check_device(op, "token_weights", token_weights, hidden, "hidden")
-    return token_weights.detach().to(accumulator(hidden.dtype)).contiguous()
 
 
 def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0,
@@ -290,7 +154,7 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, label_smo
     token_weights = check_weights("linear_cross_entropy", token_weights, labels, hidden)
     chosen = LINEAR_CROSS_ENTROPY.select(hidden, backend)
     if chosen == "reference":
-        check_label_values("linear_cross_entropy", "labels", labels, weight.shape[0], ignore_index)
+        check_values("linear_cross_entropy", "labels", labels, 0, weight.shape[0], ignore_index)
         return reference(hidden, weight, labels, ignore_index=ignore_index, label_smoothing=smoothing, z_loss=z_loss,
                          softcap=softcap, token_weights=token_weights, reduction=reduction)
     flat, weight, labels = as_matrix(hidden), last_stride_1(weight), labels.view(-1)

@@ -1,22 +1,18 @@
 """Log-probabilities of given tokens under a linear head, and the head's entropy, without its logits in memory."""
 
 import torch
-import torch.nn.functional as F
 
+from .._autocast import without_autocast
 from .._autograd import distinct, once_differentiable
-from .._checks import check_flag, last_stride_1
-from .._registry import Case, Op, Sample, without_autocast
-from ._losses import accumulator, check_label_values, check_labels, check_number
-from .apply_rope import native
+from .._checks import check_flag, check_labels, check_values, last_stride_1
+from .._device_errors import Index
+from .._native import native
+from .._registry import Op
+from ._losses import accumulator, check_number
 from .linear_cross_entropy import (
-    HEAD_CASES,
     as_matrix,
     check_head,
     gradient_shapes,
-    head_bytes,
-    head_flops,
-    head_sample,
-    logit_error,
 )
 
 
@@ -36,13 +32,6 @@ def reference(hidden, weight, tokens, *, temperature=1.0, return_entropy=False, 
     return _results(logprobs, entropy, hits, return_entropy, return_hits)
 
 
-def _eager(hidden, weight, tokens, *, temperature=1.0, return_entropy=False):
-    acc = accumulator(hidden.dtype)
-    logp = F.log_softmax(F.linear(hidden, weight).to(acc) / temperature, -1)
-    logprobs = logp.gather(-1, tokens.long()[..., None])[..., 0]
-    return (logprobs, -(logp.exp() * logp).sum(-1)) if return_entropy else logprobs
-
-
 def _fake_fwd(hidden, weight, tokens, inv_temperature, softcap, vocab_start, vocab_size, needs_entropy, needs_sum, needs_hits):
     acc = accumulator(hidden.dtype)
     each = lambda wanted=True, dtype=acc: hidden.new_empty((tokens.shape[0] if wanted else 0,), dtype=dtype)
@@ -56,33 +45,11 @@ def _fake_bwd(dlogprobs, dentropy, dlse, dsum, hidden, weight, tokens, lse, entr
     return hidden.new_empty(shape_h), weight.new_empty(shape_w)
 
 
-def _sample(case, dtype, device, generator):
-    hidden, weight, tokens = head_sample(case, dtype, device, generator)
-    options = {"temperature": case.dims["temperature"]} if "temperature" in case.dims else {}
-    if case.dims.get("entropy"):
-        options["return_entropy"] = True
-    return Sample({"hidden": hidden, "weight": weight, "tokens": tokens, **options}, ("hidden", "weight"))
-
-
-def _magnitude(sample, upstream):
-    """Logits are sums over D, gradients sums over the vocabulary or the tokens, with terms of both signs."""
-    hidden, weight = sample.inputs["hidden"], sample.inputs["weight"]
-    if not sample.inputs["tokens"].numel():
-        return {}
-    temperature = sample.inputs.get("temperature", 1.0)
-    size = float((hidden.abs() @ weight.abs().T).max()) / temperature
-    each = sum(float(u.abs().max()) * (size if name == "entropy" else 1) for name, u in upstream.items()) / temperature
-    each *= 1 + logit_error(hidden, weight) / temperature
-    return {"logprobs": size, "entropy": size, "d_hidden": each * float(weight.abs().max()),
-            "d_weight": each * float(hidden.abs().max())}
-
-
 LINEAR_LOGPROBS = Op(
     name="linear_logprobs",
     source="log softmax of a linear head at one token: arXiv:2411.09009 section 4",
     summary="log-probabilities and entropy under a linear head, logits never in memory",
     reference=reference,
-    public=lambda *args, **kwargs: linear_logprobs(*args, **kwargs),
     schemas={
         "fwd": "(Tensor hidden, Tensor weight, Tensor tokens, float inv_temperature, float softcap, int vocab_start,"
                " int vocab_size, bool needs_entropy, bool needs_sum, bool needs_hits)"
@@ -93,24 +60,9 @@ LINEAR_LOGPROBS = Op(
     },
     fakes={"fwd": _fake_fwd, "bwd": _fake_bwd},
     outputs=("logprobs", "entropy"),
-    sample=_sample,
-    cases=(
-        Case("smoke", {"rows": 5, "cols": 64, "vocab": 100, "entropy": True}),
-        Case("smoke", {"rows": 33, "cols": 48, "vocab": 517, "temperature": 0.7}),
-        Case("smoke", {"rows": 18, "cols": 40, "vocab": 129, "temperature": 1.5, "entropy": True}),
-        *HEAD_CASES,
-        Case("edge", {"rows": 6, "cols": 24, "vocab": 2049, "entropy": True}),
-        Case("model", {"rows": 512, "cols": 2048, "vocab": 92544, "entropy": True}),
-        Case("gpu", {"rows": 8192, "cols": 4096, "vocab": 92544, "entropy": True}, dtypes=(torch.bfloat16,)),
-    ),
-    eager={"log_softmax(F.linear)": _eager},
-    batched=("hidden", "tokens"),
-    bytes=head_bytes,
-    flops=head_flops,
-    magnitude=_magnitude,
     autocast=True,
     isas=("avx2", "avx512", "avx512_bf16", "amx"),
-    domain={"vocab": (1, 300, 1)},
+    indices={"tokens": Index(1 << 10, "values from 0 to V - 1", "the results of those tokens are NaN")},
 )
 FWD, BWD = LINEAR_LOGPROBS.overloads["fwd"], LINEAR_LOGPROBS.overloads["bwd"]
 
@@ -165,7 +117,7 @@ def linear_logprobs(hidden, weight, tokens, *, temperature=1.0, return_entropy=F
     check_flag("linear_logprobs", "return_hits", return_hits)
     chosen = LINEAR_LOGPROBS.select(hidden, backend)
     if chosen == "reference":
-        check_label_values("linear_logprobs", "tokens", tokens, weight.shape[0])
+        check_values("linear_logprobs", "tokens", tokens, 0, weight.shape[0])
         return reference(hidden, weight, tokens, temperature=temperature, return_entropy=return_entropy,
                          return_hits=return_hits)
     flat, weight, tokens = as_matrix(hidden), last_stride_1(weight), tokens.view(-1)

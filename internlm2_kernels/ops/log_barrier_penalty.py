@@ -1,12 +1,11 @@
 """The penalty that keeps rewards inside a bound, finite outside it."""
 
-import math
 
 import torch
 
 from .._autograd import once_differentiable
 from .._checks import check_choice, check_float
-from .._registry import Case, Op, Sample
+from .._registry import Op
 from ._losses import accumulator, check_number
 
 
@@ -21,36 +20,11 @@ def reference(rewards, *, bound=5.0, margin=1e-3, outside="linear"):
     return value + slope * torch.where(x.abs() > edge, x.abs() - edge, 0)  # at the edge clamp's derivative alone
 
 
-def _eager(rewards, *, bound=5.0, margin=1e-3, outside="linear"):
-    x = rewards.float() if rewards.dtype != torch.float64 else rewards
-    edge = bound * (1 - margin)
-    barrier = lambda v: -(torch.log(v + bound) + torch.log(bound - v))
-    clamped = barrier(x.clamp(-edge, edge))
-    slope = 1 / (bound - edge) - 1 / (bound + edge)
-    return clamped if outside == "clamp" else torch.where(x.abs() <= edge, clamped, clamped + slope * (x.abs() - edge))
-
-
-def _sample(case, dtype, device, generator):
-    rewards = (case.dims.get("spread", 2) * torch.randn(case.dims["rows"], generator=generator, device=device)).to(dtype)
-    options = {key: case.dims[key] for key in ("bound", "outside") if key in case.dims}
-    return Sample({"rewards": rewards, **options}, ("rewards",))
-
-
-def _magnitude(sample, upstream):
-    """Two logarithms of both signs, and beyond the edge the distance from it times the slope there."""
-    x, bound = sample.inputs["rewards"], sample.inputs.get("bound", 5.0)
-    if not x.numel():
-        return {}
-    beyond = sample.inputs.get("outside") != "clamp" and bool((x.abs() > bound * (1 - 1e-3)).any())
-    return {"penalty": 2 * abs(math.log(bound * 1e-3)) + 1000 * beyond}
-
-
 LOG_BARRIER_PENALTY = Op(
     name="log_barrier_penalty",
     source="arXiv:2403.17297 section 4.2.1 eq. 2; its continuation outside the bound is this library's",
     summary="log barrier that keeps rewards inside a bound",
     reference=reference,
-    public=lambda *args, **kwargs: log_barrier_penalty(*args, **kwargs),
     schemas={
         "fwd": "(Tensor rewards, float bound, float margin, bool clamp) -> Tensor",
         "bwd": "(Tensor dpenalty, Tensor rewards, float bound, float margin, bool clamp) -> Tensor",
@@ -58,20 +32,6 @@ LOG_BARRIER_PENALTY = Op(
     fakes={"fwd": lambda rewards, bound, margin, clamp: rewards.new_empty(rewards.shape, dtype=accumulator(rewards.dtype)),
            "bwd": lambda dpenalty, rewards, bound, margin, clamp: rewards.new_empty(rewards.shape)},
     outputs=("penalty",),
-    sample=_sample,
-    cases=(
-        Case("smoke", {"rows": 37, "spread": 4}),
-        Case("smoke", {"rows": 64, "spread": 4, "outside": "clamp"}),
-        Case("edge", {"rows": 0, "spread": 1}),
-        Case("edge", {"rows": 1, "spread": 1, "bound": 2.0}),
-        Case("edge", {"rows": 1031, "spread": 40}),
-        Case("model", {"rows": 65536, "spread": 2}),
-    ),
-    eager={"torch.log": _eager},
-    batched=("rewards",),
-    bytes=lambda dims, size, direction: dims["rows"] * (size + 4 if direction == "forward" else 2 * size + 4),
-    flops=lambda dims, direction: 20 * dims["rows"],
-    magnitude=_magnitude,
 )
 _FWD, _BWD = LOG_BARRIER_PENALTY.overloads["fwd"], LOG_BARRIER_PENALTY.overloads["bwd"]
 

@@ -2,22 +2,22 @@
 
 import torch
 
-from .._checks import check_device, check_float, check_layout, check_shape, fail, last_stride_1
-from .._registry import Case, Op, Sample
-from ._attention import (
-    SHAPES,
-    attend,
-    autocast,
-    check_bound,
+from .._autocast import autocast
+from .._checks import (
     check_boundaries,
     check_cu_seqlens,
-    check_heads,
+    check_device,
+    check_float,
+    check_layout,
     check_longest,
-    check_options,
-    pairs_of,
-    sdpa,
+    check_shape,
+    fail,
+    last_stride_1,
 )
-from .apply_rope import native
+from .._device_errors import Index
+from .._native import native
+from .._registry import Op
+from ._attention import SHAPES, attend, check_bound, check_heads, check_options
 
 
 def _gather(cache, scale, blocks, length, dtype):
@@ -35,18 +35,18 @@ def _rows(q, seq_lens, cu_q):
     return [(a, b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
-def _blocks_in_use(new, length, left, size):
+def blocks_in_use(new, length, left, size):
     """[first, last) of a sequence's blocks: those with a key that one of its new tokens sees."""
     if new == 0:
         return 0, 0
     return max(0, length - new - left) // size if left >= 0 else 0, -(-length // size)
 
 
-def _each(q, k_cache, v_cache, block_table, seq_lens, cu_q, k_scale, v_scale, dtype, left):
+def gathered(q, k_cache, v_cache, block_table, seq_lens, cu_q, k_scale, v_scale, dtype, left):
     """(q [n, H, d], k, v [S, G, d]) of every sequence, gathered in `dtype`; without the blocks before its window."""
     size = k_cache.shape[1]
     for (first, count), length, table in zip(_rows(q, seq_lens, cu_q), seq_lens.tolist(), block_table, strict=True):
-        begin, end = _blocks_in_use(count, length, left, size)
+        begin, end = blocks_in_use(count, length, left, size)
         blocks, keys = table[begin:end], max(0, min(length, end * size) - begin * size)
         yield (q[first: first + count].to(dtype), _gather(k_cache, k_scale, blocks, keys, dtype),
                _gather(v_cache, v_scale, blocks, keys, dtype))
@@ -57,54 +57,10 @@ def reference(q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=None, 
     scale, left, right, softcap = check_options("paged_attention", q.shape[-1], scale, window, softcap)
     wide = torch.promote_types(q.dtype, torch.float32)
     results = [attend(*one, left, 0, scale, softcap) for one in
-               _each(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, k_scale, v_scale, wide, left)]
+               gathered(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, k_scale, v_scale, wide, left)]
     out = torch.cat([o for o, _ in results]).to(q.dtype) if results else q.clone()
     lse = torch.cat([x for _, x in results], 1) if results else q.new_empty((q.shape[1], 0), dtype=wide)
     return (out, lse) if return_lse else out
-
-
-class Contiguous:
-    """What PyTorch has for decoding: SDPA on each sequence's keys laid end to end, which `prepare` gathers beforehand.
-
-    `folded` puts the query heads of a group in the rows of one product, which shares each key read but takes a mask where
-    there are several new tokens.
-    """
-
-    def __init__(self, enable_gqa, folded=False):
-        self.enable_gqa, self.folded = enable_gqa, folded
-
-    def __call__(self, *args, **kwargs):
-        return self.run(**self.prepare(*args, **kwargs))
-
-    def prepare(self, q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=None, scale=None, window=None, softcap=0.0,
-                k_scale=None, v_scale=None, return_lse=False, max_seqlen_q=None):
-        scale, left, right, softcap = check_options("paged_attention", q.shape[-1], scale, window, softcap)
-        parts = list(_each(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, k_scale, v_scale, q.dtype, left))
-        if len({(one[0].shape, one[1].shape) for one in parts}) == 1:  # equal lengths: one batched call
-            parts = [tuple(torch.stack(t) for t in zip(*parts, strict=True))]
-        else:
-            parts = [tuple(t[None] for t in one) for one in parts]
-        return dict(parts=parts, q=q, scale=scale, left=left, softcap=softcap, return_lse=return_lse)
-
-    def run(self, parts, q, scale, left, softcap, return_lse):
-        if softcap or return_lse:
-            results = [attend(*one, left, 0, scale, softcap) for part in parts for one in zip(*part, strict=True)]
-            out = torch.cat([o for o, _ in results]) if results else q.clone()
-            lse = torch.cat([x for _, x in results], 1).float() if results else q.new_empty((q.shape[1], 0)).float()
-            return (out, lse) if return_lse else out
-        outs = [self._one(part, left, scale).flatten(0, 1) for part in parts]
-        return torch.cat(outs) if outs else q.clone()
-
-    def _one(self, part, left, scale):
-        q, k, v = part
-        if not self.folded or q.shape[1] != 1:
-            return sdpa(q, k, v, left, 0, scale, self.enable_gqa)
-        group = q.shape[2] // k.shape[2]
-        rows = q.view(q.shape[0], k.shape[2], group, -1)  # one new token: its group's heads become the rows
-        if left >= 0:
-            k, v = k[:, -left - 1:], v[:, -left - 1:]
-        out = torch.nn.functional.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), scale=scale)
-        return out.reshape(q.shape)
 
 
 def _fake_fwd(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, max_seqlen_q, k_scale, v_scale, window_left, scale,
@@ -113,82 +69,11 @@ def _fake_fwd(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, max_seql
                                              dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def _lengths(dims):
-    """(new tokens, length with them) of every sequence."""
-    return [(new, old + new) for new, old in zip(dims["new"], dims["cached"], strict=True)]
-
-
-def _sample(case, dtype, device, generator):
-    dims, size = case.dims, case.dims["block_size"]
-    heads, kv_heads, head_dim = dims["heads"], dims["kv_heads"], dims["head_dim"]
-    lengths = _lengths(dims)
-    left = dims.get("window", (-1, 0))[0]
-    used = [-(-length // size) for _, length in lengths]
-    spare, widest = 2, max(used, default=0) + 1
-    blocks = sum(used) + spare
-    order = torch.randperm(blocks, generator=generator, device=device).int()
-    # Garbage behind the last block, and before the first that the window leaves in sight.
-    table = torch.full((len(lengths), widest), -(2**30), dtype=torch.int32, device=device)
-    first = 0
-    for row, (length, count) in enumerate(zip(lengths, used, strict=True)):
-        begin, end = _blocks_in_use(*length, left, size)
-        table[row, begin:end] = order[first + begin: first + end]
-        first += count
-    draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)
-    inputs = {"q": draw(sum(new for new, _ in lengths), heads, head_dim).to(dtype)}
-    for name in ("k", "v"):
-        x = draw(blocks, size, kv_heads, head_dim)
-        if dims.get("int8"):
-            scale = x.abs().amax(-1) / 127
-            inputs[f"{name}_cache"] = (x / scale[..., None]).round().to(torch.int8)
-            inputs[f"{name}_scale"] = scale
-        else:
-            inputs[f"{name}_cache"] = x.to(dtype)
-    if not dims.get("int8"):
-        _poison(inputs, table, lengths, size, left)
-    inputs |= {"block_table": table,
-               "seq_lens": torch.tensor([length for _, length in lengths], dtype=torch.int32, device=device)}
-    if any(new != 1 for new, _ in lengths):
-        inputs["cu_seqlens_q"] = torch.tensor([0, *(new for new, _ in lengths)], dtype=torch.int32).cumsum(
-            0, dtype=torch.int32).to(device)
-    inputs |= {name: dims[name] for name in ("window", "softcap", "scale", "return_lse") if dims.get(name)}
-    return Sample(inputs)
-
-
-def _poison(inputs, table, lengths, size, left):
-    """Slots behind a sequence's end and blocks of nobody hold NaN, which must not be seen."""
-    for name in ("k_cache", "v_cache"):
-        kept = torch.zeros(inputs[name].shape[:2], dtype=torch.bool, device=table.device)
-        for row, (new, length) in enumerate(lengths):
-            begin, end = _blocks_in_use(new, length, left, size)
-            slots = torch.arange(begin * size, min(length, end * size), device=table.device)
-            kept[table[row, slots // size].long(), slots % size] = True
-        inputs[name][~kept] = float("nan")
-
-
-def _bytes(dims, size, direction):
-    keys = sum(length for _, length in _lengths(dims)) * dims["kv_heads"]
-    cache = 2 * keys * (dims["head_dim"] + 4 if dims.get("int8") else dims["head_dim"] * size)
-    return cache + 2 * sum(dims["new"]) * dims["heads"] * dims["head_dim"] * size
-
-
-def _flops(dims, direction):
-    left = (dims.get("window") or (-1, 0))[0]
-    pairs = sum(pairs_of(new, length, left, 0) for new, length in _lengths(dims))
-    return 4 * pairs * dims["heads"] * dims["head_dim"]
-
-
-def _case(kind, new, cached, heads, kv_heads, head_dim, block_size, **options):
-    return Case(kind, {"new": tuple(new), "cached": tuple(cached), "heads": heads, "kv_heads": kv_heads,
-                       "head_dim": head_dim, "block_size": block_size, **options})
-
-
 PAGED_ATTENTION = Op(
     name="paged_attention",
     source="arXiv:2309.06180 section 4.1 (paging), arXiv:2205.14135 (attention)",
     summary="attention of new tokens to a paged key/value cache, float or int8",
     reference=reference,
-    public=lambda *args, **kwargs: paged_attention(*args, **kwargs),
     schemas={
         "fwd": "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor? cu_seqlens_q,"
                " int max_seqlen_q, Tensor? k_scale, Tensor? v_scale, int window_left, float scale, float softcap)"
@@ -196,33 +81,17 @@ PAGED_ATTENTION = Op(
     },
     fakes={"fwd": _fake_fwd},
     outputs=("out", "lse"),
-    sample=_sample,
-    cases=(
-        _case("smoke", (1, 1, 1), (0, 33, 70), 4, 2, 64, 16),
-        _case("smoke", (1, 7, 3), (64, 0, 20), 6, 1, 32, 5, return_lse=True),
-        _case("smoke", (1, 5), (40, 9), 4, 4, 64, 8, int8=True),
-        _case("smoke", (4, 1), (21, 50), 2, 1, 40, 1, window=(11, 0), softcap=4.0),
-        _case("edge", (), (), 2, 1, 32, 4),
-        _case("edge", (0, 2), (3, 0), 2, 1, 32, 4, return_lse=True),
-        _case("edge", (1,), (255,), 8, 1, 128, 256, int8=True),
-        *(Case("model", _case("model", (1,) * batch, (keys - 1,) * batch, heads, kv_heads, 128, 64, **options).dims,
-               dtypes=(torch.bfloat16,))
-          for heads, kv_heads in ((16, 8), (32, 8), (48, 8)) for batch, keys in ((1, 32768), (8, 8192))
-          for options in ({}, {"int8": True})),
-        *(Case("gpu", _case("gpu", (1,) * batch, (keys - 1,) * batch, heads, 8, 128, 64, **options).dims,
-               dtypes=(torch.bfloat16,))
-          for heads in (16, 32) for batch, keys in ((1, 262144), (8, 32768), (64, 4096)) for options in ({}, {"int8": True})),
-    ),
-    eager={"SDPA enable_gqa, contiguous keys": Contiguous(True), "SDPA expanded contiguous keys": Contiguous(False)},
-    batched=(),
-    bytes=_bytes,
-    flops=_flops,
     directions=("forward",),
-    rowwise=False,
     autocast=True,
-    contiguous=("k_cache", "v_cache", "k_scale", "v_scale"),
     isas=("avx2", "avx512", "avx512_bf16", "amx"),
-    domain={"head_dim": (32, 136, 8), "block_size": (1, 20, 1)},
+    indices={
+        "cu_seqlens_q": Index(1 << 5, "values that start at 0, never fall and end at the tokens of q",
+                              "all results of the call are NaN"),
+        "seq_lens": Index(1 << 6, "values from the new tokens of a sequence to max_blocks * block_size",
+                          "the outputs of those sequences are NaN"),
+        "block_table": Index(1 << 7, "values from 0 to the blocks of the cache minus 1 in the blocks in use",
+                             "the outputs of those sequences are NaN"),
+    },
 )
 _FWD = PAGED_ATTENTION.overloads["fwd"]
 
@@ -278,7 +147,7 @@ def _check_values(k_cache, block_table, seq_lens, rows, left):
         if not new <= length <= block_table.shape[1] * size:
             fail(ValueError, "paged_attention", "seq_lens", f"values from the new tokens of a sequence, {new} in sequence "
                  f"{index}, to max_blocks * block_size = {block_table.shape[1] * size}", length)
-        used = block_table[index, slice(*_blocks_in_use(new, length, left, size))]
+        used = block_table[index, slice(*blocks_in_use(new, length, left, size))]
         if (int(used.min()) < 0 or int(used.max()) >= blocks):
             fail(ValueError, "paged_attention", "block_table", f"values from 0 to {blocks - 1} in the blocks in use",
                  int(used.min()) if int(used.min()) < 0 else int(used.max()))
@@ -349,7 +218,7 @@ def paged_attention(q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=
         chosen = SHAPES
     elif chosen == "reference":
         if cu_seqlens_q is not None:
-            check_boundaries("paged_attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0], max_q)
+            check_boundaries("paged_attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0], longest=max_q)
         _check_values(k_cache, block_table, seq_lens, _rows(q, seq_lens, cu_seqlens_q), left)
         return reference(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q=cu_seqlens_q, scale=scale,
                          window=(left, 0), softcap=softcap, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)

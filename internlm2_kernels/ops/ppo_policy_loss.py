@@ -2,14 +2,14 @@
 
 import torch
 
-from .._registry import Case
-from ._losses import accumulator, check_number, masked_mean
-from ._ppo import checked, flat, masked_loss, passes, run
+from .._checks import check_number
+from ._losses import accumulator, masked_mean
+from ._ppo import checked, masked_loss, passes, run
 
 LOG_RATIO = 20.0  # beyond, exp would say nothing but how far
 
 
-def _terms(logprobs, old_logprobs, advantages, mask, clip):
+def terms(logprobs, old_logprobs, advantages, mask, clip):
     acc = accumulator(logprobs.dtype)
     x = (logprobs.to(acc) - old_logprobs.to(acc)).masked_fill(~mask, 0).clamp(-LOG_RATIO, LOG_RATIO)
     advantages = advantages.to(acc).masked_fill(~mask, 0)
@@ -17,51 +17,19 @@ def _terms(logprobs, old_logprobs, advantages, mask, clip):
 
 
 def reference(logprobs, old_logprobs, advantages, mask, *, clip=0.2):
-    x, free, clipped = _terms(logprobs, old_logprobs, advantages, mask, clip)
+    x, free, clipped = terms(logprobs, old_logprobs, advantages, mask, clip)
     loss = -masked_mean(torch.where(clipped < free, clipped, free), mask)
     with torch.no_grad():
         return loss, masked_mean((clipped < free).to(x.dtype), mask), masked_mean(torch.expm1(x) - x, mask)
 
 
-def _eager(logprobs, old_logprobs, advantages, mask, *, clip=0.2):
-    x, free, clipped = _terms(logprobs, old_logprobs, advantages, mask, clip)
-    loss = -masked_mean(torch.minimum(free, clipped), mask)
-    with torch.no_grad():
-        return loss, masked_mean((clipped < free).to(x.dtype), mask), masked_mean(x.exp() - 1 - x, mask)
-
-
-def _draw(normal):
-    logprobs = normal(1) - 2
-    return logprobs, logprobs + normal(0.3), normal(1)
-
-
-def _magnitude(sample, upstream):
-    """The loss is a mean of terms of both signs."""
-    advantages = sample.inputs["advantages"]
-    size = float(advantages.abs().max()) * 4 if advantages.numel() else 1.0
-    return {"loss": size, "approx_kl": 1.0, "clip_fraction": 1.0}
-
-
 PPO_POLICY_LOSS = masked_loss(
     ("logprobs", "old_logprobs", "advantages"),
     statistic="approx_kl",
-    draw=_draw,
     name="ppo_policy_loss",
     source="arXiv:1707.06347 eq. 7",
     summary="PPO's clipped policy loss with clip fraction and approximate KL",
     reference=reference,
-    public=lambda *args, **kwargs: flat(ppo_policy_loss(*args, **kwargs)),
-    cases=(
-        Case("smoke", {"targets": 37}),
-        Case("smoke", {"targets": 1031, "clip": 0.1}),
-        Case("edge", {"targets": 0}),
-        Case("edge", {"targets": 1, "counted": 1.0}),
-        Case("edge", {"targets": 65, "counted": 0.0}),
-        Case("model", {"targets": 16384}),
-    ),
-    eager={"exp, clamp, minimum": _eager},
-    flops=lambda dims, direction: 20 * dims["targets"],
-    magnitude=_magnitude,
 )
 
 
@@ -82,6 +50,6 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip=0.2, backe
     Errors:   ValueError for a shape, a device or clip; TypeError for a dtype
     Cost:     one registered call each way, statistics included.   Source: arXiv:1707.06347 eq. 7
     """
-    tensors = checked(PPO_POLICY_LOSS, logprobs, old_logprobs, advantages, mask)
+    tensors = checked(PPO_POLICY_LOSS, {"logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages}, mask)
     clip = check_number("ppo_policy_loss", "clip", clip, "a number from 0 to 1", lambda v: 0 <= v <= 1)
     return run(PPO_POLICY_LOSS, _PPOPolicyLoss, tensors, clip, backend)

@@ -5,9 +5,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .._registry import Case
-from ._losses import accumulator, check_number, masked_mean
-from ._ppo import checked, flat, masked_loss, passes, run
+from .._checks import check_number
+from ._losses import accumulator, masked_mean
+from ._ppo import checked, masked_loss, passes, run
 
 
 def reference(values, old_values, returns, mask, *, clip=None):
@@ -31,48 +31,13 @@ def _all_the_same(x, mask):
     return (least > most) | (least == most) & least.isfinite()
 
 
-def _eager(values, old_values, returns, mask, *, clip=None):
-    acc = accumulator(values.dtype)
-    v, old, r = (t.to(acc) for t in (values, old_values, returns))
-    free = (v - r).square()
-    clipped = free if clip is None else (torch.clamp(v, old - clip, old + clip) - r).square()
-    count = mask.sum().clamp(min=1)
-    loss = 0.5 * (torch.maximum(free, clipped) * mask).sum() / count
-    with torch.no_grad():
-        fraction = ((clipped > free) & mask).sum() / count
-        if not mask.any():
-            return loss, fraction.to(acc), torch.zeros_like(loss)
-        error, target = (r - v)[mask], r[mask]
-        variance = target.var(correction=0)
-        explained = torch.where(variance > 0, 1 - error.var(correction=0) / variance, 0)
-        return loss, fraction.to(acc), explained
-
-
-def _draw(normal):
-    values = normal(1)
-    return values, values + normal(0.3), values + normal(1)
-
-
 PPO_VALUE_LOSS = masked_loss(
     ("values", "old_values", "returns"),
     statistic="explained_variance",
-    draw=_draw,
     name="ppo_value_loss",
     source="arXiv:1707.06347 eq. 9; clipped form: arXiv:2005.12729 section 3",
     summary="PPO's value loss with explained variance and clip fraction",
     reference=reference,
-    public=lambda *args, **kwargs: flat(ppo_value_loss(*args, **kwargs)),
-    cases=(
-        Case("smoke", {"targets": 37}),
-        Case("smoke", {"targets": 1031, "clip": 0.2}),
-        Case("edge", {"targets": 0}),
-        Case("edge", {"targets": 1, "counted": 1.0}),
-        Case("edge", {"targets": 65, "counted": 0.0, "clip": 0.1}),
-        Case("model", {"targets": 16384, "clip": 0.2}),
-    ),
-    eager={"square, clamp, maximum": _eager},
-    flops=lambda dims, direction: 15 * dims["targets"],
-    magnitude=lambda sample, upstream: {"explained_variance": 4.0, "clip_fraction": 1.0, "loss": 1.0},
 )
 
 
@@ -93,7 +58,7 @@ def ppo_value_loss(values, old_values, returns, mask, *, clip=None, backend=None
     Errors:   ValueError for a shape, a device or clip; TypeError for a dtype
     Cost:     one registered call each way, statistics included.   Source: arXiv:1707.06347 eq. 9, arXiv:2005.12729 section 3
     """
-    tensors = checked(PPO_VALUE_LOSS, values, old_values, returns, mask)
+    tensors = checked(PPO_VALUE_LOSS, {"values": values, "old_values": old_values, "returns": returns}, mask)
     if clip is not None:
         clip = check_number("ppo_value_loss", "clip", clip, "None or a finite number >= 0", lambda v: v >= 0)
     return run(PPO_VALUE_LOSS, _PPOValueLoss, tensors, clip, backend)

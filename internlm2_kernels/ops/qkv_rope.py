@@ -5,17 +5,14 @@ from typing import NamedTuple
 import torch
 
 from .._autograd import once_differentiable
-from .._checks import as_rows, check_device, check_float, check_layout, check_shape, fail
-from .._registry import Op, Sample
+from .._checks import as_rows, check_device, check_float, check_layout, check_shape, check_values, fail
+from .._device_errors import Index
+from .._registry import Op
 from .apply_rope import (
-    _eager_rotate_half,
-    check_range,
     check_tables,
     native,
-    rope_case,
     rotate,
     rows_of_table,
-    sample_tables,
 )
 
 
@@ -34,14 +31,14 @@ class KVCache(NamedTuple):
     v_scale: torch.Tensor | None = None
 
 
-def _split(qkv, num_heads, num_kv_heads):
+def split_heads(qkv, num_heads, num_kv_heads):
     group = num_heads // num_kv_heads
     x = qkv.reshape(-1, num_kv_heads, group + 2, qkv.shape[-1] // (num_heads + 2 * num_kv_heads))
     return x[:, :, :group].flatten(1, 2), x[:, :, group], x[:, :, group + 1].clone()
 
 
 def reference(qkv, cos, sin, positions=None, *, num_heads, num_kv_heads, cache=None):
-    q, k, v = _split(qkv, num_heads, num_kv_heads)
+    q, k, v = split_heads(qkv, num_heads, num_kv_heads)
     cos, sin = rows_of_table(cos, sin, positions, torch.promote_types(qkv.dtype, torch.float32))
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     if cache is not None:
@@ -62,11 +59,6 @@ def _write(target, scale, slots, x):
     target.view(-1, *target.shape[2:])[slots] = x
 
 
-def _eager_composition(qkv, cos, sin, positions=None, *, num_heads, num_kv_heads, cache=None):
-    q, k, v = _split(qkv, num_heads, num_kv_heads)
-    return (*_eager_rotate_half(q, k, cos, sin, positions), v)
-
-
 def _fake_fwd(qkv, cos, sin, positions, num_heads, num_kv_heads):
     head_dim = qkv.shape[-1] // (num_heads + 2 * num_kv_heads)
     tokens = qkv.shape[0]
@@ -82,26 +74,11 @@ def _fake_bwd(dq, dk, dv, cos, sin, positions):
     return dq.new_empty((dq.shape[0], (dq.shape[1] + 2 * dk.shape[1]) * dq.shape[2]))
 
 
-def _sample(case, dtype, device, generator):
-    dims = case.dims
-    cos, sin, positions = sample_tables(dims, dtype, device, generator)
-    width = (dims["heads"] + 2 * dims["kv_heads"]) * dims["head_dim"]
-    qkv = torch.randn(dims["tokens"], width, generator=generator, device=device).to(dtype)
-    return Sample({"qkv": qkv, "cos": cos, "sin": sin, "positions": positions, "num_heads": dims["heads"],
-                   "num_kv_heads": dims["kv_heads"]}, ("qkv",))
-
-
-def _bytes(dims, size, direction):
-    return 2 * dims["tokens"] * (dims["heads"] + 2 * dims["kv_heads"]) * dims["head_dim"] * size + (
-        dims["tokens"] * dims["head_dim"] * 4)
-
-
 QKV_ROPE = Op(
     name="qkv_rope",
     source="arXiv:2403.17297 section 2.2 (layout), arXiv:2104.09864 (rotation)",
     summary="split of the packed qkv projection, rotary embedding, paged cache write",
     reference=reference,
-    public=lambda *args, **kwargs: qkv_rope(*args, **kwargs),
     schemas={
         "fwd": "(Tensor qkv, Tensor cos, Tensor sin, Tensor? positions, int num_heads, int num_kv_heads)"
                " -> (Tensor q, Tensor k, Tensor v)",
@@ -112,22 +89,12 @@ QKV_ROPE = Op(
     },
     fakes={"fwd": _fake_fwd, "bwd": _fake_bwd, "cache_fwd": _fake_cache_fwd},
     outputs=("q", "k", "v"),
-    sample=_sample,
-    cases=(
-        rope_case("smoke", 5, 4, 2, 64),
-        rope_case("smoke", 33, 6, 1, 96, positions="int32"),
-        rope_case("smoke", 17, 4, 4, 128, positions="int64"),
-        rope_case("edge", 0, 2, 1, 32, positions="int64"),
-        rope_case("edge", 1, 1, 1, 2),
-        rope_case("edge", 65, 12, 2, 34, positions="int64"),
-        *(rope_case(kind, tokens, heads, 8, 128, positions="int64") for kind, tokens in (("model", 4096), ("gpu", 16384))
-          for heads in (16, 32, 48)),
-    ),
-    eager={"float32 halves": reference, "rotate_half": _eager_composition},
-    batched=("qkv", "positions", "cos", "sin"),
-    bytes=_bytes,
-    flops=lambda dims, direction: 3 * dims["tokens"] * (dims["heads"] + dims["kv_heads"]) * dims["head_dim"],
     backends=("reference", "cpp", "triton", "cuda"),
+    indices={
+        "positions": Index(1 << 1, "values from 0 to the rows of cos minus 1",
+                           "the outputs of those tokens are NaN and were not cached"),
+        "cache.slots": Index(1 << 2, "values from -1 to blocks * block_size - 1", "those tokens were not cached"),
+    },
 )
 _FWD, _BWD, _CACHE_FWD = (QKV_ROPE.overloads[name] for name in ("fwd", "bwd", "cache_fwd"))
 
@@ -219,9 +186,9 @@ def qkv_rope(qkv, cos, sin, positions=None, *, num_heads, num_kv_heads, cache=No
         _check_cache(qkv, cache, num_kv_heads, head_dim, tokens)
     chosen = QKV_ROPE.select(qkv, backend)
     if chosen == "reference":
-        check_range("qkv_rope", "positions", positions, 0, cos.shape[0])
+        check_values("qkv_rope", "positions", positions, 0, cos.shape[0])
         if cache is not None:
-            check_range("qkv_rope", "cache.slots", cache.slots, -1, cache.k.shape[0] * cache.k.shape[1])
+            check_values("qkv_rope", "cache.slots", cache.slots, -1, cache.k.shape[0] * cache.k.shape[1])
         return reference(qkv, cos, sin, positions, num_heads=num_heads, num_kv_heads=num_kv_heads, cache=cache)
     lead = qkv.shape[:-1]
     flat = qkv if qkv.dim() == 2 else qkv.reshape(-1, qkv.shape[-1])

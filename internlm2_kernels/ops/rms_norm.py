@@ -1,11 +1,10 @@
 """RMS normalization, with an optional residual addition in the same pass."""
 
 import torch
-import torch.nn.functional as F
 
 from .._autograd import distinct, once_differentiable
 from .._checks import as_rows, check_choice, check_device, check_float, check_same, check_shape, fail
-from .._registry import Case, Op, Sample
+from .._registry import Op
 
 
 def reference(x, weight, eps=1e-5, residual=None, *, rounding="once"):
@@ -16,25 +15,6 @@ def reference(x, weight, eps=1e-5, residual=None, *, rounding="once"):
     if rounding == "hf":
         x_hat = x_hat.to(h.dtype).to(acc)
     y = (x_hat * weight.to(acc)).to(h.dtype)
-    return y if residual is None else (y, h)
-
-
-def _eager_functional(x, weight, eps=1e-5, residual=None, *, rounding="once"):
-    if rounding == "hf":
-        return _eager_explicit(x, weight, eps, residual, rounding=rounding)
-    h = x if residual is None else x + residual
-    if weight.dtype == h.dtype:
-        y = F.rms_norm(h, weight.shape, weight, eps)
-    else:
-        y = F.rms_norm(h.to(weight.dtype), weight.shape, weight, eps).to(h.dtype)
-    return y if residual is None else (y, h)
-
-
-def _eager_explicit(x, weight, eps=1e-5, residual=None, *, rounding="once"):
-    h = x if residual is None else x + residual
-    x_hat = h.float() if h.dtype != torch.float64 else h
-    x_hat = x_hat * torch.rsqrt(x_hat.pow(2).mean(-1, keepdim=True) + eps)
-    y = (weight * x_hat.to(h.dtype)).to(h.dtype)
     return y if residual is None else (y, h)
 
 
@@ -54,45 +34,11 @@ def _fake_bwd(dy, dresidual, h, weight, rstd, hf, needs_dweight):
     return h.new_empty(h.shape), weight.new_empty(weight.shape if needs_dweight else (0,))
 
 
-def _sample(case, dtype, device, generator):
-    rows, cols = case.dims["rows"], case.dims["cols"]
-    draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)
-    weight_dtype = torch.float32 if case.dims.get("weight") == "float32" and dtype != torch.float64 else dtype
-    inputs = {"x": draw(rows, cols).to(dtype), "weight": (1 + 0.1 * draw(cols)).to(weight_dtype)}
-    if case.dims.get("residual"):
-        inputs["residual"] = draw(rows, cols).to(dtype)
-    if "rounding" in case.dims:
-        inputs["rounding"] = case.dims["rounding"]
-    return Sample(inputs, tuple(name for name in ("x", "weight", "residual") if name in inputs))
-
-
-def _magnitude(sample, upstream):
-    """dx is a difference of two terms of size rstd * |dy * weight| that cancel when D is small; dweight is a sum over rows
-    of terms of both signs, of the size of their root sum square."""
-    x, weight = sample.inputs["x"], sample.inputs["weight"]
-    h = x + sample.inputs["residual"] if "residual" in sample.inputs else x
-    if h.numel() == 0:
-        return {}
-    rstd = torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5)
-    size = float((rstd * upstream["y"] * weight).abs().max())
-    if "new_residual" in upstream:
-        size += float(upstream["new_residual"].abs().max())
-    terms = (upstream["y"] * h * rstd).flatten(0, -2)
-    return {"x": size, "residual": size, "weight": float(terms.square().sum(0).sqrt().max())}
-
-
-def _bytes(dims, size, direction):
-    tensors = (2 if direction == "forward" else 3) + (2 * bool(dims.get("residual")) if direction == "forward" else 0)
-    tensors += int(bool(dims.get("residual")) and direction == "backward")
-    return tensors * dims["rows"] * dims["cols"] * size + 4 * dims["rows"]
-
-
 RMS_NORM = Op(
     name="rms_norm",
     source="arXiv:1910.07467 eq. 4",
     summary="RMS normalization, with residual addition in the same pass",
     reference=reference,
-    public=lambda *args, **kwargs: rms_norm(*args, **kwargs),
     schemas={
         "fwd": "(Tensor x, Tensor weight, float eps, bool hf) -> (Tensor y, Tensor rstd)",
         "add_fwd": "(Tensor x, Tensor residual, Tensor weight, float eps, bool hf) -> (Tensor y, Tensor h, Tensor rstd)",
@@ -101,28 +47,7 @@ RMS_NORM = Op(
     },
     fakes={"fwd": _fake_fwd, "add_fwd": _fake_add_fwd, "bwd": _fake_bwd},
     outputs=("y", "new_residual"),
-    sample=_sample,
-    cases=(
-        Case("smoke", {"rows": 4, "cols": 64}),
-        Case("smoke", {"rows": 33, "cols": 129, "residual": True}),
-        Case("smoke", {"rows": 9, "cols": 96, "rounding": "hf"}),
-        Case("smoke", {"rows": 70, "cols": 256, "residual": True, "weight": "float32"}),
-        Case("edge", {"rows": 0, "cols": 64, "residual": True}),
-        Case("edge", {"rows": 1, "cols": 1}),
-        Case("edge", {"rows": 13, "cols": 1, "residual": True, "rounding": "hf"}),
-        Case("edge", {"rows": 1, "cols": 1023}),
-        Case("edge", {"rows": 65, "cols": 17}),
-        Case("edge", {"rows": 131, "cols": 31, "rounding": "hf", "weight": "float32"}),
-        Case("edge", {"rows": 3, "cols": 2053}),
-        *(Case(kind, {"rows": rows, "cols": cols, "residual": residual}) for kind, rows in (("model", 4096), ("gpu", 16384))
-          for residual in (False, True) for cols in (2048, 4096, 6144)),
-    ),
-    eager={"F.rms_norm": _eager_functional, "explicit": _eager_explicit},
-    batched=("x", "residual"),
-    bytes=_bytes,
-    flops=lambda dims, direction: (4 if direction == "forward" else 9) * dims["rows"] * dims["cols"],
     backends=("reference", "cpp", "triton", "cuda"),
-    magnitude=_magnitude,
 )
 _FWD, _ADD_FWD, _BWD = (RMS_NORM.overloads[name] for name in ("fwd", "add_fwd", "bwd"))
 

@@ -5,7 +5,7 @@ import math
 import torch
 
 from .._checks import check_choice, fail
-from .._registry import Case, Op, Sample
+from .._registry import Op
 
 
 def reference(length_or_positions, head_dim, *, base=1e6, scaling=None, angles="float64", device=None):
@@ -15,11 +15,6 @@ def reference(length_or_positions, head_dim, *, base=1e6, scaling=None, angles="
         return angle.cos() * magnitude, angle.sin() * magnitude
     angle = positions.to(torch.float64)[:, None] * inv_freq
     return (angle.cos() * magnitude).float(), (angle.sin() * magnitude).float()
-
-
-def _eager(length_or_positions, head_dim, *, base=1e6, scaling=None, angles="float64", device=None):
-    """What the released model computes: angles in float32 (the outer product is off by 0.0144 rad at position 200,000)."""
-    return reference(length_or_positions, head_dim, base=base, scaling=scaling, angles=angles, device=device)
 
 
 def _resolve(length_or_positions, head_dim, base, scaling, device):
@@ -107,54 +102,16 @@ def _fake_fwd(positions, inv_freq, magnitude, float32_angles):
     return (positions.new_empty(shape, dtype=torch.float32), positions.new_empty(shape, dtype=torch.float32))
 
 
-def _sample(case, dtype, device, generator):
-    dims = case.dims
-    positions = torch.randint(0, 200_000, (dims["rows"],), generator=generator, device=device)
-    if dims.get("positions") == "int32":
-        positions = positions.to(torch.int32)
-    inputs = {"length_or_positions": positions, "head_dim": dims["head_dim"]}
-    for key in ("scaling", "angles"):
-        if key in dims:
-            inputs[key] = _SCALINGS[dims[key]] if key == "scaling" else dims[key]
-    return Sample(inputs)
-
-
-_SCALINGS = {
-    "linear": {"type": "linear", "factor": 4.0},
-    "dynamic": {"type": "dynamic", "factor": 2.0, "max_position_embeddings": 32768, "seq_len": 200_000},
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
-    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 8192},
-}
-
 ROPE_TABLE = Op(
     name="rope_table",
     source="arXiv:2104.09864; scalings: arXiv:2306.15595, arXiv:2309.00071",
     summary="cos and sin of rotary angles, from float64 angles",
     reference=reference,
-    public=lambda *args, **kwargs: rope_table(*args, **kwargs),
     schemas={"fwd": "(Tensor positions, Tensor inv_freq, float magnitude, bool float32_angles) -> (Tensor cos, Tensor sin)"},
     fakes={"fwd": _fake_fwd},
     outputs=("cos", "sin"),
-    sample=_sample,
-    cases=(
-        Case("smoke", {"rows": 33, "head_dim": 64}),
-        Case("smoke", {"rows": 17, "head_dim": 128, "scaling": "dynamic", "positions": "int32"}),
-        Case("edge", {"rows": 0, "head_dim": 32}),
-        Case("edge", {"rows": 1, "head_dim": 2}),
-        Case("edge", {"rows": 5, "head_dim": 6, "scaling": "linear"}),
-        Case("edge", {"rows": 9, "head_dim": 96, "scaling": "yarn"}),
-        Case("edge", {"rows": 9, "head_dim": 128, "scaling": "llama3"}),
-        Case("model", {"rows": 4096, "head_dim": 128}),
-        Case("model", {"rows": 32768, "head_dim": 128}),
-    ),
-    eager={"torch": _eager},
-    batched=("length_or_positions",),
-    bytes=lambda dims, size, direction: dims["rows"] * (8 + 4 * dims["head_dim"]),
-    flops=lambda dims, direction: 3 * dims["rows"] * dims["head_dim"],
     dtypes=(torch.float32,),
     directions=("forward",),
-    domain={"head_dim": (4, 140, 2)},  # dynamic scaling needs 4
 )
 _FWD = ROPE_TABLE.overloads["fwd"]
 

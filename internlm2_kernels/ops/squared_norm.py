@@ -3,7 +3,7 @@
 import torch
 
 from .._checks import check_device, check_float, fail
-from .._registry import Case, Op, Sample
+from .._registry import Op
 
 
 def _listed(tensors):
@@ -15,12 +15,6 @@ def reference(tensors):
     wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     total = sum((t.detach().double().square().sum() for t in tensors), torch.zeros((), dtype=torch.float64))
     return total.to(wide)
-
-
-def _eager(tensors):
-    tensors = _listed(tensors)
-    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    return torch.stack([torch.linalg.vector_norm(t.detach().to(wide)).square() for t in tensors]).sum()
 
 
 def dense(tensor):
@@ -40,27 +34,11 @@ SQUARED_NORM = Op(
     source="sum of squares; clipping by it: arXiv:1211.5063 algorithm 1",
     summary="squared global norm of a list of tensors",
     reference=reference,
-    public=lambda *args, **kwargs: squared_norm(*args, **kwargs),
     schemas={"fwd": "(Tensor[] tensors) -> Tensor"},
     fakes={"fwd": lambda tensors: tensors[0].new_empty(
         (), dtype=torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32)},
     outputs=("total",),
-    sample=lambda case, dtype, device, generator: Sample(
-        {"tensors": torch.randn(case.dims["elements"], generator=generator, device=device).to(dtype)}),
-    cases=(
-        Case("smoke", {"elements": 1000}),
-        Case("edge", {"elements": 0}),
-        Case("edge", {"elements": 1}),
-        Case("edge", {"elements": 70001}),
-        Case("model", {"elements": 2**26}),
-    ),
-    eager={"vector_norm": _eager},
-    batched=("tensors",),
-    bytes=lambda dims, size, direction: dims["elements"] * size,
-    flops=lambda dims, direction: 2 * dims["elements"],
     directions=("forward",),
-    rowwise=False,
-    domain={"elements": (0, 3000, 1)},
 )
 _FWD = SQUARED_NORM.overloads["fwd"]
 

@@ -1,11 +1,10 @@
 """SwiGLU: the gated activation of the feed-forward block."""
 
 import torch
-import torch.nn.functional as F
 
 from .._autograd import distinct, once_differentiable
 from .._checks import as_rows, check_float, check_same, check_shape, fail
-from .._registry import Case, Op, Sample
+from .._registry import Op
 
 
 def reference(gate, up=None):
@@ -14,12 +13,6 @@ def reference(gate, up=None):
     acc = torch.promote_types(gate.dtype, torch.float32)
     g = gate.to(acc)
     return (g * torch.sigmoid(g) * up.to(acc)).to(gate.dtype)
-
-
-def _eager(gate, up=None):
-    if up is None:
-        gate, up = gate.chunk(2, -1)
-    return F.silu(gate) * up
 
 
 def _fake_fwd(gate, up):
@@ -32,43 +25,17 @@ def _fake_bwd(dy, gate, up, packed):
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
-def _sample(case, dtype, device, generator):
-    rows, cols = case.dims["rows"], case.dims["cols"]
-    draw = lambda *shape: torch.randn(*shape, generator=generator, device=device).to(dtype)
-    if case.dims.get("packed"):
-        return Sample({"gate": 3 * draw(rows, 2 * cols)}, ("gate",))
-    return Sample({"gate": 3 * draw(rows, cols), "up": draw(rows, cols)}, ("gate", "up"))
-
-
 SWIGLU = Op(
     name="swiglu",
     source="arXiv:2002.05202 section 2",
     summary="silu(gate) * up, on two tensors or one packed one",
     reference=reference,
-    public=lambda *args, **kwargs: swiglu(*args, **kwargs),
     schemas={
         "fwd": "(Tensor gate, Tensor up) -> Tensor",
         "bwd": "(Tensor dy, Tensor gate, Tensor up, bool packed) -> (Tensor dgate, Tensor dup)",
     },
     fakes={"fwd": _fake_fwd, "bwd": _fake_bwd},
     outputs=("y",),
-    sample=_sample,
-    cases=(
-        Case("smoke", {"rows": 5, "cols": 64}),
-        Case("smoke", {"rows": 33, "cols": 129, "packed": True}),
-        Case("edge", {"rows": 0, "cols": 64}),
-        Case("edge", {"rows": 0, "cols": 8, "packed": True}),
-        Case("edge", {"rows": 1, "cols": 1, "packed": True}),
-        Case("edge", {"rows": 65, "cols": 31}),
-        Case("edge", {"rows": 3, "cols": 1025, "packed": True}),
-        *(Case("model", {"rows": 4096, "cols": cols}) for cols in (8192, 14336)),
-        *(Case("gpu", {"rows": 16384, "cols": cols}) for cols in (8192, 14336, 16384)),
-        Case("model", {"rows": 4096, "cols": 8192, "packed": True}),
-    ),
-    eager={"F.silu(gate) * up": _eager},
-    batched=("gate", "up"),
-    bytes=lambda dims, size, direction: (3 if direction == "forward" else 5) * dims["rows"] * dims["cols"] * size,
-    flops=lambda dims, direction: (5 if direction == "forward" else 12) * dims["rows"] * dims["cols"],
 )
 _FWD, _BWD = SWIGLU.overloads["fwd"], SWIGLU.overloads["bwd"]
 

@@ -6,8 +6,8 @@ from cells import variants
 from memory import peak_extra
 from shared import DTYPES, OPS, instruction_set, replaced
 
-from internlm2_kernels._registry import Case
 from internlm2_kernels.testing import Draw, assert_ladder, draw_upstream, run, standard
+from internlm2_kernels.workloads import Case
 
 FLASH, PAGED = OPS["flash_attention"], OPS["paged_attention"]
 SETS = [isa for name, isa in variants("cpu", FLASH) if name == "cpp"]
@@ -57,7 +57,7 @@ CASES = (
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_blocks_in_cpp(case, dtype, generator):
-    on_every_set(FLASH, FLASH.sample(case, dtype, CPU, generator), generator, case)
+    on_every_set(FLASH, FLASH.workload.sample(case, dtype, CPU, generator), generator, case)
 
 
 # Triton's have 64 to 128 of each.
@@ -69,7 +69,7 @@ TRITON = (dense(140, 200, 2, 1, 32, window=(90, 20), softcap=5.0),
 @pytest.mark.parametrize("case", TRITON, ids=str)
 def test_blocks_in_triton(case, dtype, generator):
     pytest.importorskip("triton")
-    sample = FLASH.sample(case, dtype, CPU, generator)
+    sample = FLASH.workload.sample(case, dtype, CPU, generator)
     upstream = draw_upstream(FLASH, sample, 1.0, generator)
     assert_ladder(FLASH, [Draw(sample, run(FLASH, sample, "triton", upstream), upstream)], str(case))
 
@@ -87,14 +87,14 @@ def with_small_scores(sample):
 def test_weights_that_are_almost_equal(queries, options, generator):
     dims = {"batch": 6, "queries": queries, "keys": 300, "heads": 2, "kv_heads": 1, "head_dim": 32, **options}
     case = Case("blocks", dims)
-    on_every_set(FLASH, with_small_scores(FLASH.sample(case, torch.float32, CPU, generator)), generator, case)
+    on_every_set(FLASH, with_small_scores(FLASH.workload.sample(case, torch.float32, CPU, generator)), generator, case)
 
 
 @pytest.mark.parametrize("new,draws", ((1, 24), (40, 6)))
 def test_weights_that_are_almost_equal_over_a_cache(new, draws, generator):
     case = Case("blocks", {"new": (new,) * draws, "cached": (300 - new,) * draws, "heads": 4, "kv_heads": 1, "head_dim": 32,
                            "block_size": 64})
-    on_every_set(PAGED, with_small_scores(PAGED.sample(case, torch.float32, CPU, generator)), generator, case)
+    on_every_set(PAGED, with_small_scores(PAGED.workload.sample(case, torch.float32, CPU, generator)), generator, case)
 
 
 def test_no_more_states_than_the_threads_need(as_it_comes, generator):

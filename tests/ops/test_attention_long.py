@@ -8,11 +8,11 @@ from shared import OPS, assert_bitwise, instruction_set
 from test_paged_attention import ends, paged
 
 from internlm2_kernels import flash_attention, paged_attention
-from internlm2_kernels._registry import Sample
 from internlm2_kernels.testing import _rung, ladder_table, run
+from internlm2_kernels.workloads import Sample
 
 OP = OPS["flash_attention"]
-SDPA, SDPA_EXPANDED = OP.eager.values()  # with enable_gqa SDPA's backward takes over 20 times as long on CPU
+SDPA, SDPA_EXPANDED = OP.workload.eager.values()  # with enable_gqa SDPA's backward takes over 20 times as long on CPU
 SETS = [isa for backend, isa in variants("cpu", OP) if backend == "cpp"]
 DTYPES = (torch.bfloat16, torch.float32)
 GIB = 2**30

@@ -9,8 +9,8 @@ from head_inputs import BACKENDS, NATIVE, draw, head
 from shared import OPS, assert_bitwise, instruction_set
 
 import internlm2_kernels as ik
-from internlm2_kernels._registry import Case
 from internlm2_kernels.testing import Draw, assert_ladder, draw_upstream, run
+from internlm2_kernels.workloads import Case
 
 ISAS = ("avx2", "avx512", "avx512_bf16", "amx")
 
@@ -87,7 +87,7 @@ def test_ladder_at_seeds_where_lse_rounds_badly(op, backend):
     for dims, seeds in SEEDS[op.name]:
         for seed in seeds[:1] if backend == "triton" else seeds:
             generator = torch.Generator().manual_seed(seed)
-            sample = op.sample(Case("drawn", dims), torch.float32, torch.device("cpu"), generator)
+            sample = op.workload.sample(Case("drawn", dims), torch.float32, torch.device("cpu"), generator)
             upstream = draw_upstream(op, sample, 1.0, generator)
             for isa in builds(op.name) if backend == "cpp" else [""]:
                 with instruction_set(isa):

@@ -162,7 +162,7 @@ def gradients_of_others(shape, seed):
     data = [randn(1, 2048, h, dim, seed=4 * seed + i).bfloat16() for i, h in enumerate((heads, kv_heads, kv_heads, heads))]
     with instruction_set(NATIVE[-1][1]):
         gold = gradients(lambda q, k, v: flash_attention(q, k, v, causal=True, backend="cpp"), [t.double() for t in data])
-    return data, gold, [gradients(lambda *t, form=form: form(*t, causal=True), data) for form in OP.eager.values()]
+    return data, gold, [gradients(lambda *t, form=form: form(*t, causal=True), data) for form in OP.workload.eager.values()]
 
 
 @pytest.mark.parametrize("shape", EXACTNESS, ids=str)

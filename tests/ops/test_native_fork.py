@@ -21,7 +21,7 @@ CHILD = """
     import torch
     from shared import Recorder
     from internlm2_kernels import OPS
-    from internlm2_kernels._registry import Case
+    from internlm2_kernels.workloads import Case
     from internlm2_kernels.testing import draw_upstream, run
 
     SIZES = {{"rows": 512, "cols": 1024, "tokens": 512, "heads": 8, "kv_heads": 2, "head_dim": 128}}
@@ -30,10 +30,10 @@ CHILD = """
     for op in OPS.values():
         if "cpp" not in op.usable["cpu"]:
             continue
-        case = next(c for c in op.cases if c.kind == "smoke")
+        case = next(c for c in op.workload.cases if c.kind == "smoke")
         case = Case("fork", {{key: SIZES.get(key, value) for key, value in case.dims.items()}})
         generator = torch.Generator().manual_seed(0)
-        sample = op.sample(case, op.dtypes[0], torch.device("cpu"), generator)
+        sample = op.workload.sample(case, op.dtypes[0], torch.device("cpu"), generator)
         with Recorder() as recorder:
             run(op, sample, "cpp", draw_upstream(op, sample, 1.0, generator))
         calls += [call for call in recorder.calls if call[0].namespace == "internlm2"]

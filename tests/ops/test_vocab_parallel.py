@@ -9,9 +9,9 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from internlm2_kernels import OPS, linear_cross_entropy
-from internlm2_kernels._registry import Sample
 from internlm2_kernels.distributed import vocab_parallel, vocab_parallel_linear_cross_entropy
 from internlm2_kernels.testing import Draw, ladder, ladder_table
+from internlm2_kernels.workloads import Sample
 
 VOCAB = 131
 ROWS = ((0, 50), (50, 131))  # uneven shards

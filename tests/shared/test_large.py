@@ -13,8 +13,8 @@ import test_large_parameters  # noqa: F401
 import torch
 from shared import OPS, sample_of
 
-from internlm2_kernels._registry import Case, Sample
 from internlm2_kernels.testing import run
+from internlm2_kernels.workloads import Case, Sample
 
 PERIOD = 1024  # the large tensors repeat these rows, so the small call gives every row of the large result
 
@@ -58,7 +58,7 @@ WIDE = [
 
 def repeated(wide: Wide, sample: Sample, times: int) -> Sample:
     """The sample's rows `times` times, and what does not count rows as it is."""
-    batched = (*OPS[wide.op].batched, *wide.batched)
+    batched = (*OPS[wide.op].workload.batched, *wide.batched)
     inputs = {n: v for n, v in sample.inputs.items() if n not in wide.same}
     for name, value in inputs.items():
         if name in wide.expanded:

@@ -26,8 +26,8 @@ from large import (
 from shared import OPS
 
 import internlm2_kernels as ik
-from internlm2_kernels._registry import Sample
 from internlm2_kernels.testing import run
+from internlm2_kernels.workloads import Sample
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.usefixtures("as_it_comes")]
 

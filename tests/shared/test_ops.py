@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shared import DTYPES, Recorder, assert_bitwise, row_count, sample_of, small_cases, smoke_cases, strided_copies
 
-from internlm2_kernels._registry import Case
-from internlm2_kernels.testing import Draw, assert_ladder, draw_upstream, ladder, run, with_leaves
+from internlm2_kernels.testing import Draw, assert_ladder, draw_upstream, flat, ladder, run, with_leaves
+from internlm2_kernels.workloads import Case
 
 backend, native, pytest_generate_tests = parameters.backend, parameters.native, parameters.pytest_generate_tests
 
@@ -87,7 +87,7 @@ def test_gradcheck(op, variant, backend, device, generator):
             continue  # an infinity less an infinity is no finite difference
 
         def function(*tensors, sample=sample):
-            return op.public(**{**sample.inputs, **dict(zip(sample.grad, tensors, strict=True))}, backend=backend)
+            return flat(op.public(**{**sample.inputs, **dict(zip(sample.grad, tensors, strict=True))}, backend=backend))
 
         assert torch.autograd.gradcheck(function, leaves, fast_mode=sum(leaf.numel() for leaf in leaves) > 300)
 
@@ -96,7 +96,7 @@ def _dims(op):
     """Sizes around the edges of vectors and tiles, and every mixture of options, from the cases that the operator has."""
     cases = small_cases(op)
     limits = {"rows": (0, 40, 1), "tokens": (0, 40, 1), "cols": (1, 150, 1), "kv_heads": (1, 3, 1), "heads": (1, 6, 1),
-              "head_dim": (2, 140, 2), **op.domain}
+              "head_dim": (2, 140, 2), **op.workload.domain}
     options = {key: sorted({case.dims.get(key) for case in cases}, key=str) for case in cases for key in case.dims
                if key not in limits and not isinstance(case.dims[key], tuple)}
 
@@ -176,8 +176,7 @@ def test_export(op, variant, backend, native, device, generator):
         program = torch.export.export(Module(), (), tensors)
         assert any("internlm2" in str(node.target) for node in program.graph.nodes)
         got, want = program.module()(**tensors), op.public(**sample.inputs, backend=backend)
-    as_tuple = lambda v: (v,) if isinstance(v, torch.Tensor) else tuple(v)
-    assert_bitwise(dict(enumerate(as_tuple(got))), dict(enumerate(as_tuple(want))), "export")
+    assert_bitwise(dict(enumerate(flat(got))), dict(enumerate(flat(want))), "export")
 
 
 def test_switching_the_backend_recompiles(op, device, generator):

@@ -21,8 +21,8 @@ from shared import (
     widened,
 )
 
-from internlm2_kernels._registry import Case
-from internlm2_kernels.testing import draw_upstream, run, with_leaves
+from internlm2_kernels.testing import draw_upstream, flat, run, with_leaves
+from internlm2_kernels.workloads import Case
 
 backend, native, pytest_generate_tests = parameters.backend, parameters.native, parameters.pytest_generate_tests
 
@@ -100,7 +100,7 @@ def test_strides(op, variant, backend, native, device, generator):
         upstream = draw_upstream(op, sample, 1.0, generator)
         want = run(op, sample, backend, upstream)
         for argument, value in sample.inputs.items():
-            if not isinstance(value, torch.Tensor) or value.dim() == 0 or argument in op.contiguous:
+            if not isinstance(value, torch.Tensor) or value.dim() == 0 or argument in op.workload.contiguous:
                 continue
             for what, strided in strided_copies(value):
                 assert_bitwise(run(op, replaced(sample, **{argument: strided}), backend, upstream), want, f"{argument} {what}")
@@ -120,20 +120,20 @@ def test_strides(op, variant, backend, native, device, generator):
 def test_leading_dimensions(op, variant, backend, native, device, generator):
     """Four leading dimensions give the rows of the flat call; what the first dimension counts is split in three."""
     case = smoke_cases(op)[0]
-    if op.name == "rope_table" or not op.rowwise:
+    if op.name == "rope_table" or not op.workload.rowwise:
         pytest.skip(f"the dimensions of {op.name} are fixed")
     case = Case("lead", {**case.dims, "rows" if "rows" in case.dims else "tokens": 12, "positions": "int64"})
     sample = sample_of(op, case, torch.float32, device, generator)
     want = run(op, sample, backend)
     lead = {n: v.view(2, 3, 2, *v.shape[1:]) for n, v in sample.inputs.items()
-            if n in op.batched and isinstance(v, torch.Tensor) and v.shape[0] == 12}
+            if n in op.workload.batched and isinstance(v, torch.Tensor) and v.shape[0] == 12}
     got = run(op, replaced(sample, **lead), backend)
     assert_bitwise({n: v.flatten(0, 2) for n, v in got.items()}, want)
 
 
 def test_leading_dimensions_backward(op, variant, backend, native, device, generator):
     """Gradients through four leading dimensions, of a contiguous and of a transposed input."""
-    if "backward" not in op.directions or not op.rowwise:
+    if "backward" not in op.directions or not op.workload.rowwise:
         pytest.skip("no backward, or fixed dimensions")
     case = smoke_cases(op)[0]
     case = Case("lead", {**case.dims, "rows" if "rows" in case.dims else "tokens": 12, "positions": "int64"})
@@ -141,7 +141,7 @@ def test_leading_dimensions_backward(op, variant, backend, native, device, gener
     upstream = draw_upstream(op, sample, 1.0, generator)
     want = run(op, sample, backend, upstream)
     shaped = {n: v.view(2, 3, 2, *v.shape[1:]) for n, v in sample.inputs.items()
-              if n in op.batched and isinstance(v, torch.Tensor) and v.shape[0] == 12}
+              if n in op.workload.batched and isinstance(v, torch.Tensor) and v.shape[0] == 12}
     up = {n: v.view(2, 3, 2, *v.shape[1:]) for n, v in upstream.items()}
     turned = {n: v.transpose(0, 1).contiguous().transpose(0, 1) for n, v in shaped.items()}
     for inputs in (shaped, turned):
@@ -154,7 +154,7 @@ def test_leading_dimensions_backward(op, variant, backend, native, device, gener
 @pytest.mark.parametrize("shape", ((0,), (0, 3), (2, 0, 3), (2, 3, 0)), ids=str)
 def test_nothing_in_any_dimension(op, variant, backend, native, shape, device, generator):
     """Empty leading dimensions of every rank, and the expanded gradient that `.sum().backward()` brings."""
-    if not op.rowwise:
+    if not op.workload.rowwise:
         pytest.skip(f"the dimensions of {op.name} are fixed")
     case = smoke_cases(op)[0]
     case = Case("empty", {**case.dims, "rows" if "rows" in case.dims else "tokens": 0, "positions": "int64"})
@@ -162,10 +162,9 @@ def test_nothing_in_any_dimension(op, variant, backend, native, shape, device, g
     if op.name == "rope_table" and len(shape) > 1:
         pytest.skip("positions have one dimension")
     empty = {n: v.reshape(*shape, *v.shape[1:]) for n, v in sample.inputs.items()
-             if n in op.batched and isinstance(v, torch.Tensor) and v.shape[0] == 0}
+             if n in op.workload.batched and isinstance(v, torch.Tensor) and v.shape[0] == 0}
     sample = with_leaves(replaced(sample, **empty))
-    outputs = op.public(**sample.inputs, backend=backend)
-    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    outputs = flat(op.public(**sample.inputs, backend=backend))
     assert all(o.shape[: len(shape)] == shape for o in outputs)
     if sample.grad:
         sum(o.sum() for o in outputs).backward()
@@ -195,5 +194,5 @@ def test_native_calls_run_no_aten_compute(op, variant, backend, device, generato
         names = [call[0]._schema.name for call in recorder.calls]
         assert any(n.startswith("internlm2::") for n in names)
         foreign = {n for n in names if not n.startswith("internlm2::")
-                   and n.removeprefix("aten::") not in allowed | set(op.copies)}
+                   and n.removeprefix("aten::") not in allowed | set(op.workload.copies)}
         assert not foreign, f"{case}: {foreign}"

@@ -14,8 +14,8 @@ import pytest
 import torch
 from shared import OPS, sample_of
 
-from internlm2_kernels._registry import Case, Sample
 from internlm2_kernels.testing import EPS_TERMS
+from internlm2_kernels.workloads import Case, Sample
 
 # The small number of rows is no power of two, so that an index that wrapped around would find another row's numbers.
 ROWS, COLS, TIMES = 1026, 4096, 512  # of matrices: 2^31 + 2^22 elements
@@ -77,7 +77,8 @@ def need(gib: float) -> None:
 def joined(op, first: Sample, last: Sample, times: int) -> Sample:
     """The large sample: what counts rows repeated, the rest as it is."""
     same_rows = lambda v: isinstance(v, torch.Tensor) and v.dim() > 0
-    inputs = {name: repeated(value, times, last.inputs[name]) if name in OPS[op].batched and same_rows(value) else value
+    batched = OPS[op].workload.batched
+    inputs = {name: repeated(value, times, last.inputs[name]) if name in batched and same_rows(value) else value
               for name, value in first.inputs.items()}
     return Sample(inputs, first.grad)
 

@@ -6,8 +6,9 @@ import torch
 from cells import SETS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from internlm2_kernels._registry import _C, OPS, Case, Op, Sample
+from internlm2_kernels._registry import _C, OPS, Op
 from internlm2_kernels.testing import draw_upstream, run
+from internlm2_kernels.workloads import Case, Sample
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,15 +28,15 @@ def instruction_set(isa: str):
 
 
 def small_cases(op: Op) -> list[Case]:
-    return [case for case in op.cases if case.kind in ("smoke", "edge")]
+    return [case for case in op.workload.cases if case.kind in ("smoke", "edge")]
 
 
 def smoke_cases(op: Op) -> list[Case]:
-    return [case for case in op.cases if case.kind == "smoke"]
+    return [case for case in op.workload.cases if case.kind == "smoke"]
 
 
 def sample_of(op: Op, case: Case, dtype: torch.dtype, device, generator) -> Sample:
-    return op.sample(case, dtype, torch.device(device), generator)
+    return op.workload.sample(case, dtype, torch.device(device), generator)
 
 
 def forward_backward(op: Op, sample: Sample, backend: str, generator) -> dict[str, torch.Tensor]:
@@ -65,7 +66,7 @@ def replaced(sample: Sample, **inputs) -> Sample:
 def rows_between(op: Op, sample: Sample, count: int, begin: int, end: int) -> Sample:
     """The sample's rows [begin, end): what a smaller batch holds."""
     part = {name: value[begin:end] for name, value in sample.inputs.items()
-            if name in op.batched and isinstance(value, torch.Tensor) and value.shape[0] == count}
+            if name in op.workload.batched and isinstance(value, torch.Tensor) and value.shape[0] == count}
     return replaced(sample, **part)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from internlm2_kernels import OPS
-from internlm2_kernels._registry import Case
+from internlm2_kernels.workloads import Case
 from tools.timing import Peaks
 
 for needed in ("pytest_benchmark", "matplotlib", "rich"):
@@ -33,7 +33,7 @@ def test_plan_covers_the_registry_and_every_gate_is_measured():
     every = suite.plan(list(OPS), ["forward", "backward", "both", "call"], [torch.bfloat16, torch.float32], quick=False)
     for op in OPS.values():
         planned = {(str(p.case), p.dtype, p.kind) for p in every if p.op is op}
-        for case in op.cases:
+        for case in op.workload.cases:
             if case.kind == "model":
                 dtypes = {torch.bfloat16, torch.float32} & set(op.dtypes) & set(case.dtypes or op.dtypes)
                 kinds = {"forward", "training"} if "backward" in op.directions else {"forward"}
@@ -90,11 +90,11 @@ def test_rows_of_a_real_run(measured):
     for row in rows:
         low, high = row.seconds[1:]
         assert 0 < low <= row.seconds[0] <= high and set(row.against) == {"eager"} and row.red == ""
-        assert row.against["eager"]["form"] in OPS["rms_norm"].eager
+        assert row.against["eager"]["form"] in OPS["rms_norm"].workload.eager
     forward = rows[1]
-    assert forward.bytes == OPS["rms_norm"].bytes(SMALL.dims, 4, "forward")
+    assert forward.bytes == OPS["rms_norm"].workload.bytes(SMALL.dims, 4, "forward")
     assert forward.bytes_per_s == pytest.approx(forward.bytes / forward.seconds[0])
-    assert rows[5].bytes == forward.bytes + OPS["rms_norm"].bytes(SMALL.dims, 4, "backward")
+    assert rows[5].bytes == forward.bytes + OPS["rms_norm"].workload.bytes(SMALL.dims, 4, "backward")
 
 
 def test_record_is_a_pytest_benchmark_file(measured):
@@ -128,7 +128,7 @@ def test_plot_and_markdown_of_a_run(measured, tmp_path):
 def test_red_operator_gets_no_number():
     """An implementation that fails its ladder is not timed; the row says so and so does the table."""
     op = OPS["rms_norm"]
-    planted = SimpleNamespace(**{f.name: getattr(op, f.name) for f in fields(op)}, select=op.select)
+    planted = SimpleNamespace(**{f.name: getattr(op, f.name) for f in fields(op)}, select=op.select, workload=op.workload)
     planted.public = lambda x, weight, *args, backend=None, **kwargs: op.public(x, weight * 1.5, *args, **kwargs)
     timer = bench()
     rows, paired = timer.run(suite.Pass(planted, SMALL, torch.float32, "forward"))

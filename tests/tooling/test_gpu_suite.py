@@ -15,7 +15,7 @@ for needed in ("pytest_benchmark", "matplotlib", "rich"):
 from benchmarks import __main__ as command  # noqa: E402 (skipped above where pytest-benchmark is missing)
 from benchmarks import gates, plot, record, report, suite  # noqa: E402
 from internlm2_kernels import OPS  # noqa: E402
-from internlm2_kernels._registry import Case  # noqa: E402
+from internlm2_kernels.workloads import Case  # noqa: E402
 from tools.timing import Paired, Peaks  # noqa: E402
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -164,7 +164,8 @@ def test_a_peer_may_refuse_sizes_but_not_all_of_them():
 
 def test_one_of_two_backends_may_be_red():
     op = OPS["rms_norm"]
-    planted = types.SimpleNamespace(**{f.name: getattr(op, f.name) for f in dataclasses.fields(op)}, select=op.select)
+    fields = {f.name: getattr(op, f.name) for f in dataclasses.fields(op)}
+    planted = types.SimpleNamespace(**fields, select=op.select, workload=op.workload)
     planted.usable = {"cpu": ("reference", "cpp", "cuda")}
     planted.public = lambda x, weight, *args, backend=None, **kwargs: op.reference(
         x, weight * (1.5 if backend == "cuda" else 1), *args, **kwargs)
@@ -180,7 +181,7 @@ def synthetic(folder, monkeypatch):
     monkeypatch.setattr(record, "machine", lambda device: info)
     run, timer = record.Record(folder, CUDA, PEAKS, {"ops": ["flash_attention"]}, commit_id="c" * 40), bench()
     timer.device = CUDA
-    case = next(c for c in OPS["flash_attention"].cases if c.kind == "gpu")
+    case = next(c for c in OPS["flash_attention"].workload.cases if c.kind == "gpu")
     for kind, stages in (("forward", ["forward"]), ("training", ["backward", "both"])):
         job = suite.Pass(OPS["flash_attention"], case, torch.bfloat16, kind)
         names = {"ours triton": 1.0, "eager SDPA": 1.2, "cudnn": 0.9, "flash": 1.6, "efficient": 2.5, "flex": 1.4, "clone": 0.1}
@@ -248,7 +249,7 @@ def test_flex_decoding_is_the_decoding_of_one_token(monkeypatch):
     monkeypatch.setitem(peers._compiled, "flex", flex_attention)
     op, peer = OPS["paged_attention"], peers.PEERS["paged_attention"]["flex"]
     assert suite.check(op, torch.float32, CPU, {"flex": peer}) == {}
-    sample = op.sample(peers.CHECKED["paged_attention"][0], torch.float32, CPU, torch.Generator().manual_seed(0))
+    sample = op.workload.sample(peers.CHECKED["paged_attention"][0], torch.float32, CPU, torch.Generator().manual_seed(0))
     torch.testing.assert_close(peer(**sample.inputs), op.public(**sample.inputs))
     with pytest.raises(NotImplementedError, match="equal lengths"):
-        peer(**op.sample(op.cases[0], torch.float32, CPU, torch.Generator().manual_seed(0)).inputs)
+        peer(**op.workload.sample(op.workload.cases[0], torch.float32, CPU, torch.Generator().manual_seed(0)).inputs)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from internlm2_kernels import OPS, testing
-from internlm2_kernels._registry import Case
 from internlm2_kernels.testing import Draw, ladder, run
+from internlm2_kernels.workloads import Case
 from tools import timing
 from tools.timing import Contender, interleave, quantiles, turns
 
@@ -173,7 +173,7 @@ def test_same_name_twice_and_too_many_threads_are_errors():
 @pytest.fixture
 def laddered(generator):
     op = OPS["rms_norm"]
-    sample = op.sample(Case("smoke", {"rows": 9, "cols": 40, "residual": True}), torch.bfloat16, CPU, generator)
+    sample = op.workload.sample(Case("smoke", {"rows": 9, "cols": 40, "residual": True}), torch.bfloat16, CPU, generator)
     upstream = testing.draw_upstream(op, sample, 1.0, generator)
     return op, sample, run(op, sample, "reference", upstream), upstream
 

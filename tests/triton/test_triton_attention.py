@@ -11,8 +11,9 @@ from far import assert_far
 
 import internlm2_kernels as ik
 from internlm2_kernels._device_errors import CODES, error_word
-from internlm2_kernels._registry import OPS, Case
+from internlm2_kernels._registry import OPS
 from internlm2_kernels.testing import Draw, assert_ladder, draw_upstream, run
+from internlm2_kernels.workloads import Case
 
 pytest.importorskip("triton")
 attention, flash, flash_bwd, paged, common = (
@@ -108,7 +109,7 @@ def test_every_tile_keeps_the_ladder(arch, head_dim, device, generator, monkeypa
     case = Case("edge", {"lengths": (40, 0, 3), "heads": 2, "kv_heads": 1, "head_dim": head_dim, "causal": True,
                          "return_lse": True})
     for dtype in (torch.float16,) if head_dim > 40 or arch != 90 else (torch.float16, torch.float32):
-        sample = FLASH.sample(case, dtype, device, generator)
+        sample = FLASH.workload.sample(case, dtype, device, generator)
         upstream = draw_upstream(FLASH, sample, 1.0, generator)
         assert_ladder(FLASH, [Draw(sample, run(FLASH, sample, "triton", upstream), upstream)], f"sm_{arch} {case}")
 
@@ -119,7 +120,7 @@ def test_every_tile_keeps_the_ladder(arch, head_dim, device, generator, monkeypa
 def test_several_splits(options, dtype, device, generator, short_splits):
     case = Case("edge", {"batch": 1, "queries": 70, "keys": 300, "heads": 2, "kv_heads": 1, "head_dim": 32,
                          "return_lse": True, **options})
-    sample = FLASH.sample(case, dtype, device, generator)
+    sample = FLASH.workload.sample(case, dtype, device, generator)
     assert_ladder(FLASH, [Draw(sample, run(FLASH, sample, "triton", {}))], str(case))
 
 
@@ -174,7 +175,7 @@ def test_decode_is_prefill_bit_for_bit(dtype, chunk, window, alone, device, gene
 def test_division_of_the_splits_changes_no_bit(most, device, generator, short_splits, monkeypatch):
     case = Case("edge", {"new": (1, 3), "cached": (400, 0), "heads": 2, "kv_heads": 1, "head_dim": 32, "block_size": 5,
                          "return_lse": True})
-    sample = PAGED.sample(case, torch.float16, device, generator)
+    sample = PAGED.workload.sample(case, torch.float16, device, generator)
     call = lambda: ik.paged_attention(**sample.inputs, backend="triton")
     monkeypatch.setattr(paged, "ENOUGH_PROGRAMS", 0)
     want = call()
@@ -273,7 +274,7 @@ def test_paged_indices_that_cannot_be(wrong, alone, device, generator, clean_wor
     monkeypatch.setattr(paged, "ENOUGH_PROGRAMS", 10**6 if alone else 0)
     case = Case("edge", {"new": (1, 3, 2), "cached": (20, 140, 7), "heads": 4, "kv_heads": 2, "head_dim": 32,
                          "block_size": 16})
-    inputs = PAGED.sample(case, torch.float16, device, generator).inputs
+    inputs = PAGED.workload.sample(case, torch.float16, device, generator).inputs
     want, want_lse = paged_call(inputs)
     ik.check()
     inputs[argument][index] = value
@@ -288,7 +289,7 @@ def test_paged_indices_that_cannot_be(wrong, alone, device, generator, clean_wor
 
 def test_paged_boundaries_that_cannot_be(device, generator, clean_word):
     case = Case("edge", {"new": (1, 3), "cached": (20, 40), "heads": 4, "kv_heads": 2, "head_dim": 32, "block_size": 16})
-    inputs = PAGED.sample(case, torch.float16, device, generator).inputs
+    inputs = PAGED.workload.sample(case, torch.float16, device, generator).inputs
     inputs["cu_seqlens_q"][1] = 9
     assert all(x.isnan().all() for x in paged_call(inputs))
     with pytest.raises(ValueError, match="^paged_attention: cu_seqlens_q: expected values that start at 0"):
@@ -298,7 +299,7 @@ def test_paged_boundaries_that_cannot_be(device, generator, clean_word):
 def test_int8_scale_of_zero_counts_as_one_and_nan_stays_nan(device, generator):
     case = Case("edge", {"new": (1, 1), "cached": (20, 40), "heads": 2, "kv_heads": 1, "head_dim": 32, "block_size": 8,
                          "int8": True})
-    inputs = PAGED.sample(case, torch.float16, device, generator).inputs
+    inputs = PAGED.workload.sample(case, torch.float16, device, generator).inputs
     first, last = inputs["block_table"][0, 0].long(), inputs["block_table"][1, 0].long()
     for name in ("k_scale", "v_scale"):
         inputs[name][first, 3] = 1.0

@@ -8,8 +8,9 @@ from far import assert_far
 
 import internlm2_kernels as ik
 from internlm2_kernels._device_errors import CODES, error_word
-from internlm2_kernels._registry import _C, OPS, Case
+from internlm2_kernels._registry import _C, OPS
 from internlm2_kernels.testing import Draw, assert_ladder, draw_upstream, run
+from internlm2_kernels.workloads import Case
 
 pytest.importorskip("triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,7 +31,7 @@ def launched(monkeypatch):
 # ------------------------------------------------------------------------------------------------- rows of any length
 def check_rms_norm(dims, dtype, device, generator):
     op = OPS["rms_norm"]
-    sample = op.sample(Case("edge", dims), dtype, device, generator)
+    sample = op.workload.sample(Case("edge", dims), dtype, device, generator)
     upstream = draw_upstream(op, sample, 1.0, generator)
     assert_ladder(op, [Draw(sample, run(op, sample, "triton", upstream), upstream)], str(dims))
 
@@ -101,12 +102,12 @@ NUMBERS = {"adamw", "ppo_policy_loss", "ppo_value_loss", "reward_loss", "reward_
 
 @pytest.mark.parametrize("op", [op for op in OPS.values() if "triton" in op.backends], ids=lambda op: op.name)
 def test_nothing_is_launched_for_nothing(op, device, generator, launched):
-    empty = [case for case in op.cases if 0 in map(case.dims.get, EMPTY) or case.dims.get("new") == ()]
+    empty = [case for case in op.workload.cases if 0 in map(case.dims.get, EMPTY) or case.dims.get("new") == ()]
     if op.name in NUMBERS:
         pytest.skip("a loss, a sum or a count of steps is written even so")
     assert empty, "an operator's edge cases hold an empty one"
     for case in empty:
-        sample = op.sample(case, torch.float32, device, generator)
+        sample = op.workload.sample(case, torch.float32, device, generator)
         run(op, sample, "triton", draw_upstream(op, sample, 1.0, generator) if sample.grad else {})
     assert not launched
 
@@ -114,7 +115,7 @@ def test_nothing_is_launched_for_nothing(op, device, generator, launched):
 def test_launches_pin_contraction_and_use_one_grid_axis(launched, device, generator):
     for op in OPS.values():
         if "triton" in op.backends:
-            sample = op.sample(op.cases[0], torch.float32, device, generator)
+            sample = op.workload.sample(op.workload.cases[0], torch.float32, device, generator)
             op.public(**sample.inputs, backend="triton")
     assert len(launched) >= 5 and all(options["enable_fp_fusion"] is False for _, _, options in launched)
     source = inspect.getsource(triton_module("common").launch)

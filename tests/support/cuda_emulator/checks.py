@@ -6,8 +6,8 @@ import sys
 import torch
 
 import internlm2_kernels as ik
-from internlm2_kernels._registry import Case
 from internlm2_kernels.testing import Draw, assert_ladder, draw_upstream, run
+from internlm2_kernels.workloads import Case
 
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
@@ -16,13 +16,13 @@ CPU = torch.device("cpu")
 def ladder(name, case, dtype):
     """Forward and backward within the error ladder; every output poisoned beforehand, so that all of it must be written."""
     op, generator = ik.OPS[name], torch.Generator().manual_seed(7)
-    sample = op.sample(case, dtype, CPU, generator)
+    sample = op.workload.sample(case, dtype, CPU, generator)
     upstream = draw_upstream(op, sample, 1.0, generator)
     assert_ladder(op, [Draw(sample, run(op, sample, "cuda", upstream), upstream)], f"{case} {dtype}")
 
 
 def small(name):
-    for case in ik.OPS[name].cases:
+    for case in ik.OPS[name].workload.cases:
         for dtype in LOW if case.kind in ("smoke", "edge") else ():
             ladder(name, case, dtype)
 

@@ -1,0 +1,55 @@
+"""What apply_rope and qkv_rope share: the rotation in plain PyTorch, and the checks of tables and positions."""
+
+import torch
+
+from .._checks import check_device, fail
+
+
+def rows_of_table(cos, sin, positions, acc):
+    """cos and sin of every token, [T, 1, d/2]; NaN where a position is outside the table."""
+    if positions is None:
+        return cos.to(acc).unsqueeze(-2), sin.to(acc).unsqueeze(-2)
+    positions = positions.flatten()
+    inside = ((positions >= 0) & (positions < cos.shape[0]))[:, None]
+    safe = positions.clamp(0, max(cos.shape[0] - 1, 0))
+    pick = lambda table: torch.where(inside, table.to(acc)[safe], float("nan")).unsqueeze(-2)
+    return pick(cos), pick(sin)
+
+
+def rotate(x, cos, sin, interleaved=False):
+    """x [T, H, d] turned by the angles of cos, sin [T, 1, d/2]; differentiable, rounded once."""
+    acc = cos.dtype
+    if interleaved:
+        a, b = x[..., 0::2].to(acc), x[..., 1::2].to(acc)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x.dtype)
+    a, b = x.to(acc).chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+def check_tables(op, x, cos, sin, positions, tokens, head_dim, argument):
+    """cos, sin [P, d/2] and positions (or one table row a token), all on the device of `argument`."""
+    for name, table in (("cos", cos), ("sin", sin)):
+        if not isinstance(table, torch.Tensor):
+            fail(TypeError, op, name, "a tensor", type(table).__name__)
+        if table.dtype != torch.float32 and (table.dtype != torch.float64 or x.dtype != torch.float64):
+            fail(TypeError, op, name, "float32", table.dtype)
+        check_device(op, name, table, x, argument)
+        if table.requires_grad:
+            fail(ValueError, op, name, "a tensor that requires no gradient", "requires_grad=True")
+    if cos.dim() != 2 or cos.shape[1] * 2 != head_dim:
+        fail(ValueError, op, "cos", f"shape [P, {head_dim // 2}] (half the head size)", list(cos.shape))
+    if sin.shape != cos.shape or sin.dtype != cos.dtype:
+        fail(ValueError, op, "sin", f"shape and dtype of cos, {list(cos.shape)} {cos.dtype}",
+             f"{list(sin.shape)} {sin.dtype}")
+    if positions is None:
+        if cos.shape[0] != tokens:
+            fail(ValueError, op, "cos", f"one row a token, {tokens}, where positions are not given", cos.shape[0])
+        return
+    if not isinstance(positions, torch.Tensor) or positions.dtype not in (torch.int32, torch.int64):
+        fail(TypeError, op, "positions", "an int32 or int64 tensor", getattr(positions, "dtype", type(positions).__name__))
+    if tuple(positions.shape) != tuple(x.shape[: positions.dim()]) or positions.numel() != tokens:
+        fail(ValueError, op, "positions", f"one position a token, the leading shape of {argument}",
+             list(positions.shape))
+    check_device(op, "positions", positions, x, argument)
+    if cos.shape[0] == 0 and tokens > 0:
+        fail(ValueError, op, "cos", "at least one row", 0)

@@ -1,7 +1,8 @@
-"""Elementary functions of float32 to within about 2 ulp, written out so that compiled and interpreted kernels agree.
+"""Elementary functions of float32 with errors of about 2 ulp, which give the same results compiled and interpreted.
 
-The hardware's exp2 of x * log2(e) is off by |x| / 2 ulp or so, which softmax does not feel (there large |x| means a small
-result) but a ratio exp(x) does; libdevice's functions do not run in Triton's interpreter.
+The hardware's exp2(x * log2(e)) has an error of about |x| / 2 ulp. Softmax tolerates it, because there a large |x| means a
+small result; a probability ratio exp(x) does not. libdevice's functions are no alternative: they do not run in Triton's
+interpreter.
 """
 
 import triton
@@ -10,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def _series(r):
-    """exp(r) - 1 for |r| <= 0.35: Taylor's series, whose rest is below 1e-9."""
+    """exp(r) - 1 for |r| <= 0.35 by its Taylor series; the truncation error is below 1e-9."""
     t = tl.fma(r, 1.0 / 5040, 1.0 / 720)
     t = tl.fma(t, r, 1.0 / 120)
     t = tl.fma(t, r, 1.0 / 24)
@@ -21,13 +22,13 @@ def _series(r):
 
 @triton.jit
 def _exponential(x):
-    """exp(x): a power of two times the series of the rest. 0 where the result would be subnormal."""
-    x = tl.where(x < -104.0, -104.0, x)  # not tl.maximum, which would drop a NaN
+    """exp(x) as 2^n * exp(r) with |r| <= ln(2) / 2. The result is 0 where it would be subnormal."""
+    x = tl.where(x < -104.0, -104.0, x)  # tl.maximum would not propagate a NaN
     x = tl.where(x > 89.0, 89.0, x)
-    n = tl.floor(x * 1.4426950408889634 + 0.5)
-    r = tl.fma(n, -0.693359375, x)  # ln 2 in two parts, the first of few enough bits for an exact product
+    n = tl.floor(tl.fma(x, 1.4426950408889634, 0.5))
+    r = tl.fma(n, -0.693359375, x)  # ln(2) in two parts; n times the first part is exact
     r = tl.fma(n, 2.12194440e-4, r)
-    return (1.0 + _series(r)) * tl.exp2(n - 1.0) * 2.0  # in two steps: 2^128 is no float32
+    return (1.0 + _series(r)) * tl.exp2(n - 1.0) * 2.0  # in two steps, because float32 has no 2^128
 
 
 @triton.jit
@@ -38,7 +39,7 @@ def _expm1(x):
 
 @triton.jit
 def _expm1_less_x(x):
-    """exp(x) - 1 - x without cancellation: x^2 / 2 near 0."""
+    """exp(x) - 1 - x without cancellation near 0, where it is about x^2 / 2."""
     t = tl.fma(x, 1.0 / 479001600, 1.0 / 39916800)
     t = tl.fma(t, x, 1.0 / 3628800)
     t = tl.fma(t, x, 1.0 / 362880)
@@ -54,7 +55,7 @@ def _expm1_less_x(x):
 
 @triton.jit
 def _log1p(y):
-    """log(1 + y) for 0 <= y <= 1: 2 atanh(y / (2 + y)) as a series."""
+    """log(1 + y) for 0 <= y <= 1 by the series of 2 atanh(y / (2 + y))."""
     s = tl.div_rn(y, 2.0 + y)
     q = s * s
     t = tl.fma(q, 1.0 / 17, 1.0 / 15)

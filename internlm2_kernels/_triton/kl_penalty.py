@@ -1,4 +1,4 @@
-"""Estimators of a KL divergence by token. Contract: ops/kl_penalty.py. Each element by itself, one launch each way."""
+"""KL divergence estimators for each token. Contract: ops/kl_penalty.py. Elementwise: one kernel forward, one backward."""
 
 import torch
 import triton
@@ -64,6 +64,7 @@ def kl_penalty_bwd(dkl, logprobs, ref_logprobs, estimator, needs_ref):
 
 
 def audit(dtype, meta):
+    """Launches whose kernels the static audit compiles."""
     x, d = meta(8192, dtype=dtype), meta(8192, dtype=torch.float32)
     for estimator in (1, 2, 3):
         yield f"k{estimator}", lambda e=estimator: kl_penalty_fwd(x, x, e)

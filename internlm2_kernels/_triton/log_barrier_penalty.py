@@ -1,4 +1,4 @@
-"""Log-barrier penalty of rewards. Contract: ops/log_barrier_penalty.py. Each element by itself, one launch each way."""
+"""Log-barrier penalty of rewards. Contract: ops/log_barrier_penalty.py. Elementwise: one kernel forward, one backward."""
 
 import torch
 import triton
@@ -11,12 +11,12 @@ BLOCK = 1024
 
 @triton.jit
 def _barrier(x, bound, margin, CLAMP: tl.constexpr):
-    """(penalty, slope): -(log(x + bound) + log(bound - x)) inside the edge bound (1 - margin); outside its tangent there, or,
-    with CLAMP, its value."""
+    """The penalty and its derivative. For |x| up to the edge bound * (1 - margin) the penalty is
+    -(log(bound + x) + log(bound - x)); beyond the edge it is the tangent at the edge or, with CLAMP, the value at the edge."""
     edge = bound * (1.0 - margin)
     inside = tl.abs(x) <= edge
     far = tl.abs(x)
-    # at the edge, bound - |x| is bound * margin to the last bit of margin, and no difference of close numbers
+    # At the edge bound - |x| equals bound * margin; the product avoids the cancellation of the difference.
     near = tl.where(inside, bound - far, bound * margin)
     a = tl.where(inside, far, edge)
     slope = tl.div_rn(1.0, near) - tl.div_rn(1.0, bound + a)
@@ -26,8 +26,8 @@ def _barrier(x, bound, margin, CLAMP: tl.constexpr):
     else:
         value = tl.where(inside, value, value + slope * (far - edge))
     slope = tl.where(x < 0.0, -slope, slope)
-    wrong = x != x
-    return tl.where(wrong, x, value), tl.where(wrong, x, slope)
+    is_nan = x != x
+    return tl.where(is_nan, x, value), tl.where(is_nan, x, slope)
 
 
 @triton.jit
@@ -66,6 +66,7 @@ def log_barrier_penalty_bwd(dpenalty, rewards, bound, margin, clamp):
 
 
 def audit(dtype, meta):
+    """Launches whose kernels the static audit compiles."""
     x, d = meta(4096, dtype=dtype), meta(4096, dtype=torch.float32)
     for label, clamp in (("linear", False), ("clamp", True)):
         yield label, lambda c=clamp: log_barrier_penalty_fwd(x, 5.0, 1e-3, c)

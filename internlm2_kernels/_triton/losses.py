@@ -1,7 +1,8 @@
-"""What the losses over labels share: soft-capped logits, the count of valid rows, the sum of rows' losses, scaling.
+"""What the losses over labels share: soft-capped logits, the number of valid rows, the reduction of the rows' losses.
 
-The count is taken from the labels alone, on the device and before the gradients, so that 1 / count can be part of them and
-nothing waits. Sums over rows run in one program, in an order that their number alone decides.
+The count of valid rows is computed from the labels on the device, before the gradients. The gradient kernels can therefore
+divide by it, and the host never waits for it. One program sums over all rows, in an order that depends only on the number of
+rows, so the result is deterministic.
 """
 
 import torch
@@ -11,12 +12,12 @@ import triton.language as tl
 from .attention import _tanh
 from .common import launch, launch_elements
 
-NONE, MEAN = 0, 1  # of `reduction`; 2 is the sum
+NONE, MEAN = 0, 1  # values of `reduction`; 2 is the sum
 
 
 @triton.jit
 def _capped(x, softcap, SOFTCAP: tl.constexpr):
-    """The logit: softcap * tanh(x / softcap) where there is a cap."""
+    """softcap * tanh(x / softcap) with a soft-cap, x without one."""
     if SOFTCAP:
         return softcap * _tanh(x * tl.div_rn(1.0, softcap))
     else:
@@ -25,14 +26,14 @@ def _capped(x, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _cap_slope(logit, softcap):
-    """d logit / d x of the soft-cap, from the capped logit."""
+    """The derivative of the soft-cap, 1 - tanh^2, from the capped logit."""
     t = logit * tl.div_rn(1.0, softcap)
-    return (1.0 - t) * (1.0 + t)
+    return tl.fma(-t, t, 1.0)
 
 
 @triton.jit
 def _store_sum(lse_ptr, row, top, log_z, mask):
-    """lse [rows, 2]: top + log_z, and what its rounding cut off: an infinity leaves nothing."""
+    """lse [rows, 2]: the rounded sum top + log_z and its rounding residual, which is 0 where the sum is infinite."""
     lse = top + log_z
     part = lse - top
     rest = (top - (lse - part)) + (log_z - part)
@@ -43,8 +44,8 @@ def _store_sum(lse_ptr, row, top, log_z, mask):
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
 def reduce_rows_kernel(loss_ptr, labels_ptr, weights_ptr, result_ptr, count_ptr, rows, ignore_index,
                        MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """count = the sum of the valid rows' weights (without weights, their number); result = the sum of the rows' losses, for
-    MEAN over count, over 1 where that is 0."""
+    """count: the sum of the valid rows' weights, or without weights the number of valid rows.
+    result: the sum of the rows' losses; with MEAN, that sum divided by count, or by 1 where count is 0."""
     number = tl.zeros((BLOCK,), tl.int32)
     weight = tl.zeros((BLOCK,), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -78,7 +79,7 @@ def _reduce_rows(loss, labels, weights, result, count, ignore_index, reduction):
 
 
 def count_rows(labels, weights, ignore_index, reduction):
-    """float32 [1], what the mean divides by; None for any other reduction."""
+    """The divisor of the mean, float32 [1]; None for any other reduction."""
     if reduction != MEAN:
         return None
     count = torch.empty(1, dtype=torch.float32, device=labels.device)
@@ -87,7 +88,7 @@ def count_rows(labels, weights, ignore_index, reduction):
 
 
 def reduce_losses(loss, labels, weights, ignore_index, reduction):
-    """The rows' losses as they are, or their mean or sum, 0-dim."""
+    """The rows' losses unchanged, or their mean or sum as a 0-dimensional tensor."""
     if reduction == NONE:
         return loss
     result = torch.empty((), dtype=torch.float32, device=labels.device)
@@ -97,13 +98,13 @@ def reduce_losses(loss, labels, weights, ignore_index, reduction):
 
 @triton.jit
 def _share(upstream_ptr, row, step, weights_ptr, count_ptr, mask):
-    """What multiplies a row's own gradient: upstream gradient (None: 1) times weight, over count."""
+    """The factor of a row's gradient: upstream gradient (None: 1) * weight / count."""
     share = (row * 0 + 1).to(tl.float32)
     if upstream_ptr is not None:
         share = tl.load(upstream_ptr + row * step, mask=mask, other=0.0)
     if weights_ptr is not None:
         weight = tl.load(weights_ptr + row, mask=mask, other=0.0)
-        share = tl.where(weight == 0.0, 0.0, share * weight)  # such a row takes nothing of an infinite upstream
+        share = tl.where(weight == 0.0, 0.0, share * weight)  # 0 even if the upstream gradient is infinite
     if count_ptr is not None:
         count = tl.load(count_ptr)
         share = tl.div_rn(share, tl.where(count == 0.0, 1.0, count))
@@ -112,7 +113,8 @@ def _share(upstream_ptr, row, step, weights_ptr, count_ptr, mask):
 
 @triton.jit
 def _label(labels_ptr, row, mask, ignore_index, vocab, error_ptr, ERROR: tl.constexpr):
-    """(label, ignored, bad): a bad one is neither ignored nor in the vocabulary, and sets the error's bit."""
+    """(label, ignored, bad). A bad label is neither ignored nor in the vocabulary; it sets the bit ERROR of the device's
+    error word."""
     label = tl.load(labels_ptr + row, mask=mask, other=0).to(tl.int64)
     ignored = label == ignore_index
     bad = mask & (ignored == 0) & ((label < 0) | (label >= vocab))
@@ -128,7 +130,7 @@ def scale_kernel(x_ptr, scale_ptr, out_ptr, size, BLOCK: tl.constexpr):
 
 
 def scaled(x, scale, dtype):
-    """x (contiguous) times the 0-dim `scale`, rounded once to `dtype`."""
+    """The contiguous tensor x times the 0-dimensional tensor `scale`, rounded once to `dtype`."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     launch_elements(scale_kernel, x, 4096, dict(x_ptr=x, scale_ptr=scale, out_ptr=out), num_warps=8)
     return out

@@ -1,7 +1,8 @@
 """Rotary tables. Contract: ops/rope_table.py.
 
-cos and sin are computed here, in float64, with a reduction that is exact for angles up to 2^45: float32's own functions
-are off by 2^-21, and the library's float64 ones keep a stack frame for the largest arguments.
+The kernel computes cos and sin in float64 itself, with an argument reduction that is exact for angles up to 2^45. The
+hardware's float32 functions have errors of 2^-21, and libdevice's float64 functions need a stack frame for very large
+arguments.
 """
 
 import torch
@@ -11,7 +12,8 @@ import triton.language as tl
 from .common import launch
 
 BLOCK = 512
-# pi / 2 in three parts of 22, 22 and 53 bits: their products with half of a quarter count (26 bits) are exact.
+# pi / 2 in three parts of 22, 22 and 53 bits. The number of quarter turns is split into two halves of at most 26 bits, whose
+# products with the first two parts are exact.
 HALF_PI_A = tl.constexpr(float.fromhex("0x1.921fb0p+0"))
 HALF_PI_B = tl.constexpr(float.fromhex("0x1.5110bp-22"))
 HALF_PI_C = tl.constexpr(float.fromhex("0x1.18469898cc517p-44"))
@@ -33,7 +35,7 @@ def rope_table_fwd_kernel(positions_ptr, inv_freq_ptr, cos_ptr, sin_ptr, rows, h
     high = tl.floor(quarters * (1.0 / 67108864.0)) * 67108864.0
     low = quarters - high
     r = angle - high * HALF_PI_A - low * HALF_PI_A - high * HALF_PI_B - low * HALF_PI_B - quarters * HALF_PI_C
-    # Taylor series for |r| <= pi / 4: the first terms left out are r^13 / 13! < 1e-11 and r^14 / 14! < 1e-12.
+    # Taylor series for |r| <= pi / 4. The first omitted terms are r^13 / 13! < 1e-11 and r^14 / 14! < 1e-12.
     s = r * r
     sine = -1.0 / 39916800.0 * s + 1.0 / 362880.0
     sine = ((sine * s - 1.0 / 5040.0) * s + 1.0 / 120.0) * s - 1.0 / 6.0
@@ -41,12 +43,12 @@ def rope_table_fwd_kernel(positions_ptr, inv_freq_ptr, cos_ptr, sin_ptr, rows, h
     cosine = 1.0 / 479001600.0 * s - 1.0 / 3628800.0
     cosine = ((cosine * s + 1.0 / 40320.0) * s - 1.0 / 720.0) * s + 1.0 / 24.0
     cosine = (cosine * s - 0.5) * s + 1.0
-    turn = quarters - tl.floor(quarters * 0.25) * 4.0
-    swap = (turn == 1.0) | (turn == 3.0)
+    quadrant = quarters - tl.floor(quarters * 0.25) * 4.0
+    swap = (quadrant == 1.0) | (quadrant == 3.0)
     cos = tl.where(swap, sine, cosine)
     sin = tl.where(swap, cosine, sine)
-    cos = tl.where((turn == 1.0) | (turn == 2.0), -cos, cos)
-    sin = tl.where(turn >= 2.0, -sin, sin)
+    cos = tl.where((quadrant == 1.0) | (quadrant == 2.0), -cos, cos)
+    sin = tl.where(quadrant >= 2.0, -sin, sin)
     tl.store(cos_ptr + element, (cos * MAGNITUDE).to(tl.float32), mask=mask)
     tl.store(sin_ptr + element, (sin * MAGNITUDE).to(tl.float32), mask=mask)
 

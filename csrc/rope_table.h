@@ -7,11 +7,11 @@ namespace internlm2 {
 struct RopeTableFwd {
   Dtype positions_dtype;  // i32 or i64
   const void* positions;
-  const double* inv_freq;  // [half]
+  const double* inv_freq;  // [half]; with float32_angles, values of float
   float *cos, *sin;        // contiguous [rows, half]
   int64_t half;
-  double magnitude;
-  bool float32_angles;  // position * inv_freq in float, as the released model does
+  double divisor, magnitude;  // of positions; on cos and sin
+  bool float32_angles;        // position / divisor * inv_freq in float, as the released model computes it
 };
 
 // The angles of every token: row positions[token] of cos and sin, row `token` where positions is null.

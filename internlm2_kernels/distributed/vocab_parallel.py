@@ -7,9 +7,8 @@ from .._autograd import once_differentiable
 from .._checks import check_labels, check_values, fail, last_stride_1
 from .._device_errors import CODES, Index, declare, error_word
 from .._native import native
-from ..ops._losses import check_reduction, reduced
-from ..ops.cross_entropy import check_ignore_index, check_loss_options
-from ..ops.linear_cross_entropy import as_matrix, check_head, check_weights
+from ..ops._head import as_matrix, check_head, check_weights
+from ..ops._losses import check_ignore_index, check_loss_options, check_reduction, reduced
 from ..ops.linear_logprobs import BWD, FWD, LINEAR_LOGPROBS
 
 NAME = "vocab_parallel_linear_cross_entropy"

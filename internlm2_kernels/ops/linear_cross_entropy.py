@@ -3,14 +3,13 @@
 import torch
 
 from .._autocast import without_autocast
-from .._autograd import distinct, may_return_saved, once_differentiable
+from .._autograd import distinct, is_one, may_return_saved, once_differentiable
 from .._checks import check_labels, check_values, last_stride_1
 from .._device_errors import Index
 from .._native import native
 from .._registry import Op
 from ._head import as_matrix, check_head, check_weights, gradient_shapes
-from ._losses import REDUCTIONS, accumulator, check_reduction, losses_of, reduced
-from .cross_entropy import check_ignore_index, check_loss_options, is_one
+from ._losses import REDUCTIONS, accumulator, check_ignore_index, check_loss_options, check_reduction, losses_of, reduced
 
 
 @without_autocast

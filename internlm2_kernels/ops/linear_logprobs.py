@@ -4,16 +4,12 @@ import torch
 
 from .._autocast import without_autocast
 from .._autograd import distinct, once_differentiable
-from .._checks import check_flag, check_labels, check_values, last_stride_1
+from .._checks import check_flag, check_labels, check_number, check_values, last_stride_1
 from .._device_errors import Index
 from .._native import native
 from .._registry import Op
-from ._losses import accumulator, check_number
-from .linear_cross_entropy import (
-    as_matrix,
-    check_head,
-    gradient_shapes,
-)
+from ._head import as_matrix, check_head, gradient_shapes
+from ._losses import accumulator
 
 
 def _results(logprobs, entropy, hits, return_entropy, return_hits):

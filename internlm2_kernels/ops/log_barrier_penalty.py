@@ -4,9 +4,9 @@
 import torch
 
 from .._autograd import once_differentiable
-from .._checks import check_choice, check_float
+from .._checks import check_choice, check_float, check_number
 from .._registry import Op
-from ._losses import accumulator, check_number
+from ._losses import accumulator
 
 
 def reference(rewards, *, bound=5.0, margin=1e-3, outside="linear"):

@@ -1,8 +1,7 @@
 #include "cross_entropy.h"
 
-#include <algorithm>
-
 #include "loss_args.h"
+#include "threads.h"
 
 namespace internlm2 {
 namespace {
@@ -25,7 +24,7 @@ class Call {
     a.label_smoothing = label_smoothing;
     a.z_loss = z_loss;
     a.softcap = softcap;
-    read_labels("labels", labels, a.cols, &ignore_index, 0, a.cols, label_.data());
+    read_labels("cross_entropy", "labels", labels, a.cols, &ignore_index, 0, a.cols, label_.data());
     a.label = label_.data();
     a.factor = factor_.data();
     loss_ = {label_.data(), nullptr, rows(), static_cast<Reduction>(reduction), label_smoothing, z_loss, a.cols};
@@ -48,7 +47,7 @@ class Call {
     a.dlogits = data(dlogits);
     a.dlogits_stride = a.cols;
   }
-  int64_t grain() const { return std::max<int64_t>(1, 16384 / std::max<int64_t>(a.cols, 1)); }
+  int64_t grain() const { return grain_of(16384, a.cols); }
 
   // The loss, and what else the kernel was asked for.
   Tensor forward(const Tensor& lse) {
@@ -70,7 +69,8 @@ class Call {
     return loss;
   }
   void backward(const Tensor& dloss, const Tensor& lse) {
-    STD_TORCH_CHECK(lse.numel() == 2 * rows(), "ValueError: lse: expected shape [", rows(), ", 2], got ", lse.numel(), " numbers");
+    INTERNLM2_CHECK_VALUE(lse.numel() == 2 * rows(), "cross_entropy", "lse", "shape [", rows(), ", 2], got ", lse.numel(),
+                          " numbers");
     const Numbers upstream(dloss);
     set_factors(&upstream);
     a.lse = data(lse);

@@ -19,7 +19,7 @@ class LossCall : public HeadCall {
  public:
   LossCall(const Tensor& hidden, const Tensor& weight, const Options& o, HeadStore store)
       : HeadCall(hidden, weight, 1, o.softcap, store), label_(static_cast<int64_t*>(take(tokens() * 8))) {
-    read_labels("labels", o.labels, a.vocab, &o.ignore_index, 0, a.vocab, label_);
+    read_labels("linear_cross_entropy", "labels", o.labels, a.vocab, &o.ignore_index, 0, a.vocab, label_);
     if (o.token_weights.has_value()) weights_.emplace(*o.token_weights);
     rows_ = {label_,   weights_.has_value() ? &*weights_ : nullptr, tokens(), static_cast<Reduction>(o.reduction),
              o.label_smoothing, o.z_loss, a.vocab};
@@ -41,7 +41,7 @@ class LossCall : public HeadCall {
   // The weighted loss of the chunk's row t, 0 where it is ignored.
   double loss(int64_t first, int64_t t) const {
     const double weight = rows_.weight(first + t), mean = a.total ? number(a.total, t) / a.vocab : 0;
-    return weight == 0 ? 0 : weight * rows_.loss(number(a.lse, t), number(a.lse_rest, t), number(a.label_logit, t), mean);
+    return weight == 0 ? 0 : weight * rows_.loss(number(a.lse, t), number(a.lse_residual, t), number(a.label_logit, t), mean);
   }
   void coefficients(int64_t first, int64_t t, double dloss) const {
     const double lse = number(a.lse, t), weight = rows_.weight(first + t), r = weight == 0 ? 0 : weight * factor_ * dloss;

@@ -11,7 +11,7 @@ class TokenCall : public HeadCall {
   TokenCall(const Tensor& hidden, const Tensor& weight, const Tensor& tokens, double inv_temperature, double softcap,
             int64_t vocab_start, int64_t vocab_size, HeadStore store)
       : HeadCall(hidden, weight, inv_temperature, softcap, store), label_(static_cast<int64_t*>(take(this->tokens() * 8))) {
-    read_labels("tokens", tokens, vocab_size, nullptr, vocab_start, a.vocab, label_);
+    read_labels("linear_logprobs", "tokens", tokens, vocab_size, nullptr, vocab_start, a.vocab, label_);
   }
   void at(int64_t first) { a.label = label_ + first; }
   void* moved(const Tensor& t, int64_t first) const { return static_cast<char*>(data(t)) + first * acc_size(); }

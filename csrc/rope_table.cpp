@@ -1,8 +1,6 @@
 #include "rope_table.h"
 
-#include <algorithm>
-
-#include "stable.h"
+#include "threads.h"
 
 namespace internlm2 {
 namespace {
@@ -17,7 +15,7 @@ std::tuple<Tensor, Tensor> rope_table_fwd_cpp(const Tensor& positions, const Ten
   const RopeTableFwd a{dtype_of(positions), cdata(positions), static_cast<const double*>(cdata(inv_freq)),
                        static_cast<float*>(data(cos)), static_cast<float*>(data(sin)), half, divisor, magnitude,
                        float32_angles};
-  for_rows(rows, std::max<int64_t>(1, 1024 / half), [&](int64_t b, int64_t e) { INTERNLM2_CPU(rope_table_fwd, a, b, e); });
+  for_rows(rows, grain_of(1024, half), [&](int64_t b, int64_t e) { INTERNLM2_CPU(rope_table_fwd, a, b, e); });
   return {cos, sin};
 }
 

@@ -1,7 +1,7 @@
 #include "../cross_entropy.h"
 
 #include "dispatch.h"
-#include "math.h"
+#include "simd/math.h"
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {

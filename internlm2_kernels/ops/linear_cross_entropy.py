@@ -24,7 +24,7 @@ def reference(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0,
 def _fake_fwd(hidden, weight, labels, token_weights, ignore_index, label_smoothing, z_loss, softcap, reduction):
     acc = accumulator(hidden.dtype)
     loss = hidden.new_empty(labels.shape if reduction == 0 else (), dtype=acc)
-    return loss, hidden.new_empty((*labels.shape, 2), dtype=acc)  # lse, and what rounding cut off it
+    return loss, hidden.new_empty((*labels.shape, 2), dtype=acc)  # lse: the maximum, and the log of the sum
 
 
 def _fake_grad_fwd(hidden, weight, labels, token_weights, ignore_index, label_smoothing, z_loss, softcap, reduction,

@@ -69,8 +69,8 @@ def shown(devices: list[Device]) -> Device | None:
 
 
 def headline(device: Device) -> list[list[dict[str, Any]]]:
-    """The rows of the README's table, a list for each of at most ten operators in the order of gates.toml: bfloat16, forward and
-    backward together where the operator has a backward."""
+    """The rows of the README's table, one list for each of at most ten operators in the order of gates.toml: bfloat16, forward
+    and backward together where the operator has a backward."""
     chosen = []
     for op in settings()["order"]:
         rows = [row for row in device.rows if row["op"] == op and row["dtype"] == "bfloat16" and row["chosen"]

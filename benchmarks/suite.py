@@ -20,7 +20,7 @@ from internlm2_kernels import OPS
 from internlm2_kernels._registry import Op
 from internlm2_kernels.testing import Draw, draw_upstream, flat, ladder, ladder_table, run, with_leaves
 from internlm2_kernels.workloads import Case, Sample
-from tools.timing import Contender, Paired, Peaks, cache_bytes, cold_sets, interleave, quantiles
+from tools.timing import Contender, Paired, Peaks, cold_sets, interleave, quantiles
 
 from .gates import settings
 from .names import short, size_of
@@ -201,7 +201,7 @@ class Bench:
     def __init__(self, device: torch.device, peaks: Peaks, settings: Settings, loops: dict[str, Loop] | None = None) -> None:
         self.device, self.peaks, self.settings = device, peaks, settings
         self.loops = loops or {}  # for each dtype the loop that shows the register peak, see registers.py
-        self.memory: tuple[torch.Tensor, ...] = ()  # which the yardsticks copy and read
+        self.memory = torch.empty(0)  # which the yardsticks copy and read
         self.checked: dict[tuple[str, torch.dtype], dict[str, str]] = {}
         self.notes: list[str] = []
         self.lost = False  # after a kernel's fault CUDA refuses everything in this process
@@ -342,29 +342,28 @@ class Bench:
         """What a call of the copy and of the read yardstick moves: as many bytes as the forward, up to a limit."""
         return max(8, min(self._bytes(job, "forward"), LARGEST_YARDSTICK) // 8 * 8)
 
-    def _memory(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Source and target of the yardsticks, larger than the caches and written once, so that no call causes page faults."""
-        if not self.memory:
-            count = (3 * cache_bytes(self.device) + 2 * LARGEST_YARDSTICK) // 4
-            self.memory = torch.ones(count), torch.ones(count)
-        return self.memory
+    def _memory(self, moved: int) -> torch.Tensor:
+        """Memory for yardsticks that move so many bytes: as many parts as the operator has input sets of this size, and
+        written once, so that no call causes page faults."""
+        count = max(2, cold_sets(moved, self.device)) * moved // 4
+        if self.memory.numel() < count:
+            self.memory = torch.ones(count)
+        return self.memory[:count]
 
     def _yardsticks(self, job: Pass) -> list[Contender]:
         """Contenders that show what the machine allows, on the CPU: copy, read, and for what multiplies the register peak. A
         GPU's speed does not drift, so its rows are compared with the rates from the start of the run."""
         if self.device.type != "cpu":
             return []
-        count = self._moved(job) // 4  # float32 elements
-        source, target = self._memory()
-        # They rotate by themselves and not with the input sets: with few sets their data would stay in the cache.
-        halves = itertools.cycle(list(zip(target.split(count // 2), source.split(count // 2), strict=True))[:-1])
-        wholes = itertools.cycle(source.split(count)[:-1])
+        moved = self._moved(job)
+        # They rotate by themselves and not with the input sets, of which an operator with large inputs has only one.
+        reads, copies = (itertools.cycle(self._memory(moved).split(moved // 4)) for _ in range(2))
 
         def copy(i: int) -> None:
-            into, out_of = next(halves)
-            into.copy_(out_of)
+            source, target = next(copies).chunk(2)  # which moves as many bytes as reading both
+            target.copy_(source)
 
-        contenders = [Contender("copy", copy), Contender("read", lambda i: next(wholes).sum())]
+        contenders = [Contender("copy", copy), Contender("read", lambda i: next(reads).sum())]
         loop = self.loops.get(short(job.dtype))
         if loop is not None and self._flops(job, "forward") >= FLOPS_A_BYTE * self._bytes(job, "forward"):
             contenders.append(Contender("registers", lambda i: loop()))

@@ -74,7 +74,8 @@ def _draw(panel: Any, row: dict[str, Any], y: int) -> None:
 
 
 def speed(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Geometric mean over sizes of each peer's time over ours, by operator: forward and backward together where it trains."""
+    """By operator the geometric mean over sizes of each peer's time over ours; forward and backward together where the operator
+    has a backward."""
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
         if not row["red"] and row["chosen"] and row["direction"] in ("forward", "both"):

@@ -14,12 +14,12 @@ from .record import rows_of
 
 DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
 WAYS = {"forward": "fwd", "backward": "bwd", "both": "fwd+bwd", "call": "call", "call_grad": "call, grad"}
-CHANGED = "†"  # behind the operator of a row whose arithmetic has changed since
+CHANGED = "†"  # stands behind the operator's name in rows whose arithmetic has changed since they were timed
 Judged = tuple[dict[str, Any], list[Verdict]]
 
 
 def judged(rows: list[dict[str, Any]]) -> list[Judged]:
-    """Rows with their verdicts, worst first: red, then by margin to the gate, then by ratio to the nearest peer."""
+    """Rows with their verdicts, worst first: failed checks, then by margin to the gate, then by ratio to the fastest peer."""
     gates = load()
     pairs = [(row, judge(row, gates) if not row["red"] else []) for row in rows]
 
@@ -48,7 +48,7 @@ def against(row: dict[str, Any], family: str, spread: bool = True) -> str:
 
 
 def verdict_text(verdicts: list[Verdict]) -> str:
-    """`at the limit` where the machine's limit and not the ratio decides."""
+    """A row's verdict in words: missed gates with numbers, "met", or "at the limit" where a ratio is met by the limit only."""
     missed = [f"{v.what} {'-' if v.got is None else f'{v.got:.2f}'} < {v.need:g}" for v in verdicts if not v.met]
     if missed or not verdicts:
         return "missed: " + ", ".join(missed) if missed else ""
@@ -73,7 +73,8 @@ def mean(rows: list[dict[str, Any]], peer: str) -> str:
 
 
 def name_of(row: dict[str, Any], *others: dict[str, Any]) -> str:
-    """The operator, with its backend where it is not the automatic choice, and marked where a row is out of date."""
+    """The operator's name, with the backend where it is not the automatic choice, and marked where the arithmetic of this row
+    or of one of `others` has changed since."""
     name = row["op"] + ("" if row["chosen"] else f" ({row['backend']})")
     return name + (f" {CHANGED}" if any(r.get("changed") for r in (row, *others)) else "")
 
@@ -84,7 +85,7 @@ def families(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def cells(row: dict[str, Any], verdicts: list[Verdict], peers: list[str]) -> list[str]:
-    """One row as text; the columns are `columns(peers)`."""
+    """One row as text, in the order of `columns(peers)`."""
     start = [name_of(row), size_of(row["dims"]), DTYPES[row["dtype"]], WAYS[row["direction"]]]
     if row["red"]:
         return [*start, "RED", *["-"] * (2 + len(peers)), "checks fail: no number"]
@@ -99,7 +100,8 @@ def columns(peers: list[str]) -> list[str]:
 
 
 def geometric_means(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """By operator, backend, direction and dtype: sizes, geometric mean and worst ratio to each peer, gates; worst first."""
+    """One line for each operator, backend, direction and dtype: number of sizes, geometric mean and worst ratio to each peer,
+    gates. The worst come first."""
     groups, peers = defaultdict(list), families(rows)
     for row, verdicts in judged(rows):
         if not row["red"]:
@@ -164,7 +166,7 @@ def commit_of(data: dict[str, Any]) -> str:
 
 
 def rates_of(data: dict[str, Any]) -> str:
-    """What this machine did in this run, in words."""
+    """The rates of this machine that this run measured, in words."""
     peaks, registers = data["run"]["peaks"], data["run"].get("registers") or {}
     fresh = "" if "copy" in data["run"] else " (into fresh memory)"
     said = [f"copy{fresh} {peaks['copy_bytes_per_s'] / 1e9:.1f} GB/s", f"read {peaks['read_bytes_per_s'] / 1e9:.1f} GB/s",
@@ -185,12 +187,12 @@ def markdown_table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def notes_of(data: dict[str, Any]) -> str:
-    """What the run had to leave out, a line each."""
+    """One line for each thing that the run left out, with the reason."""
     return "\n".join(f"- {note.splitlines()[0]}" for note in data["run"]["notes"])
 
 
 def markdown(data: dict[str, Any]) -> str:
-    """The whole run, for the file beside its JSON."""
+    """The page of one run."""
     rows = rows_of(data)
     peers, pairs = families(rows), judged(rows)
     notes = notes_of(data)

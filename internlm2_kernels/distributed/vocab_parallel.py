@@ -4,11 +4,11 @@ import torch
 import torch.distributed as dist
 
 from .._autograd import once_differentiable
-from .._checks import check_labels, check_values, fail, last_stride_1
+from .._checks import check_flag, check_labels, check_values, fail, last_stride_1
 from .._device_errors import CODES, Index, declare, error_word
 from .._native import native
 from ..ops._head import as_matrix, check_head, check_weights
-from ..ops._losses import check_ignore_index, check_loss_options, check_reduction, reduced
+from ..ops._losses import check_ignore_index, check_loss_options, check_reduction, reduced_losses
 from ..ops.linear_logprobs import BWD, FWD, LINEAR_LOGPROBS
 
 NAME = "vocab_parallel_linear_cross_entropy"
@@ -72,17 +72,19 @@ class _Losses(torch.autograd.Function):
         loss, total, found = parts.split((loss.shape[0], total.shape[0], 2))
         right = (labels >= 0) & (labels < vocab_size) & _check_cover(found, start, weight.shape[0], vocab_size)
         lse = lse.masked_fill(~right[:, None], float("nan"))  # so that the gradients of these tokens are NaN too
-        loss = (1 - smoothing) * loss + z_loss * (most + log_sum).square()
+        z_losses = z_loss * (most + log_sum).square()
+        loss = (1 - smoothing) * loss + z_losses
         if smoothing > 0:
             loss = loss + smoothing * ((most - total / vocab_size) + log_sum)
         loss = torch.where(right, loss, float("nan"))
         ctx.save_for_backward(hidden, weight, labels, lse)
         ctx.options, ctx.coefficients, ctx.group, ctx.backend = options, (smoothing, z_loss), group, backend
-        return loss
+        ctx.mark_non_differentiable(z_losses)
+        return loss, z_losses
 
     @staticmethod
     @once_differentiable(NAME)
-    def backward(ctx, dloss):
+    def backward(ctx, dloss, _):
         hidden, weight, labels, lse = ctx.saved_tensors
         (smoothing, z_loss), vocab_size, needs = ctx.coefficients, ctx.options[-1], ctx.needs_input_grad
         dlse = None
@@ -98,11 +100,12 @@ class _Losses(torch.autograd.Function):
 
 def vocab_parallel_linear_cross_entropy(hidden, weight, labels, *, vocab_start, vocab_size, group=None, ignore_index=-100,
                                         label_smoothing=0.0, z_loss=0.0, softcap=0.0, token_weights=None, reduction="mean",
-                                        backend=None):
+                                        return_z_loss=False, backend=None):
     """`linear_cross_entropy` with rows [vocab_start, vocab_start + V_local) of the head's weight on this rank.
 
     Shapes:   hidden [..., D] and labels [...], the same on all ranks of `group` (default: all); weight [V_local, D]; shards of
-              any sizes that together cover vocab_size rows -> loss [] or [...], the same on all ranks
+              any sizes that together cover vocab_size rows -> loss [] or [...], the same on all ranks; with return_z_loss
+              (loss, z_loss)
     Dtypes:   as `linear_cross_entropy`; float32 (float64) statistics travel: two or three numbers a token forward, and
               dhidden [T, D] in hidden's dtype backward
     Backward: saves hidden, weight, labels and lse (8 bytes a token); dhidden is summed over the ranks, dweight stays local.
@@ -124,12 +127,13 @@ def vocab_parallel_linear_cross_entropy(hidden, weight, labels, *, vocab_start, 
     ignore_index = check_ignore_index(NAME, ignore_index)
     smoothing, z_loss, softcap = check_loss_options(NAME, label_smoothing, z_loss, softcap)
     check_reduction(NAME, reduction)
+    check_flag(NAME, "return_z_loss", return_z_loss)
     check_values(NAME, "labels", labels, 0, vocab_size, ignore_index)
     token_weights = check_weights(NAME, token_weights, labels, hidden)
     chosen = LINEAR_LOGPROBS.select(hidden, backend)
     if chosen == "reference":
         fail(ValueError, NAME, "backend", "a compiled one", "'reference'")
     valid = labels != ignore_index
-    losses = _Losses.apply(as_matrix(hidden), last_stride_1(weight), labels.masked_fill(~valid, 0).view(-1), smoothing, z_loss,
-                           softcap, vocab_start, vocab_size, group, chosen)
-    return reduced(losses.view(shape), valid, reduction, token_weights)
+    losses, z_losses = _Losses.apply(as_matrix(hidden), last_stride_1(weight), labels.masked_fill(~valid, 0).view(-1),
+                                     smoothing, z_loss, softcap, vocab_start, vocab_size, group, chosen)
+    return reduced_losses(losses.view(shape), z_losses.view(shape), valid, reduction, token_weights, return_z_loss)

@@ -16,7 +16,7 @@ def soft_capped(logits, softcap):
 
 
 def losses_of(logits, labels, ignore_index, label_smoothing, z_loss, softcap):
-    """The loss of every row of float32 or float64 logits [T, V]; 0 where it is ignored.
+    """(losses, their z-loss terms, valid rows) of float32 or float64 logits [T, V]; ignored rows have loss 0.
 
     lse = top + log_z is kept as two numbers: the rounding of their sum would be a relative error of exp(l - lse).
     """
@@ -26,10 +26,24 @@ def losses_of(logits, labels, ignore_index, label_smoothing, z_loss, softcap):
     logits = logits - top.masked_fill(top.isinf(), 0)
     log_z = logits.logsumexp(-1)
     label = logits.gather(-1, labels.masked_fill(~valid, 0).long()[..., None])[..., 0]
-    loss = (1 - label_smoothing) * (log_z - label) + z_loss * (top[..., 0] + log_z).square()
+    z_losses = z_loss * (top[..., 0] + log_z).square()
+    loss = (1 - label_smoothing) * (log_z - label) + z_losses
     if label_smoothing:
         loss = loss + label_smoothing * (log_z - logits.mean(-1))
-    return torch.where(valid, loss, 0), valid
+    return torch.where(valid, loss, 0), torch.where(valid, z_losses, 0).detach(), valid
+
+
+def reduced_losses(losses, z_losses, valid, reduction, token_weights=None, return_z_loss=False):
+    """What a loss over labels returns, from `losses_of`."""
+    loss = reduced(losses, valid, reduction, token_weights)
+    return (loss, reduced(z_losses, valid, reduction, token_weights)) if return_z_loss else loss
+
+
+def shaped_losses(loss, z_loss, rows, reduction, return_z_loss):
+    """The same from what a raw operator returns: without reduction, in the shape `rows` of the labels."""
+    if reduction == REDUCTIONS["none"]:
+        loss, z_loss = loss.view(rows), z_loss.view(rows) if return_z_loss else z_loss
+    return (loss, z_loss) if return_z_loss else loss
 
 
 def reduced(losses, valid, reduction, token_weights=None):
@@ -40,6 +54,12 @@ def reduced(losses, valid, reduction, token_weights=None):
         return losses
     total = weights.sum()
     return losses.sum() if reduction == "sum" else losses.sum() / torch.where(total == 0, 1, total)
+
+
+def fake_losses(x, labels, reduction, return_z_loss):
+    """Loss and z-loss of a raw operator, as torch.library's fakes."""
+    acc, shape = accumulator(x.dtype), labels.shape if reduction == 0 else ()
+    return x.new_empty(shape, dtype=acc), x.new_empty(shape if return_z_loss else (0,), dtype=acc)
 
 
 def check_reduction(op, reduction):

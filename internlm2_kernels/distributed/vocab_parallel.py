@@ -31,24 +31,25 @@ def _global_lse(lse, group):
 
 
 def _marks(begin, end):
-    """Two numbers whose sums over ranks are those of [0, V) if the ranks' [begin, end) follow each other from 0 to V.
+    """Two checksums of a rank's rows [begin, end). Their sums over the ranks equal those of [0, V) if the shards cover [0, V).
 
-    f(end) - f(begin) for f(x) = x and x^2, modulo a prime so small that float32 sums of 4,096 ranks are exact: shards with a
-    gap or an overlap pass by chance once in 16 million.
+    They are f(end) - f(begin) for f(x) = x and x^2, modulo a prime that is small enough for exact float32 sums over 4,096
+    ranks. Shards with a gap or an overlap are missed once in 16 million cases.
     """
     prime = 4093
     return end % prime - begin % prime, end * end % prime - begin * begin % prime
 
 
 def _check_cover(found, start, rows, vocab_size):
-    """bool [1]: the shards of all ranks cover the vocabulary once. Where that costs no wait for a device, an error if not."""
+    """bool [1]: whether the shards of all ranks cover the vocabulary once. On the CPU, and outside compiled code, an error
+    if they do not; on CUDA it sets the device's error word instead, because the host must not wait."""
     first, second = _marks(0, vocab_size)
     covered = (found[:1] == first) & (found[1:] == second)
     if torch.compiler.is_compiling():
         return covered
     if found.device.type == "cuda":
         error_word(found.device).bitwise_or_((~covered).int() * CODES[NAME, "vocab_start"])
-    elif not covered:  # the sums are every rank's: all raise
+    elif not covered:  # every rank has the same sums, so all ranks raise
         fail(ValueError, NAME, "vocab_start", f"the ranks' rows to follow each other from 0 to {vocab_size}",
              f"[{start}, {start + rows}) on this rank, and on others what leaves a gap or an overlap")
     return covered
@@ -66,8 +67,8 @@ class _Losses(torch.autograd.Function):
         most, log_sum = lse.unbind(-1)
         # The rank that has the label: lse - logit = (lse - the rank's own lse) - the rank's log-probability of the label.
         loss = torch.where((labels >= start) & (labels < end), ((most - own[:, 0]) - own[:, 1]) + (log_sum - logprobs), 0)
-        marks = [lse.new_full((1,), mark) for mark in _marks(start, end)]  # filled on the device: CUDA graphs record no copy
-        parts = torch.cat((loss, total, *marks))  # one message; total is empty unless wanted
+        marks = [lse.new_full((1,), mark) for mark in _marks(start, end)]  # on the device: CUDA graphs capture no host copy
+        parts = torch.cat((loss, total, *marks))  # one message; total is empty without label smoothing
         dist.all_reduce(parts, group=group)
         loss, total, found = parts.split((loss.shape[0], total.shape[0], 2))
         right = (labels >= 0) & (labels < vocab_size) & _check_cover(found, start, weight.shape[0], vocab_size)
@@ -88,7 +89,7 @@ class _Losses(torch.autograd.Function):
         hidden, weight, labels, lse = ctx.saved_tensors
         (smoothing, z_loss), vocab_size, needs = ctx.coefficients, ctx.options[-1], ctx.needs_input_grad
         dlse = None
-        if smoothing or z_loss:  # an ignored token's lse may be anything
+        if smoothing or z_loss:  # the lse of an ignored token may be infinite or NaN
             dlse = torch.where(dloss == 0, 0, dloss * (smoothing + 2 * z_loss * lse.sum(-1)))
         dsum = (-smoothing / vocab_size * dloss).contiguous() if smoothing else None
         dhidden, dweight = BWD[ctx.backend](((smoothing - 1) * dloss).contiguous(), None, dlse, dsum, hidden, weight, labels,
@@ -110,10 +111,10 @@ def vocab_parallel_linear_cross_entropy(hidden, weight, labels, *, vocab_start, 
               dhidden [T, D] in hidden's dtype backward
     Backward: saves hidden, weight, labels and lse (8 bytes a token); dhidden is summed over the ranks, dweight stays local.
               Deterministic as far as the group's all-reduce is
-    Errors:   ValueError, TypeError as `linear_cross_entropy`, and for a shard outside the vocabulary; every rank must raise or
-              none, so the values of labels are looked at before anything is sent. Shards that leave a gap or overlap raise on
-              every CPU rank; on CUDA all results are NaN and `internlm2_kernels.check()` reports it, as it does a label
-              outside [0, vocab_size), whose own loss and gradient are NaN
+    Errors:   ValueError, TypeError as `linear_cross_entropy`, and for a shard outside the vocabulary. The values of labels are
+              checked before anything is sent, so that all ranks raise or none. Shards with a gap or an overlap raise on every
+              rank on the CPU; on CUDA all results are NaN. A label outside [0, vocab_size) makes its own loss and gradient NaN
+              on CUDA. `internlm2_kernels.check()` reports both
     Cost:     four products of this rank's share of the flops.   Source: arXiv:1909.08053 section 3
     """
     hidden, weight = check_head(NAME, hidden, weight)

@@ -1,4 +1,4 @@
-"""What the loss operators share: reductions, labels, masks, and the log-probability statistics of the references."""
+"""What the losses share: the checks of their options, reductions, masked means, and the reference of the loss over labels."""
 
 import torch
 
@@ -40,14 +40,14 @@ def reduced_losses(losses, z_losses, valid, reduction, token_weights=None, retur
 
 
 def shaped_losses(loss, z_loss, rows, reduction, return_z_loss):
-    """The same from what a raw operator returns: without reduction, in the shape `rows` of the labels."""
+    """The same from the results of a raw operator, which are flat. `rows` is the shape of the labels."""
     if reduction == REDUCTIONS["none"]:
         loss, z_loss = loss.view(rows), z_loss.view(rows) if return_z_loss else z_loss
     return (loss, z_loss) if return_z_loss else loss
 
 
 def reduced(losses, valid, reduction, token_weights=None):
-    """`losses`, their sum or their mean; weights count in numerator and denominator; nothing over nothing is 0."""
+    """The weighted losses, their sum, or their sum divided by the sum of the valid rows' weights (by 1 where that is 0)."""
     weights = valid.to(losses.dtype) if token_weights is None else torch.where(valid, token_weights.to(losses.dtype), 0)
     losses = torch.where(weights != 0, losses, 0) * weights
     if reduction == "none":
@@ -57,7 +57,7 @@ def reduced(losses, valid, reduction, token_weights=None):
 
 
 def fake_losses(x, labels, reduction, return_z_loss):
-    """Loss and z-loss of a raw operator, as torch.library's fakes."""
+    """Fake tensors for the loss and the z-loss that a raw operator returns."""
     acc, shape = accumulator(x.dtype), labels.shape if reduction == 0 else ()
     return x.new_empty(shape, dtype=acc), x.new_empty(shape if return_z_loss else (0,), dtype=acc)
 
@@ -81,16 +81,16 @@ def check_ignore_index(op, ignore_index):
 
 
 def flattened(tensor):
-    """[n], contiguous."""
+    """The tensor with one dimension, contiguous."""
     return tensor if tensor.dim() == 1 and tensor.is_contiguous() else tensor.contiguous().view(-1)
 
 
 def target(tensor):
-    """`flattened`, and no part of a gradient's way."""
+    """`flattened`, for an input to which no gradient is propagated."""
     return flattened(tensor.detach() if tensor.requires_grad else tensor)
 
 
 def masked_mean(values, mask):
-    """Over the mask; 0 where nothing counts. What is masked may be NaN."""
+    """The mean of the unmasked values, 0 where all are masked. Masked values may be NaN."""
     count = mask.sum()
     return torch.where(mask, values, 0).sum() / torch.where(count == 0, 1, count)

@@ -62,12 +62,12 @@ _FWD, _GRAD, _BWD, _BWD_, _SCALE = (CROSS_ENTROPY.overloads[name] for name in ("
 
 
 class _OneSweep(torch.autograd.Function):
-    """mean and sum: the gradient is made with the loss, up to the upstream's factor."""
+    """For mean and sum: the forward computes the gradient too, for an upstream gradient of 1."""
 
     @staticmethod
     def forward(ctx, logits, labels, options, return_z_loss, backend):
         loss, z_loss, dlogits = native(_GRAD[backend], logits, labels, *options, return_z_loss)
-        link = logits.new_empty(0)  # an empty result: what ties the saved gradient to logits without keeping them
+        link = logits.new_empty(0)  # an empty result that ties the saved gradient to the graph without keeping the logits
         ctx.save_for_backward(dlogits, link)
         ctx.backend = backend
         ctx.mark_non_differentiable(z_loss)
@@ -122,12 +122,11 @@ def cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_l
               logging (Liger's and flash-attention's convention)
     Options:  e = label_smoothing, z = z_loss; softcap c > 0: l = c tanh(logits / c). Rows whose label is ignore_index have
               loss 0 and gradient 0 and do not count in the mean; if none counts, the loss is 0. inplace_backward: the
-              gradient is written over the logits, whose later use by another backward autograd then refuses; compiled
-              code plans its own memory and does not
+              gradient overwrites the logits, and autograd then refuses a backward that needs them; ignored in compiled code
     Dtypes:   logits float32 | bfloat16 | float16 | float64; computed in float32 (float64), which is the loss's dtype
     Backward: mean and sum make the gradient in the forward (one read, one write) and save it: the bytes of logits. An
-              upstream other than 1 multiplies it, into memory of its own: one pass and the bytes of logits more (none on
-              CPU for 1, unless the graph is kept), in which inf or NaN reaches ignored rows too. "none", float16 and
+              upstream other than 1 (on CUDA any) multiplies it into new memory, one more pass; an infinite or NaN upstream
+              then reaches ignored rows too. "none", float16 and
               inplace_backward save logits and lse (8 bytes a row; float64: 16) and read the logits again.
               Deterministic: yes, and batch-invariant
     Errors:   ValueError, TypeError; a label outside [0, V) that is not ignore_index raises on CPU before memory is touched;
@@ -155,7 +154,7 @@ def cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_l
     options = ignore_index, smoothing, z_loss, softcap, code
     if torch.is_grad_enabled() and logits.requires_grad:
         if inplace_backward and flat.shape[0] > 1 and flat.stride(0) < classes:
-            flat = flat.contiguous()  # rows that share memory cannot each be given their gradient
+            flat = flat.contiguous()  # rows that share memory cannot hold a gradient each
         if code == REDUCTIONS["none"] or inplace_backward or logits.dtype == torch.float16:
             loss, z = _TwoSweeps.apply(flat, labels, options, return_z_loss, inplace_backward, chosen)
         else:

@@ -83,13 +83,13 @@ _FWD, _GRAD, _BWD, _SCALE = (LINEAR_CROSS_ENTROPY.overloads[name] for name in ("
 
 
 class _OneSweep(torch.autograd.Function):
-    """mean and sum: both gradients are made with the loss, up to the upstream's factor; three products in all."""
+    """For mean and sum: the forward computes both gradients too, for an upstream gradient of 1; three products in all."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, token_weights, options, return_z_loss, backend):
         loss, z_loss, dhidden, dweight = native(_GRAD[backend], hidden, weight, labels, token_weights, *options, return_z_loss,
                                                 ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        link = hidden.new_empty((0, 1))  # an empty result: what ties the saved gradients to the inputs without keeping them
+        link = hidden.new_empty((0, 1))  # an empty result that ties the gradients to the graph without keeping the inputs
         ctx.save_for_backward(dhidden, dweight, link)
         ctx.backend = backend
         ctx.mark_non_differentiable(z_loss)
@@ -109,7 +109,7 @@ class _OneSweep(torch.autograd.Function):
 
 
 class _TwoSweeps(torch.autograd.Function):
-    """none: an upstream for every token; the scores are computed again."""
+    """For reduction none: each token has its own upstream gradient, so the backward computes the scores again."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, token_weights, options, return_z_loss, backend):

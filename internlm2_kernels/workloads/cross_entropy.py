@@ -44,7 +44,7 @@ def _sample(case, dtype, device, generator):
 
 
 def _magnitude(sample, upstream):
-    """The loss is a difference of log-sum-exp and logit; a gradient near p = 1 is one of probabilities."""
+    """The loss is the difference of lse and a logit; where p is close to 1 the gradient is a difference of probabilities."""
     logits = sample.inputs["logits"]
     if not logits.numel():
         return {}
@@ -56,7 +56,7 @@ def _magnitude(sample, upstream):
 
 
 def _bytes(dims, size, direction):
-    """Forward reads the logits; both ways together read them once and write the gradient once."""
+    """The forward reads the logits; forward and backward together read them once and write the gradient once."""
     return dims.get("rows", dims.get("targets")) * dims["cols"] * size
 
 

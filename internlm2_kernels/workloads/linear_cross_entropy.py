@@ -36,7 +36,7 @@ def head_sample(case, dtype, device, generator):
     draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)
     hidden, weight = draw(rows, cols).to(dtype), (2 * draw(vocab, cols) * cols**-0.5).to(dtype)
     labels = torch.randint(vocab, (rows,), generator=generator, device=device)
-    if rows > 2:  # a label's row has the large gradients: the first and the last one must not be missed
+    if rows > 2:  # the largest gradients are those of the labels' rows; the first and last row of weight must be among them
         labels[0], labels[2] = vocab - 1, 0
     return hidden, weight, labels
 
@@ -56,12 +56,12 @@ def _sample(case, dtype, device, generator):
 
 
 def logit_error(hidden, weight):
-    """How many roundings a logit is off, typically: what the probabilities in a gradient are off by, relatively."""
+    """The typical error of a logit in units of rounding, which is the relative error of the probabilities in a gradient."""
     return float((hidden.square() @ weight.square().T).max().sqrt())
 
 
 def _magnitude(sample, upstream):
-    """Logits are sums over D, gradients sums over the vocabulary or the tokens, with terms of both signs."""
+    """Logits are sums over D and gradients are sums over the vocabulary or the tokens; their terms have both signs."""
     hidden, weight, labels = (sample.inputs[name] for name in ("hidden", "weight", "labels"))
     if not labels.numel():
         return {}

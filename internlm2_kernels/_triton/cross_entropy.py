@@ -132,8 +132,8 @@ def _sweep(logits, labels, count, losses, lse, dlogits, ignore_index, label_smoo
     if rows:
         launch(cross_entropy_fwd_kernel, rows, logits.device,
                dict(logits_ptr=logits, labels_ptr=labels, count_ptr=count, loss_ptr=losses[0], z_loss_ptr=losses[1],
-                    lse_ptr=lse, dlogits_ptr=dlogits, error_ptr=error_word(logits.device), vocab=vocab, stride=logits.stride(0), ignore_index=ignore_index,
-                    smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, SOFTCAP=softcap > 0,
+                    lse_ptr=lse, dlogits_ptr=dlogits, error_ptr=error_word(logits.device), vocab=vocab,
+                    stride=logits.stride(0), ignore_index=ignore_index, smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, SOFTCAP=softcap > 0,
                     SMOOTHING=label_smoothing > 0, ERROR=CODES["cross_entropy", "labels"], LANES=lanes, INNER=INNER),
                num_warps=num_warps)
 
@@ -197,7 +197,8 @@ def audit(dtype, meta):
         for label, e, c in (("", 0.0, 0.0), (", smoothing", 0.1, 0.0), (", soft-cap", 0.0, 30.0)):
             o = -100, e, 0.0, c
             yield f"vocabulary {vocab}{label}", lambda x=logits, y=labels, o=o: cross_entropy_fwd(x, y, *o, 1, False)
-            yield f"vocabulary {vocab}{label}, gradient", lambda x=logits, y=labels, o=o: cross_entropy_grad_fwd(x, y, *o, 1, False)
+            yield f"vocabulary {vocab}{label}, gradient", (
+                lambda x=logits, y=labels, o=o: cross_entropy_grad_fwd(x, y, *o, 1, False))
             yield f"vocabulary {vocab}{label}", (
                 lambda x=logits, y=labels, r=rows, s=lse, o=o: cross_entropy_bwd(r, x, y, s, *o, 0))
         if vocab == 512:

@@ -91,7 +91,7 @@ def count_rows(labels, weights, ignore_index, reduction):
 
 
 def reduce_losses(loss, z_loss, labels, weights, ignore_index, reduction):
-    """(losses, z-losses): the rows' unchanged, or their mean or sum as 0-dimensional tensors. z_loss None gives an empty one."""
+    """(loss, z-loss): the rows' unchanged, or their mean or sum as 0-dimensional tensors. z_loss None gives an empty one."""
     def reduced(rows):
         if reduction == NONE:
             return rows

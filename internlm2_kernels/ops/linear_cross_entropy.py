@@ -145,7 +145,8 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, label_smo
               weight's gradient are summed in float32 (float64), the loss stays so
     Backward: mean and sum make both gradients in the forward, three products in all, and hold them in float32: 4 T D and 4 V D
               bytes. Backward multiplies them by the upstream gradient and rounds them once (an infinite or NaN upstream
-              reaches ignored rows too). A hidden that is not finite reaches dweight also where its label is ignored. "none" saves hidden, weight, labels and lse (8 bytes a token) and computes the logits again: four products. A frozen
+              reaches ignored rows too). A hidden that is not finite reaches dweight also where its label is ignored. "none"
+              saves hidden, weight, labels and lse (8 bytes a token) and computes the logits again: four products. A frozen
               hidden or weight costs no product and no memory. Deterministic: yes, and forward is batch-invariant
     Errors:   ValueError, TypeError; a label outside [0, V) that is not ignore_index raises on CPU before memory is touched;
               on CUDA its loss and gradients are NaN and `internlm2_kernels.check()` reports it

@@ -64,7 +64,8 @@ WORKLOAD = Workload(
     sample=_sample,
     cases=(
         Case("smoke", {"rows": 5, "cols": 64}),
-        Case("smoke", {"rows": 33, "cols": 129, "ignored": True, "label_smoothing": 0.1, "z_loss": 1e-3, "return_z_loss": True}),
+        Case("smoke", {"rows": 33, "cols": 129, "ignored": True, "label_smoothing": 0.1, "z_loss": 1e-3,
+                       "return_z_loss": True}),
         Case("smoke", {"targets": 17, "cols": 1000, "ignored": True, "label_smoothing": 0.1, "z_loss": 1e-3,
                        "return_z_loss": True}),
         Case("smoke", {"targets": 9, "cols": 257, "softcap": 5.0, "reduction": "sum"}),

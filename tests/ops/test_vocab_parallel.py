@@ -50,7 +50,8 @@ def sharded(rank, inputs, upstream):
     dweight = torch.zeros(VOCAB, shard.shape[1], dtype=torch.float32)
     dweight[begin:end] = shard.grad.float()
     dist.all_reduce(dweight)
-    return {"loss": loss.detach(), **{"z_loss": z for z in z_loss}, "d_hidden": hidden.grad, "d_weight": dweight.to(shard.dtype)}
+    losses = dict(zip(("loss", "z_loss"), (loss.detach(), *z_loss), strict=False))
+    return losses | {"d_hidden": hidden.grad, "d_weight": dweight.to(shard.dtype)}
 
 
 def _bad_label(rank):

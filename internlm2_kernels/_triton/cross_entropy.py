@@ -133,8 +133,9 @@ def _sweep(logits, labels, count, losses, lse, dlogits, ignore_index, label_smoo
         launch(cross_entropy_fwd_kernel, rows, logits.device,
                dict(logits_ptr=logits, labels_ptr=labels, count_ptr=count, loss_ptr=losses[0], z_loss_ptr=losses[1],
                     lse_ptr=lse, dlogits_ptr=dlogits, error_ptr=error_word(logits.device), vocab=vocab,
-                    stride=logits.stride(0), ignore_index=ignore_index, smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, SOFTCAP=softcap > 0,
-                    SMOOTHING=label_smoothing > 0, ERROR=CODES["cross_entropy", "labels"], LANES=lanes, INNER=INNER),
+                    stride=logits.stride(0), ignore_index=ignore_index, smoothing=label_smoothing, z_loss=z_loss,
+                    softcap=softcap, SOFTCAP=softcap > 0, SMOOTHING=label_smoothing > 0,
+                    ERROR=CODES["cross_entropy", "labels"], LANES=lanes, INNER=INNER),
                num_warps=num_warps)
 
 

@@ -39,8 +39,14 @@ def cuda_home():
     return Path(re.search(r"^#\$ TOP=(.*)$", dry, re.M).group(1)).resolve()
 
 
+def instruction_sets(source):
+    """Those that the first line of a CPU kernel's source names (`// Built for: avx2 avx512 ...`); without it the usual two."""
+    first = source.read_text().partition("\n")[0]
+    return first.removeprefix("// Built for: ").split() if first.startswith("// Built for: ") else ["avx2", "avx512"]
+
+
 def ninja_file(torch_dir, torch_version, build):
-    """The text of build.ninja: baseline, AVX2, AVX-512, AVX-512 with bfloat16, AMX, CUDA objects, linked in this order."""
+    """The text of build.ninja. The objects are linked in the order of their instruction sets, then those of CUDA."""
     home = cuda_home()
     archs = [a for a in re.split("[; ,]+", os.environ.get("CUDA_ARCHS", "80;90a;100a")) if a] if home else []
     facts = f'-DINTERNLM2_BUILD_TORCH=\\"{torch_version}\\"' + (
@@ -64,8 +70,8 @@ def ninja_file(torch_dir, torch_version, build):
     for source in sorted((ROOT / "csrc").glob("*.cpp")):
         add("cxx", source, flags=facts if source.name == "module.cpp" else "-DINTERNLM2_CUDA" if archs else "")
     for tag, flags in (("avx2", AVX2), ("avx512", AVX512), ("avx512_bf16", AVX512_BF16), ("amx", AMX)):
-        for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-            if "bf16" not in flags or re.search("attention|linear", source.name):  # those made of matrix products
+        for source in sorted((ROOT / "csrc/cpu").rglob("*.cpp")):
+            if tag in instruction_sets(source):
                 add("cxx", source, f".{tag}", flags)
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) if archs else ():
         add("cuda", source)

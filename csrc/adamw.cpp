@@ -1,98 +1,37 @@
 #include "adamw.h"
 
-#include <algorithm>
 #include <cmath>
 
-#include "stable.h"
+#include "tensor_list.h"
 
 namespace internlm2 {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-
-// ------------------------------------------------------------------------------------- the chunks of a list of tensors
-// Chunks are counted over all tensors together, so that many small ones are as good as a few large ones.
-class Chunks {
- public:
-  void add(int64_t numel) { ends_.push_back(count() + (numel + kListChunk - 1) / kListChunk); }
-  int64_t count() const { return ends_.empty() ? 0 : ends_.back(); }
-  // f(chunk, tensor, first element) for each, by as many threads as there are.
-  template <typename F> void run(const F& f) const {
-    for_units(count(), workers_for(count()), [&](int64_t chunk, int64_t) {
-      const auto tensor = static_cast<size_t>(std::upper_bound(ends_.begin(), ends_.end(), chunk) - ends_.begin());
-      f(chunk, tensor, (chunk - (tensor ? ends_[tensor - 1] : 0)) * kListChunk);
-    });
-  }
-
- private:
-  std::vector<int64_t> ends_;
-};
-
-// Elements lie without gaps, in whatever order of dimensions.
-bool dense(const Tensor& t) {
-  if (t.is_contiguous()) return true;
-  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-  for (int64_t i = 0; i < t.dim(); ++i) {
-    if (t.size(i) > 1) dims.emplace_back(t.stride(i), t.size(i));
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
-
-Tensor squared_norm_fwd_cpp(const Tensors& tensors) {
-  check_cpu();
-  STD_TORCH_CHECK(!tensors.empty(), "ValueError: tensors: expected at least one tensor, got none");
-  Chunks chunks;
-  std::vector<In> ins;
-  bool wide = false;
-  for (const Tensor& tensor : tensors) {
-    STD_TORCH_CHECK(dense(tensor), "ValueError: tensors: expected dense tensors, got one with gaps at ", ins.size());
-    ins.push_back(in_of(tensor));
-    chunks.add(tensor.numel());
-    wide = wide || ins.back().dtype == Dtype::f64;
-  }
-  const auto f64 = torch::headeronly::ScalarType::Double, f32 = torch::headeronly::ScalarType::Float;
-  Tensor total = torch::stable::new_empty(tensors[0], {}, wide ? f64 : f32);
-  Tensor partial = torch::stable::new_empty(tensors[0], {chunks.count()}, f64);
-  auto* sums = static_cast<double*>(data(partial));
-  chunks.run([&](int64_t chunk, size_t i, int64_t begin) {
-    sums[chunk] = INTERNLM2_CPU(sum_of_squares, ins[i], begin, std::min(begin + kListChunk, tensors[i].numel()));
-  });
-  double sum = 0;
-  for (int64_t chunk = 0; chunk < chunks.count(); ++chunk) sum += sums[chunk];
-  if (wide) *static_cast<double*>(data(total)) = sum;
-  else *static_cast<float*>(data(total)) = static_cast<float>(sum);
-  return total;
-}
-
 // ---------------------------------------------------------------------------------------------------------------- checks
+constexpr const char* kOp = "adamw";
+
 const char* name_of(Dtype dtype) {
   static const char* const names[] = {"float32", "bfloat16", "float16", "float64", "int32", "int64", "int8"};
   return names[static_cast<int>(dtype)];
 }
 
-void check_length(const char* argument, const Tensors& list, size_t length) {
-  STD_TORCH_CHECK(list.size() == length, "ValueError: ", argument, ": expected ", length, " tensors, as many as params, got ",
-                  list.size());
+template <typename T>
+void check_length(const char* argument, const std::vector<T>& list, size_t length, const char* what = " tensors, as many as params") {
+  INTERNLM2_CHECK_VALUE(list.size() == length, kOp, argument, length, what, ", got ", list.size());
 }
 
 // Entry i of a list has the elements of its parameter in the same places.
 void check_entry(const char* argument, const Tensor& entry, const Tensor& param, size_t i) {
-  STD_TORCH_CHECK(entry.numel() == param.numel(), "ValueError: ", argument, ": expected ", param.numel(),
-                  " elements at ", i, ", as in params, got ", entry.numel());
+  INTERNLM2_CHECK_VALUE(entry.numel() == param.numel(), kOp, argument, param.numel(), " elements at ", i,
+                        ", as in params, got ", entry.numel());
   bool same = entry.is_contiguous() && param.is_contiguous();
-  if (!same && entry.dim() == param.dim() && dense(entry)) {
+  if (!same && entry.dim() == param.dim() && is_dense(entry)) {
     same = true;
     for (int64_t d = 0; d < param.dim(); ++d) {
       same = same && entry.size(d) == param.size(d) && (param.size(d) <= 1 || entry.stride(d) == param.stride(d));
     }
   }
-  STD_TORCH_CHECK(same, "ValueError: ", argument, ": expected a dense tensor of the layout of params at ", i, ", got another");
+  INTERNLM2_CHECK_VALUE(same, kOp, argument, "a dense tensor of the layout of params at ", i, ", got another");
 }
 
 void check_dtype(const char* argument, const Tensor& entry, std::initializer_list<Dtype> accepted, size_t i) {
@@ -102,14 +41,13 @@ void check_dtype(const char* argument, const Tensor& entry, std::initializer_lis
     if (dtype == got) return;
     names += (names.empty() ? "" : " or ") + std::string(name_of(dtype));
   }
-  STD_TORCH_CHECK(false, "ValueError: ", argument, ": expected ", names, " at ", i, ", got ", name_of(got));
+  INTERNLM2_CHECK_VALUE(false, kOp, argument, names, " at ", i, ", got ", name_of(got));
 }
 
 double scalar_of(const char* argument, const Tensor& t) {
-  STD_TORCH_CHECK(t.numel() == 1, "ValueError: ", argument, ": expected one element, got ", t.numel());
+  INTERNLM2_CHECK_VALUE(t.numel() == 1, kOp, argument, "one element, got ", t.numel());
   const Dtype dtype = dtype_of(t);
-  STD_TORCH_CHECK(dtype == Dtype::f32 || dtype == Dtype::f64, "ValueError: ", argument, ": expected float32, got ",
-                  name_of(dtype));
+  INTERNLM2_CHECK_VALUE(dtype == Dtype::f32 || dtype == Dtype::f64, kOp, argument, "float32, got ", name_of(dtype));
   if (dtype == Dtype::f64) return *static_cast<const double*>(cdata(t));
   return static_cast<double>(*static_cast<const float*>(cdata(t)));
 }
@@ -121,27 +59,24 @@ struct Lists {
 };
 
 void check_lists(const Lists& l) {
-  check_length("grads", l.grads, l.params.size());
-  if (!l.masters.empty()) check_length("masters", l.masters, l.params.size());
-  check_length("exp_avgs", l.exp_avgs, l.params.size());
-  check_length("exp_avg_sqs", l.exp_avg_sqs, l.params.size());
-  check_length("steps", l.steps, l.params.size());
-  STD_TORCH_CHECK(l.indices.size() == l.params.size(), "ValueError: indices: expected ", l.params.size(),
-                  " numbers, as many as params, got ", l.indices.size());
+  const size_t count = l.params.size();
+  check_length("grads", l.grads, count);
+  if (!l.masters.empty()) check_length("masters", l.masters, count);
+  check_length("exp_avgs", l.exp_avgs, count);
+  check_length("exp_avg_sqs", l.exp_avg_sqs, count);
+  check_length("steps", l.steps, count);
+  check_length("indices", l.indices, count, " numbers, as many as params");
+  if (!l.offsets.empty()) check_length("offsets", l.offsets, count, " numbers, as many as params, or none");
   for (int64_t index : l.indices) {
-    STD_TORCH_CHECK(index >= 0 && index < kIndices, "ValueError: indices: expected numbers from 0 to 2^30 - 1, got ", index);
+    INTERNLM2_CHECK_VALUE(index >= 0 && index < kIndices, kOp, "indices", "numbers from 0 to 2^30 - 1, got ", index);
   }
-  STD_TORCH_CHECK(l.offsets.empty() || l.offsets.size() == l.params.size(), "ValueError: offsets: expected ",
-                  l.params.size(), " numbers, as many as params, or none, got ", l.offsets.size());
-  for (int64_t offset : l.offsets) {
-    STD_TORCH_CHECK(offset >= 0, "ValueError: offsets: expected numbers >= 0, got ", offset);
-  }
-  for (size_t i = 0; i < l.params.size(); ++i) {
+  for (int64_t offset : l.offsets) INTERNLM2_CHECK_VALUE(offset >= 0, kOp, "offsets", "numbers >= 0, got ", offset);
+  for (size_t i = 0; i < count; ++i) {
     const Tensor& param = l.params[i];
     const Dtype dtype = dtype_of(param);
     const bool wide = dtype == Dtype::f64;
     check_dtype("params", param, {Dtype::f32, Dtype::bf16, Dtype::f16, Dtype::f64}, i);
-    STD_TORCH_CHECK(dense(param), "ValueError: params: expected dense tensors, got one with gaps at ", i);
+    check_dense(kOp, "params", param, i);
     check_entry("grads", l.grads[i], param, i);
     wide ? check_dtype("grads", l.grads[i], {dtype}, i) : check_dtype("grads", l.grads[i], {dtype, Dtype::f32}, i);
     if (!l.masters.empty()) {
@@ -154,7 +89,7 @@ void check_lists(const Lists& l) {
     check_entry("exp_avg_sqs", l.exp_avg_sqs[i], param, i);
     check_dtype("exp_avg_sqs", l.exp_avg_sqs[i], {dtype_of(l.exp_avgs[i])}, i);
     check_dtype("steps", l.steps[i], {Dtype::f32}, i);
-    STD_TORCH_CHECK(l.steps[i].numel() == 1, "ValueError: steps: expected one element at ", i, ", got ", l.steps[i].numel());
+    INTERNLM2_CHECK_VALUE(l.steps[i].numel() == 1, kOp, "steps", "one element at ", i, ", got ", l.steps[i].numel());
   }
 }
 
@@ -196,8 +131,8 @@ void adamw_step_cpp(const Tensors& params, const Tensors& grads, const Tensors& 
   check_cpu();
   const Lists lists{params, grads, masters, exp_avgs, exp_avg_sqs, steps, indices, offsets};
   check_lists(lists);
-  STD_TORCH_CHECK(dtype_of(skipped) == Dtype::i64 && skipped.numel() == 1,
-                  "ValueError: skipped: expected one int64, got ", skipped.numel(), " of ", name_of(dtype_of(skipped)));
+  INTERNLM2_CHECK_VALUE(dtype_of(skipped) == Dtype::i64 && skipped.numel() == 1, kOp, "skipped", "one int64, got ",
+                        skipped.numel(), " of ", name_of(dtype_of(skipped)));
   const double scale = grad_scale.has_value() ? scalar_of("grad_scale", *grad_scale) : 1;
   const double norm = total_sq.has_value() ? std::sqrt(scalar_of("total_sq", *total_sq)) / scale : 0;
   const double rate = scalar_of("lr", lr);
@@ -220,9 +155,6 @@ void adamw_step_cpp(const Tensors& params, const Tensors& grads, const Tensors& 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(internlm2, CPU, m) {
-  INTERNLM2_IMPL(m, "squared_norm_fwd.cpp", squared_norm_fwd_cpp);
-  INTERNLM2_IMPL(m, "adamw_step_.cpp", adamw_step_cpp);
-}
+STABLE_TORCH_LIBRARY_IMPL(internlm2, CPU, m) { INTERNLM2_IMPL(m, "adamw_step_.cpp", adamw_step_cpp); }
 
 }  // namespace internlm2

@@ -1,8 +1,7 @@
 #include "apply_rope.h"
 
-#include <algorithm>
-
-#include "stable.h"
+#include "rope_args.h"
+#include "threads.h"
 
 namespace internlm2 {
 namespace {
@@ -10,14 +9,13 @@ namespace {
 std::tuple<Tensor, Tensor> apply_rope_fwd_cpp(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,
                                               const OptTensor& positions, bool interleaved, bool inverse) {
   check_cpu();
-  ApplyRope a{dtype_of(q), angles_of("apply_rope: positions", cos, sin, positions), heads_of(q), heads_of(k)};
+  ApplyRope a{dtype_of(q), angles_of("apply_rope", cos, sin, positions), heads_of(q), heads_of(k)};
   Tensor q_out = empty_as(q), k_out = empty_as(k);
   a.q_out = data(q_out);
   a.k_out = data(k_out);
   a.interleaved = interleaved;
   a.inverse = inverse;
-  const int64_t width = (a.q.heads + a.k.heads) * q.size(2);
-  for_rows(q.size(0), std::max<int64_t>(1, 32768 / std::max<int64_t>(width, 1)),
+  for_rows(q.size(0), grain_of(32768, (a.q.heads + a.k.heads) * q.size(2)),
            [&](int64_t b, int64_t e) { INTERNLM2_CPU(apply_rope, a, b, e); });
   return {q_out, k_out};
 }

@@ -1,6 +1,6 @@
 // Rotary embedding of q and k: the raw-pointer contract. Formulas: internlm2_kernels/ops/apply_rope.py.
 #pragma once
-#include "rope_table.h"
+#include "rope_angles.h"
 
 namespace internlm2 {
 
@@ -13,11 +13,6 @@ struct ApplyRope {
   bool inverse;         // by the negative angle: the backward
 };
 
-#define INTERNLM2_APPLY_ROPE_CPU void apply_rope(const ApplyRope& a, int64_t begin, int64_t end); /* tokens */
-
-namespace cpu {
-namespace AVX2 { INTERNLM2_APPLY_ROPE_CPU }
-namespace AVX512 { INTERNLM2_APPLY_ROPE_CPU }
-}  // namespace cpu
+INTERNLM2_CPU_KERNELS(void apply_rope(const ApplyRope& a, int64_t first_token, int64_t last_token);)
 
 }  // namespace internlm2

@@ -18,11 +18,8 @@ std::tuple<Tensor, Tensor> flash_attention_fwd_cpp(const Tensor& q, const Tensor
   a.out = attention_tensor(out);
   a.lse = data(lse);
   run_attention(
-      a, q, [&](int64_t longest) { return INTERNLM2_CPU_MATRIX(flash_attention_fwd_plan, a, longest); },
-      [&](const FlashUnit& u, void* scratch) { INTERNLM2_CPU_MATRIX(flash_attention_fwd, a, u, scratch); },
-      [&](const FlashUnit& u, void* states, int64_t stride, int64_t splits, void* scratch) {
-        INTERNLM2_CPU_MATRIX(flash_attention_fwd_join, a, u, states, stride, splits, scratch);
-      });
+      a, q, [&](int64_t longest) { return INTERNLM2_CPU_MATRIX(flash_attention_fwd_tiling, a, longest); },
+      [&](const AttentionTile& tile, void* scratch) { INTERNLM2_CPU_MATRIX(flash_attention_fwd, a, tile, scratch); });
   return {out, lse};
 }
 

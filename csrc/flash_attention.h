@@ -3,7 +3,7 @@
 #pragma once
 #include "types.h"
 
-// Inlined everywhere: a shared out-of-line copy would be compiled for one of the instruction sets.
+// Always inlined: one shared out-of-line copy would be compiled for one of the instruction sets and run on all.
 #define ATTENTION_INLINE inline __attribute__((always_inline))
 
 namespace internlm2 {
@@ -15,17 +15,18 @@ struct AttentionTensor {
   int64_t sequence_stride, token_stride, head_stride;
 };
 
-// What forward and backward share. Packed where cu_q, cu_k are given, else every sequence has seqlen_q, seqlen_k tokens.
+// What forward and backward share. The sequences are packed where cu_q and cu_k are given. Otherwise every sequence has
+// seqlen_q queries and seqlen_k keys.
 struct Attention {
   Dtype dtype;
   int64_t sequences, heads, kv_heads, d;
   const int32_t *cu_q, *cu_k;  // [sequences + 1]
   int64_t seqlen_q, seqlen_k;
-  const int32_t* seqlens_k;  // [sequences], of a paged cache: in place of cu_k and seqlen_k
+  const int32_t* seqlens_k;  // [sequences]; a paged cache gives it in place of cu_k and seqlen_k
   int64_t window_left, window_right;  // -1: unlimited, else at most 2^40
   double scale, softcap;  // from 1e-37 to 1e37; softcap 0: none
   AttentionTensor q, k, v;
-  int64_t lse_sequence_stride, lse_head_stride;  // of lse, and of what else is kept a query row and head
+  int64_t lse_sequence_stride, lse_head_stride;  // of lse and of everything else that has one number for each query row and head
 
   ATTENTION_INLINE int64_t group() const { return heads / kv_heads; }
   ATTENTION_INLINE int64_t begin_q(int64_t s) const { return cu_q ? cu_q[s] : 0; }
@@ -45,13 +46,14 @@ struct Attention {
   ATTENTION_INLINE int64_t offset_lse(int64_t s, int64_t head) const {
     return (cu_q ? cu_q[s] : s * lse_sequence_stride) + head * lse_head_stride;
   }
-  // The query rows of a sequence, all at its beginning, that see no key.
-  ATTENTION_INLINE int64_t blind_rows(int64_t s) const {
-    const int64_t rows = length_q(s), keys = length_k(s), blind = rows - keys - window_right;
+  // How many query rows of a sequence are fully masked. They are its first rows.
+  ATTENTION_INLINE int64_t fully_masked_rows(int64_t s) const {
+    const int64_t rows = length_q(s), keys = length_k(s), masked = rows - keys - window_right;
     if (keys == 0) return rows;
-    return window_right < 0 || blind < 0 ? 0 : blind;
+    return window_right < 0 || masked < 0 ? 0 : masked;
   }
-  // Keys [first, last) that query row i may see; last <= first: none. Row i stands at position i + length_k - length_q.
+  // The unmasked keys of query row i are [first_key, last_key), none where last_key <= first_key. The row's position among
+  // the keys is i + length_k - length_q.
   ATTENTION_INLINE int64_t first_key(int64_t s, int64_t i) const {
     const int64_t position = i + length_k(s) - length_q(s);
     return window_left < 0 || position < window_left ? 0 : position - window_left;
@@ -68,32 +70,28 @@ struct FlashFwd : Attention {
   void* lse;
 };
 
-// A part of the work for one thread: query rows [begin, end) of one sequence with the groups of key heads [kv_head,
-// kv_head + kv_heads), and of its splits along the keys all (split < 0) or one, whose unfinished result goes to `state`.
-struct FlashUnit {
+// A tile of the forward's work for one thread: query rows [begin, end) of one sequence, with all query heads of the key heads
+// [kv_head, kv_head + kv_heads). By default a tile is computed over all keys. Where there are too few tiles for the threads,
+// it is split along the keys (split-K): each split is computed on its own (split >= 0) and leaves its unfinished result in
+// `state`; then the tile joins its states (splits > 0), which lie state_bytes apart from `state` on, in rising order.
+struct AttentionTile {
   int64_t sequence, kv_head, kv_heads, begin, end;
-  int64_t split;
-  void* state;
+  int64_t split = -1, splits = 0, state_bytes = 0;
+  void* state = nullptr;
 };
 
-// How a call is cut, no sequence of which has more than `longest` query rows: rows in a unit, keys in a split. Only a unit of
-// at most few_lanes rows times heads of a group takes several key heads. Bytes of scratch a thread, bytes of a state.
-struct FlashPlan {
-  int64_t rows, split_keys, few_lanes, scratch_bytes, state_bytes;
+// The tiling of a call in which no sequence has more than `longest` query rows. Only a tile of at most decode_lanes rows times
+// query heads of a group takes several key heads.
+struct AttentionTiling {
+  int64_t rows;           // of a tile
+  int64_t split_keys;     // of a split
+  int64_t decode_lanes;
+  int64_t scratch_bytes;  // for each thread
+  int64_t state_bytes;    // for each split
 };
 
-#define INTERNLM2_FLASH_ATTENTION_CPU                                                                 \
-  FlashPlan flash_attention_fwd_plan(const FlashFwd& a, int64_t longest);                             \
-  void flash_attention_fwd(const FlashFwd& a, const FlashUnit& unit, void* scratch);                  \
-  /* The states of all splits that the unit's rows see, in order, `stride` bytes apart. */            \
-  void flash_attention_fwd_join(const FlashFwd& a, const FlashUnit& unit, void* states, int64_t stride, int64_t splits, \
-                                void* scratch);
-
-namespace cpu {
-namespace AVX2 { INTERNLM2_FLASH_ATTENTION_CPU }
-namespace AVX512 { INTERNLM2_FLASH_ATTENTION_CPU }
-namespace AVX512_BF16 { INTERNLM2_FLASH_ATTENTION_CPU }
-namespace AMX { INTERNLM2_FLASH_ATTENTION_CPU }
-}  // namespace cpu
+INTERNLM2_CPU_MATRIX_KERNELS(
+  AttentionTiling flash_attention_fwd_tiling(const FlashFwd& a, int64_t longest);
+  void flash_attention_fwd(const FlashFwd& a, const AttentionTile& tile, void* scratch);)
 
 }  // namespace internlm2

@@ -1,8 +1,6 @@
 #include "flash_attention_bwd.h"
 
-#include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "attention_args.h"
 
@@ -11,16 +9,16 @@ namespace {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
-constexpr int64_t kSerial = 1 << 20;  // multiplications a product below which a second thread costs more than it saves
+constexpr int64_t kSerial = 1 << 20;  // multiplications in a product below which a second thread costs more than it saves
 
-// Units of one block each: sequence by sequence, then `abreast` heads at a time, then block by block. With more heads
-// abreast than threads no thread waits for the block before its own; a few heads still fit the shared cache.
-class Units {
+// Tiles of one block each, ordered by sequence, then by groups of `abreast` heads, then by block, then by head. With more
+// heads abreast than threads, no thread waits for the block before its own; few heads abreast still fit the shared cache.
+class BlockTiles {
  public:
-  Units(int64_t heads, int64_t abreast, const std::vector<int64_t>& blocks)
+  BlockTiles(int64_t heads, int64_t abreast, const std::vector<int64_t>& blocks)
       : heads_(heads), abreast_(abreast), blocks_(blocks) {}
   int64_t count() const { return heads_ * blocks_.back(); }
-  BwdUnit operator[](int64_t i) const {
+  BwdTile operator[](int64_t i) const {
     const auto after = std::upper_bound(blocks_.begin(), blocks_.end(), i / heads_);
     const int64_t s = after - blocks_.begin() - 1, n = blocks_[s + 1] - blocks_[s], rest = i - heads_ * blocks_[s];
     const int64_t first = rest / (n * abreast_) * abreast_, width = std::min(abreast_, heads_ - first);
@@ -60,7 +58,7 @@ Gradients flash_attention_bwd_cpp(const Tensor& dout, const Tensor& q, const Ten
   a.k_blocks = k_blocks.data();
   const bool serial = pairs * a.heads * a.d < kSerial;
   const int64_t workers = serial ? 1 : workers_for(a.kv_heads * k_blocks.back());
-  const Units rows(a.heads, 1, q_blocks), units(a.kv_heads, 2 * workers, k_blocks);
+  const BlockTiles queries(a.heads, 1, q_blocks), keys(a.kv_heads, 2 * workers, k_blocks);
 
   const int64_t columns = INTERNLM2_CPU_MATRIX(flash_attention_bwd_columns, a);
   const int64_t bytes = INTERNLM2_CPU_MATRIX(flash_attention_bwd_scratch, a);
@@ -75,10 +73,10 @@ Gradients flash_attention_bwd_cpp(const Tensor& dout, const Tensor& q, const Ten
   a.turns = static_cast<int32_t*>(data(turns));
   if (turns.numel() > 0) std::memset(a.turns, 0, static_cast<size_t>(turns.numel()) * sizeof(int32_t));
 
-  for_units(rows.count(), serial ? 1 : workers_for(rows.count()),
-            [&](int64_t i, int64_t) { INTERNLM2_CPU_MATRIX(flash_attention_bwd_prepare, a, rows[i]); });
-  for_units(units.count(), workers, [&](int64_t i, int64_t worker) {
-    INTERNLM2_CPU_MATRIX(flash_attention_bwd, a, units[i], static_cast<char*>(data(scratch)) + worker * bytes);
+  for_tiles(queries.count(), serial ? 1 : workers_for(queries.count()),
+            [&](int64_t i, int64_t) { INTERNLM2_CPU_MATRIX(flash_attention_bwd_prepare, a, queries[i]); });
+  for_tiles(keys.count(), workers, [&](int64_t i, int64_t worker) {
+    INTERNLM2_CPU_MATRIX(flash_attention_bwd, a, keys[i], static_cast<char*>(data(scratch)) + worker * bytes);
   });
   return {dq, dk, dv};
 }

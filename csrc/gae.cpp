@@ -1,16 +1,15 @@
 #include "gae.h"
 
-#include <algorithm>
-
-#include "stable.h"
+#include "checks.h"
+#include "threads.h"
 
 namespace internlm2 {
 namespace {
 
-constexpr int64_t kTokens = 8192;  // a unit of work: sequences of so many tokens together, at least one
+constexpr int64_t kTokens = 8192;  // a tile is one or more whole sequences that together have at least this many tokens
 
-// Where the units begin, and the end.
-std::vector<int64_t> units_of(const int32_t* cu, int64_t n) {
+// The first sequence of every tile, and the end.
+std::vector<int64_t> tile_starts(const int32_t* cu, int64_t n) {
   std::vector<int64_t> starts{0};
   for (int64_t i = 1; i <= n; ++i) {
     if (i == n || cu[i] - cu[starts.back()] >= kTokens) starts.push_back(i);
@@ -21,7 +20,7 @@ std::vector<int64_t> units_of(const int32_t* cu, int64_t n) {
 std::tuple<Tensor, Tensor> gae_fwd_cpp(const Tensor& rewards, const Tensor& values, const Tensor& cu_seqlens,
                                        const OptTensor& mask, const OptTensor& bootstrap, double gamma, double lam) {
   check_cpu();
-  check_lengths(cu_seqlens, rewards.numel(), 0);
+  check_cu_seqlens("gae", "cu_seqlens", cu_seqlens, rewards.numel());
   const auto acc = accumulator_of(rewards);
   Tensor advantages = torch::stable::new_empty(rewards, rewards.sizes(), acc);
   Tensor returns = torch::stable::new_empty(rewards, rewards.sizes(), acc);
@@ -33,10 +32,10 @@ std::tuple<Tensor, Tensor> gae_fwd_cpp(const Tensor& rewards, const Tensor& valu
   a.returns = data(returns);
   a.gamma = gamma;
   a.lam = lam;
-  const auto starts = units_of(a.cu_seqlens, cu_seqlens.numel() - 1);
-  const int64_t units = static_cast<int64_t>(starts.size()) - 1;
-  for_units(units, workers_for(units), [&](int64_t unit, int64_t) {
-    INTERNLM2_CPU(gae_fwd, a, starts[static_cast<size_t>(unit)], starts[static_cast<size_t>(unit) + 1]);
+  const auto starts = tile_starts(a.cu_seqlens, cu_seqlens.numel() - 1);
+  const int64_t tiles = static_cast<int64_t>(starts.size()) - 1;
+  for_tiles(tiles, workers_for(tiles), [&](int64_t tile, int64_t) {
+    INTERNLM2_CPU(gae_fwd, a, starts[static_cast<size_t>(tile)], starts[static_cast<size_t>(tile) + 1]);
   });
   return {advantages, returns};
 }

@@ -1,4 +1,4 @@
-// Generalized advantage estimation: the raw-pointer contract between binding and kernel. Formula: internlm2_kernels/ops/.
+// Generalized advantage estimation: the raw-pointer contract between binding and kernel. Formula: internlm2_kernels/ops/gae.py.
 #pragma once
 #include "types.h"
 
@@ -8,17 +8,12 @@ struct Gae {
   Dtype acc;  // f32 or f64: the type of bootstrap and of the results
   In rewards, values;
   const int32_t* cu_seqlens;  // [n + 1]
-  const uint8_t* mask;        // null: everything counts
-  const void* bootstrap;      // [n], null: 0
+  const uint8_t* mask;        // null: every element counts
+  const void* bootstrap;      // [n]; null: 0
   void *advantages, *returns;
   double gamma, lam;
 };
 
-#define INTERNLM2_GAE_CPU void gae_fwd(const Gae& a, int64_t begin, int64_t end); /* sequences */
-
-namespace cpu {
-namespace AVX2 { INTERNLM2_GAE_CPU }
-namespace AVX512 { INTERNLM2_GAE_CPU }
-}  // namespace cpu
+INTERNLM2_CPU_KERNELS(void gae_fwd(const Gae& a, int64_t first_sequence, int64_t last_sequence);)
 
 }  // namespace internlm2

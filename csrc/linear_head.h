@@ -1,19 +1,19 @@
-// Heads over a vocabulary, l = softcap(scale * hidden weight^T), whose logits never lie in memory together: the raw-pointer
-// contract between the bindings (linear_cross_entropy.cpp, linear_logprobs.cpp) and the kernels. Method: csrc/cpu/linear_head.h.
+// Heads over a vocabulary, l = softcap(scale * hidden weight^T), whose logits are never all in memory: the raw-pointer contract
+// between the bindings (linear_cross_entropy.cpp, linear_logprobs.cpp) and the kernels. Method: csrc/cpu/head/head_products.h.
 #pragma once
 #include "types.h"
 
 namespace internlm2 {
 
-constexpr int64_t kHeadBlock = 64;   // columns of the vocabulary that have statistics of their own
-constexpr int64_t kHeadSpan = 384;   // columns of the vocabulary in one unit of the gradients: whole blocks
-constexpr int64_t kHeadColumns = 512;  // columns of hidden in one unit of dhidden
+constexpr int64_t kHeadBlock = 64;     // columns of the vocabulary that share one set of statistics
+constexpr int64_t kHeadSpan = 384;     // columns of the vocabulary in one tile of the gradients: whole blocks
+constexpr int64_t kHeadColumns = 512;  // columns of hidden in one tile of dhidden
 
-// What is kept of a chunk's logits, each in kHeadSpan columns of a row: nothing; exp(l - the block's largest) in bfloat16; l in
-// the accumulator's dtype; the gradient. The first three turn into the gradient in place.
+// What is stored of a chunk's logits: nothing; exp(l - the block's largest) in bfloat16; l in the accumulator's dtype; or the
+// gradient. Exponentials and logits are later turned into the gradient in place.
 enum class HeadStore : int { none, exponentials, logits, gradient };
 
-// A chunk: `rows` tokens in a row. Pointers to hidden, labels and results are to its first token.
+// A chunk of `rows` successive tokens. Pointers to hidden, labels and results are to its first token.
 struct LinearHead {
   Dtype dtype;  // of hidden and weight; the accumulator's dtype is float, double for f64
   const void *hidden, *weight;
@@ -30,35 +30,27 @@ struct LinearHead {
   void *block_max, *block_sum, *block_dot, *block_total;
   int32_t* block_best;
   // Results, [rows] in the accumulator's dtype: all but the first two may be null.
-  void *label_logit, *lse, *entropy, *best, *total;
-  void* lse_rest;  // what rounding cut off lse: a certain token's loss and gradient are less than a unit of a large lse
+  void *label_logit, *top, *log_sum, *entropy, *best, *total;
   int32_t* best_column;
   // dl_j = p_j (a + b (l_j - lse)) + s + [j is the label's] (k - a), p_j = exp(l_j - lse), before the soft-cap's slope: [rows].
   const void *a, *b, *s, *k;
-  bool fresh, last;   // the chunk is the first, the last
+  bool fresh, last;   // whether the chunk is the first, the last
   Dtype dweight_dtype, dhidden_dtype;
-  void *dweight_sum;  // [vocab, d] in the accumulator's dtype; null: one chunk alone, whose sums go to dweight at once
-  void *dweight;      // [vocab, d], written with the last chunk; null: not wanted, or dweight_sum itself
-  void *dhidden;      // [rows, d]; null: not wanted
+  void *dweight_sum;  // [vocab, d] in the accumulator's dtype; null: there is one chunk, whose sums are written to dweight
+  void *dweight;      // [vocab, d], written with the last chunk; null: not needed, or dweight_sum is the result
+  void *dhidden;      // [rows, d]; null: not needed
 };
 
-// In bytes. Tokens in a chunk at most, with scores kept and without; the rest for `capacity`.
+// The most tokens of a chunk, with stored scores and without, and bytes of memory for `capacity` rows.
 struct HeadSizes { int64_t most_rows, most_rows_alone, hidden_rows, hidden_steps, scores, scratch; };
 
-#define INTERNLM2_LINEAR_HEAD_CPU                                                                            \
-  HeadSizes linear_head_sizes(const LinearHead& a);                                                          \
-  int64_t linear_head_pack_units(const LinearHead& a);                                                       \
-  void linear_head_pack(const LinearHead& a, int64_t unit);                                                  \
-  void linear_head_scores(const LinearHead& a, int64_t block, void* scratch);                                \
-  void linear_head_merge(const LinearHead& a, int64_t begin, int64_t end); /* rows; begin a multiple of 16 */ \
-  void linear_head_dweight(const LinearHead& a, int64_t span, void* scratch); /* the gradient of scores too */ \
-  void linear_head_dhidden(const LinearHead& a, int64_t row, int64_t rows, int64_t column, int64_t columns, void* scratch);
-
-namespace cpu {
-namespace AVX2 { INTERNLM2_LINEAR_HEAD_CPU }
-namespace AVX512 { INTERNLM2_LINEAR_HEAD_CPU }
-namespace AVX512_BF16 { INTERNLM2_LINEAR_HEAD_CPU }
-namespace AMX { INTERNLM2_LINEAR_HEAD_CPU }
-}  // namespace cpu
+INTERNLM2_CPU_MATRIX_KERNELS(
+  HeadSizes linear_head_sizes(const LinearHead& a);
+  int64_t linear_head_pack_tiles(const LinearHead& a);
+  void linear_head_pack(const LinearHead& a, int64_t tile);
+  void linear_head_scores(const LinearHead& a, int64_t block, void* scratch);
+  void linear_head_merge(const LinearHead& a, int64_t begin, int64_t end); // rows; begin is a multiple of 16
+  void linear_head_dweight(const LinearHead& a, int64_t span, void* scratch); // forms the gradient of the scores too
+  void linear_head_dhidden(const LinearHead& a, int64_t row, int64_t rows, int64_t column, int64_t columns, void* scratch);)
 
 }  // namespace internlm2

@@ -1,11 +1,10 @@
-// One call of a head over a vocabulary: its memory, its chunks of tokens, and their units on threads.
+// One call of a head over a vocabulary: its memory, its chunks of tokens, and their tiles on threads.
 #pragma once
-#include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "linear_head.h"
 #include "loss_args.h"
+#include "threads.h"
 
 namespace internlm2 {
 
@@ -17,7 +16,7 @@ class HeadCall {
  public:
   LinearHead a{};
 
-  // Both directions' common part. What is wanted beyond it is set in `a` before prepare().
+  // What both directions share. The caller sets in `a` what else it needs before prepare().
   HeadCall(const Tensor& hidden, const Tensor& weight, double scale, double softcap, HeadStore store)
       : hidden_(hidden), weight_(weight), tokens_(hidden.size(0)) {
     a.dtype = dtype_of(hidden);
@@ -48,24 +47,24 @@ class HeadCall {
     return data(kept_.back());
   }
   void* statistic(int64_t size) { return take(blocks() * a.capacity * size); }
-  // A chunk's part of lse [tokens, 2]: rounded, and what rounding cut off it.
+  // A chunk's part of lse [tokens, 2]: the largest logit, and the log of the sum of exp(l - largest).
   void put_lse(const Numbers& lse, int64_t first) const {
-    const Numbers whole(a.lse, wide()), rest(a.lse_rest, wide());
+    const Numbers top(a.top, wide()), log_sum(a.log_sum, wide());
     for (int64_t t = 0; t < a.rows; ++t) {
-      lse.set(2 * (first + t), whole.get(t));
-      lse.set(2 * (first + t) + 1, rest.get(t));
+      lse.set(2 * (first + t), top.get(t));
+      lse.set(2 * (first + t) + 1, log_sum.get(t));
     }
   }
   void get_lse(const Numbers& lse, int64_t first) const {
-    const Numbers whole(a.lse, wide()), rest(a.lse_rest, wide());
+    const Numbers top(a.top, wide()), log_sum(a.log_sum, wide());
     for (int64_t t = 0; t < a.rows; ++t) {
-      whole.set(t, lse.get(2 * (first + t)));
-      rest.set(t, lse.get(2 * (first + t) + 1));
+      top.set(t, lse.get(2 * (first + t)));
+      log_sum.set(t, lse.get(2 * (first + t) + 1));
     }
   }
   void* row_numbers() { return take(a.capacity * acc_size()); }
 
-  // Sizes the chunks and takes their memory; dweight, dhidden and dweight_sum are set (to be wanted or not) before.
+  // Sizes the chunks and allocates their memory. dweight, dhidden and dweight_sum are set before, to null where not needed.
   void prepare() {
     HeadSizes sizes = INTERNLM2_CPU_MATRIX(linear_head_sizes, a);
     const int64_t most = most_rows(sizes), chunks = std::max<int64_t>(1, (tokens_ + most - 1) / most);
@@ -75,8 +74,8 @@ class HeadCall {
     sizes = INTERNLM2_CPU_MATRIX(linear_head_sizes, a);
     const bool serial = static_cast<double>(tokens_) * a.vocab * a.d < kSerial;
     workers_ = serial ? 1 : workers_for(std::max(blocks(), chunk_));
-    a.lse = row_numbers();
-    a.lse_rest = row_numbers();
+    a.top = row_numbers();
+    a.log_sum = row_numbers();
     a.hidden_rows = take(sizes.hidden_rows);
     if (wants_dweight()) a.hidden_steps = take(sizes.hidden_steps);
     if (a.store != HeadStore::none) a.scores = take(sizes.scores);
@@ -88,8 +87,8 @@ class HeadCall {
     a.label_logit = row_numbers();
   }
 
-  // `merged(first, rows)` follows a chunk's statistics, of which pointers to [rows] results are moved along before it:
-  // at(first) sets them.
+  // For each chunk: at(first) sets the pointers to results for its first token, and merged(first, rows) is called when its
+  // statistics are complete.
   template <typename At, typename F> void run(const At& at, const F& merged) {
     for (int64_t first = 0; first < tokens_; first += chunk_) {
       a.rows = std::min(chunk_, tokens_ - first);
@@ -97,17 +96,17 @@ class HeadCall {
       a.fresh = first == 0;
       a.last = first + a.rows == tokens_;
       at(first);
-      units(INTERNLM2_CPU_MATRIX(linear_head_pack_units, a),
+      tiles(INTERNLM2_CPU_MATRIX(linear_head_pack_tiles, a),
             [&](int64_t i, int64_t) { INTERNLM2_CPU_MATRIX(linear_head_pack, a, i); });
-      units(blocks(), [&](int64_t i, int64_t w) { INTERNLM2_CPU_MATRIX(linear_head_scores, a, i, scratch(w)); });
+      tiles(blocks(), [&](int64_t i, int64_t w) { INTERNLM2_CPU_MATRIX(linear_head_scores, a, i, scratch(w)); });
       if (a.store != HeadStore::gradient) {
-        units((a.rows + 15) / 16, [&](int64_t i, int64_t) {
+        tiles((a.rows + 15) / 16, [&](int64_t i, int64_t) {
           INTERNLM2_CPU_MATRIX(linear_head_merge, a, 16 * i, std::min(16 * (i + 1), a.rows));
         });
         merged(first, a.rows);
       }
       if (a.store == HeadStore::none) continue;
-      units((a.vocab + kHeadSpan - 1) / kHeadSpan,
+      tiles((a.vocab + kHeadSpan - 1) / kHeadSpan,
             [&](int64_t i, int64_t w) { INTERNLM2_CPU_MATRIX(linear_head_dweight, a, i, scratch(w)); });
       if (a.dhidden != nullptr) run_dhidden();
     }
@@ -127,9 +126,9 @@ class HeadCall {
     return a.store == HeadStore::none ? sizes.most_rows_alone : sizes.most_rows;
   }
   void* scratch(int64_t worker) const { return scratch_ + worker * scratch_bytes_; }
-  template <typename F> void units(int64_t n, const F& f) const { for_units(n, std::min(workers_, n), f); }
+  template <typename F> void tiles(int64_t n, const F& f) const { for_tiles(n, std::min(workers_, n), f); }
 
-  // Columns of hidden are cut for the threads, and rows where that does not give each one: each column is one chain.
+  // Distributes columns of hidden over the threads, and rows too where there are fewer column tiles than threads.
   void run_dhidden() {
     const auto parts = [](int64_t n, int64_t most, int64_t wanted, int64_t least) {
       const int64_t cuts = std::max((n + most - 1) / most, std::min(wanted, n / least));
@@ -139,7 +138,7 @@ class HeadCall {
     if (a.d == 0) return;
     const int64_t columns = parts(a.d, kHeadColumns, workers_, 64), across = (a.d + columns - 1) / columns;
     const int64_t rows = parts(a.rows, a.rows, (workers_ + across - 1) / across, 48), down = (a.rows + rows - 1) / rows;
-    units(across * down, [&](int64_t i, int64_t w) {
+    tiles(across * down, [&](int64_t i, int64_t w) {
       const int64_t row = i / across * rows, column = i % across * columns;
       INTERNLM2_CPU_MATRIX(linear_head_dhidden, a, row, std::min(rows, a.rows - row), column,
                            std::min(columns, a.d - column), scratch(w));
@@ -147,8 +146,8 @@ class HeadCall {
   }
 };
 
-// The gradients of a backward in the dtypes of hidden and weight: dweight's sums are its own memory where they have its dtype,
-// else, with more than one chunk, one accumulator.
+// The gradients of a backward in the dtypes of hidden and weight. dweight is summed in its own memory where it has the
+// accumulator's dtype; otherwise more than one chunk needs an accumulator.
 class HeadGradients {
  public:
   HeadGradients(HeadCall& call, const Tensor& hidden, const Tensor& weight, bool needs_dhidden, bool needs_dweight)

@@ -1,15 +1,13 @@
-// What the bindings of the losses share: labels, reductions, numbers of either accumulator.
+// What the bindings of the losses over a vocabulary share: labels, reductions, numbers of either accumulator.
 #pragma once
-#include <cmath>
-#include <vector>
-
+#include "errors.h"
 #include "stable.h"
 
 namespace internlm2 {
 
 enum class Reduction : int64_t { none = 0, mean = 1, sum = 2 };
 
-// The accumulator's numbers, float or double, behind one face.
+// An array of the accumulator's type, float or double, read and written as double.
 class Numbers {
  public:
   explicit Numbers(const Tensor& t) : p_(data(t)), wide_(dtype_of(t) == Dtype::f64) {}
@@ -25,22 +23,22 @@ class Numbers {
   bool wide_;
 };
 
-// Labels less `start`, -1 for those equal to `ignored` (where not null) or outside [0, width); all within [0, classes) or
-// ignored, checked before anything is written.
-inline void read_labels(const char* argument, const Tensor& labels, int64_t classes, const int64_t* ignored, int64_t start,
-                        int64_t width, int64_t* to) {
+// Writes label - start to `to`, or -1 where that is outside [0, width) or the label equals *ignored (where `ignored` is not
+// null). Every other label must be in [0, classes).
+inline void read_labels(const char* op, const char* argument, const Tensor& labels, int64_t classes, const int64_t* ignored,
+                        int64_t start, int64_t width, int64_t* to) {
   const bool narrow = dtype_of(labels) == Dtype::i32;
   const void* p = cdata(labels);
   for (int64_t t = 0, n = labels.numel(); t < n; ++t) {
     const int64_t label = narrow ? static_cast<const int32_t*>(p)[t] : static_cast<const int64_t*>(p)[t];
     const bool skip = ignored != nullptr && label == *ignored;
-    STD_TORCH_CHECK(skip || (label >= 0 && label < classes), "ValueError: ", argument, ": expected values from 0 to ",
-                    classes - 1, ignored != nullptr ? " or ignore_index" : "", ", got ", label);
+    INTERNLM2_CHECK_VALUE(skip || (label >= 0 && label < classes), op, argument, "values from 0 to ", classes - 1,
+                          ignored != nullptr ? " or ignore_index" : "", ", got ", label);
     to[t] = skip || label < start || label >= start + width ? -1 : label - start;
   }
 }
 
-// How a loss over [T] rows is made of its rows: their weights (0: ignored), and what the sum is divided by.
+// A loss over [T] rows: the weight of each row (0: ignored) and the divisor of the sum.
 struct LossRows {
   const int64_t* label;    // [T], -1: ignored
   const Numbers* weights;  // [T] or null
@@ -50,25 +48,52 @@ struct LossRows {
   int64_t classes;
 
   double weight(int64_t t) const { return label[t] < 0 ? 0 : weights == nullptr ? 1 : weights->get(t); }
-  // 1 over the divisor; nothing over nothing is 0.
+  // 1 / divisor; 1 where the weights add up to 0, whose sum of losses is 0 too.
   double factor() const {
     double total = 0;
     if (reduction != Reduction::mean) return 1;
     for (int64_t t = 0; t < rows; ++t) total += weight(t);
     return total == 0 ? 1 : 1 / total;
   }
-  // The loss of row t before its weight; `mean`: of its logits, where label_smoothing asks for it.
-  // `rest`: what rounding cut off lse, which a certain label's loss is made of.
-  double loss(double lse, double rest, double label_logit, double mean) const {
-    double loss = (1 - label_smoothing) * ((lse - label_logit) + rest);
-    if (label_smoothing != 0) loss += label_smoothing * ((lse - mean) + rest);
-    if (z_loss != 0) loss += z_loss * lse * lse;
-    return loss;
+  // The loss of a row before its weight; lse = top + log_sum. Where the label's probability is close to 1 the loss is of the
+  // size of log_sum. `mean` is that of the row's logits, for label smoothing.
+  double loss(double top, double log_sum, double label_logit, double mean) const {
+    double loss = (1 - label_smoothing) * ((top - label_logit) + log_sum);
+    if (label_smoothing != 0) loss += label_smoothing * ((top - mean) + log_sum);
+    return loss + z(top, log_sum);
   }
-  // dl_j = r (p_j a + s + [j is the label's] (k - a)); the last is kept as k, so that p - 1 is never formed by subtraction.
+  double z(double top, double log_sum) const { return z_loss == 0 ? 0 : z_loss * (top + log_sum) * (top + log_sum); }
+  // dl_j = r (p_j a + s), and for the label r ((p_j - 1) a + k + s), so that a probability close to 1 loses no digits.
   double a(double lse) const { return 1 + 2 * z_loss * lse; }
   double k(double lse) const { return 2 * z_loss * lse + label_smoothing; }
   double s() const { return -label_smoothing / static_cast<double>(classes); }
+};
+
+// The losses of rows, as they are or reduced to one number.
+class LossSum {
+ public:
+  // An empty tensor unless `wanted`.
+  LossSum(const Tensor& like, const LossRows& rows, bool wanted)
+      : each_(rows.reduction == Reduction::none),
+        out_(each_ || !wanted ? torch::stable::new_empty(like, {wanted ? rows.rows : 0}, accumulator_of(like))
+                              : torch::stable::new_empty(like, {}, accumulator_of(like))),
+        wanted_(wanted),
+        numbers_(out_) {}
+  void add(int64_t t, double loss) {
+    if (each_ && wanted_) numbers_.set(t, loss);
+    sum_ += loss;
+  }
+  Tensor done(double factor) {
+    if (!each_ && wanted_) numbers_.set(0, sum_ * factor);
+    return out_;
+  }
+
+ private:
+  bool each_;
+  Tensor out_;
+  bool wanted_;
+  Numbers numbers_;
+  double sum_ = 0;
 };
 
 // out = gradient * dloss, rounded to the dtype of out (cross_entropy.cpp).

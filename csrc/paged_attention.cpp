@@ -5,20 +5,21 @@
 namespace internlm2 {
 namespace {
 
-// Lengths that hold the new tokens and fit the table; entries of blocks that a new token sees within the cache. A sequence
-// without new tokens is not looked at.
+constexpr const char* kOp = "paged_attention";
+
+// Every length holds its sequence's new tokens and fits the block table, and the entries of blocks that a new token sees are
+// blocks of the cache. A sequence without new tokens is skipped.
 void check_values(const PagedFwd& a, int64_t blocks) {
   for (int64_t s = 0; s < a.sequences; ++s) {
     if (a.length_q(s) == 0) continue;
     const int64_t length = a.length_k(s), most = a.max_blocks * a.block_size;
-    STD_TORCH_CHECK(length >= a.length_q(s) && length <= most, "ValueError: paged_attention: seq_lens: expected values from "
-                    "the new tokens of a sequence, ", a.length_q(s), " in sequence ", s, ", to max_blocks * block_size = ",
-                    most, ", got ", length);
+    INTERNLM2_CHECK_VALUE(length >= a.length_q(s) && length <= most, kOp, "seq_lens", "values from the new tokens of a sequence, ",
+                          a.length_q(s), " in sequence ", s, ", to max_blocks * block_size = ", most, ", got ", length);
     const int64_t used = (length + a.block_size - 1) / a.block_size;
     for (int64_t i = a.first_key(s, 0) / a.block_size; i < used; ++i) {
       const int64_t block = a.block_table[s * a.max_blocks + i];
-      STD_TORCH_CHECK(block >= 0 && block < blocks, "ValueError: paged_attention: block_table: expected values from 0 to ",
-                      blocks - 1, " in the blocks in use, got ", block);
+      INTERNLM2_CHECK_VALUE(block >= 0 && block < blocks, kOp, "block_table", "values from 0 to ", blocks - 1,
+                            " in the blocks in use, got ", block);
     }
   }
 }
@@ -47,8 +48,7 @@ std::tuple<Tensor, Tensor> paged_attention_fwd_cpp(const Tensor& q, const Tensor
   a.block_size = k_cache.size(1);
   a.max_blocks = block_table.size(1);
   if (cu_q.has_value()) {
-    check_cu_seqlens("paged_attention", "q", *cu_q, q.size(0), max_seqlen_q);
-    a.cu_q = static_cast<const int32_t*>(cdata(*cu_q));
+    a.cu_q = checked_cu_seqlens(kOp, "q", *cu_q, q.size(0), max_seqlen_q);
   }
   check_values(a, k_cache.size(0));
   Tensor out = empty_as(q), lse = torch::stable::new_empty(q, {a.heads, q.size(0)}, accumulator_of(q));
@@ -60,11 +60,8 @@ std::tuple<Tensor, Tensor> paged_attention_fwd_cpp(const Tensor& q, const Tensor
   a.lse_sequence_stride = 1;
   a.lse_head_stride = q.size(0);
   run_attention(
-      a, q, [&](int64_t longest) { return INTERNLM2_CPU_MATRIX(paged_attention_fwd_plan, a, longest); },
-      [&](const FlashUnit& u, void* scratch) { INTERNLM2_CPU_MATRIX(paged_attention_fwd, a, u, scratch); },
-      [&](const FlashUnit& u, void* states, int64_t stride, int64_t splits, void* scratch) {
-        INTERNLM2_CPU_MATRIX(paged_attention_fwd_join, a, u, states, stride, splits, scratch);
-      });
+      a, q, [&](int64_t longest) { return INTERNLM2_CPU_MATRIX(paged_attention_fwd_tiling, a, longest); },
+      [&](const AttentionTile& tile, void* scratch) { INTERNLM2_CPU_MATRIX(paged_attention_fwd, a, tile, scratch); });
   return {out, lse};
 }
 

@@ -1,7 +1,7 @@
 // Split of the packed projection, rotation, paged cache write: the raw-pointer contract.
 // Formulas and layout: internlm2_kernels/ops/qkv_rope.py.
 #pragma once
-#include "rope_table.h"
+#include "rope_angles.h"
 
 namespace internlm2 {
 
@@ -26,17 +26,12 @@ struct QkvRopeBwd {
   void* dqkv;  // contiguous
 };
 
-#define INTERNLM2_QKV_ROPE_CPU                                           \
-  void qkv_rope_fwd(const QkvRopeFwd& a, int64_t begin, int64_t end);    \
-  void qkv_rope_bwd(const QkvRopeBwd& a, int64_t begin, int64_t end); /* tokens */
+INTERNLM2_CPU_KERNELS(
+  void qkv_rope_fwd(const QkvRopeFwd& a, int64_t first_token, int64_t last_token);
+  void qkv_rope_bwd(const QkvRopeBwd& a, int64_t first_token, int64_t last_token);)
 
-namespace cpu {
-namespace AVX2 { INTERNLM2_QKV_ROPE_CPU }
-namespace AVX512 { INTERNLM2_QKV_ROPE_CPU }
-}  // namespace cpu
-
-// No f64, tables f32; an index out of range sets its bit in *error, makes its token NaN and touches nothing else. Returns
-// what went wrong at the launch, or null.
+// No f64, and tables in f32. A token with an index out of range gets NaN, touches no other memory and sets the bit of its
+// argument in *error. Returns the error of the launch, or null.
 namespace cuda {
 const char* qkv_rope_fwd(const QkvRopeFwd& a, int64_t tokens, int* error, void* stream);
 const char* qkv_rope_bwd(const QkvRopeBwd& a, int64_t tokens, int* error, void* stream);

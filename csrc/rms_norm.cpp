@@ -1,23 +1,28 @@
 #include "rms_norm.h"
 
-#include <algorithm>
-
-#include "stable.h"
+#include "threads.h"
 
 namespace internlm2 {
 namespace {
 
-constexpr int64_t kChunks = 64;  // partial sums of dweight: a function of the number of rows alone, hence deterministic
+constexpr int64_t kChunks = 64;  // partial sums of dweight: their number depends on that of rows alone, hence deterministic
 
-int64_t grain(int64_t cols) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(cols, 1)); }
+int64_t grain(int64_t cols) { return grain_of(32768, cols); }
 
-Tensor new_rstd(const Tensor& x) {
+using Pair = std::tuple<Tensor, Tensor>;
+using Triple = std::tuple<Tensor, Tensor, Tensor>;
+
+struct Forward {
+  Tensor y;
+  OptTensor h;  // where there is a residual
+  Tensor rstd;
+};
+
+// Allocates the results and has run(arguments) write them.
+template <typename Run>
+Forward forward(const Tensor& x, const Tensor* residual, const Tensor& weight, double eps, bool hf, const Run& run) {
   const auto sizes = x.sizes();
-  return torch::stable::new_empty(x, {sizes.data(), sizes.size() - 1}, accumulator_of(x));
-}
-
-RmsNormFwd forward_args(const Tensor& x, const Tensor* residual, const Tensor& weight, const Tensor& y, const Tensor* h,
-                        const Tensor& rstd, double eps, bool hf) {
+  Forward out{empty_as(x), std::nullopt, torch::stable::new_empty(x, {sizes.data(), sizes.size() - 1}, accumulator_of(x))};
   RmsNormFwd a{};
   a.dtype = dtype_of(x);
   a.weight_dtype = dtype_of(weight);
@@ -26,38 +31,25 @@ RmsNormFwd forward_args(const Tensor& x, const Tensor* residual, const Tensor& w
   if (residual != nullptr) {
     a.residual_rows = rows_of(*residual);
     a.residual = cdata(*residual);
-    a.h = data(*h);
+    out.h.emplace(empty_as(x));
+    a.h = data(*out.h);
   }
   a.weight = cdata(weight);
-  a.y = data(y);
-  a.rstd = data(rstd);
+  a.y = data(out.y);
+  a.rstd = data(out.rstd);
   a.cols = x.size(x.dim() - 1);
   a.eps = eps;
   a.hf = hf;
-  return a;
+  run(a);
+  return out;
 }
 
-void run_forward_cpu(const RmsNormFwd& a) {
-  check_cpu();
-  for_rows(a.x_rows.count(), grain(a.cols), [&](int64_t b, int64_t e) { INTERNLM2_CPU(rms_norm_fwd, a, b, e); });
-}
-
-std::tuple<Tensor, Tensor> rms_norm_fwd_cpp(const Tensor& x, const Tensor& weight, double eps, bool hf) {
-  Tensor y = empty_as(x), rstd = new_rstd(x);
-  run_forward_cpu(forward_args(x, nullptr, weight, y, nullptr, rstd, eps, hf));
-  return {y, rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor> rms_norm_add_fwd_cpp(const Tensor& x, const Tensor& residual, const Tensor& weight,
-                                                        double eps, bool hf) {
-  Tensor y = empty_as(x), h = empty_as(x), rstd = new_rstd(x);
-  run_forward_cpu(forward_args(x, &residual, weight, y, &h, rstd, eps, hf));
-  return {y, h, rstd};
-}
-
-// Everything but the sums of dweight.
-RmsNormBwd backward_args(const Tensor& dy, const OptTensor& dresidual, const Tensor& h, const Tensor& weight,
-                         const Tensor& rstd, const Tensor& dx, bool hf) {
+// Allocates dx, dweight and its partial sums and has run(arguments, chunks) write them.
+template <typename Run>
+Pair backward(const Tensor& dy, const OptTensor& dresidual, const Tensor& h, const Tensor& weight, const Tensor& rstd,
+                   bool hf, bool needs_dweight, int64_t rows_per_chunk, const Run& run) {
+  const int64_t cols = weight.size(0);
+  Tensor dx = empty_as(h), dweight = torch::stable::new_empty(weight, {needs_dweight ? cols : 0});
   RmsNormBwd a{};
   a.dtype = dtype_of(h);
   a.weight_dtype = dtype_of(weight);
@@ -72,70 +64,77 @@ RmsNormBwd backward_args(const Tensor& dy, const OptTensor& dresidual, const Ten
   a.weight = cdata(weight);
   a.rstd = cdata(rstd);
   a.dx = data(dx);
-  a.cols = weight.size(0);
+  a.cols = cols;
   a.hf = hf;
-  return a;
-}
-
-std::tuple<Tensor, Tensor> rms_norm_bwd_cpp(const Tensor& dy, const OptTensor& dresidual, const Tensor& h,
-                                            const Tensor& weight, const Tensor& rstd, bool hf, bool needs_dweight) {
-  check_cpu();
-  const int64_t cols = weight.size(0), rows = rows_of(h).count();
-  Tensor dx = empty_as(h);
-  Tensor dweight = torch::stable::new_empty(weight, {needs_dweight ? cols : 0});
-  RmsNormBwd a = backward_args(dy, dresidual, h, weight, rstd, dx, hf);
-  a.rows_per_chunk = std::max<int64_t>(1, (rows + kChunks - 1) / kChunks);
-  const int64_t chunks = (rows + a.rows_per_chunk - 1) / a.rows_per_chunk;
+  a.rows_per_chunk = rows_per_chunk;
+  const int64_t chunks = (a.h_rows.count() + rows_per_chunk - 1) / rows_per_chunk;
   Tensor partial = torch::stable::new_empty(rstd, {needs_dweight ? chunks : 0, cols});
   if (needs_dweight) {
     a.dweight = data(dweight);
     a.partial = data(partial);
   }
-  for_rows(chunks, std::max<int64_t>(1, grain(cols) / a.rows_per_chunk),
-           [&](int64_t b, int64_t e) { INTERNLM2_CPU(rms_norm_bwd, a, b, e); });
-  if (needs_dweight) {
-    for_rows((cols + kDweightColumns - 1) / kDweightColumns,
-             std::max<int64_t>(1, 16384 / (std::max<int64_t>(chunks, 1) * kDweightColumns)),
-             [&](int64_t b, int64_t e) { INTERNLM2_CPU(rms_norm_bwd_dweight, a, chunks, b, e); });
-  }
+  run(a, chunks);
   return {dx, dweight};
 }
 
-#ifdef INTERNLM2_CUDA
-std::tuple<Tensor, Tensor> rms_norm_fwd_cuda(const Tensor& x, const Tensor& weight, double eps, bool hf) {
-  check_cuda_dtype(x);
-  const CudaScope scope(x);
-  Tensor y = empty_as(x), rstd = new_rstd(x);
-  check_launch(cuda::rms_norm_fwd(forward_args(x, nullptr, weight, y, nullptr, rstd, eps, hf), scope.stream()));
+Forward forward_cpu(const Tensor& x, const Tensor* residual, const Tensor& weight, double eps, bool hf) {
+  check_cpu();
+  return forward(x, residual, weight, eps, hf, [](const RmsNormFwd& a) {
+    for_rows(a.x_rows.count(), grain(a.cols), [&](int64_t b, int64_t e) { INTERNLM2_CPU(rms_norm_fwd, a, b, e); });
+  });
+}
+
+Pair rms_norm_fwd_cpp(const Tensor& x, const Tensor& weight, double eps, bool hf) {
+  const auto [y, h, rstd] = forward_cpu(x, nullptr, weight, eps, hf);
   return {y, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> rms_norm_add_fwd_cuda(const Tensor& x, const Tensor& residual, const Tensor& weight,
-                                                         double eps, bool hf) {
-  check_cuda_dtype(x);
-  const CudaScope scope(x);
-  Tensor y = empty_as(x), h = empty_as(x), rstd = new_rstd(x);
-  check_launch(cuda::rms_norm_fwd(forward_args(x, &residual, weight, y, &h, rstd, eps, hf), scope.stream()));
-  return {y, h, rstd};
+Triple rms_norm_add_fwd_cpp(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, bool hf) {
+  const auto [y, h, rstd] = forward_cpu(x, &residual, weight, eps, hf);
+  return {y, *h, rstd};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_bwd_cuda(const Tensor& dy, const OptTensor& dresidual, const Tensor& h,
-                                             const Tensor& weight, const Tensor& rstd, bool hf, bool needs_dweight) {
+Pair rms_norm_bwd_cpp(const Tensor& dy, const OptTensor& dresidual, const Tensor& h, const Tensor& weight,
+                           const Tensor& rstd, bool hf, bool needs_dweight) {
+  check_cpu();
+  const int64_t cols = weight.size(0), rows_per_chunk = std::max<int64_t>(1, (rows_of(h).count() + kChunks - 1) / kChunks);
+  return backward(dy, dresidual, h, weight, rstd, hf, needs_dweight, rows_per_chunk, [&](const RmsNormBwd& a, int64_t chunks) {
+    for_rows(chunks, std::max<int64_t>(1, grain(cols) / rows_per_chunk),
+             [&](int64_t b, int64_t e) { INTERNLM2_CPU(rms_norm_bwd, a, b, e); });
+    if (!needs_dweight) return;
+    for_rows((cols + kDweightColumns - 1) / kDweightColumns, grain_of(16384 / kDweightColumns, chunks),
+             [&](int64_t b, int64_t e) {
+               INTERNLM2_CPU(rms_norm_bwd_dweight, a, chunks, b * kDweightColumns, std::min(e * kDweightColumns, cols));
+             });
+  });
+}
+
+#ifdef INTERNLM2_CUDA
+Forward forward_cuda(const Tensor& x, const Tensor* residual, const Tensor& weight, double eps, bool hf) {
+  check_cuda_dtype(x);
+  const CudaScope scope(x);
+  return forward(x, residual, weight, eps, hf,
+                 [&](const RmsNormFwd& a) { check_launch(cuda::rms_norm_fwd(a, scope.stream())); });
+}
+
+Pair rms_norm_fwd_cuda(const Tensor& x, const Tensor& weight, double eps, bool hf) {
+  const auto [y, h, rstd] = forward_cuda(x, nullptr, weight, eps, hf);
+  return {y, rstd};
+}
+
+Triple rms_norm_add_fwd_cuda(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, bool hf) {
+  const auto [y, h, rstd] = forward_cuda(x, &residual, weight, eps, hf);
+  return {y, *h, rstd};
+}
+
+Pair rms_norm_bwd_cuda(const Tensor& dy, const OptTensor& dresidual, const Tensor& h, const Tensor& weight,
+                            const Tensor& rstd, bool hf, bool needs_dweight) {
   check_cuda_dtype(h);
   const CudaScope scope(h);
-  const int64_t cols = weight.size(0), rows = rows_of(h).count();
-  Tensor dx = empty_as(h);
-  Tensor dweight = torch::stable::new_empty(weight, {needs_dweight ? cols : 0});
-  RmsNormBwd a = backward_args(dy, dresidual, h, weight, rstd, dx, hf);
-  a.rows_per_chunk = cuda::rms_norm_bwd_rows_per_chunk(a.dtype, rows, cols);
-  const int64_t chunks = (rows + a.rows_per_chunk - 1) / a.rows_per_chunk;
-  Tensor partial = torch::stable::new_empty(rstd, {needs_dweight ? chunks : 0, cols});
-  if (needs_dweight) {
-    a.dweight = data(dweight);
-    a.partial = data(partial);
-  }
-  check_launch(cuda::rms_norm_bwd(a, chunks, scope.stream()));
-  return {dx, dweight};
+  const int64_t rows_per_chunk = cuda::rms_norm_bwd_rows_per_chunk(dtype_of(h), rows_of(h).count(), weight.size(0));
+  return backward(dy, dresidual, h, weight, rstd, hf, needs_dweight, rows_per_chunk, [&](const RmsNormBwd& a, int64_t chunks) {
+    check_launch(cuda::rms_norm_bwd(a, chunks, scope.stream()));
+  });
 }
 #endif
 

@@ -28,19 +28,14 @@ struct RmsNormBwd {
   bool hf;
 };
 
-constexpr int64_t kDweightColumns = 64;  // the unit that rms_norm_bwd_dweight counts in: whole pairs of vectors
+constexpr int64_t kDweightColumns = 64;  // rms_norm_bwd_dweight takes columns in multiples of this: whole pairs of vectors
 
-#define INTERNLM2_RMS_NORM_CPU                                             \
-  void rms_norm_fwd(const RmsNormFwd& a, int64_t begin, int64_t end);      \
-  void rms_norm_bwd(const RmsNormBwd& a, int64_t begin, int64_t end); /* chunks */ \
-  void rms_norm_bwd_dweight(const RmsNormBwd& a, int64_t chunks, int64_t begin, int64_t end); /* units */
+INTERNLM2_CPU_KERNELS(
+  void rms_norm_fwd(const RmsNormFwd& a, int64_t first_row, int64_t last_row);
+  void rms_norm_bwd(const RmsNormBwd& a, int64_t first_chunk, int64_t last_chunk);
+  void rms_norm_bwd_dweight(const RmsNormBwd& a, int64_t chunks, int64_t first_column, int64_t last_column);)
 
-namespace cpu {
-namespace AVX2 { INTERNLM2_RMS_NORM_CPU }
-namespace AVX512 { INTERNLM2_RMS_NORM_CPU }
-}  // namespace cpu
-
-namespace cuda {  // no f64; returns what went wrong at the launch, or null
+namespace cuda {  // no f64; the launchers return the error of the launch, or null
 const char* rms_norm_fwd(const RmsNormFwd& a, void* stream);
 int64_t rms_norm_bwd_rows_per_chunk(Dtype dtype, int64_t rows, int64_t cols);
 const char* rms_norm_bwd(const RmsNormBwd& a, int64_t chunks, void* stream);

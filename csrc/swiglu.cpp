@@ -1,6 +1,6 @@
 #include "swiglu.h"
 
-#include "stable.h"
+#include "threads.h"
 
 namespace internlm2 {
 namespace {

@@ -22,13 +22,8 @@ struct SwigluBwd {
 };
 
 // Elements [begin, end), counted row after row: one long row is shared between threads like many short ones.
-#define INTERNLM2_SWIGLU_CPU                                           \
-  void swiglu_fwd(const SwigluFwd& a, int64_t begin, int64_t end);     \
-  void swiglu_bwd(const SwigluBwd& a, int64_t begin, int64_t end);
-
-namespace cpu {
-namespace AVX2 { INTERNLM2_SWIGLU_CPU }
-namespace AVX512 { INTERNLM2_SWIGLU_CPU }
-}  // namespace cpu
+INTERNLM2_CPU_KERNELS(
+  void swiglu_fwd(const SwigluFwd& a, int64_t begin, int64_t end);
+  void swiglu_bwd(const SwigluBwd& a, int64_t begin, int64_t end);)
 
 }  // namespace internlm2

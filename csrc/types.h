@@ -32,3 +32,11 @@ struct Rows {
 };
 
 }  // namespace internlm2
+
+// Declares CPU kernels once for each build of them; used inside namespace internlm2. Kernels made of matrix products have two
+// more builds (runtime.h).
+#define INTERNLM2_CPU_KERNELS(...) \
+  namespace cpu { namespace AVX2 { __VA_ARGS__ } namespace AVX512 { __VA_ARGS__ } }
+#define INTERNLM2_CPU_MATRIX_KERNELS(...) \
+  INTERNLM2_CPU_KERNELS(__VA_ARGS__)      \
+  namespace cpu { namespace AVX512_BF16 { __VA_ARGS__ } namespace AMX { __VA_ARGS__ } }

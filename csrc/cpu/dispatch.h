@@ -1,6 +1,6 @@
 // From a run-time dtype tag to a template argument: WITH_STORAGE(dtype, T, { ... }) runs the block with T defined.
 #pragma once
-#include "vec.h"
+#include "simd/vec.h"
 
 #if defined(CPU_CAPABILITY_AMX)  // the build of bfloat16 alone (INTERNLM2_CPU_MATRIX)
 #define WITH_STORAGE(tag, T, ...)                                          \

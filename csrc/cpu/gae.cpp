@@ -2,8 +2,7 @@
 
 #include <algorithm>
 
-#include "dispatch.h"
-#include "mask.h"
+#include "elementwise.h"
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {

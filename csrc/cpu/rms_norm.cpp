@@ -160,8 +160,6 @@ void rms_norm_bwd(const RmsNormBwd& a, int64_t begin, int64_t end) {
 }
 
 void rms_norm_bwd_dweight(const RmsNormBwd& a, int64_t chunks, int64_t begin, int64_t end) {
-  begin *= kDweightColumns;
-  end = end * kDweightColumns < a.cols ? end * kDweightColumns : a.cols;
   WITH_STORAGE(a.dtype, T, {
     if (a.weight_dtype == a.dtype) return dweight_typed<T, T>(a, chunks, begin, end);
     if constexpr (sizeof(T) == 2) return dweight_typed<T, float>(a, chunks, begin, end);

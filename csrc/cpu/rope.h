@@ -1,7 +1,7 @@
 // Rotation of heads by one token's angles. Products and sums are rounded one by one, as PyTorch's own composition rounds
 // them: all processors give the same bits, and a cache written by one is the cache that another would write.
 #pragma once
-#include "../rope_table.h"
+#include "../rope_angles.h"
 #include "dispatch.h"
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {

@@ -1,7 +1,7 @@
 #include "../swiglu.h"
 
 #include "dispatch.h"
-#include "math.h"
+#include "simd/math.h"
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {

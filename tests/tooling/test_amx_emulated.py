@@ -1,5 +1,5 @@
 """Attention in AMX tiles on any processor with AVX512_BF16: the AMX objects are built again with their instructions emulated
-(csrc/cpu/amx.h), linked with the other objects of the build, and the tests of attention run on that library at level amx."""
+(tests/support/amx_emulation.h), linked with the other objects of the build, and the tests of attention run on that library at level amx."""
 
 import os
 import subprocess
@@ -21,12 +21,12 @@ def library(objects, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("amx")
     module = pytest.importorskip("ninja", reason="needs ninja, which knows the commands of the build")
     commands = lines(Path(module.BIN_DIR) / "ninja", "-C", objects, "-t", "commands", objects / "_C.so")
-    again = {path: folder / path.name for path in [*(objects / "cpu").glob("*.amx.o"), objects / "runtime.cpp.o"]}
+    again = {path: folder / path.name for path in [*(objects / "cpu").rglob("*.amx.o"), objects / "runtime.cpp.o"]}
     assert len(again) == 5
 
     def compile_one(path):
         command = next(c for c in commands if c.endswith(f" -o {path}"))
-        run(command.replace(str(path), str(again[path])) + " -DINTERNLM2_EMULATE_AMX")
+        run(command.replace(str(path), str(again[path])) + f" '-DINTERNLM2_EMULATE_AMX=\"{TESTS}/support/amx_emulation.h\"'")
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_one, again))

@@ -34,8 +34,8 @@ def test_instruction_set_objects_define_no_shared_symbol(objects):
     """A weak symbol in both builds is one function to the linker: AVX-512 code would run where AVX2 was chosen."""
     for isa, namespace in (("avx2", "AVX2"), ("avx512", "AVX512"), ("avx512_bf16", "AVX512_BF16"), ("amx", "AMX")):
         pattern = "*.cpp" if isa in ("avx2", "avx512") else "*attention*.cpp"
-        names = {path.name for path in (ROOT / "csrc" / "cpu").glob(pattern)}
-        found = list((objects / "cpu").glob(f"*.{isa}.o"))
+        names = {path.name for path in (ROOT / "csrc" / "cpu").rglob(pattern)}
+        found = list((objects / "cpu").rglob(f"*.{isa}.o"))
         assert {path.name.removesuffix(f".{isa}.o") for path in found} >= names
         for path in found:
             if path.name.removesuffix(f".{isa}.o") not in names:
@@ -50,7 +50,7 @@ def test_instruction_set_objects_define_no_shared_symbol(objects):
 
 
 def test_no_object_uses_more_than_its_instruction_set(objects):
-    for pattern, forbidden in (("*.cpp.o", r"%[yz]mm"), ("cpu/*.avx2.o", r"%zmm|%k[1-7]")):
+    for pattern, forbidden in (("*.cpp.o", r"%[yz]mm"), ("cpu/**/*.avx2.o", r"%zmm|%k[1-7]")):
         found = list(objects.glob(pattern))
         assert found
         for path in found:
@@ -60,7 +60,7 @@ def test_no_object_uses_more_than_its_instruction_set(objects):
 
 def test_tiles_are_in_their_own_objects_alone(objects):
     """The instructions themselves, not their emulation, and nowhere else."""
-    for path in (objects / "cpu").glob("*.o"):
+    for path in (objects / "cpu").rglob("*.o"):
         instructions = {line.split("\t")[-1].split()[0] for line in lines("objdump", "-d", "--no-show-raw-insn", path)
                         if "\t" in line}
         tiles = {"ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"}

@@ -1,0 +1,306 @@
+// Attention of a tile with few lanes (decode). A vector runs over keys in the first product and over d in the second, so that
+// every row of keys and values is read once for all query heads of the group. Keys are transposed and pairs of values are
+// interleaved in registers. Each score, sum and weighted value is the same chain of the same operations as in prefill.h, except
+// for int8 keys where there are integer products (decode_int8.h).
+#pragma once
+#include "decode_int8.h"
+#include "decode_products.h"
+
+namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
+
+constexpr int64_t kDecodeLanes = 8, kDecodeKeys = 16;  // kDecodeKeys: rows of values for which the accumulators stay in registers
+
+template <typename T> struct DecodeScratch {
+  using P = matrix_t<T>;
+  using Acc = typename P::Acc;
+  using Element = typename P::Element;
+  // `lanes` are `rows` lanes of the first key head, then `rows` of the next, and so on.
+  int64_t rows, lanes, d_steps, width, bytes;  // width: of a row of o
+  Element *q, *p;                              // [lanes][d_steps], [lanes][kBlock / step]
+  Acc* s;                                      // [lanes][kBlock]
+  State<Acc> part, total;                      // m, l: [lanes], o: [lanes][width]
+  Acc *factor, *k_scale, *v_scale;             // [lanes], [kBlock] twice
+  Acc* block;                                  // [lanes][width], where kSeparateBlocks: the accumulator of one block
+  int64_t *first, *last;                       // [rows]
+  Int8Scratch int8;                       // where kInt8
+
+  DecodeScratch(int64_t heads, int64_t count, int64_t d, void* memory) {
+    Arena arena(memory);
+    rows = count <= 2 ? count : round_up(count, 2);  // an odd number is padded by a lane whose queries are 0
+    lanes = heads * rows;
+    d_steps = d / P::step;
+    width = round_up(d, kIntegerProducts ? 64 : Vec<Acc>::size);
+    arena.take(q, lanes * d_steps);
+    arena.take(p, lanes * kBlock / P::step);
+    arena.take(s, lanes * kBlock);
+    part.allocate(arena, lanes, width);
+    total.allocate(arena, lanes, width);
+    arena.take(factor, lanes);
+    arena.take(k_scale, kBlock);
+    arena.take(v_scale, kBlock);
+    if (kSeparateBlocks<P>) arena.take(block, lanes * width);
+    arena.take(first, rows);
+    arena.take(last, rows);
+    int8.allocate(arena, lanes, width);
+    bytes = arena.bytes;
+  }
+};
+
+template <typename T, typename Keys> class Decode {
+ public:
+  using P = matrix_t<T>;
+  using Acc = typename P::Acc;
+  using V = Vec<Acc>;
+  using Stored = typename Keys::Stored;
+
+  Decode(const Attention& a, const AttentionTile& tile, const Keys& keys, void* scratch)
+      : a_(a), tile_(tile), keys_(keys), score_(score_of<T>(a)), count_((tile.end - tile.begin) * a.group()), d_(a.d),
+        w_(tile.kv_heads, count_, a.d, scratch) {
+    map(0).ranges(w_.first, w_.last);
+    for (int64_t h = 0; h < tile_.kv_heads; ++h) {
+      auto* q = w_.q + h * w_.rows * w_.d_steps;
+      pack_rows<P>(count_, d_, [&](int64_t i) VEC_LAMBDA { return map(h).q(i); }, q, w_.d_steps);
+      for (int64_t i = count_ * w_.d_steps; i < w_.rows * w_.d_steps; ++i) q[i] = 0;
+      if constexpr (kInt8<T, Stored>) {
+        for (int64_t i = 0; i < w_.rows; ++i) {
+          split_queries(map(h).q(lesser(i, count_ - 1)), d_, w_.int8, h * w_.rows + i);
+        }
+      }
+    }
+  }
+
+  int64_t first_key() const { return w_.first[0]; }
+  int64_t last_key() const { return w_.last[count_ - 1]; }
+  const State<Acc>& part() const { return w_.part; }
+  State<Acc> state_at(void* memory) const {
+    State<Acc> state;
+    Arena arena(memory);
+    state.allocate(arena, w_.lanes, w_.width);
+    return state;
+  }
+
+  void clear() { reset(w_.total, true); }
+
+  void split(int64_t begin, const State<Acc>& part) {
+    const int64_t first = greater(begin, first_key()), last = lesser(begin + kSplit, last_key());
+    reset(part, last <= first);
+    bool opens = true;
+    for (int64_t key = begin + (first - begin) / kBlock * kBlock; key < last; key += kBlock) {
+      const int64_t low = greater(first, key) / P::step * P::step, end = lesser(key + kBlock, last);
+      block(part, low, end, lesser(end + kAhead, last), opens);
+      opens = false;
+    }
+  }
+
+  void join(const State<Acc>& part, bool alone) {
+    for (int64_t r = 0; r < w_.lanes; ++r) {
+      const Acc old = alone ? static_cast<Acc>(-kInfinity) : w_.total.m[r], one = part.m[r];
+      const V m = max(V(one), V(old)), shift = finite_shift(m);
+      const V a = exp_of<T>(V(old) - shift), b = exp_of<T>(V(one) - shift);
+      const V l = V(part.l[r]) * b;
+      m.store(w_.total.m + r, 1);
+      (alone ? l : V(w_.total.l[r]) * a + l).store(w_.total.l + r, 1);
+      for (int64_t e = r * w_.width; e < (r + 1) * w_.width; e += V::size) {
+        const V add = V::load(part.o + e) * b;
+        (alone ? add : V::load(w_.total.o + e) * a + add).store(w_.total.o + e);
+      }
+    }
+  }
+
+  void finish(const AttentionTensor& out, Acc* lse) {
+    for (int64_t h = 0; h < tile_.kv_heads; ++h) {
+      for (int64_t i = 0; i < count_; ++i) {
+        const int64_t r = h * w_.rows + i;
+        const Acc l = w_.total.l[r];
+        lse[map(h).lse(i)] = log_sum_exp<T>(w_.total.m[r], l);
+        const V factor(reciprocal(l));
+        T* to = map(h).out(out, i);
+        Acc* o = w_.total.o + r * w_.width;
+        if (l == 0) fill<V>(o, w_.width, 0);  // fully masked: the other lanes' keys may have made it NaN
+        if constexpr (kInt8<T, Stored>) in_order_of_elements(o, w_.width);
+        if constexpr (kInterleaved<P, Stored>) {
+          for (int64_t e = 0; e + 2 * V::size <= d_; e += 2 * V::size) {
+            V x = V::load(o + e), y = V::load(o + e + V::size);
+            undo_interleaved_rows(x, y);
+            x.store(o + e);
+            y.store(o + e + V::size);
+          }
+        }
+        for_vectors<V, Single>(d_, [&](int64_t e, auto n) VEC_LAMBDA { store(to + e, V::load(o + e) * factor, n); });
+      }
+    }
+  }
+
+ private:
+  VEC_INLINE LaneMap<T> map(int64_t h) const { return {a_, tile_, tile_.kv_head + h}; }
+
+  void reset(const State<Acc>& state, bool values) {
+    for (int64_t r = 0; r < w_.lanes; ++r) state.m[r] = static_cast<Acc>(-kInfinity), state.l[r] = 0;
+    if (values) fill<V>(state.o, w_.lanes * w_.width, 0);
+  }
+
+  // Keys [key, end); the next block reaches at least to `beyond`. All heads take some rows before any takes the next ones, so
+  // that memory is read in its order.
+  void block(const State<Acc>& part, int64_t key, int64_t end, int64_t beyond, bool opens) {
+    const int64_t n = end - key, wide = round_up(n, greater(V::size, kDecodeKeys));
+    // The rows in the order of their use: keys, values, and the next block's first keys, or the last row where there is none.
+    const Stored* rows[2 * kBlock + kAhead];
+    keys_.select(key, n);
+    for (int64_t i = 0; i < wide; ++i) {
+      rows[i] = keys_.k_row(lesser(i, n - 1), tile_.kv_head);
+      rows[wide + i] = keys_.v_row(lesser(i, n - 1), tile_.kv_head);
+    }
+    const Stored* const last = rows[2 * wide - 1];
+    for (int64_t i = 0; i < kAhead; ++i) rows[2 * wide + i] = last;
+    for (int64_t i = 0; i < n; i += V::size) {
+      for (int64_t h = 0; h < tile_.kv_heads; ++h) {
+        const int64_t r = h * w_.rows;
+        with_rows([&](auto count) VEC_LAMBDA {
+          if constexpr (kInt8<T, Stored>) {
+            int8_scores<count()>(rows + i, keys_.k_head(h), w_.int8, r, d_, w_.s + r * kBlock + i);
+          } else {
+            for (int64_t e = 0; e < w_.d_steps; e += kChain<P> / P::step) {
+              decode_scores<P, count()>(rows + i, keys_.k_head(h), w_.q + r * w_.d_steps, w_.d_steps, e,
+                                     w_.s + r * kBlock + i);
+            }
+          }
+        });
+      }
+    }
+    for (int64_t r = 0; r < w_.lanes; ++r) weights(part, r, key, n);
+    sums(part, key, n);
+    if (beyond > end) {
+      keys_.select(end, beyond - end);
+      for (int64_t i = 0; i < beyond - end; ++i) rows[2 * wide + i] = keys_.k_row(i, tile_.kv_head);
+    }
+    if constexpr (kInt8<T, Stored>) return int8_values_of(part, rows + wide, n, opens);
+    Acc* const o = kSeparateBlocks<P> ? w_.block : part.o;
+    const Acc* const factor = kSeparateBlocks<P> ? nullptr : w_.factor;
+    for (int64_t i = 0; i < n; i += kDecodeKeys) {
+      for (int64_t h = 0; h < tile_.kv_heads; ++h) {
+        const int64_t r = h * w_.rows;
+        with_rows([&](auto count) VEC_LAMBDA {
+          decode_values_of<P, count()>(rows + wide + i, keys_.v_head(h), lesser(kDecodeKeys, n - i),
+                                    w_.p + (r * kBlock + i) / P::step, factor && i == 0 ? factor + r : nullptr,
+                                    (opens || kSeparateBlocks<P>) && i == 0, o + r * w_.width, w_.width, d_);
+        });
+      }
+    }
+    if (kSeparateBlocks<P>) join_block(part.o, opens);
+  }
+
+  void join_block(Acc* o, bool opens) {
+    for (int64_t r = 0; r < w_.lanes; ++r) {
+      const V factor(w_.factor[r]);
+      for (int64_t e = r * w_.width; e < (r + 1) * w_.width; e += V::size) {
+        const V block = V::load(w_.block + e);
+        (opens ? block : fma(factor, V::load(o + e), block)).store(o + e);
+      }
+    }
+  }
+
+  void int8_values_of(const State<Acc>& part, const Stored* const* rows, int64_t n, bool opens) {
+    if constexpr (kInt8<T, Stored>) {
+      for (int64_t i = 0; i < n; i += kInt8Keys) {
+        for (int64_t h = 0; h < tile_.kv_heads; ++h) {
+          const int64_t r = h * w_.rows;
+          with_rows([&](auto count) VEC_LAMBDA {
+            int8_values<count()>(rows + i, keys_.v_head(h), lesser(kInt8Keys, n - i), w_.int8, r, i, d_);
+          });
+        }
+      }
+      for (int64_t r = 0; r < w_.lanes; ++r) add_int8_values(w_.int8, r, w_.factor[r], opens, part.o + r * w_.width);
+    }
+  }
+
+  template <typename F> VEC_INLINE void with_rows(const F& body) {
+    switch (w_.rows) {
+      case 1: return body(std::integral_constant<int, 1>{});
+      case 2: return body(std::integral_constant<int, 2>{});
+      case 4: return body(std::integral_constant<int, 4>{});
+      case 6: return body(std::integral_constant<int, 6>{});
+      default: return body(std::integral_constant<int, 8>{});
+    }
+  }
+
+  // The scales of a head's keys; lanes beyond them get the last one's.
+  void scales(int64_t head, int64_t n) {
+    for (int64_t i = 0; i < round_up(n, V::size); ++i) {
+      w_.k_scale[i] = static_cast<Acc>(keys_.k_scale(lesser(i, n - 1), head));
+      w_.v_scale[i] = static_cast<Acc>(keys_.v_scale(lesser(i, n - 1), head));
+    }
+    if constexpr (kInt8<T, Stored>) {  // a row of zeros has scale 1, which must not cost the others' precision
+      for (int64_t i = 0; i < n; ++i) {
+        if (w_.v_scale[i] != 1) continue;
+        const Stored* row = keys_.v_row(i, head);
+        int64_t e = 0;
+        while (e < d_ && row[e] == 0) ++e;
+        if (e == d_) w_.v_scale[i] = 0;
+      }
+    }
+  }
+
+  void weights(const State<Acc>& part, int64_t r, int64_t key, int64_t n) {
+    const int64_t lane = lesser(r % w_.rows, count_ - 1), head = tile_.kv_head + r / w_.rows, wide = round_up(n, V::size);
+    const int64_t first = greater(w_.first[lane] - key, 0), last = lesser(w_.last[lane] - key, n);
+    const V low(static_cast<Acc>(first)), high(static_cast<Acc>(last)), cap(score_.cap), inverse(score_.inverse);
+    if (Keys::scaled && r % w_.rows == 0) scales(head, n);
+    Acc* s = w_.s + r * kBlock;
+    V top(static_cast<Acc>(-kInfinity));
+    for (int64_t i = 0; i < wide; i += V::size) {
+      V x = V::load(s + i);
+      if constexpr (kInt8<T, Stored>) x = x * V(w_.int8.q_scale[r]);
+      if constexpr (Keys::scaled) x = x * V::load(w_.k_scale + i);
+      if (score_.cap > 0) x = cap * tanh(x * inverse);
+      if (first > 0 || last < wide) x = within(x, count_from<Acc>(i), low, high);
+      x.store(s + i);
+      top = max(x, top);
+    }
+    const V old(part.m[r]), m = max(rounded_down(V(largest(top)) * V(score_.factor)), old), shift = finite_shift(m);
+    m.store(part.m + r, 1);
+    exp_of<T>(old - shift).store(w_.factor + r, 1);
+    exponentials(s, w_.p + r * (kBlock / P::step), V(0) - shift, n);
+    if constexpr (kInt8<T, Stored>) split_weights(s, w_.v_scale, n, w_.int8, r);
+  }
+
+  // The weights of one lane, as numbers and as operands.
+  VEC_INLINE void exponentials(Acc* s, typename P::Element* p, V minus_shift, int64_t n) {
+    const V factor(score_.factor);
+    for (int64_t i = 0; i < n; i += V::size) {
+      V x = weight_of<T>(fma(V::load(s + i), factor, minus_shift));
+      x.store(s + i);
+      if constexpr (Keys::scaled) x = x * V::load(w_.v_scale + i);
+      if constexpr (!kInt8<T, Stored>) store_weights<P>(p + i / P::step, x);
+    }
+  }
+
+  // Sums the weights of each lane in the order of the keys, several lanes at a time, to hide the latency of the additions.
+  void sums(const State<Acc>& part, int64_t key, int64_t n) {
+    constexpr int64_t together = 8;
+    for (int64_t r = 0; r < w_.lanes; r += together) {
+      const Acc* s[together];
+      Acc sum[together] = {};
+      for (int64_t u = 0; u < together; ++u) s[u] = w_.s + lesser(r + u, w_.lanes - 1) * kBlock;
+      for (int64_t i = 0; i < n;) {
+        Acc chain[together] = {};
+        for (const int64_t end = lesser(n, i + kSumChain<T> - (key + i) % kSumChain<T>); i < end; ++i) {
+#pragma GCC unroll 8
+          for (int64_t u = 0; u < together; ++u) chain[u] += s[u][i];
+        }
+        for (int64_t u = 0; u < together; ++u) sum[u] += chain[u];
+      }
+      for (int64_t u = 0; u < lesser(together, w_.lanes - r); ++u) {
+        fma(V(w_.factor[r + u]), V(part.l[r + u]), V(sum[u])).store(part.l + r + u, 1);
+      }
+    }
+  }
+
+  const Attention& a_;
+  const AttentionTile& tile_;
+  Keys keys_;
+  const Score<Acc> score_;
+  const int64_t count_, d_;
+  DecodeScratch<T> w_;
+};
+
+}}}}  // namespace internlm2::cpu::CPU_CAPABILITY::(unnamed)

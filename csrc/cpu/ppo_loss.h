@@ -1,0 +1,27 @@
+// What the kernels of PPO's two losses share: their results from sums, and the gradient that reaches each entry.
+#pragma once
+#include "../ppo_loss.h"
+#include "elementwise.h"
+#include "simd/log.h"
+
+namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
+
+constexpr double kInfinity = __builtin_huge_val();
+
+// total / count, or 0 where count is 0.
+inline double over(double sum, double count) { return count > 0 ? sum / count : 0; }
+
+template <typename Acc> void put_results(const PpoLoss& a, double loss, double clipped, double statistic, double count) {
+  *static_cast<Acc*>(a.loss) = static_cast<Acc>(over(loss, count));
+  *static_cast<Acc*>(a.clip_fraction) = static_cast<Acc>(over(clipped, count));
+  *static_cast<Acc*>(a.statistic) = static_cast<Acc>(statistic);
+  *static_cast<Acc*>(a.count) = static_cast<Acc>(count);
+}
+
+// Upstream over the number of counted entries; where there are none, every entry is masked.
+template <typename Acc> Acc upstream(const PpoLoss& a) {
+  const Acc count = *static_cast<const Acc*>(a.count);
+  return count > 0 ? *static_cast<const Acc*>(a.dloss) / count : Acc(0);
+}
+
+}}}}  // namespace internlm2::cpu::CPU_CAPABILITY::(unnamed)

@@ -1,0 +1,34 @@
+// PPO's policy and value losses: the raw-pointer contract between bindings and kernels.
+// Formulas: internlm2_kernels/ops/ppo_policy_loss.py, ppo_value_loss.py.
+#pragma once
+#include "types.h"
+
+namespace internlm2 {
+
+constexpr int64_t kPpoChunk = 4096;  // elements summed into one row of `partial`: the order of sums depends on n alone
+constexpr int kPolicySums = 4;       // loss, clipped terms, approximate KL, count
+constexpr int kValueSums = 7;        // see ValueSums in cpu/ppo_value_loss.cpp
+
+// The two losses call the tensors: x logprobs | values, old old_logprobs | old_values, target advantages | returns,
+// statistic approx_kl | explained_variance.
+struct PpoLoss {
+  Dtype acc;  // f32 or f64: the type of dloss, count and of every 0-dim result
+  In x, old, target;
+  const uint8_t* mask;
+  int64_t n;
+  double clip;      // value loss: negative for none
+  double* partial;  // [chunks, kPolicySums | kValueSums]
+  void *loss, *clip_fraction, *statistic, *count;  // the backward pass reads count
+  const void* dloss;
+  Out dx;
+};
+
+INTERNLM2_CPU_KERNELS(
+  void ppo_policy_loss_fwd(const PpoLoss& a, int64_t first_chunk, int64_t last_chunk);
+  void ppo_policy_loss_total(const PpoLoss& a);
+  void ppo_policy_loss_bwd(const PpoLoss& a, int64_t begin, int64_t end);
+  void ppo_value_loss_fwd(const PpoLoss& a, int64_t first_chunk, int64_t last_chunk);
+  void ppo_value_loss_total(const PpoLoss& a);
+  void ppo_value_loss_bwd(const PpoLoss& a, int64_t begin, int64_t end);)
+
+}  // namespace internlm2

@@ -25,7 +25,7 @@ import torch
 from torch.autograd import forward_ad as _forward_ad
 
 from ._device_errors import Index, declare
-from ._native import _C, NATIVE_ERROR, OPERATOR
+from ._native import _C, NATIVE_ERROR
 
 if TYPE_CHECKING:
     from .workloads import Workload
@@ -100,8 +100,7 @@ class Op:
                 _library.impl(f"{qualified}.triton", launcher, "CPU")
         torch.library.register_fake(f"internlm2::{qualified}.{backend}", self.fakes[pass_name], lib=_library)
         packet = getattr(torch.ops.internlm2, qualified)
-        overload = self.overloads.setdefault(pass_name, {})[backend] = getattr(packet, backend)
-        OPERATOR[overload] = self.name
+        self.overloads.setdefault(pass_name, {})[backend] = getattr(packet, backend)
 
     def select(self, tensor: torch.Tensor, backend: str | None) -> str:
         """The backend for this call: `backend`, else `use_backend`'s, else the first usable one for the device."""

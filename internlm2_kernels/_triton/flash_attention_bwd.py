@@ -123,8 +123,8 @@ def _score_gradient(p, dp, delta, tanh, allowed, SOFTCAP: tl.constexpr):
 @triton.jit
 def _load(ptr, first, col, stride, length, cols, MASKED: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr,
           WIDE: tl.constexpr):
-    """Loads BLOCK rows, beginning with row `first`, of a tensor whose row 0 is at ptr. Rows past `length` (if MASKED) and columns
-    past `cols` (unless FULL) are 0. WIDE: offsets within the tile need 64 bits."""
+    """Loads BLOCK rows, beginning with row `first`, of a tensor whose row 0 is at ptr. Rows past `length` (if MASKED) and
+    columns past `cols` (unless FULL) are 0. WIDE: offsets within the tile need 64 bits."""
     row = tl.arange(0, BLOCK)
     offset = row[:, None] * stride
     if WIDE:

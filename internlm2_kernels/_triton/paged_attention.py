@@ -46,7 +46,7 @@ def _paged_walk(state, bad, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr
                 seen, start, end, keys, left, inner, outer, SOFTCAP: tl.constexpr, MULTI_SPLIT: tl.constexpr,
                 SPLIT: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
                 BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Processes the key blocks from start to end. All of them are masked, which costs nothing while decoding is bound by memory.
+    """Processes the key blocks from start to end. All of them are masked, which is free while decoding is bound by memory.
     `bad` marks keys whose entry of the block table is not in the cache; keys before `seen`, the first unmasked key of any row,
     do not count."""
     acc, z, m, total, total_z, total_m = state
@@ -210,7 +210,8 @@ def paged_attention_fwd(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
     else:
         tiles = slots(tokens, sequences, group, tile.rows)
         valid = check_boundaries(cu_seqlens_q, None, tokens, 0, CODES["paged_attention", "cu_seqlens_q"], 0, out, lse)
-    stages = 1 if k_scale is not None and q.element_size() == 4 else tile.num_stages  # two stages of keys converted to float32 would spill registers
+    # Two stages of int8 keys that are converted to float32 would spill registers.
+    stages = 1 if k_scale is not None and q.element_size() == 4 else tile.num_stages
     programs = tiles * kv_heads * parts
     split_programs, partial, statistics, counts = 1, None, None, None
     if splits > 1 and programs < ENOUGH_PROGRAMS and tokens * heads * splits * head_dim * 4 <= LARGEST_WORKSPACE_BYTES:

@@ -105,13 +105,6 @@ def test_house_rules():
     assert (ROOT / "internlm2_kernels/py.typed").exists()
 
 
-def test_operator_table_of_the_readme_is_fresh():
-    from tools.docs import with_table
-
-    text = (ROOT / "README.md").read_text()
-    assert with_table(text) == text, "run `make docs`"
-
-
 def test_the_project_speaks_of_itself_alone():
     """No path of a machine and no host of a package registry in any tracked file."""
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")

@@ -62,22 +62,25 @@ def _swiglu(gate, up=None):
     return LigerSiLUMulFunction.apply(gate, up)
 
 
-def _cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean"):
+def _cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean",
+                   return_z_loss=False):
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
     # Liger's forward overwrites the logits with their gradient. The copy that would keep them is not part of its time.
-    return LigerCrossEntropyFunction.apply(logits, labels, None, ignore_index, z_loss, label_smoothing, reduction,
-                                           softcap or None, False)[0]
+    loss, z_loss, *_ = LigerCrossEntropyFunction.apply(logits, labels, None, ignore_index, z_loss, label_smoothing, reduction,
+                                                       softcap or None, return_z_loss)
+    return (loss, z_loss) if return_z_loss else loss
 
 
 def _linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0,
-                          token_weights=None, reduction="mean"):
+                          token_weights=None, reduction="mean", return_z_loss=False):
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     if token_weights is not None:
         raise NotImplementedError("no token weights")
-    return LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, labels, None, None, ignore_index, z_loss,
-                                                      label_smoothing, reduction, softcap or None, False)[0]
+    loss, z_loss, *_ = LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, labels, None, None, ignore_index, z_loss,
+                                                                  label_smoothing, reduction, softcap or None, return_z_loss)
+    return (loss, z_loss) if return_z_loss else loss
 
 
 def _dense_inputs(q, k, v, *, causal=False, scale=None, window=None, softcap=0.0, cu_seqlens_q=None, return_lse=False, **_):

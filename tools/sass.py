@@ -43,6 +43,9 @@ class Loop:
     def counts(self) -> dict[str, int]:
         return {"instructions": len(self.path), **{kind: self.count(pattern) for kind, pattern in KINDS.items()}}
 
+    def __str__(self) -> str:
+        return " ".join(("loop" if self.is_loop else "all", *map(str, self.counts().values())))
+
     def bytes_loaded(self) -> int:
         """Bytes that one thread loads from global memory."""
         loads = [i for i in self.path if i.is_a(r"LDG|LDGSTS")]

@@ -14,7 +14,7 @@ import triton.language as tl
 from .._device_errors import CODES, error_word
 from .common import check_dtype, launch
 from .functions import _expm1, _softmax_exp
-from .losses import NONE, _cap_slope, _capped, _label, _share, _store_sum, count_rows, reduce_losses, scaled
+from .losses import NONE, _cap_slope, _capped, _label, _load_lse, _share, _store_lse, count_rows, reduce_losses, scaled
 
 INNER = 8  # columns that a thread gets from one load: 16 bytes of a 2-byte dtype
 LARGEST_BLOCK = 16384
@@ -34,8 +34,8 @@ def _entry(p_less_1, lse, smoothing, z_loss, vocab):
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
-def cross_entropy_fwd_kernel(logits_ptr, labels_ptr, count_ptr, loss_ptr, lse_ptr, dlogits_ptr, error_ptr, vocab, stride,
-                             ignore_index, smoothing, z_loss, softcap,
+def cross_entropy_fwd_kernel(logits_ptr, labels_ptr, count_ptr, loss_ptr, z_loss_ptr, lse_ptr, dlogits_ptr, error_ptr, vocab,
+                             stride, ignore_index, smoothing, z_loss, softcap,
                              SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, ERROR: tl.constexpr,
                              LANES: tl.constexpr, INNER: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -47,6 +47,8 @@ def cross_entropy_fwd_kernel(logits_ptr, labels_ptr, count_ptr, loss_ptr, lse_pt
         if ignored | bad:
             value = tl.where(bad, float("nan"), 0.0)
             tl.store(loss_ptr + row, value)
+            if z_loss_ptr is not None:
+                tl.store(z_loss_ptr + row, value)
             for start in range(0, vocab, LANES * INNER):
                 col = start + tile
                 d = tl.zeros((LANES, INNER), tl.float32) + value
@@ -72,12 +74,15 @@ def cross_entropy_fwd_kernel(logits_ptr, labels_ptr, count_ptr, loss_ptr, lse_pt
     lse = top + log_z
     known = (ignored | bad) == 0
     own = _capped(tl.load(logits_ptr + label, mask=known, other=0.0).to(tl.float32), softcap, SOFTCAP)
-    loss = (1.0 - smoothing) * (top - own + log_z) + z_loss * lse * lse
+    z = z_loss * lse * lse
+    loss = (1.0 - smoothing) * (top - own + log_z) + z
     if SMOOTHING:
         loss += smoothing * (top - tl.div_rn(tl.sum(total, axis=0), vocab * 1.0) + log_z)
     tl.store(loss_ptr + row, tl.where(bad, float("nan"), tl.where(ignored, 0.0, loss)))
+    if z_loss_ptr is not None:
+        tl.store(z_loss_ptr + row, tl.where(bad, float("nan"), tl.where(ignored, 0.0, z)))
     if lse_ptr is not None:
-        _store_sum(lse_ptr, row, top, log_z, True)
+        _store_lse(lse_ptr, row, top, log_z, True)
     if dlogits_ptr is not None:
         share = 1.0
         if count_ptr is not None:
@@ -108,15 +113,15 @@ def cross_entropy_bwd_kernel(dloss_ptr, logits_ptr, labels_ptr, lse_ptr, count_p
     logits_ptr += row * stride
     label, ignored, bad = _label(labels_ptr, row, row >= 0, ignore_index, vocab, error_ptr, ERROR)
     share = _share(dloss_ptr, row, dloss_step, None, count_ptr, row >= 0)
-    lse = tl.load(lse_ptr + 2 * row)
-    residual = tl.load(lse_ptr + 2 * row + 1)
+    top, log_z = _load_lse(lse_ptr, row, row >= 0)
+    lse = top + log_z
     here = ((ignored | bad) == 0) & (label >= first) & (label < first + BLOCK)
     own = _capped(tl.load(logits_ptr + label, mask=here, other=0.0).to(tl.float32), softcap, SOFTCAP)
-    entry = share * _entry(_expm1(own - lse - residual), lse, smoothing, z_loss, vocab)
+    entry = share * _entry(_expm1(own - top - log_z), lse, smoothing, z_loss, vocab)
     logit = _capped(tl.load(logits_ptr + col, mask=col < vocab, other=0.0).to(tl.float32), softcap, SOFTCAP)
     a = share * (1.0 + 2.0 * z_loss * lse)
     base = share * tl.div_rn(smoothing, vocab * 1.0)
-    d = tl.fma(_softmax_exp(logit - lse - residual), a, -base)
+    d = tl.fma(_softmax_exp(logit - top - log_z), a, -base)
     d = tl.where(col == label, entry, d)
     if SOFTCAP:
         d = d * _cap_slope(logit, softcap)
@@ -124,35 +129,39 @@ def cross_entropy_bwd_kernel(dloss_ptr, logits_ptr, labels_ptr, lse_ptr, count_p
     tl.store(dlogits_ptr + row * dlogits_stride + col, d.to(dlogits_ptr.dtype.element_ty), mask=col < vocab)
 
 
-def _sweep(logits, labels, count, loss, lse, dlogits, ignore_index, label_smoothing, z_loss, softcap):
+def _sweep(logits, labels, count, losses, lse, dlogits, ignore_index, label_smoothing, z_loss, softcap):
     rows, vocab = logits.shape
     lanes, num_warps = tile_config(vocab)
     if rows:
         launch(cross_entropy_fwd_kernel, rows, logits.device,
-               dict(logits_ptr=logits, labels_ptr=labels, count_ptr=count, loss_ptr=loss, lse_ptr=lse, dlogits_ptr=dlogits,
-                    error_ptr=error_word(logits.device), vocab=vocab, stride=logits.stride(0), ignore_index=ignore_index,
-                    smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, SOFTCAP=softcap > 0,
-                    SMOOTHING=label_smoothing > 0, ERROR=CODES["cross_entropy", "labels"], LANES=lanes, INNER=INNER),
+               dict(logits_ptr=logits, labels_ptr=labels, count_ptr=count, loss_ptr=losses[0], z_loss_ptr=losses[1],
+                    lse_ptr=lse, dlogits_ptr=dlogits, error_ptr=error_word(logits.device), vocab=vocab,
+                    stride=logits.stride(0), ignore_index=ignore_index, smoothing=label_smoothing, z_loss=z_loss,
+                    softcap=softcap, SOFTCAP=softcap > 0, SMOOTHING=label_smoothing > 0,
+                    ERROR=CODES["cross_entropy", "labels"], LANES=lanes, INNER=INNER),
                num_warps=num_warps)
 
 
-def _rows(logits):
+def _losses(logits, return_z_loss):
+    """Memory for the rows' losses and, where wanted, their z-losses."""
     check_dtype("cross_entropy", "logits", logits)
-    return torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    new = lambda: torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    return new(), new() if return_z_loss else None
 
 
-def cross_entropy_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction):
-    loss, lse = _rows(logits), torch.empty((logits.shape[0], 2), dtype=torch.float32, device=logits.device)
-    _sweep(logits, labels, None, loss, lse, None, ignore_index, label_smoothing, z_loss, softcap)
-    return reduce_losses(loss, labels, None, ignore_index, reduction), lse
+def cross_entropy_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction, return_z_loss):
+    losses = _losses(logits, return_z_loss)
+    lse = torch.empty((logits.shape[0], 2), dtype=torch.float32, device=logits.device)
+    _sweep(logits, labels, None, losses, lse, None, ignore_index, label_smoothing, z_loss, softcap)
+    return *reduce_losses(*losses, labels, None, ignore_index, reduction), lse
 
 
-def cross_entropy_grad_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction):
-    loss = _rows(logits)
+def cross_entropy_grad_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction, return_z_loss):
+    losses = _losses(logits, return_z_loss)
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     count = count_rows(labels, None, ignore_index, reduction)
-    _sweep(logits, labels, count, loss, None, dlogits, ignore_index, label_smoothing, z_loss, softcap)
-    return reduce_losses(loss, labels, None, ignore_index, reduction), dlogits
+    _sweep(logits, labels, count, losses, None, dlogits, ignore_index, label_smoothing, z_loss, softcap)
+    return *reduce_losses(*losses, labels, None, ignore_index, reduction), dlogits
 
 
 def _backward(dloss, logits, labels, lse, dlogits, ignore_index, label_smoothing, z_loss, softcap, reduction):
@@ -191,8 +200,9 @@ def audit(dtype, meta):
         rows, lse = meta(4096, dtype=torch.float32), meta(4096, 2, dtype=torch.float32)
         for label, e, c in (("", 0.0, 0.0), (", smoothing", 0.1, 0.0), (", soft-cap", 0.0, 30.0)):
             o = -100, e, 0.0, c
-            yield f"vocabulary {vocab}{label}", lambda x=logits, y=labels, o=o: cross_entropy_fwd(x, y, *o, 1)
-            yield f"vocabulary {vocab}{label}, gradient", lambda x=logits, y=labels, o=o: cross_entropy_grad_fwd(x, y, *o, 1)
+            yield f"vocabulary {vocab}{label}", lambda x=logits, y=labels, o=o: cross_entropy_fwd(x, y, *o, 1, False)
+            yield f"vocabulary {vocab}{label}, gradient", (
+                lambda x=logits, y=labels, o=o: cross_entropy_grad_fwd(x, y, *o, 1, False))
             yield f"vocabulary {vocab}{label}", (
                 lambda x=logits, y=labels, r=rows, s=lse, o=o: cross_entropy_bwd(r, x, y, s, *o, 0))
         if vocab == 512:

@@ -139,8 +139,9 @@ def _load(ptr, first, col, stride, length, cols, MASKED: tl.constexpr, FULL: tl.
 
 @triton.jit
 def _dkdv_walk(dk, dv, k, v, q_ptr, dout_ptr, rows_ptr, q_row, dout_row, key, start, end, keys, queries, shift, left,
-               right, inner, outer, column, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-               WIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
+               right, inner, outer, column, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, OUT_ONLY: tl.constexpr,
+               DK: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+               BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
     """Query rows from start to end of one head join dk and dv of the columns from `column` on.
 
     Scores are transposed, so that their rows stay in the registers in which dk and dv are summed.
@@ -174,7 +175,7 @@ def _dkdv_walk(dk, dv, k, v, q_ptr, dout_ptr, rows_ptr, q_row, dout_row, key, st
         if DK:
             dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
             ds = _score_gradient(p, dp, delta[None, :], tanh, allowed, SOFTCAP)
-            if MASKED:  # exactly 0; a factor, so that a NaN of the upstream gradient stays one
+            if MASKED and OUT_ONLY:  # a factor of 0, so that a NaN of the upstream gradient stays one
                 ds = ds * tl.where(_sees_one_key(position, keys, left, right), 0.0, 1.0)[None, :]
             ds = ds.to(q.dtype)
             if WHOLE:
@@ -190,9 +191,10 @@ def flash_attention_bwd_dkdv_kernel(dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, dk_
                                     valid_ptr, sequences, length_q, length_k, tiles, group, window_left, window_right,
                                     scale, inner, outer, dout_batch, dout_row, dout_head, q_batch, q_row, q_head,
                                     k_batch, k_row, k_head, v_batch, v_row, v_head, dk_batch, dk_row, dk_head,
-                                    lse_batch, lse_head, SOFTCAP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-                                    WIDE: tl.constexpr, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-                                    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
+                                    lse_batch, lse_head, SOFTCAP: tl.constexpr, OUT_ONLY: tl.constexpr, DK: tl.constexpr,
+                                    DV: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr,
+                                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                                    BLOCK_V: tl.constexpr):
     column = tl.program_id(0) % PARTS * BLOCK_V
     slot = tl.program_id(0) // PARTS % tiles
     kv_head = (tl.program_id(0) // PARTS // tiles).to(tl.int64)
@@ -235,22 +237,24 @@ def flash_attention_bwd_dkdv_kernel(dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, dk_
         rows = rows_ptr + (sequence * lse_batch + head * lse_head + first) * 4
         if window_left is not None:  # one loop: three would not leave the registers for the sums
             dk, dv = _dkdv_walk(dk, dv, k, v, q_rows, dout_rows, rows, q_row, dout_row, key, a, end, keys, queries, shift,
-                                window_left, window_right, inner, outer, column, SOFTCAP, True, DK, DV, WIDE,
+                                window_left, window_right, inner, outer, column, SOFTCAP, True, OUT_ONLY, DK, DV, WIDE,
                                 HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_V)
         else:
             if window_right is not None:
                 dk, dv = _dkdv_walk(dk, dv, k, v, q_rows, dout_rows, rows, q_row, dout_row, key, a, b, keys, queries, shift,
-                                    window_left, window_right, inner, outer, column, SOFTCAP, True, DK, DV, WIDE,
+                                    window_left, window_right, inner, outer, column, SOFTCAP, True, OUT_ONLY, DK, DV, WIDE,
                                     HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_V)
             # rows past the last need no mask
             dk, dv = _dkdv_walk(dk, dv, k, v, q_rows, dout_rows, rows, q_row, dout_row, key, b, end, keys, queries, shift,
-                                window_left, window_right, inner, outer, column, SOFTCAP, False, DK, DV, WIDE,
+                                window_left, window_right, inner, outer, column, SOFTCAP, False, OUT_ONLY, DK, DV, WIDE,
                                 HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_V)
     col = column + tl.arange(0, BLOCK_V)
     place = sequence * dk_batch + (first_key + key)[:, None] * dk_row + kv_head * dk_head + col[None, :]
     mask = (key < keys)[:, None] & (col < HEAD_DIM)[None, :]
     if DK:
-        factor = tl.where(keys == 1, 0.0, scale)  # every query sees only this key
+        factor = scale
+        if OUT_ONLY:
+            factor = tl.where(keys == 1, 0.0, scale)  # every query sees only this key
         tl.store(dk_ptr + place, (dk * factor).to(dk_ptr.dtype.element_ty), mask=mask)
     if DV:
         tl.store(dv_ptr + place, dv.to(dv_ptr.dtype.element_ty), mask=mask)
@@ -286,9 +290,9 @@ def flash_attention_bwd_dq_kernel(dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, dq_pt
                                   sequences, length_q, length_k, tiles, group, window_left, window_right, scale, inner,
                                   outer, dout_batch, dout_row, dout_head, q_batch, q_row, q_head, k_batch, k_row, k_head,
                                   v_batch, v_row, v_head, dq_batch, dq_row, dq_head, lse_batch, lse_head,
-                                  SOFTCAP: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr,
-                                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                                  BLOCK_V: tl.constexpr):
+                                  SOFTCAP: tl.constexpr, OUT_ONLY: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
+                                  HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                                  BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
     column = tl.program_id(0) % PARTS * BLOCK_V
     member = tl.program_id(0) // PARTS % group
     slot = tiles - 1 - tl.program_id(0) // PARTS // group % tiles  # the longest rows first
@@ -336,8 +340,9 @@ def flash_attention_bwd_dq_kernel(dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, dq_pt
         dq = tl.where((position + window_right < 0)[:, None], 0.0, dq)
     col = column + tl.arange(0, BLOCK_V)
     place = sequence * dq_batch + (first + row)[:, None] * dq_row + head * dq_head + col[None, :]
-    factor = tl.where(_sees_one_key(position, keys, window_left, window_right), 0.0, scale)
-    tl.store(dq_ptr + place, (dq * factor[:, None]).to(dq_ptr.dtype.element_ty),
+    if OUT_ONLY:
+        dq = dq * tl.where(_sees_one_key(position, keys, window_left, window_right), 0.0, 1.0)[:, None]
+    tl.store(dq_ptr + place, (dq * scale).to(dq_ptr.dtype.element_ty),
              mask=(row < queries)[:, None] & (col < HEAD_DIM)[None, :])
 
 
@@ -356,7 +361,7 @@ def backward(dout, q, k, v, out, lse, dlse, cu_q, cu_k, valid, window_left, wind
                   valid_ptr=valid, sequences=sequences, length_q=q.shape[-3], length_k=k.shape[-3], group=heads // kv_heads,
                   scale=scale, **options(scale, softcap, window_left, window_right)._asdict(), **strides(dout, "dout"),
                   **strides(q, "q"), **strides(k, "k"), **strides(v, "v"), lse_batch=lse.stride(0) if dense else 0,
-                  lse_head=lse.stride(-2), SOFTCAP=softcap > 0,
+                  lse_head=lse.stride(-2), SOFTCAP=softcap > 0, OUT_ONLY=dlse is None,
                   WIDE=max(x.stride(-3) for x in (dout, q, k, v)) >= 2**24, HEAD_DIM=head_dim, BLOCK_D=width)
 
     def run(kernel, tile, x, programs, names, **results):

@@ -2,6 +2,7 @@
 
 import torch
 
+from .._autocast import promoted
 from .._autograd import once_differentiable
 from .._checks import check_device, check_float, check_number, check_same, fail, last_stride_1
 from .._native import native
@@ -73,10 +74,11 @@ def checked(op, name, hidden, head_weight, gamma, penalty_weight, bound):
         fail(ValueError, op, name, "shape [rows, D]", list(hidden.shape))
     check_float(op, "head_weight", head_weight)
     if head_weight.dtype != torch.float32 or hidden.dtype == torch.float64:
+        hidden, head_weight = promoted(hidden, head_weight)
         check_same(op, "head_weight", head_weight, hidden, name)
     check_device(op, "head_weight", head_weight, hidden, name)
     if head_weight.dim() not in (1, 2) or head_weight.numel() != hidden.shape[1] or head_weight.shape[-1] != hidden.shape[1]:
         fail(ValueError, op, "head_weight", f"shape [{hidden.shape[1]}] or [1, {hidden.shape[1]}]", list(head_weight.shape))
-    bound, margin = barrier.check_barrier(op, bound, MARGIN)
+    bound = check_number(op, "bound", bound, "a number from 0.01 to 1e6", lambda v: 0.01 <= v <= 1e6)
     weight = check_number(op, "penalty_weight", penalty_weight, "a finite number >= 0", lambda v: v >= 0)
-    return last_stride_1(hidden), flattened(head_weight), (focal.check_gamma(op, gamma), weight, bound, margin)
+    return last_stride_1(hidden), flattened(head_weight), (focal.check_gamma(op, gamma), weight, bound, MARGIN)

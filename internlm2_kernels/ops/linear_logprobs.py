@@ -31,7 +31,7 @@ def reference(hidden, weight, tokens, *, temperature=1.0, return_entropy=False, 
 def _fake_fwd(hidden, weight, tokens, inv_temperature, softcap, vocab_start, vocab_size, needs_entropy, needs_sum, needs_hits):
     acc = accumulator(hidden.dtype)
     each = lambda wanted=True, dtype=acc: hidden.new_empty((tokens.shape[0] if wanted else 0,), dtype=dtype)
-    lse = hidden.new_empty((*tokens.shape, 2), dtype=acc)  # and what rounding cut off it
+    lse = hidden.new_empty((*tokens.shape, 2), dtype=acc)  # the maximum, and the log of the sum
     return each(), lse, each(needs_entropy), each(needs_hits, torch.bool), each(needs_sum)
 
 
@@ -92,8 +92,8 @@ def linear_logprobs(hidden, weight, tokens, *, temperature=1.0, return_entropy=F
     """log p_t(token_t), p_t = softmax(hidden_t weight^T / temperature); entropy_t = -sum_j p_tj log p_tj.
 
     Shapes:   hidden [..., D], weight [V, D], tokens [...] int64 or int32 -> logprobs [...], with return_entropy also
-              entropy [...] (nats), with return_hits, last, hits [...] (bool: the token is the arg-max; of equally large
-              logits the first counts; False where logits are NaN). No gradient passes hits
+              entropy [...] (nats), with return_hits, last, hits [...] (bool: the token is the arg-max, the first
+              one of equally large logits; False where logits are NaN). hits has no gradient
     Dtypes:   hidden, weight float32 | bfloat16 | float16 | float64, both equal; under autocast its dtype. Results float32
               (float64), as are all sums
     Backward: saves hidden, weight, tokens, lse and entropy (12 bytes a token) and computes the logits again: four products

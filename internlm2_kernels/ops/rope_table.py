@@ -8,25 +8,24 @@ from ._rope_scaling import check_scaling, inverse_frequencies
 
 
 def reference(length_or_positions, head_dim, *, base=1e6, scaling=None, angles="float64", device=None):
-    positions, inv_freq, magnitude = _resolve(length_or_positions, head_dim, base, scaling, device)
-    if angles == "float32":
-        angle = positions.to(torch.float32)[:, None] * inv_freq.to(torch.float32)
-        return angle.cos() * magnitude, angle.sin() * magnitude
-    angle = positions.to(torch.float64)[:, None] * inv_freq
+    positions, inv_freq, divisor, magnitude = _resolve(length_or_positions, head_dim, base, scaling, angles, device)
+    angle = (positions.to(inv_freq.dtype) / divisor)[:, None] * inv_freq
     return (angle.cos() * magnitude).float(), (angle.sin() * magnitude).float()
 
 
-def _resolve(length_or_positions, head_dim, base, scaling, device):
-    """Positions as a tensor, the inverse frequencies in float64 [d/2], and the factor on cos and sin."""
+def _resolve(length_or_positions, head_dim, base, scaling, angles, device):
+    """Positions as a tensor, the inverse frequencies [d/2] in the dtype of the angles, what divides positions, the factor on
+    cos and sin."""
     if isinstance(length_or_positions, torch.Tensor):
         positions = length_or_positions
     else:
         positions = torch.arange(length_or_positions, dtype=torch.int64, device=device)
-    inv_freq, magnitude = inverse_frequencies(head_dim, base, scaling)
-    return positions, torch.tensor(inv_freq, dtype=torch.float64, device=positions.device), magnitude
+    dtype = torch.float32 if angles == "float32" else torch.float64
+    inv_freq, divisor, magnitude = inverse_frequencies(head_dim, base, scaling, dtype)
+    return positions, inv_freq.to(positions.device), divisor, magnitude
 
 
-def _fake_fwd(positions, inv_freq, magnitude, float32_angles):
+def _fake_fwd(positions, inv_freq, divisor, magnitude, float32_angles):
     shape = (positions.shape[0], inv_freq.shape[0])
     return (positions.new_empty(shape, dtype=torch.float32), positions.new_empty(shape, dtype=torch.float32))
 
@@ -36,7 +35,8 @@ ROPE_TABLE = Op(
     source="arXiv:2104.09864; scalings: arXiv:2306.15595, arXiv:2309.00071",
     summary="cos and sin of rotary angles, from float64 angles",
     reference=reference,
-    schemas={"fwd": "(Tensor positions, Tensor inv_freq, float magnitude, bool float32_angles) -> (Tensor cos, Tensor sin)"},
+    schemas={"fwd": "(Tensor positions, Tensor inv_freq, float divisor, float magnitude, bool float32_angles)"
+                    " -> (Tensor cos, Tensor sin)"},
     fakes={"fwd": _fake_fwd},
     outputs=("cos", "sin"),
     dtypes=(torch.float32,),
@@ -49,8 +49,8 @@ def rope_table(length_or_positions, head_dim, *, base=1e6, scaling=None, angles=
     """Rotary tables: cos(p * f_i) * m and sin(p * f_i) * m, f_i = base^(-2i/d), m = 1 except for YaRN.
 
     Shapes:   a length P, or positions int32 | int64 [P] -> cos, sin [P, head_dim / 2] float32
-    Angles:   "float64": exact to float32's rounding at any position. "float32" forms p * f_i in float32 as the released
-              model does: off by up to 0.0144 rad at position 200,000
+    Angles:   "float64": exact to float32's rounding at any position. "float32" is the released model's table to float32's
+              rounding: frequencies and products are formed in float32, off by up to 0.0144 rad at position 200,000
     Scaling:  Hugging Face's dictionary, key `rope_type` or `type`: linear, dynamic (NTK; needs max_position_embeddings
               and seq_len, the length fixed when the sequence was admitted), yarn (its magnitude folded into cos and
               sin), llama3. Nothing is cached or mutated: a long prompt never changes a later short one
@@ -74,8 +74,8 @@ def rope_table(length_or_positions, head_dim, *, base=1e6, scaling=None, angles=
         fail(ValueError, "rope_table", "base", "a positive number", repr(base))
     check_choice("rope_table", "angles", angles, ("float64", "float32"))
     check_scaling(head_dim, scaling)
-    positions, inv_freq, magnitude = _resolve(length_or_positions, head_dim, base, scaling, device)
+    positions, inv_freq, divisor, magnitude = _resolve(length_or_positions, head_dim, base, scaling, angles, device)
     chosen = ROPE_TABLE.select(positions, backend)
     if chosen == "reference":
         return reference(positions, head_dim, base=base, scaling=scaling, angles=angles)
-    return _FWD[chosen](positions.contiguous(), inv_freq, magnitude, angles == "float32")
+    return _FWD[chosen](positions.contiguous(), inv_freq.double(), divisor, magnitude, angles == "float32")

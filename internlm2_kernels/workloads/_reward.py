@@ -22,15 +22,15 @@ def sample_of(packed):
 
 
 def _magnitude(sample, upstream):
-    """Rewards are sums over D with terms of both signs, whose errors the losses' curvatures multiply: the barrier's is large
-    near the bound."""
+    """Rewards are sums over D with terms of both signs. The curvature of the losses multiplies their errors, most of all that
+    of the barrier near the bound."""
     hidden = next(iter(sample.inputs.values()))
     weight, cu = sample.inputs["head_weight"], sample.inputs.get("cu_seqlens")
     if not hidden.numel():
         return {}
     last = hidden if cu is None else hidden[cu[1:].long() - 1]
     size, typical = float((last.abs() @ weight.abs()).max()), float((last.square() @ weight.square()).max().sqrt())
-    near = float((5 - (last @ weight).abs().clamp(max=5 * (1 - MARGIN))).min())
+    near = float((5 - (last @ weight).abs().clamp(max=5 - MARGIN)).min())
     sizes = {"rewards": size, "loss": size * (1 + 0.02 / near)}
     if upstream:
         slope = 1 / len(last) * (1 + 0.02 / near + typical * (0.5 + 0.02 / near**2))

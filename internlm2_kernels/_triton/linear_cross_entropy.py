@@ -1,4 +1,4 @@
-"""Cross-entropy of hidden times vocabulary. Contract: ops/linear_cross_entropy.py; products: linear_head*.py."""
+"""Cross-entropy of hidden @ weight.T. Contract: ops/linear_cross_entropy.py; products: linear_head.py, linear_head_bwd.py."""
 
 import torch
 import triton
@@ -16,9 +16,10 @@ MERGE_TILES, MERGE_ROWS = 32, 32
 
 @triton.jit
 def _write_coefficients(coefficients_ptr, row, stride, mask, share, lse, ignored, bad, smoothing, z_loss, vocab):
-    """The loss's d / d logit_j = share (p_j (1 + 2 z lse) - (1 - e) [j = label] - e / V) in linear_head_bwd's coefficients."""
+    """Writes d loss / d logit_j = share (p_j (1 + 2 z lse) - (1 - e) [j = label] - e / V) as the four coefficients that
+    linear_head_bwd.py describes; e is the label smoothing, z the factor of the z-loss and V the size of the vocabulary."""
     share = tl.where(bad, float("nan"), tl.where(ignored, 0.0, share))
-    drift = tl.where(share == 0.0, 0.0, 2.0 * z_loss * lse)  # an ignored row's lse may be infinite
+    drift = tl.where(share == 0.0, 0.0, 2.0 * z_loss * lse)  # the lse of an ignored row may be infinite
     tl.store(coefficients_ptr + row, share * (1.0 + drift), mask=mask)
     tl.store(coefficients_ptr + stride + row, share * 0.0, mask=mask)
     tl.store(coefficients_ptr + 2 * stride + row, -share * tl.div_rn(smoothing, vocab * 1.0), mask=mask)
@@ -42,7 +43,7 @@ def linear_cross_entropy_merge_kernel(top_ptr, sum_ptr, total_ptr, label_ptr, la
         loss += smoothing * (top - tl.div_rn(total, vocab * 1.0) + log_z)
     if weights_ptr is not None:
         weight = tl.load(weights_ptr + row, mask=mask, other=0.0)
-        loss = tl.where(weight == 0.0, 0.0, loss * weight)  # an infinite loss of weight 0 counts as 0
+        loss = tl.where(weight == 0.0, 0.0, loss * weight)  # weight 0 removes an infinite loss as well
         z = tl.where(weight == 0.0, 0.0, z * weight)
     tl.store(loss_ptr + row, tl.where(bad, float("nan"), tl.where(ignored, 0.0, loss)), mask=mask)
     if z_loss_ptr is not None:
@@ -101,7 +102,7 @@ def linear_cross_entropy_fwd(hidden, weight, labels, token_weights, ignore_index
 
 
 def _gradients(hidden, weight, needs_dhidden, needs_dweight, dhidden_dtype, dweight_dtype):
-    """(dhidden, dweight) to be filled; of size 0 where not wanted, 0 where there are no rows."""
+    """(dhidden, dweight), not yet filled. A gradient that is not wanted has no rows; without tokens dweight is zero."""
     depth, device, rows = hidden.shape[1], hidden.device, hidden.shape[0]
     dhidden = torch.empty((rows if needs_dhidden else 0, depth), dtype=dhidden_dtype, device=device)
     make = torch.empty if rows else torch.zeros
@@ -155,7 +156,7 @@ def linear_cross_entropy_scale_bwd(dloss, dhidden, dweight, hidden, weight):
 
 
 def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: InternLM2-7B's head, each option once, an odd vocabulary."""
+    """Launches whose kernels the static audit compiles: InternLM2-7B's head with each option, and an odd vocabulary."""
     one = meta(dtype=torch.float32)
     for vocab, depth, label in ((92544, 4096, "7B"), (1003, 96, "odd")):
         hidden, weight = meta(8192, depth, dtype=dtype), meta(vocab, depth, dtype=dtype)
@@ -171,7 +172,7 @@ def audit(dtype, meta):
         if label == "odd":
             yield "mean", (
                 lambda x=x, lse=lse, o=plain: linear_cross_entropy_bwd(one, *x, None, lse, *o[1:], 1, True, True))
-            if dtype == torch.bfloat16:  # beside it, because only float16 divides by the largest coefficient
+            if dtype == torch.bfloat16:  # only float16 divides by the largest coefficient
                 halves = meta(8192, depth, dtype=torch.float16), meta(vocab, depth, dtype=torch.float16), labels
                 yield "odd, float16", (
                     lambda x=halves, rows=rows, lse=lse, o=plain[1:]: linear_cross_entropy_bwd(

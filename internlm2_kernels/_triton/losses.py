@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import _tanh
 from .common import launch, launch_elements
+from .functions import _tanh
 
 NONE, MEAN = 0, 1  # values of `reduction`; 2 is the sum
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from .._autocast import promoted
 from .._autograd import distinct, once_differentiable
 from .._checks import check_float, check_mask, check_vector
 from .._registry import Op
@@ -44,7 +45,7 @@ def passes(op):
 
 def checked(op, vectors, mask):
     """The vectors, given by name, and the mask, all flat. Vectors but the first are targets and receive no gradient."""
-    (name, x), *others = vectors.items()
+    (name, x), *others = zip(vectors, promoted(*vectors.values()), strict=True)
     check_float(op.name, name, x)
     targets = [target(check_vector(op.name, other, tensor, x.shape, x, name)) for other, tensor in others]
     return flattened(x), *targets, flattened(check_mask(op.name, mask, x, name))

@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .._autocast import promoted
 from .._autograd import once_differentiable
 from .._checks import check_float, check_number, check_vector
 from .._registry import Op
@@ -64,6 +65,7 @@ def focal_ranking_loss(chosen, rejected, *, gamma=2.0, backend=None):
     Errors:   ValueError for a shape, a device or gamma; TypeError for a dtype
     Cost:     one launch each way.   Source: arXiv:2403.17297 section 4.2.1 eq. 1
     """
+    chosen, rejected = promoted(chosen, rejected)
     check_float("focal_ranking_loss", "chosen", chosen)
     shape = chosen.shape
     flat_rejected = check_vector("focal_ranking_loss", "rejected", rejected, shape, chosen, "chosen").view(-1)

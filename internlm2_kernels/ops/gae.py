@@ -2,6 +2,7 @@
 
 import torch
 
+from .._autocast import promoted
 from .._checks import (
     FLOAT_DTYPES,
     check_boundaries,
@@ -68,6 +69,7 @@ def gae(rewards, values, cu_seqlens, *, mask=None, bootstrap=None, gamma=1.0, la
               results are NaN and `internlm2_kernels.check()` reports it
     Cost:     one launch; reads two, writes two.   Source: arXiv:1506.02438 eq. 16
     """
+    rewards, values = promoted(rewards, values)
     check_float("gae", "rewards", rewards)
     if rewards.dim() != 1:
         fail(ValueError, "gae", "rewards", "shape [T]", list(rewards.shape))

@@ -1,5 +1,5 @@
 """Attention in AMX tiles on any processor with AVX512_BF16: the AMX objects are built again with their instructions emulated
-(tests/amx_emulation.h), linked with the other objects of the build, and the tests of attention run on that library at level amx."""
+(tests/support/amx_emulation.h), linked with the other objects of the build, and the tests of attention run on that library at level amx."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ def library(objects, tmp_path_factory):  # noqa: F811
 
     def compile_one(path):
         command = next(c for c in commands if c.endswith(f" -o {path}"))
-        run(command.replace(str(path), str(again[path])) + f" '-DINTERNLM2_EMULATE_AMX=\"{TESTS}/amx_emulation.h\"'")
+        run(command.replace(str(path), str(again[path])) + f" '-DINTERNLM2_EMULATE_AMX=\"{TESTS}/support/amx_emulation.h\"'")
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_one, again))

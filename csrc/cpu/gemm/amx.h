@@ -2,7 +2,7 @@
 //
 // They are written as assembly because gcc 12's own functions do not say that a tile instruction reads or writes memory, so
 // that the compiler may move a store past it. INTERNLM2_EMULATE_AMX names a header that defines them in plain C++ instead
-// (tests/amx_emulation.h).
+// (tests/support/amx_emulation.h).
 #pragma once
 #include "../simd/vec.h"
 

@@ -19,6 +19,8 @@ from typing import Any
 
 from internlm2_kernels import OPS
 
+from . import audit_rules
+
 TABLE = Path(__file__).with_name("static_audit.json")
 LARGEST_STACK_BYTES = 128  # of a spill for which BESIDE_LOOPS is reason enough
 BESIDE_LOOPS = "put aside before the loops that multiply and taken up behind them, once a program"
@@ -91,7 +93,7 @@ def main(argv: list[str]) -> int:
         print(f"CUDA C++ kernels are left out: {reason}.")
     if not args.check:
         _print_table(rows, compilers)
-    problems = find_problems(rows)
+    problems = find_problems(rows) + audit_rules.problems(rows, {} if args.op else ALLOWED_STACK)
     if args.check:
         changes, notes = compare(rows, compilers, committed, cuda=bool(sources))
         problems += changes

@@ -48,7 +48,7 @@ def test_every_kernel_is_in_the_table():
             for dtype in dtypes:
                 for arch in (80, 90, 100):
                     assert any(key.startswith(f"{name}/{kernel}/") and key.endswith(f"/{dtype}/sm_{arch}") for key in ROWS
-                               for name in ops), f"{kernel} {dtype} sm_{arch}: launch it in audit(), run tools.audit --write"
+                               for name in ops), f"{kernel} {dtype} sm_{arch}: launch it in tools/audited.py"
 
 
 def test_every_cuda_source_is_in_the_table():
@@ -221,7 +221,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 from internlm2_kernels import OPS
-from tools import compile_kernels as audit
+from tools import audited, compile_kernels as audit
 from internlm2_kernels._triton import common
 backend, count = make_backend(GPUTarget("cuda", 90, 32)), 0
 def compare(kernel, arguments, options):
@@ -238,8 +238,7 @@ def compare(kernel, arguments, options):
 common.record = compare
 for op in OPS:
     if "triton" in OPS[op].backends:
-        module = __import__(f"internlm2_kernels._triton.{op}", fromlist=[op])
-        for _, call in module.audit(torch.bfloat16, lambda *s, dtype: torch.empty(s, dtype=dtype, device="meta")):
+        for _, call in getattr(audited, op)(torch.bfloat16, lambda *s, dtype: torch.empty(s, dtype=dtype, device="meta")):
             call()
 print(count)
 """

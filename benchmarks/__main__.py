@@ -46,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def with_huge_pages(argv: list[str]) -> None:
-    """Start again with huge pages for torch's allocations: without them fresh outputs cost page faults on every side."""
+    """Restart this process with huge pages for torch's allocations: without them every contender's fresh outputs would cost
+    page faults."""
     if sys.platform == "linux" and os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *argv],
@@ -54,7 +55,7 @@ def with_huge_pages(argv: list[str]) -> None:
 
 
 def choose(args: argparse.Namespace) -> tuple:
-    """Operators, directions, dtypes and device; exits with status 2 and one line where they cannot be."""
+    """Operators, directions, dtypes and device; exits with status 2 and one line where the arguments cannot be served."""
     import torch
 
     from internlm2_kernels import OPS
@@ -85,8 +86,8 @@ def measure(args: argparse.Namespace) -> int:
     out = (args.out or (record.ROOT / "build" / "benchmarks" if args.quick else record.RESULTS)).resolve()
     pin(args.threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else torch.get_num_threads())
     if device.type == "cuda":
-        import torch._functorch.config as functorch  # which importing torch alone does not bring
-        functorch.donated_buffer = False  # a captured backward must be able to run again
+        import torch._functorch.config as functorch  # `import torch` alone does not import it
+        functorch.donated_buffer = False  # a backward that is captured in a graph runs more than once
     started, peaks = time.perf_counter(), measure_peaks(device)
     _release(device)
     settings = replace(suite.QUICK if args.quick else suite.Settings(), compiled=not args.no_compile)
@@ -126,8 +127,9 @@ def measure(args: argparse.Namespace) -> int:
         state = "lost" if bench.lost else "late" if clock.skipped else "done"
     except KeyboardInterrupt:
         console.print(f"stopped; the {len(run.rows())} rows so far are in {run.path}")
-    dtypes = args.dtype and (device.type == "cpu" or args.dtype != ["bfloat16"])  # a GPU's tables are of bfloat16
-    everything = not (args.direction or dtypes or args.quick or args.no_compile)  # of the operators it measured
+    dtypes = args.dtype and (device.type == "cpu" or args.dtype != ["bfloat16"])  # on a GPU bfloat16 alone counts as all dtypes
+    # A run is complete when it has measured every row of its operators.
+    everything = not (args.direction or dtypes or args.quick or args.no_compile)
     run.finish(complete=everything and state == "done", state=record.gpu_state() if device.type == "cuda" else "")
     finish(console, run, time.perf_counter() - started)
     if clock.skipped:
@@ -138,7 +140,8 @@ def measure(args: argparse.Namespace) -> int:
 
 
 def register_peaks(console) -> tuple[dict, dict]:
-    """For each dtype the loop of registers.py, and its rate for the record; empty, with a line, where it cannot be built."""
+    """For each dtype the loop of registers.py, and its rate for the record. Both are empty where the loops cannot be built,
+    which a printed line explains."""
     import subprocess
 
     import torch
@@ -151,12 +154,12 @@ def register_peaks(console) -> tuple[dict, dict]:
     except (OSError, subprocess.SubprocessError) as error:
         console.print(f"note: no register peak: {error}; products are judged by their ratios", markup=False)
         return {}, {}
-    rates = {isa: registers.rate(loop) for isa, loop in {loop.isa: loop for loop in loops.values()}.items()}
-    return loops, {dtype: {"isa": loop.isa, "flops_per_s": rates[loop.isa]} for dtype, loop in loops.items()}
+    return loops, {dtype: {"isa": loops[dtype].isa, "flops_per_s": registers.rate(loops[dtype])}
+                   for dtype in ("bfloat16", "float32") if dtype in loops}
 
 
 class Clock:
-    """Whether a pass is expected to end in time, by the longest of its operator so far."""
+    """Decides whether a pass is expected to end in time: it takes as long as the longest of its operator so far."""
 
     def __init__(self, started: float, seconds: float | None) -> None:
         self.end = math.inf if seconds is None else started + seconds
@@ -174,7 +177,7 @@ class Clock:
 
 
 def _release(device) -> None:
-    """The yardsticks' memory, which a graph's pool holds until the graph is gone."""
+    """Give back the memory of the rates that were just measured, which a CUDA graph's pool holds until the graph is deleted."""
     import gc
 
     import torch
@@ -192,13 +195,13 @@ def one_line(row) -> str:
 
 
 def finish(console, run, seconds: float) -> None:
-    """Tables, plot and Markdown of what was measured."""
+    """Print the tables of what was measured and say where the record is."""
     from . import record, report
     if run.rows():
         report.print_tables(console, run.rows())
         if run.path.parent.parent == record.RESULTS:
             console.print("`python -m benchmarks report` brings README.md and benchmarks/results/README.md up to date")
-        else:  # the results' page shows what counts of all records; elsewhere a record has a page of its own
+        else:  # benchmarks/results has one page for all records; elsewhere each record gets its own
             render(run.path)
     for note in run.head["run"]["notes"]:
         console.print(f"note: {note}", highlight=False, markup=False)
@@ -206,7 +209,7 @@ def finish(console, run, seconds: float) -> None:
 
 
 def render(path: Path) -> None:
-    """Markdown and plot beside a record."""
+    """Write a record's tables and plot beside it."""
     from . import plot, record, report
     data = record.load(path)
     path.with_suffix(".md").write_text(report.markdown(data))

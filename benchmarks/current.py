@@ -30,8 +30,11 @@ DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 
 @dataclass(frozen=True)
 class Device:
-    """One device: its runs of which rows count, newest first, and these rows. A row is a `Row` as a dict with the name of its
-    record (`record`) and what has changed since it was measured (`changed`, empty where nothing has)."""
+    """One device: the runs that hold rows that count, newest first, and these rows.
+
+    A row is a `Row` as a dict, with the name of its record in `record` and with what has changed since it was measured in
+    `changed`, which is empty where nothing has.
+    """
 
     folder: Path
     runs: list[dict[str, Any]]
@@ -48,14 +51,14 @@ class Device:
 
 
 def planned(device_type: str) -> set[str]:
-    """The rows that a run would measure today: a size that the registry no longer has does not stay in the tables."""
+    """The keys of the rows that a run would measure today. A size that the registry no longer has leaves the tables."""
     passes = plan(list(OPS), DIRECTIONS, DTYPES, False, device_type)
     return {key_of(job.op.name, job.case.dims, short(job.dtype), direction)
             for job in passes for direction in PASSES[job.kind]}
 
 
 def changes(results: Path = RESULTS) -> list[dict[str, Any]]:
-    """The entries of changed.toml; one that could not mark anything is an error."""
+    """The entries of changed.toml. An entry that could not mark any row raises ValueError."""
     path = results / CHANGED
     entries = tomllib.loads(path.read_text()).get("changed", []) if path.exists() else []
     for entry in entries:
@@ -74,7 +77,7 @@ def measured_at(data: dict[str, Any]) -> datetime:
 
 
 def changed_since(row: dict[str, Any], data: dict[str, Any], entries: list[dict[str, Any]]) -> str:
-    """What has changed in this row's arithmetic since it was measured, one clause a change."""
+    """The changes of this row's arithmetic since it was measured, separated by semicolons."""
     return "; ".join(f"{entry['what']} ({entry['commit']})" for entry in entries
                      if row["op"] in entry["ops"] and measured_at(data) < entry["date"]
                      and row["backend"] == entry.get("backend", "cpp")
@@ -83,19 +86,19 @@ def changed_since(row: dict[str, Any], data: dict[str, Any], entries: list[dict[
 
 
 def counts(data: dict[str, Any]) -> bool:
-    """Quick runs are noise, and runs without torch.compile would hide a peer."""
+    """Whether the rows of a run count. Quick runs are noise, and runs without torch.compile would hide a peer."""
     options = data["run"]["options"]
     return not options.get("quick") and options.get("compile", True)
 
 
 def recorded(results: Path = RESULTS) -> dict[Path, list[Path]]:
-    """The records by folder (one a device), newest first."""
+    """The records in each device's folder, newest first."""
     folders = sorted({path.parent for path in results.glob("*/[0-9][0-9][0-9][0-9]_*.json")})
     return {folder: sorted(folder.glob("[0-9][0-9][0-9][0-9]_*.json"), reverse=True) for folder in folders}
 
 
 def current(results: Path = RESULTS) -> list[Device]:
-    """Every device with the rows that count, the newest device first."""
+    """Every device with the rows that count. The device with the newest run comes first."""
     entries, devices = changes(results), []
     for folder, paths in recorded(results).items():
         runs, rows, seen, wanted = [], [], set(), None
@@ -125,7 +128,7 @@ def superseded(results: Path = RESULTS) -> list[Path]:
 
 
 def prune(results: Path = RESULTS) -> list[Path]:
-    """Remove the superseded records with their tables and plots; their paths."""
+    """Remove the superseded records with their tables and plots, and return their paths."""
     gone = superseded(results)
     for path in gone:
         for suffix in (".json", ".md", ".png"):

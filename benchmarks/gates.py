@@ -21,13 +21,18 @@ RATIOS = ("eager", "compile", "liger", "flex", "mask", "folded", "bf16 cache", "
 # Not installed everywhere, or too slow to be timed at every size.
 OPTIONAL = ("liger", "mask", "cudnn", "flash", "efficient", "varlen")
 SHARES = {"bw": "copy_fraction", "read": "read_fraction", "roof": "limit_fraction"}
-AT_LIMIT = 0.85  # of what the machine allows: there is nothing left to win
+AT_LIMIT = 0.85  # share of what the machine allows from which on a row is at the limit
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One demand on one row: `what` is a family of peers or a share; `got` is None where it could not be measured. `limit` is
-    how far the row has come to the machine's limit beside what counts as being there: from 1 on a ratio is met by it."""
+    """One demand of a gate on one row.
+
+    what    a family of peers, or a share (a key of SHARES)
+    need    the demanded value; got: the measured one, None where it could not be measured
+    limit   the row's share of the machine's limit, divided by the share that counts as being at the limit: from 1 on a
+            demanded ratio counts as met
+    """
 
     what: str
     need: float
@@ -66,7 +71,7 @@ def load(path: Path = GATES) -> list[dict]:
 
 
 def judge(row: dict, gates: list[dict]) -> list[Verdict]:
-    """The verdicts on a row (`suite.Row` as a dict). A peer that is not installed here is no demand.
+    """The verdicts on a row (`suite.Row` as a dict). A peer that is not installed on this machine is not demanded.
 
     A row that was recorded before the yardsticks were copies into present memory is judged by its ratios, and by the read
     rate, which was measured then as it is now.

@@ -1,4 +1,4 @@
-"""The pages that are generated from the recorded runs: two parts of README.md, benchmarks/results/README.md, their plots.
+"""The pages that are generated from the recorded runs: two parts of README.md, benchmarks/results/README.md and the plots.
 
 `python -m benchmarks report` writes them. A number in them comes from a record, never from a keyboard.
 """
@@ -35,12 +35,12 @@ from .report import (
     rates_of,
 )
 
-ROWS = 10  # at most, in the README's table
+ROWS = 10  # operators in the README's table, at most
 FAMILIES = {"eager": "eager PyTorch", "compile": "torch.compile", "liger": "Liger", "flex": "FlexAttention",
             "mask": "SDPA with a mask", "folded": "SDPA on folded heads", "bf16 cache": "ours on a bf16 cache",
             "sequence": "torch's fused AdamW with masters", "cudnn": "SDPA, cuDNN", "flash": "SDPA, FlashAttention 2",
             "efficient": "SDPA, memory-efficient", "varlen": "torch's varlen attention"}
-MEMORY = "memory_linear_cross_entropy.json"  # of benchmarks/memory.py, beside the runs
+MEMORY = "memory_linear_cross_entropy.json"  # written by benchmarks/memory.py beside the runs
 WHERE = {"reference": "any device, plain PyTorch", "cpp": "x86-64 CPUs: AVX2, AVX-512, AVX-512 with bfloat16, AMX",
          "triton": "NVIDIA GPUs", "cuda": "NVIDIA GPUs"}
 UNMEASURED = {"reference": "what the other backends are compared with",
@@ -52,7 +52,7 @@ UNMEASURED = {"reference": "what the other backends are compared with",
 
 
 def status(devices: list[Device]) -> str:
-    """One line a backend: measured, and where, as soon as a record holds a row of it."""
+    """The README's table of backends. A backend counts as measured as soon as a record holds a row of it."""
     lines = []
     for backend in BACKENDS:
         held = [device for device in devices if any(row["backend"] == backend and not row["red"] for row in device.rows)]
@@ -63,13 +63,14 @@ def status(devices: list[Device]) -> str:
 
 
 def shown(devices: list[Device]) -> Device | None:
-    """The device of the README's table: the one with rows of most operators, the newest of several."""
+    """The device of the README's table: the one whose rows cover the most operators, and the newest of several such."""
     count = lambda device: len({row["op"] for row in device.rows if not row["red"]})
-    return max(devices, key=count, default=None)  # the first of equals, and they come newest first
+    return max(devices, key=count, default=None)  # `devices` come newest first, and max returns the first of equals
 
 
 def headline(device: Device) -> list[list[dict[str, Any]]]:
-    """The rows of at most ten operators in the order of gates.toml: bfloat16, both directions where it trains."""
+    """The rows of the README's table, one list for each of at most ten operators in the order of gates.toml: bfloat16, forward
+    and backward together where the operator has a backward."""
     chosen = []
     for op in settings()["order"]:
         rows = [row for row in device.rows if row["op"] == op and row["dtype"] == "bfloat16" and row["chosen"]
@@ -83,7 +84,7 @@ def headline(device: Device) -> list[list[dict[str, Any]]]:
 
 
 def strongest(rows: list[dict[str, Any]]) -> str:
-    """The peer beside eager PyTorch that comes nearest, with its mean."""
+    """Of the peers beside eager PyTorch the fastest, with the geometric mean of its ratios."""
     others = [peer for peer in families(rows) if peer != "eager" and peer != "bf16 cache"]
     means = {peer: mean(rows, peer) for peer in others}
     if not means:
@@ -106,7 +107,7 @@ def speed(devices: list[Device], base: Path = ROOT) -> str:
     commits = ", ".join(dict.fromkeys(commit_of(run) for run in used))
     dates = sorted({run["datetime"][:10] for run in used})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    head = ["operator", "direction", "sizes", "x eager PyTorch", "x nearest other peer", "% of limit", "gates"]
+    head = ["operator", "direction", "sizes", "x eager PyTorch", "x fastest other peer", "% of limit", "gates"]
     parts = [f"{machine_of(used[0])}; bfloat16; commit{'s' if ',' in commits else ''} {commits}, {when}.",
              markdown_table(head, lines)]
     if any(row["changed"] for rows in groups for row in rows):
@@ -173,7 +174,7 @@ def memory(path: Path, results: Path = RESULTS) -> str:
 
 
 def with_parts(text: str, devices: list[Device], base: Path = ROOT) -> str:
-    """README.md with what stands between its markers replaced."""
+    """README.md with the text between its markers replaced."""
     for name, part in (("status", status(devices)), ("benchmarks", speed(devices, base))):
         begin, end = f"<!-- {name}: begin (python -m benchmarks report) -->", f"<!-- {name}: end -->"
         if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
@@ -184,7 +185,7 @@ def with_parts(text: str, devices: list[Device], base: Path = ROOT) -> str:
 
 
 def write(results: Path = RESULTS, base: Path = ROOT) -> list[Path]:
-    """Bring all generated pages up to date; the paths that changed. Plots are drawn again where their page has changed."""
+    """Write all generated pages and return the paths that changed. The plots are drawn again when a page has changed."""
     devices = current.current(results)
     wanted = {base / "README.md": with_parts((base / "README.md").read_text(), devices, base),
               results / "README.md": page(devices, results)}

@@ -53,7 +53,7 @@ def limits(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     present = ["ours", *[f for f in LOOKS if any(f in row["against"] for row in rows)]]
     handles = [Line2D([], [], marker=LOOKS[f][0], color=LOOKS[f][1], linestyle="", label=f) for f in present]
     handles.append(Line2D([], [], color="#c0392b", label="the machine's limit"))
-    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)), frameon=False, fontsize=8.5)
     figure.suptitle(title, x=0.01, ha="left", fontsize=9, wrap=True)
     figure.savefig(path, dpi=120)
 
@@ -74,7 +74,8 @@ def _draw(panel: Any, row: dict[str, Any], y: int) -> None:
 
 
 def speed(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Geometric mean over sizes of each peer's time over ours, by operator: forward and backward together where it trains."""
+    """By operator the geometric mean over sizes of each peer's time over ours; forward and backward together where the operator
+    has a backward."""
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
         if not row["red"] and row["chosen"] and row["direction"] in ("forward", "both"):

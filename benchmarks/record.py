@@ -34,7 +34,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def allocator() -> str:
-    """What hands out CPU memory here: timings of large fresh tensors depend on it more than on the kernels."""
+    """The allocator of CPU memory and its settings: the time of a call with large fresh outputs depends on it more than on the
+    kernel."""
     libc = " ".join(platform.libc_ver()) or platform.system()
     huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     mode = re.search(r"\[(\w+)\]", huge.read_text()) if huge.exists() else None
@@ -80,7 +81,7 @@ def _version(package: str) -> str:
 
 
 def gpu_state() -> str:
-    """Clocks, power and temperature as nvidia-smi sees them now; read, never set."""
+    """Clocks, power and temperature as nvidia-smi reports them now. They are never set."""
     fields = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu,driver_version"
     try:
         return subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv"], capture_output=True, text=True,
@@ -94,7 +95,7 @@ def slug(name: str) -> str:
 
 
 def commit(given: str | None = None) -> dict[str, Any]:
-    """`given`: the commit of a copy of the tree that git does not know."""
+    """The commit as pytest-benchmark finds it. `given` is its id where the tree is a copy without git."""
     here = os.getcwd()
     os.chdir(ROOT)  # pytest-benchmark asks git in the current directory
     try:
@@ -105,7 +106,7 @@ def commit(given: str | None = None) -> dict[str, Any]:
 
 
 class Record:
-    """The file of one run. `add` puts a pass in and writes; `finish` marks it complete.
+    """The file of one run. `add` stores a pass and writes the file; `finish` marks the run complete.
 
     `resume`: an unfinished run of the same device, versions, commit and options in the folder is continued; each
     continuation leaves its own time, yardsticks and clocks in `resumed`.
@@ -144,7 +145,7 @@ class Record:
         return rows_of(self.head | {"benchmarks": self.entries})
 
     def without_recorded(self, passes: list[Pass]) -> list[Pass]:
-        """The passes that still have to run; one during which an earlier call ended comes last."""
+        """The passes that the record lacks. The one during which an earlier call was stopped comes last: it may hang again."""
         done = {key_of(row["op"], row["dims"], row["dtype"], row["direction"]) for row in self.rows()}
         left = [job for job in passes if key_of(job.op.name, job.case.dims, short(job.dtype), PASSES[job.kind][-1]) not in done]
         return sorted(left, key=lambda job: str(job) == self.head["run"].get("running"))
@@ -161,7 +162,7 @@ class Record:
                     continue  # it has a row of its own
                 ours = name == f"ours {row.backend}"
                 if not ours and not row.chosen:
-                    continue  # the peers are stored once, beside the automatic choice
+                    continue  # the peers are stored once, with the row of the automatically chosen backend
                 self._entry(job, row, name, times, {"row": asdict(row)} if ours else {})
             if row.red:
                 self.head["run"]["red"].append(plain(asdict(row)))

@@ -1,5 +1,5 @@
-// How many products a second the registers allow: loops of multiply-add instructions that touch no memory.
-// Compiled by registers.py at the first benchmark on a machine; not part of the installed package.
+// The register peak: loops of multiply-add instructions that touch no memory.
+// registers.py compiles this file at the first benchmark on a machine. It is not part of the installed package.
 //
 // Every loop keeps enough independent accumulators to hide the latency of the instruction, so that its rate is the
 // throughput of the instruction set, which no matrix product can exceed.
@@ -92,8 +92,9 @@ constexpr Loop kLoops[] = {{"avx2", loop_avx2, 12 * 8 * 2},
 
 }  // namespace
 
-// Runs the loop of one instruction set `count` times on each of `threads` threads; the operations done, or -1 where the
-// system does not permit AMX. The caller has made sure that the processor has the instruction set.
+// Runs the loop of the instruction set `name` for `count` turns on each of `threads` threads and returns the number of
+// operations done. Returns -1 for an unknown name and where the system does not permit AMX. The caller has made sure that the
+// processor has the instruction set.
 extern "C" double run(const char* name, int64_t count, int threads) {
   for (const Loop& loop : kLoops) {
     if (std::strcmp(loop.name, name) != 0) continue;

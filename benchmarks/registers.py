@@ -1,7 +1,7 @@
 """The register peak: how many floating-point operations a second the processor's multiply-add instructions allow.
 
-No matrix product can be faster, which the rate of another library's product does not say. registers.cpp holds the loops;
-they are compiled with the compiler that builds the package, into build/benchmarks/.
+No matrix product can be faster, while the rate of another library's product is no limit. registers.cpp holds the loops, which
+are compiled into build/benchmarks/ with the compiler that builds the package.
 """
 
 import ctypes
@@ -14,13 +14,13 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("registers.cpp")
 FOLDER = SOURCE.parents[1] / "build" / "benchmarks"
-ISAS = ("avx2", "avx512", "avx512_bf16", "amx")  # each offers all that stand before it
-SECONDS = 2e-3  # of one call: long beside starting threads, short beside the drift of the clock
+ISAS = ("avx2", "avx512", "avx512_bf16", "amx")  # a processor with one of them has all before it
+SECONDS = 2e-3  # duration of one call: starting threads takes 0.1 ms, and a shared machine's speed drifts within seconds
 
 
 @dataclass(frozen=True)
 class Loop:
-    """The loop of one instruction set on some threads; `flops` are what one call does."""
+    """The loop of one instruction set, `count` turns on each of `threads` threads. A call does `flops` operations."""
 
     library: ctypes.CDLL
     isa: str
@@ -33,7 +33,7 @@ class Loop:
 
 
 def compiled(folder: Path = FOLDER) -> ctypes.CDLL:
-    """The compiled loops, built where this source has not been built before; OSError or SubprocessError where that fails."""
+    """The compiled loops, built on the first call for this source. Raises OSError or SubprocessError where that fails."""
     command = [*os.environ.get("CXX", "g++").split(), "-O2", "-std=c++17", "-fPIC", "-shared", "-pthread"]
     digest = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:12]
     path = folder / f"registers-{digest}.so"
@@ -48,7 +48,7 @@ def compiled(folder: Path = FOLDER) -> ctypes.CDLL:
 
 
 def loop(library: ctypes.CDLL, isa: str, threads: int) -> Loop:
-    """A call that takes about SECONDS."""
+    """The loop of one instruction set, with as many turns as take about SECONDS."""
     count, took = 1000, 0.0
     while took < SECONDS / 2:
         count *= 2
@@ -61,8 +61,8 @@ def loop(library: ctypes.CDLL, isa: str, threads: int) -> Loop:
 
 
 def loops(best_isa: str, threads: int) -> dict[str, Loop]:
-    """For each dtype the fastest loop of what this machine offers, whatever the kernels in use make of it; empty where it
-    offers no vector instructions. bfloat16 has multiply-adds of its own; float16 is converted to float32."""
+    """For each dtype the loop of the fastest instruction set that this machine offers, whether the kernels use it or not. Empty
+    where there is none. bfloat16 has multiply-add instructions of its own; float16 is converted to float32."""
     offered = ISAS[:ISAS.index(best_isa) + 1] if best_isa else ()
     if not offered:
         return {}
@@ -75,7 +75,7 @@ def loops(best_isa: str, threads: int) -> dict[str, Loop]:
 
 
 def rate(loop: Loop, calls: int = 25) -> float:
-    """Operations a second of the fastest of some calls."""
+    """Operations a second, by the fastest of `calls` calls."""
     best = float("inf")
     for _ in range(calls):
         start = time.perf_counter()

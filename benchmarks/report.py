@@ -3,6 +3,8 @@
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -14,12 +16,13 @@ from .record import rows_of
 
 DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
 WAYS = {"forward": "fwd", "backward": "bwd", "both": "fwd+bwd", "call": "call", "call_grad": "call, grad"}
-CHANGED = "†"  # behind the operator of a row whose arithmetic has changed since
+USUAL = ("eager", "compile")  # families with a column of their own; all others share one
+CHANGED = "†"  # stands behind the operator's name in rows whose arithmetic has changed since they were timed
 Judged = tuple[dict[str, Any], list[Verdict]]
 
 
 def judged(rows: list[dict[str, Any]]) -> list[Judged]:
-    """Rows with their verdicts, worst first: red, then by margin to the gate, then by ratio to the nearest peer."""
+    """Rows with their verdicts, worst first: failed checks, then by margin to the gate, then by ratio to the fastest peer."""
     gates = load()
     pairs = [(row, judge(row, gates) if not row["red"] else []) for row in rows]
 
@@ -48,7 +51,7 @@ def against(row: dict[str, Any], family: str, spread: bool = True) -> str:
 
 
 def verdict_text(verdicts: list[Verdict]) -> str:
-    """`at the limit` where the machine's limit and not the ratio decides."""
+    """A row's verdict in words: missed gates with numbers, "met", or "at the limit" where a ratio is met by the limit only."""
     missed = [f"{v.what} {'-' if v.got is None else f'{v.got:.2f}'} < {v.need:g}" for v in verdicts if not v.met]
     if missed or not verdicts:
         return "missed: " + ", ".join(missed) if missed else ""
@@ -73,33 +76,46 @@ def mean(rows: list[dict[str, Any]], peer: str) -> str:
 
 
 def name_of(row: dict[str, Any], *others: dict[str, Any]) -> str:
-    """The operator, with its backend where it is not the automatic choice, and marked where a row is out of date."""
+    """The operator's name, with the backend where it is not the automatic choice, and marked where the arithmetic of this row
+    or of one of `others` has changed since."""
     name = row["op"] + ("" if row["chosen"] else f" ({row['backend']})")
     return name + (f" {CHANGED}" if any(r.get("changed") for r in (row, *others)) else "")
 
 
 def families(rows: list[dict[str, Any]]) -> list[str]:
     present = {family for row in rows for family in row["against"]}
-    return [f for f in ("eager", "compile") if f in present] + sorted(present - {"eager", "compile"})
+    return [f for f in USUAL if f in present] + sorted(present - set(USUAL))
+
+
+def heads(peers: list[str]) -> list[str]:
+    return [f"x {peer}" for peer in peers if peer in USUAL] + (["x others"] if set(peers) - set(USUAL) else [])
+
+
+def by_column(peers: list[str], text: Callable[[str], str]) -> list[str]:
+    """The text of each peer, in the columns of `heads`."""
+    others = [f"{peer} {text(peer)}" for peer in peers if peer not in USUAL and text(peer) != "-"]
+    shared = [", ".join(others) or "-"] if set(peers) - set(USUAL) else []
+    return [text(peer) for peer in peers if peer in USUAL] + shared
 
 
 def cells(row: dict[str, Any], verdicts: list[Verdict], peers: list[str]) -> list[str]:
-    """One row as text; the columns are `columns(peers)`."""
+    """One row as text, in the order of `columns(peers)`."""
     start = [name_of(row), size_of(row["dims"]), DTYPES[row["dtype"]], WAYS[row["direction"]]]
     if row["red"]:
-        return [*start, "RED", *["-"] * (2 + len(peers)), "checks fail: no number"]
+        return [*start, "RED", *["-"] * (2 + len(heads(peers))), "checks fail: no number"]
     small = row["direction"] in ("call", "call_grad")
     return [*start, time_of(row["seconds"][0]), "-" if small else f"{row['bytes_per_s'] / 1e9:.1f}",
-            percent([row.get("limit_fraction")]), *[against(row, peer) for peer in peers],
+            percent([row.get("limit_fraction")]), *by_column(peers, partial(against, row)),
             verdict_text(verdicts)]
 
 
 def columns(peers: list[str]) -> list[str]:
-    return ["operator", "size", "dtype", "direction", "time", "GB/s", "% of limit", *[f"x {peer}" for peer in peers], "gate"]
+    return ["operator", "size", "dtype", "direction", "time", "GB/s", "% of limit", *heads(peers), "gate"]
 
 
 def geometric_means(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """By operator, backend, direction and dtype: sizes, geometric mean and worst ratio to each peer, gates; worst first."""
+    """One line for each operator, backend, direction and dtype: number of sizes, geometric mean and worst ratio to each peer,
+    gates. The worst come first."""
     groups, peers = defaultdict(list), families(rows)
     for row, verdicts in judged(rows):
         if not row["red"]:
@@ -107,8 +123,9 @@ def geometric_means(rows: list[dict[str, Any]]) -> list[list[str]]:
     lines = []
     for (_, backend, direction, dtype), members in groups.items():
         found = [row for row, _ in members]
+        means = by_column(peers, partial(mean, found))
         lines.append([name_of(found[0] | {"chosen": True}, *found), backend, WAYS[direction], DTYPES[dtype], str(len(found)),
-                      *[mean(found, peer) for peer in peers], percent([row.get("limit_fraction") for row in found]),
+                      *means, percent([row.get("limit_fraction") for row in found]),
                       gates_of([verdicts for _, verdicts in members])])
     return lines
 
@@ -119,7 +136,7 @@ def gates_of(verdicts: list[list[Verdict]]) -> str:
 
 
 def mean_columns(peers: list[str]) -> list[str]:
-    return ["operator", "backend", "direction", "dtype", "sizes", *[f"x {peer}: geometric mean" for peer in peers],
+    return ["operator", "backend", "direction", "dtype", "sizes", *[f"{head}: geometric mean" for head in heads(peers)],
             "% of limit", "gate"]
 
 
@@ -164,7 +181,7 @@ def commit_of(data: dict[str, Any]) -> str:
 
 
 def rates_of(data: dict[str, Any]) -> str:
-    """What this machine did in this run, in words."""
+    """The rates of this machine that this run measured, in words."""
     peaks, registers = data["run"]["peaks"], data["run"].get("registers") or {}
     fresh = "" if "copy" in data["run"] else " (into fresh memory)"
     said = [f"copy{fresh} {peaks['copy_bytes_per_s'] / 1e9:.1f} GB/s", f"read {peaks['read_bytes_per_s'] / 1e9:.1f} GB/s",
@@ -185,12 +202,12 @@ def markdown_table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def notes_of(data: dict[str, Any]) -> str:
-    """What the run had to leave out, a line each."""
+    """One line for each thing that the run left out, with the reason."""
     return "\n".join(f"- {note.splitlines()[0]}" for note in data["run"]["notes"])
 
 
 def markdown(data: dict[str, Any]) -> str:
-    """The whole run, for the file beside its JSON."""
+    """The page of one run."""
     rows = rows_of(data)
     peers, pairs = families(rows), judged(rows)
     notes = notes_of(data)

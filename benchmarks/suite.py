@@ -20,7 +20,7 @@ from internlm2_kernels import OPS
 from internlm2_kernels._registry import Op
 from internlm2_kernels.testing import Draw, draw_upstream, flat, ladder, ladder_table, run, with_leaves
 from internlm2_kernels.workloads import Case, Sample
-from tools.timing import Contender, Paired, Peaks, cache_bytes, cold_sets, interleave, quantiles
+from tools.timing import Contender, Paired, Peaks, cold_sets, interleave, quantiles
 
 from .gates import settings
 from .names import short, size_of
@@ -28,11 +28,10 @@ from .peers import CHECKED, OURS, PEERS, peers_of
 from .registers import Loop
 
 PASSES = {"forward": ("forward",), "training": ("backward", "both"), "call": ("call",), "call_grad": ("call_grad",)}
-STAGES = {"call": "forward", "call_grad": "forward"}  # the stage of `Paired` a direction is read from, else its own name
+STAGES = {"call": "forward", "call_grad": "forward"}  # which stage of `Paired` holds a direction, where the names differ
 SEED = 20240326
-YARDSTICKS = ("copy", "read", "registers")  # their names as contenders
-LARGEST_YARDSTICK = 2**28  # bytes moved by one call: a yardstick needs no more to leave the caches
-FLOPS_A_BYTE = 4  # from here on the register peak may be the limit
+LARGEST_YARDSTICK = 2**28  # bytes that one call of a yardstick moves, at most
+FLOPS_A_BYTE = 4  # with fewer operations for each byte moved the register peak cannot be the limit
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Row:
     direction: str
     device: str
     backend: str
-    chosen: bool  # what the automatic choice takes
+    chosen: bool  # whether the automatic choice takes this backend
     method: str
     rounds: int
     seconds: tuple[float, float, float] | None = None
@@ -87,18 +86,18 @@ class Row:
 
 
 def only_reads(op: str, direction: str) -> bool:
-    """Whether the bytes of this row are read and next to none written, so that the read rate is its limit."""
+    """Whether this row reads its bytes and writes almost none, so that the read rate is its limit."""
     listed = settings()["only_reads"]
     return op in listed or f"{op} {direction}" in listed
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure. `quick` is for looking whether it works: its numbers are noise and are not recorded."""
+    """How long to measure. `quick` shows whether everything works; its numbers are noise."""
 
     seconds: float = 1.0
     rounds: tuple[int, int] = (11, 101)
-    longest: float = 25.0  # seconds after which a pass whose calls take long ends with at least three rounds
+    longest: float = 25.0  # seconds after which a pass ends as soon as it has three rounds
     compiled: bool = True
     quick: bool = False
 
@@ -125,7 +124,7 @@ def plan(ops: list[str], directions: list[str], dtypes: list[torch.dtype], quick
     return passes
 
 
-# The sizes of InternLM2-7B, which come first where time is short.
+# Dimensions of InternLM2-7B: cases that have one of them come first where time is short.
 SHAPES_7B = ({"heads": 32, "head_dim": 128}, {"cols": 4096}, {"cols": 14336})
 LONGEST_FIRST = 2**16  # tokens; attention over more takes as long as everything else
 
@@ -150,9 +149,9 @@ def by_importance(passes: list[Pass]) -> list[Pass]:
 
 
 def check(op: Op, dtype: torch.dtype, device: torch.device, implementations: dict[str, str | Callable]) -> dict[str, str]:
-    """The error ladder over the smoke cases; for each implementation that is red, its table.
+    """Run the error check over the smoke cases; for each implementation that fails, the reason or its table.
 
-    A peer may refuse sizes, but not all of them: what was never found right is not timed.
+    A peer may refuse sizes, but not all of them: an implementation that was never found right is not timed.
     """
     red: dict[str, str] = {}
     refused: dict[str, str] = {}
@@ -165,11 +164,11 @@ def check(op: Op, dtype: torch.dtype, device: torch.device, implementations: dic
             for name, implementation in implementations.items():
                 if name in red or (name in PEERS.get(op.name, {}) and op.name in CHECKED and case.kind == "smoke"):
                     continue
-                try:  # copies: some peers write into their inputs
+                try:  # on copies, because some peers write into their inputs
                     rungs = ladder(op, [Draw(sample, run(op, _copy(sample), implementation, _clones(upstream)), upstream)])
-                except NotImplementedError:  # not what this peer does
+                except NotImplementedError:  # the peer does not offer these options
                     continue
-                except Exception as error:  # whatever a peer raises, and the run says what
+                except Exception as error:  # a peer may raise anything; the run reports it
                     (red if name.startswith("ours ") else refused).setdefault(name, f"{type(error).__name__}: {error}")
                     continue
                 if all(rung.ok for rung in rungs):
@@ -189,19 +188,20 @@ def _copy(sample: Sample) -> Sample:
 
 
 def _call(function: Callable, inputs: dict[str, Any]) -> Callable[[], Any]:
-    """The call to time: a form that has to `prepare` does so beforehand."""
+    """The call to time. A form with a `prepare` gets its inputs prepared here, outside the timed part."""
     if getattr(function, "prepare", None) is None:
         return partial(function, **inputs)
     return partial(function.run, **function.prepare(**inputs))
 
 
 class Bench:
-    """Runs passes on one device; remembers which operators are green (checked once per dtype) and what was left out."""
+    """Runs passes on one device. It remembers which operators passed their checks (once for each dtype) and what was left
+    out."""
 
     def __init__(self, device: torch.device, peaks: Peaks, settings: Settings, loops: dict[str, Loop] | None = None) -> None:
         self.device, self.peaks, self.settings = device, peaks, settings
-        self.loops = loops or {}  # by dtype: the register peak, see registers.py
-        self.memory: tuple[torch.Tensor, ...] = ()  # of the yardsticks
+        self.loops = loops or {}  # for each dtype the loop that shows the register peak, see registers.py
+        self.memory = torch.empty(0)  # which the yardsticks copy and read
         self.checked: dict[tuple[str, torch.dtype], dict[str, str]] = {}
         self.notes: list[str] = []
         self.lost = False  # after a kernel's fault CUDA refuses everything in this process
@@ -211,15 +211,15 @@ class Bench:
             self.notes.append(text)
 
     def backends(self, op: Op) -> list[str]:
-        """What is ours and worth timing: the reference only where there is nothing else."""
+        """The backends of ours to time: the reference only where there is no other."""
         usable = op.usable[self.device.type]
         interpreted = "triton" if self.device.type == "cpu" else None
         return [b for b in usable if b not in ("reference", interpreted)] or [usable[0]]
 
     def run(self, job: Pass) -> tuple[list[Row], Paired | None]:
-        """The rows of one pass; a red operator's rows carry the reason and no number.
+        """The rows of one pass. Rows of an operator that fails its checks are red: they carry the reason and no number.
 
-        On a GPU what fails (a fault, too little memory) makes the pass red and leaves the others alone.
+        On a GPU a fault or a lack of memory makes this pass red and leaves the others alone.
         """
         if self.device.type != "cuda":
             return self._run(job)
@@ -234,7 +234,7 @@ class Bench:
         return self._rows(job, {f"ours {b}": reason for b in self.backends(job.op)}), None
 
     def _free(self) -> None:
-        """Gives the pass's memory back, which graphs hold in pools of their own; sees whether the device still answers."""
+        """Free the memory of the pass, which CUDA graphs hold in their own pools, and note whether the device still answers."""
         gc.collect()
         try:
             torch.cuda.synchronize(self.device)
@@ -263,7 +263,7 @@ class Bench:
         if op.name in OURS and not job.small:
             functions = {name: value if value[0] else ("ours", OURS[op.name]) for name, value in functions.items()
                          if value[0] != "eager"}
-        torch._dynamo.reset()  # else the recompile limit turns later compiled rows into eager ones
+        torch._dynamo.reset()  # otherwise Dynamo's recompile limit makes later compiled rows run eagerly
         if self.settings.compiled and not job.small and op.name not in settings()["not_compiled"] and (
                 op.name not in OURS):
             forms = list(op.workload.eager.items())[:1 if self.settings.quick else None]
@@ -287,7 +287,7 @@ class Bench:
         generator = torch.Generator(self.device).manual_seed(SEED)
         sample = job.op.workload.sample(job.case, job.dtype, self.device, generator)
         upstream = draw_upstream(job.op, sample, 1.0, generator, job.op.public) if job.training else {}
-        # What `loss.backward()` sends to a loss; the checks draw other numbers.
+        # `loss.backward()` sends 1 to a loss, so that is what is timed; the checks use random upstream gradients.
         upstream = {name: torch.ones_like(v) if v.dim() == 0 else v for name, v in upstream.items()}
         tensors = [v for v in [*sample.inputs.values(), *upstream.values()] if isinstance(v, torch.Tensor)]
         sets = 1 if job.small else cold_sets(sum(v.numel() * v.element_size() for v in tensors), self.device)
@@ -312,7 +312,7 @@ class Bench:
             return None
         leaves = [[sample.inputs[name] for name in sample.grad] for sample, _ in sets]
         upstreams = [list(upstream.values()) for _, upstream in sets]
-        retain = self.device.type == "cuda"  # a graph is captured from a backward that must be able to run again
+        retain = self.device.type == "cuda"  # a backward that is captured in a graph runs more than once
 
         def backward(i: int, outputs: Any) -> Any:
             outputs = [t for t in flat(outputs) if t.requires_grad]
@@ -324,7 +324,7 @@ class Bench:
                 outputs = contender.forward(0)
                 if contender.backward:
                     contender.backward(0, outputs)
-            except Exception as error:  # no compiler, an unsupported shape: the family is missing, and the run says so
+            except Exception as error:  # no compiler or an unsupported shape: the form is left out and the run says so
                 self.note(f"{job}: {name} cannot run: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
                 return None
         return contender
@@ -342,29 +342,28 @@ class Bench:
         """What a call of the copy and of the read yardstick moves: as many bytes as the forward, up to a limit."""
         return max(8, min(self._bytes(job, "forward"), LARGEST_YARDSTICK) // 8 * 8)
 
-    def _memory(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Memory that is present (written once, so that no call meets a page fault), larger than the caches."""
-        if not self.memory:
-            count = (3 * cache_bytes(self.device) + 2 * LARGEST_YARDSTICK) // 4
-            self.memory = torch.ones(count), torch.ones(count)
-        return self.memory
+    def _memory(self, moved: int) -> torch.Tensor:
+        """Memory for yardsticks that move so many bytes: as many parts as the operator has input sets of this size, and
+        written once, so that no call causes page faults."""
+        count = max(2, cold_sets(moved, self.device)) * moved // 4
+        if self.memory.numel() < count:
+            self.memory = torch.ones(count)
+        return self.memory[:count]
 
     def _yardsticks(self, job: Pass) -> list[Contender]:
-        """On the CPU what this very machine allows in this very run, interleaved with the row. A GPU's rates do not drift:
-        its rows are held against the rates from the start of the run."""
+        """Contenders that show what the machine allows, on the CPU: copy, read, and for what multiplies the register peak. A
+        GPU's speed does not drift, so its rows are compared with the rates from the start of the run."""
         if self.device.type != "cpu":
             return []
-        count = self._moved(job) // 4  # float32 elements
-        source, target = self._memory()
-        # They take turns of their own: an operator with few input sets would leave the yardsticks' data in the cache.
-        halves = itertools.cycle(list(zip(target.split(count // 2), source.split(count // 2), strict=True))[:-1])
-        wholes = itertools.cycle(source.split(count)[:-1])
+        moved = self._moved(job)
+        # They rotate by themselves and not with the input sets, of which an operator with large inputs has only one.
+        reads, copies = (itertools.cycle(self._memory(moved).split(moved // 4)) for _ in range(2))
 
         def copy(i: int) -> None:
-            into, out_of = next(halves)
-            into.copy_(out_of)
+            source, target = next(copies).chunk(2)  # which moves as many bytes as reading both
+            target.copy_(source)
 
-        contenders = [Contender("copy", copy), Contender("read", lambda i: next(wholes).sum())]
+        contenders = [Contender("copy", copy), Contender("read", lambda i: next(reads).sum())]
         loop = self.loops.get(short(job.dtype))
         if loop is not None and self._flops(job, "forward") >= FLOPS_A_BYTE * self._bytes(job, "forward"):
             contenders.append(Contender("registers", lambda i: loop()))

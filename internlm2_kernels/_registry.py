@@ -16,6 +16,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ import torch
 from torch.autograd import forward_ad as _forward_ad
 
 from ._device_errors import Index, declare
-from ._native import _C, NATIVE_ERROR, OPERATOR
+from ._native import _C, NATIVE_ERROR
 
 if TYPE_CHECKING:
     from .workloads import Workload
@@ -35,6 +36,8 @@ OPS: dict[str, "Op"] = {}
 
 _library = torch.library.Library("internlm2", "FRAGMENT")
 _forced: str | None = None  # a plain module global: Dynamo guards it, which it cannot do with a ContextVar
+_entries: list[list[str | None]] = []  # of the `use_backend` blocks that are open, in the order in which they began
+_entries_lock = threading.Lock()
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -97,8 +100,7 @@ class Op:
                 _library.impl(f"{qualified}.triton", launcher, "CPU")
         torch.library.register_fake(f"internlm2::{qualified}.{backend}", self.fakes[pass_name], lib=_library)
         packet = getattr(torch.ops.internlm2, qualified)
-        overload = self.overloads.setdefault(pass_name, {})[backend] = getattr(packet, backend)
-        OPERATOR[overload] = self.name
+        self.overloads.setdefault(pass_name, {})[backend] = getattr(packet, backend)
 
     def select(self, tensor: torch.Tensor, backend: str | None) -> str:
         """The backend for this call: `backend`, else `use_backend`'s, else the first usable one for the device."""
@@ -109,7 +111,7 @@ class Op:
             if device == "cuda" and tensor.dtype == torch.float64:  # the GPU kernels have none
                 return "reference"
             wanted = usable[0]
-        elif wanted not in usable:
+        elif not isinstance(wanted, str) or wanted not in usable:
             raise_unusable(self, wanted, device)
         if wanted != "reference":
             if _forward_ad._current_level >= 0:
@@ -140,7 +142,7 @@ def _lazy_launcher(name: str, qualified: str) -> Callable:
 
 def why_not(op: Op, backend: str, device: str) -> str | None:
     """Why `backend` cannot run `op` on tensors of `device`; None if it can."""
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         return f"there is no such backend; there are {', '.join(BACKENDS)}"
     if backend not in op.backends:
         return f"{op.name} has no {backend} implementation; it has {', '.join(op.backends)}"
@@ -178,19 +180,39 @@ def use_backend(backend: str | None) -> Iterator[None]:
     An operator that cannot run there raises `ValueError` with the reason. The setting belongs to the process, not to
     the thread: `torch.compile` guards a module global and would silently keep a stale thread-local.
     """
-    global _forced
     _check_name("backend", backend)
-    previous, _forced = _forced, backend
+    entry = [backend]
+    _enter(entry)
     try:
         yield
     finally:
-        _forced = previous
+        _leave(entry)
+
+
+def _lock() -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _entries_lock  # Dynamo cannot trace a lock
+
+
+def _enter(entry: list[str | None]) -> None:
+    global _forced
+    with _lock():
+        _entries.append(entry)
+        _forced = entry[0]
+
+
+def _leave(entry: list[str | None]) -> None:
+    """Blocks of several threads end in any order: each removes its own entry, and the last one that is left counts."""
+    global _forced
+    with _lock():
+        _entries[:] = [other for other in _entries if other is not entry]
+        _forced = (_entries or [[_BY_ENVIRONMENT]])[-1][0]
 
 
 def _check_name(origin: str, backend: str | None) -> None:
-    if backend is not None and backend not in BACKENDS:
+    if backend is not None and (not isinstance(backend, str) or backend not in BACKENDS):
         raise ValueError(f"{origin}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-_check_name("INTERNLM2_KERNELS_BACKEND", os.environ.get("INTERNLM2_KERNELS_BACKEND"))
-_forced = os.environ.get("INTERNLM2_KERNELS_BACKEND")
+_BY_ENVIRONMENT = os.environ.get("INTERNLM2_KERNELS_BACKEND")
+_check_name("INTERNLM2_KERNELS_BACKEND", _BY_ENVIRONMENT)
+_forced = _BY_ENVIRONMENT

@@ -19,6 +19,8 @@ from typing import Any
 
 from internlm2_kernels import OPS
 
+from . import audit_rules
+
 TABLE = Path(__file__).with_name("static_audit.json")
 LARGEST_STACK_BYTES = 128  # the largest spill that OUTSIDE_LOOPS justifies
 OUTSIDE_LOOPS = "stored before the loops with matrix products and loaded after them, once per program"
@@ -94,7 +96,7 @@ def main(argv: list[str]) -> int:
         print(f"CUDA C++ kernels are left out: {reason}.")
     if not args.check:
         _print_table(rows, compilers)
-    problems = find_problems(rows)
+    problems = find_problems(rows) + audit_rules.problems(rows, {} if args.op else ALLOWED_STACK)
     if args.check:
         changes, notes = compare(rows, compilers, committed, cuda=bool(sources))
         problems += changes

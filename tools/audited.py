@@ -76,8 +76,9 @@ def cross_entropy(dtype, meta):
         rows, lse = meta(4096, dtype=torch.float32), meta(4096, 2, dtype=torch.float32)
         for label, e, c in (("", 0.0, 0.0), (", smoothing", 0.1, 0.0), (", soft-cap", 0.0, 30.0)):
             o = -100, e, 0.0, c
-            yield f"vocabulary {vocab}{label}", lambda x=logits, y=labels, o=o: cross_entropy_fwd(x, y, *o, 1)
-            yield f"vocabulary {vocab}{label}, gradient", lambda x=logits, y=labels, o=o: cross_entropy_grad_fwd(x, y, *o, 1)
+            yield f"vocabulary {vocab}{label}", lambda x=logits, y=labels, o=o: cross_entropy_fwd(x, y, *o, 1, False)
+            yield f"vocabulary {vocab}{label}, gradient", (
+                lambda x=logits, y=labels, o=o: cross_entropy_grad_fwd(x, y, *o, 1, False))
             yield f"vocabulary {vocab}{label}", (
                 lambda x=logits, y=labels, r=rows, s=lse, o=o: cross_entropy_bwd(r, x, y, s, *o, 0))
         if vocab == 512:
@@ -136,8 +137,8 @@ def linear_cross_entropy(dtype, meta):
         plain, rich = (None, -100, 0.0, 0.0, 0.0), (rows, -100, 0.1, 1e-4, 30.0)
         for name, o in (("", plain), (", all options", rich))[: 2 if label == "7B" else 1]:
             x = hidden, weight, labels
-            yield f"{label}{name}", lambda x=x, o=o: linear_cross_entropy_fwd(*x, *o, 1)
-            yield f"{label}{name}, gradient", lambda x=x, o=o: linear_cross_entropy_grad_fwd(*x, *o, 1, True, True)
+            yield f"{label}{name}", lambda x=x, o=o: linear_cross_entropy_fwd(*x, *o, 1, False)
+            yield f"{label}{name}, gradient", lambda x=x, o=o: linear_cross_entropy_grad_fwd(*x, *o, 1, False, True, True)
             yield f"{label}{name}", (
                 lambda x=x, o=o, rows=rows, lse=lse: linear_cross_entropy_bwd(rows, *x, o[0], lse, *o[1:], 0, True, True))
         if label == "odd":

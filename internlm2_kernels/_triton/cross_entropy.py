@@ -34,8 +34,8 @@ def _entry(p_less_1, lse, smoothing, z_loss, vocab):
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
-def cross_entropy_fwd_kernel(logits_ptr, labels_ptr, count_ptr, loss_ptr, lse_ptr, dlogits_ptr, error_ptr, vocab, stride,
-                             ignore_index, smoothing, z_loss, softcap,
+def cross_entropy_fwd_kernel(logits_ptr, labels_ptr, count_ptr, loss_ptr, z_loss_ptr, lse_ptr, dlogits_ptr, error_ptr, vocab,
+                             stride, ignore_index, smoothing, z_loss, softcap,
                              SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, ERROR: tl.constexpr,
                              LANES: tl.constexpr, INNER: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -47,6 +47,8 @@ def cross_entropy_fwd_kernel(logits_ptr, labels_ptr, count_ptr, loss_ptr, lse_pt
         if ignored | bad:
             value = tl.where(bad, float("nan"), 0.0)
             tl.store(loss_ptr + row, value)
+            if z_loss_ptr is not None:
+                tl.store(z_loss_ptr + row, value)
             for start in range(0, vocab, LANES * INNER):
                 col = start + tile
                 d = tl.zeros((LANES, INNER), tl.float32) + value
@@ -72,10 +74,13 @@ def cross_entropy_fwd_kernel(logits_ptr, labels_ptr, count_ptr, loss_ptr, lse_pt
     lse = top + log_z
     known = (ignored | bad) == 0
     own = _capped(tl.load(logits_ptr + label, mask=known, other=0.0).to(tl.float32), softcap, SOFTCAP)
-    loss = (1.0 - smoothing) * (top - own + log_z) + z_loss * lse * lse
+    z = z_loss * lse * lse
+    loss = (1.0 - smoothing) * (top - own + log_z) + z
     if SMOOTHING:
         loss += smoothing * (top - tl.div_rn(tl.sum(total, axis=0), vocab * 1.0) + log_z)
     tl.store(loss_ptr + row, tl.where(bad, float("nan"), tl.where(ignored, 0.0, loss)))
+    if z_loss_ptr is not None:
+        tl.store(z_loss_ptr + row, tl.where(bad, float("nan"), tl.where(ignored, 0.0, z)))
     if lse_ptr is not None:
         _store_lse(lse_ptr, row, top, log_z, True)
     if dlogits_ptr is not None:
@@ -124,35 +129,39 @@ def cross_entropy_bwd_kernel(dloss_ptr, logits_ptr, labels_ptr, lse_ptr, count_p
     tl.store(dlogits_ptr + row * dlogits_stride + col, d.to(dlogits_ptr.dtype.element_ty), mask=col < vocab)
 
 
-def _sweep(logits, labels, count, loss, lse, dlogits, ignore_index, label_smoothing, z_loss, softcap):
+def _sweep(logits, labels, count, losses, lse, dlogits, ignore_index, label_smoothing, z_loss, softcap):
     rows, vocab = logits.shape
     lanes, num_warps = tile_config(vocab)
     if rows:
         launch(cross_entropy_fwd_kernel, rows, logits.device,
-               dict(logits_ptr=logits, labels_ptr=labels, count_ptr=count, loss_ptr=loss, lse_ptr=lse, dlogits_ptr=dlogits,
-                    error_ptr=error_word(logits.device), vocab=vocab, stride=logits.stride(0), ignore_index=ignore_index,
-                    smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, SOFTCAP=softcap > 0,
-                    SMOOTHING=label_smoothing > 0, ERROR=CODES["cross_entropy", "labels"], LANES=lanes, INNER=INNER),
+               dict(logits_ptr=logits, labels_ptr=labels, count_ptr=count, loss_ptr=losses[0], z_loss_ptr=losses[1],
+                    lse_ptr=lse, dlogits_ptr=dlogits, error_ptr=error_word(logits.device), vocab=vocab,
+                    stride=logits.stride(0), ignore_index=ignore_index, smoothing=label_smoothing, z_loss=z_loss,
+                    softcap=softcap, SOFTCAP=softcap > 0, SMOOTHING=label_smoothing > 0,
+                    ERROR=CODES["cross_entropy", "labels"], LANES=lanes, INNER=INNER),
                num_warps=num_warps)
 
 
-def _rows(logits):
+def _losses(logits, return_z_loss):
+    """Memory for the rows' losses and, where wanted, their z-losses."""
     check_dtype("cross_entropy", "logits", logits)
-    return torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    new = lambda: torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    return new(), new() if return_z_loss else None
 
 
-def cross_entropy_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction):
-    loss, lse = _rows(logits), torch.empty((logits.shape[0], 2), dtype=torch.float32, device=logits.device)
-    _sweep(logits, labels, None, loss, lse, None, ignore_index, label_smoothing, z_loss, softcap)
-    return reduce_losses(loss, labels, None, ignore_index, reduction), lse
+def cross_entropy_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction, return_z_loss):
+    losses = _losses(logits, return_z_loss)
+    lse = torch.empty((logits.shape[0], 2), dtype=torch.float32, device=logits.device)
+    _sweep(logits, labels, None, losses, lse, None, ignore_index, label_smoothing, z_loss, softcap)
+    return *reduce_losses(*losses, labels, None, ignore_index, reduction), lse
 
 
-def cross_entropy_grad_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction):
-    loss = _rows(logits)
+def cross_entropy_grad_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction, return_z_loss):
+    losses = _losses(logits, return_z_loss)
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     count = count_rows(labels, None, ignore_index, reduction)
-    _sweep(logits, labels, count, loss, None, dlogits, ignore_index, label_smoothing, z_loss, softcap)
-    return reduce_losses(loss, labels, None, ignore_index, reduction), dlogits
+    _sweep(logits, labels, count, losses, None, dlogits, ignore_index, label_smoothing, z_loss, softcap)
+    return *reduce_losses(*losses, labels, None, ignore_index, reduction), dlogits
 
 
 def _backward(dloss, logits, labels, lse, dlogits, ignore_index, label_smoothing, z_loss, softcap, reduction):

@@ -217,7 +217,7 @@ class Gradients:
         """Adds the gradient [end - begin, V] of the logits of rows begin to end; with `peak`, it was divided by it."""
         hidden, is_float32 = self.hidden[begin:end], gradient.dtype == torch.float32
         if self.dhidden is not None:
-            if peak is None:
+            if self.dhidden.dtype == gradient.dtype and peak is None:
                 torch.mm(gradient, self.weight, out=self.dhidden[begin:end])
             else:
                 _multiply(gradient, self.weight, None, self.dhidden[begin:end], peak)

@@ -10,6 +10,7 @@ import torch
 import internlm2.plain
 from internlm2.config import PRESETS
 from internlm2.model import InternLM2
+from internlm2.reward import RewardModel
 
 TINY = PRESETS["tiny"]
 LENGTHS = [7, 1, 0, 19, 12]
@@ -205,6 +206,77 @@ def test_attention_is_written_for_any_group_size(generator):
             for head in range(12):
                 p = (k[start : t + 1, head // 6] @ q[t, head] / 8**0.5).softmax(0)
                 torch.testing.assert_close(got[t, head], p @ v[start : t + 1, head // 6])
+
+
+@pytest.mark.parametrize("checkpoint_layers", [False, True], ids=["kept", "computed again"])
+@pytest.mark.parametrize("operators", [None, internlm2.plain], ids=["kernels", "plain"])
+def test_a_float32_model_trains_under_autocast(operators, checkpoint_layers, generator):
+    """The residual stream and the losses stay float32; products and attention run in bfloat16; gradients are float32."""
+    model = InternLM2(TINY, operators=operators, checkpoint_layers=checkpoint_layers)
+    tokens, cu_seqlens = packed(LENGTHS, generator)
+    gold, gold_grads = gradients(model, tokens, tokens, cu_seqlens)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.hidden_states(tokens, cu_seqlens).dtype == torch.float32
+        assert model(tokens, cu_seqlens).dtype == torch.bfloat16
+        loss, grads = gradients(model, tokens, tokens, cu_seqlens)
+    assert loss.dtype == torch.float32 and loss != gold and abs(loss - gold) < 1e-3 * gold
+    for name, gradient in grads.items():
+        assert gradient.dtype == torch.float32
+        assert 0 < (gradient - gold_grads[name]).norm() < 0.02 * gold_grads[name].norm(), name
+
+
+def test_log_probabilities_and_rewards_are_float32_under_autocast(generator):
+    model, reward_model = InternLM2(TINY), RewardModel(TINY)
+    tokens, cu_seqlens = packed([7, 12], generator)
+
+    def numbers():
+        return (model.logprobs(tokens, tokens.flip(0), cu_seqlens), reward_model.values(tokens, cu_seqlens),
+                reward_model.rewards(tokens, cu_seqlens), *reward_model.loss(tokens, cu_seqlens))  # fmt: skip
+
+    gold = numbers()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = numbers()
+    for a, b in zip(got, gold, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0.01, atol=0.01)
+    got[-2].backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in reward_model.parameters())
+
+
+PACKINGS = ([7, 1, 19, 12], [5, 9], [20, 4], [3, 3, 3, 3, 5, 3], [40, 2, 17, 2], [31, 31])
+
+
+@pytest.mark.parametrize(("kind", "backend"), [
+    ("loss", "aot_eager"),
+    pytest.param("logprobs", "aot_eager", marks=pytest.mark.slow),
+    pytest.param("reward", "aot_eager", marks=pytest.mark.slow),
+    pytest.param("loss", "inductor", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_one_graph_serves_all_packings(kind, backend, generator):
+    """Two graphs in all: one for the sizes of the first packing, one for any sizes. aot_eager keeps every bit."""
+    config = dataclasses.replace(TINY, num_layers=1, vocab_size=64)
+    model = RewardModel(config) if kind == "reward" else InternLM2(config)
+
+    def step(tokens, labels, cu_seqlens):
+        if kind == "reward":
+            return model.loss(tokens, cu_seqlens)[0]
+        return (model.loss if kind == "loss" else model.logprobs)(tokens, labels, cu_seqlens)
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(step, backend=backend)
+    for lengths in PACKINGS:
+        tokens, cu_seqlens = packed(lengths, generator, config.vocab_size)
+        labels = torch.randint(0, config.vocab_size, tokens.shape, generator=generator)
+        results = []
+        for run in (step, compiled):
+            model.zero_grad()
+            value = run(tokens, labels, cu_seqlens)
+            value.sum().backward()
+            results.append([value.detach(), *(p.grad.clone() for p in model.parameters())])
+        tolerance = dict(rtol=0, atol=0) if backend == "aot_eager" else dict(rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(*results, **tolerance)
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 GOOD = dict(tokens=torch.arange(6), cu_seqlens=torch.tensor([0, 2, 6], dtype=torch.int32), labels=torch.arange(6))

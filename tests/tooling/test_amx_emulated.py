@@ -1,5 +1,7 @@
 """Attention in AMX tiles on any processor with AVX512_BF16: the AMX objects are built again with their instructions emulated
-(tests/support/amx_emulation.h), linked with the other objects of the build, and the tests of attention run on that library at level amx."""
+(tests/support/amx_emulation.h) and linked with the other objects of the build; the tests of attention run on that library at
+instruction set amx. Where the processor has AMX, all fast tests run on the tiles themselves.
+"""
 
 import os
 import subprocess
@@ -13,7 +15,8 @@ from test_native_build import lines, objects  # noqa: F401, a fixture
 from internlm2_kernels._registry import _C
 
 TESTS = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(_C is None or _C.best_cpu_isa() not in ("avx512_bf16", "amx"), reason="needs AVX512_BF16")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(_C is None or _C.best_cpu_isa() not in ("avx512_bf16", "amx"),
+                                                    reason="needs AVX512_BF16")]
 
 
 @pytest.fixture(scope="module")

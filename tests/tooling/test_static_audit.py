@@ -131,35 +131,9 @@ LISTING = """
         /*00c0*/  EXIT ;"""
 
 
-LISTING = """
-        /*0000*/  STL [R1], R2 ;
-        /*0010*/  LDG.E.128 R4, [R6] ;
-        /*0020*/  LDL R2, [R1+0x4] ;
-        /*0030*/  @!P1 HMMA.16816.F32 R4, R8, R2, R4 ;
-        /*0040*/  @P3 BRA 0x70 ;
-        /*0050*/  FMUL R9, R9, R9 ;
-        /*0060*/  FFMA R9, R9, R9, R9 ;
-        /*0070*/  FADD.FTZ R3, R3, R4 ;
-        /*0080*/  @P0 BRA 0x20 ;
-        /*0090*/  LDL R3, [R1] ;
-        /*00a0*/  @P2 BRA 0x10 ;
-        /*00b0*/  MUFU.EX2 R1, R2 ;
-        /*00c0*/  EXIT ;"""
-
-
 def test_spills_in_loops_are_counted():
     (code,) = sass.parse(LISTING).values()
     assert sass.spills_in_loops(code) == 1  # that of the inner loop, not those around it
-
-
-def test_instructions_of_the_hot_loop_are_counted():
-    """The inner loop without the code that its branch jumps over: LDL, HMMA, BRA, FADD, BRA."""
-    (code,) = sass.parse(LISTING).values()
-    assert str(sass.hot_loop(code)) == "loop 5 1 0 1 0"
-    (code,) = sass.parse(LISTING.replace("HMMA", "MOV")).values()  # arithmetic without tensor cores: all of the loop
-    assert str(sass.hot_loop(code)) == "loop 7 0 1 2 0"
-    (code,) = sass.parse(LISTING.replace("BRA", "NOP")).values()
-    assert str(sass.hot_loop(code)) == "all 13 1 1 2 1"
 
 
 def test_instructions_of_the_hot_loop_are_counted():

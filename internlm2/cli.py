@@ -11,7 +11,6 @@ EXAMPLES = """examples:
   python -m internlm2 train internlm2/recipes/tiny.toml out=runs/mine data.source=my_texts optimizer.lr=1e-3
   python -m internlm2 demo-check                     do the kernels learn as plain PyTorch operators do?
 """
-INTERRUPTED_HINT = "stopped by {signal} at step {step}, {saved}; the same command continues"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "train":
             return _train(arguments)
         if arguments.command == "demo":
-            from internlm2.demo import demo
+            from internlm2.demo.run import demo
 
             return demo(arguments.device, arguments.out, arguments.minutes)
-        from internlm2.training.agreement import check
+        from internlm2.demo.agreement import check
 
         return check(arguments.device, arguments.out, arguments.steps)
     except KeyboardInterrupt:
@@ -63,18 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from internlm2.config import load_config
     from internlm2.training.config import TrainConfig
-    from internlm2.training.pretrain import run
+    from internlm2.training.stages.pretrain import run
+    from internlm2.training.trainer import exit_status
 
     return exit_status(run(load_config(TrainConfig, arguments.recipe, arguments.overrides)))
-
-
-def exit_status(result) -> int:
-    """The exit status of a finished fit; says what to do where it did not reach the end."""
-    if result.stopped_by:
-        saved = "saved" if result.saved else "NOT saved"
-        print(INTERRUPTED_HINT.format(signal=result.stopped_by.name, step=result.step, saved=saved), file=sys.stderr)
-        return 128 + result.stopped_by
-    if not result.saved:
-        print(f"error: the state at step {result.step} could not be saved (see the warnings above)", file=sys.stderr)
-        return 1
-    return 0

@@ -36,14 +36,13 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path):
+        data = Path(path).read_bytes()
         if hasattr(sentencepiece, "set_min_log_level"):
-            sentencepiece.set_min_log_level(
-                2
-            )  # errors only: it would warn of the released model's piece for the null character
+            sentencepiece.set_min_log_level(2)  # errors only: it warns of the released model's piece for the null character
         try:
-            self._sp = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+            self._sp = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:
-            raise ValueError(f"{path} is not a SentencePiece model: {error}") from error
+            raise ValueError(_not_loaded(path, error)) from error
         sp = self._sp
         self.vocab_size, self.bos_id, self.eos_id = sp.vocab_size(), sp.bos_id(), sp.eos_id()
         self._byte_ids = {sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_byte(i)}
@@ -112,6 +111,14 @@ class Tokenizer:
             if not skip_special:
                 parts.append(self._special_names[i])
         return "".join([*parts, self._sp.decode(run)])
+
+
+def _not_loaded(path: str | Path, error: RuntimeError) -> str:
+    version = getattr(sentencepiece, "__version__", "of an unknown version")
+    message = f"sentencepiece {version} cannot load {path}: {error}"
+    if "null character" in str(error):
+        return f"{message} The released InternLM2 model has such a piece, and 0.2.2 alone refuses it: install 0.2.3 or 0.2.1."
+    return f"{message} The file is damaged, or it is not a SentencePiece model."
 
 
 def _reserved(sp: sentencepiece.SentencePieceProcessor, i: int) -> bool:

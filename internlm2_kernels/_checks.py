@@ -9,30 +9,30 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def fail(kind: type[Exception], op: str, argument: str, expected: str, got: object) -> None:
-    raise kind(f"{op}: {argument}: expected {expected}, got {got}")
+    shown = " ".join(str(got).split())  # a tensor given as an option is shown on one line
+    raise kind(f"{op}: {argument}: expected {expected}, got {shown if len(shown) <= 500 else shown[:500] + ' ...'}")
 
 
 def check_float(op: str, argument: str, tensor: object) -> None:
     """`tensor` is a floating-point tensor of an accepted dtype."""
-    if not isinstance(tensor, torch.Tensor):
-        fail(TypeError, op, argument, "a tensor", type(tensor).__name__)
+    check_tensor(op, argument, tensor)
     if tensor.dtype not in FLOAT_DTYPES:
         fail(TypeError, op, argument, "float32, bfloat16, float16 or float64", tensor.dtype)
-    check_layout(op, argument, tensor)
 
 
-def check_layout(op: str, argument: str, tensor: torch.Tensor) -> None:
-    if tensor.layout != torch.strided:
-        fail(TypeError, op, argument, "a dense (strided) tensor", tensor.layout)
+def check_tensor(op: str, argument: str, value: object, expected: str = "a tensor") -> None:
+    """`value` is a tensor whose elements lie in memory by strides: not sparse, nested or in a library's own layout."""
+    if not isinstance(value, torch.Tensor):
+        fail(TypeError, op, argument, expected, type(value).__name__)
+    if value.layout != torch.strided or value.is_nested:
+        fail(TypeError, op, argument, "a dense (strided) tensor", "a nested one" if value.is_nested else value.layout)
 
 
 def check_same(op: str, argument: str, tensor: object, like: torch.Tensor, of: str) -> None:
     """`tensor` has the dtype and the device of `like`, the argument named `of`."""
-    if not isinstance(tensor, torch.Tensor):
-        fail(TypeError, op, argument, "a tensor", type(tensor).__name__)
+    check_tensor(op, argument, tensor)
     if tensor.dtype != like.dtype:
         fail(TypeError, op, argument, f"the dtype of {of}, {like.dtype}", tensor.dtype)
-    check_layout(op, argument, tensor)
     check_device(op, argument, tensor, like, of)
 
 
@@ -47,7 +47,7 @@ def check_shape(op: str, argument: str, tensor: torch.Tensor, shape: tuple, mean
 
 
 def check_choice(op: str, argument: str, value: object, choices: tuple) -> None:
-    if value not in choices:
+    if not isinstance(value, str | int) or value not in choices:  # an array has no truth value to compare by
         fail(ValueError, op, argument, " or ".join(repr(c) for c in choices), repr(value))
 
 
@@ -74,11 +74,9 @@ def check_number(op, argument, value, expected, accept):
 
 def check_labels(op, argument, labels, rows, like, of):
     """int64 or int32 of shape `rows`, on the device of `like`; contiguous on return. Values are the kernels' business."""
-    if not isinstance(labels, torch.Tensor):
-        fail(TypeError, op, argument, "an int64 or int32 tensor", type(labels).__name__)
+    check_tensor(op, argument, labels, "an int64 or int32 tensor")
     if labels.dtype not in (torch.int64, torch.int32):
         fail(TypeError, op, argument, "torch.int64 or torch.int32", labels.dtype)
-    check_layout(op, argument, labels)
     check_shape(op, argument, labels, rows, f"the leading dimensions of {of}")
     check_device(op, argument, labels, like, of)
     return labels.contiguous()
@@ -98,11 +96,9 @@ def check_values(op: str, argument: str, values: torch.Tensor | None, low: int, 
 
 def check_vector(op, argument, tensor, shape, like, of):
     """A floating-point tensor of `shape` and of the dtype and device of `like`; contiguous on return."""
-    if not isinstance(tensor, torch.Tensor):
-        fail(TypeError, op, argument, "a tensor", type(tensor).__name__)
+    check_tensor(op, argument, tensor)
     if tensor.dtype not in FLOAT_DTYPES or tensor.dtype != like.dtype:
         fail(TypeError, op, argument, f"the dtype of {of}, {like.dtype}", tensor.dtype)
-    check_layout(op, argument, tensor)
     if tensor.shape != shape:
         check_shape(op, argument, tensor, shape, f"the shape of {of}")
     check_device(op, argument, tensor, like, of)
@@ -111,9 +107,7 @@ def check_vector(op, argument, tensor, shape, like, of):
 
 def check_mask(op, mask, like, of):
     """bool (or numbers, of which all but 0 count) of the shape of `like`; bool and contiguous on return."""
-    if not isinstance(mask, torch.Tensor):
-        fail(TypeError, op, "mask", "a tensor", type(mask).__name__)
-    check_layout(op, "mask", mask)
+    check_tensor(op, "mask", mask)
     if mask.shape != like.shape:
         check_shape(op, "mask", mask, like.shape, f"the shape of {of}")
     check_device(op, "mask", mask, like, of)
@@ -122,11 +116,9 @@ def check_mask(op, mask, like, of):
 
 def check_cu_seqlens(op, argument, cu, like, of):
     """int32 [n + 1] on the device of `like`, the argument named `of`; contiguous on return."""
-    if not isinstance(cu, torch.Tensor):
-        fail(TypeError, op, argument, "an int32 tensor [sequences + 1]", type(cu).__name__)
+    check_tensor(op, argument, cu, "an int32 tensor [sequences + 1]")
     if cu.dtype != torch.int32:
         fail(TypeError, op, argument, "torch.int32", cu.dtype)
-    check_layout(op, argument, cu)
     if cu.dim() != 1 or cu.shape[0] < 1:
         fail(ValueError, op, argument, "shape [sequences + 1]", list(cu.shape))
     check_device(op, argument, cu, like, of)

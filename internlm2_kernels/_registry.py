@@ -25,7 +25,7 @@ import torch
 from torch.autograd import forward_ad as _forward_ad
 
 from ._device_errors import Index, declare
-from ._native import _C, NATIVE_ERROR, OPERATOR
+from ._native import _C, NATIVE_ERROR
 
 if TYPE_CHECKING:
     from .workloads import Workload
@@ -100,8 +100,7 @@ class Op:
                 _library.impl(f"{qualified}.triton", launcher, "CPU")
         torch.library.register_fake(f"internlm2::{qualified}.{backend}", self.fakes[pass_name], lib=_library)
         packet = getattr(torch.ops.internlm2, qualified)
-        overload = self.overloads.setdefault(pass_name, {})[backend] = getattr(packet, backend)
-        OPERATOR[overload] = self.name
+        self.overloads.setdefault(pass_name, {})[backend] = getattr(packet, backend)
 
     def select(self, tensor: torch.Tensor, backend: str | None) -> str:
         """The backend for this call: `backend`, else `use_backend`'s, else the first usable one for the device."""
@@ -112,7 +111,7 @@ class Op:
             if device == "cuda" and tensor.dtype == torch.float64:  # the GPU kernels have none
                 return "reference"
             wanted = usable[0]
-        elif wanted not in usable:
+        elif not isinstance(wanted, str) or wanted not in usable:
             raise_unusable(self, wanted, device)
         if wanted != "reference":
             if _forward_ad._current_level >= 0:
@@ -143,7 +142,7 @@ def _lazy_launcher(name: str, qualified: str) -> Callable:
 
 def why_not(op: Op, backend: str, device: str) -> str | None:
     """Why `backend` cannot run `op` on tensors of `device`; None if it can."""
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         return f"there is no such backend; there are {', '.join(BACKENDS)}"
     if backend not in op.backends:
         return f"{op.name} has no {backend} implementation; it has {', '.join(op.backends)}"
@@ -210,7 +209,7 @@ def _leave(entry: list[str | None]) -> None:
 
 
 def _check_name(origin: str, backend: str | None) -> None:
-    if backend is not None and backend not in BACKENDS:
+    if backend is not None and (not isinstance(backend, str) or backend not in BACKENDS):
         raise ValueError(f"{origin}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ._checks import check_flag, check_float, fail
+from ._checks import check_flag, check_float, check_tensor, fail
 from .ops._attention import check_options
 from .ops.apply_rope import apply_rope
 from .ops.flash_attention import flash_attention
@@ -24,9 +24,12 @@ class RMSNorm(torch.nn.Module):
 
     def __init__(self, normalized_shape, eps=None, elementwise_affine=True, device=None, dtype=None, *, rounding="once"):
         super().__init__()
-        sizes = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-        if not sizes:
-            fail(ValueError, "RMSNorm", "normalized_shape", "at least one dimension", list(sizes))
+        sizes = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+        whole = lambda n: isinstance(n, int) and not isinstance(n, bool) and 1 <= n < 2**63
+        if not isinstance(sizes, tuple | list) or not sizes or not all(map(whole, sizes)):
+            fail(ValueError, "RMSNorm", "normalized_shape", "a size of at least 1, or several", repr(normalized_shape))
+        check_flag("RMSNorm", "elementwise_affine", elementwise_affine)
+        sizes = tuple(sizes)
         self.normalized_shape, self.eps, self.elementwise_affine, self.rounding = sizes, eps, elementwise_affine, rounding
         weight = torch.nn.Parameter(torch.empty(sizes, device=device, dtype=dtype)) if elementwise_affine else None
         self.register_parameter("weight", weight)
@@ -122,8 +125,7 @@ class FlashAttention(torch.nn.Module):
                 return_lse=False):
         if (k is None) != (v is None):
             raise ValueError("FlashAttention: v: expected a tensor where k is given, and None otherwise")
-        if not isinstance(q, torch.Tensor):
-            fail(TypeError, "FlashAttention", "q", "a tensor", type(q).__name__)
+        check_tensor("FlashAttention", "q", q)
         if k is None:
             if q.dim() < 4 or q.shape[-3] != 3:
                 raise ValueError(f"FlashAttention: q: expected [..., 3, heads, head_dim] without k and v, got {list(q.shape)}")

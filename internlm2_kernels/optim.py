@@ -92,7 +92,7 @@ class FusedAdamW(Optimizer):
                 fail(ValueError, "FusedAdamW", "skip_nonfinite", "True with max_grad_norm, whose norm decides", False)
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
             fail(ValueError, "FusedAdamW", "seed", "an integer from 0 to 2^63 - 1", repr(seed))
-        if backend is not None and backend not in BACKENDS:
+        if backend is not None and (not isinstance(backend, str) or backend not in BACKENDS):
             fail(ValueError, "FusedAdamW", "backend", f"None or one of {', '.join(BACKENDS)}", repr(backend))
         self.master_weights, self.stochastic_rounding, self.skip_nonfinite = master_weights, stochastic_rounding, skip_nonfinite
         self.moment_dtype, self.max_grad_norm, self.seed, self.backend = moment_dtype, max_grad_norm, seed, backend

@@ -4,6 +4,7 @@ The function `audit(dtype, meta)` of a Triton module calls the module's own laun
 launches are recorded instead of run. The audit therefore compiles exactly what the package launches.
 """
 
+import ast
 import functools
 import hashlib
 import importlib
@@ -11,6 +12,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import textwrap
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,7 +122,30 @@ class Launch:
     @property
     def source(self) -> str:
         """A digest of everything that decides the machine code except the compiler and the architecture."""
-        return digest(self.kernel.cache_key, self.identity)
+        return digest(*code_of(self.kernel), self.identity)
+
+
+@functools.cache
+def code_of(kernel: Any) -> tuple[str, ...]:
+    """The source of a kernel, of all functions that it calls and of the constants that they use, without comments and
+    docstrings: a change of these changes no machine code."""
+    import triton
+    import triton.language as tl
+
+    found, waiting = {}, [kernel]
+    while waiting:
+        function = waiting.pop()
+        tree = ast.parse(textwrap.dedent(function.src))
+        body = tree.body[0].body
+        if ast.get_docstring(tree.body[0]) is not None and len(body) > 1:
+            del body[0]
+        names = sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & function.fn.__globals__.keys())
+        values = {name: function.fn.__globals__[name] for name in names}
+        constants = {name: value.value for name, value in values.items() if isinstance(value, tl.constexpr)}
+        found[f"{function.fn.__module__}.{function.__name__}"] = f"{ast.unparse(tree)}\n{constants}"
+        waiting += [value for value in values.values() if isinstance(value, triton.runtime.JITFunction)
+                    and f"{value.fn.__module__}.{value.__name__}" not in found]
+    return tuple(found[name] for name in sorted(found))
 
 
 def specialize(kernel: Any, arguments: dict) -> tuple[dict, dict, dict]:

@@ -7,6 +7,7 @@ a crash or a kill, continues from its newest sound checkpoint with exactly the l
 
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -28,12 +29,25 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 @dataclass(frozen=True)
 class FitResult:
-    """How fit ended. step: steps done; stopped_by: the signal that stopped it, or None; saved: the state at `step` is on
-    disk."""
+    """How fit ended. step: steps done; stopped_by: the signal that stopped it, or None; saved: whether the state at `step` is
+    on the disk."""
 
     step: int
     stopped_by: signal.Signals | None
     saved: bool
+
+
+def exit_status(result: FitResult) -> int:
+    """The exit status of a command that ended with `result`; says on stderr what to do where the end was not reached."""
+    if result.stopped_by:
+        saved = "saved" if result.saved else "NOT saved"
+        text = f"stopped by {result.stopped_by.name} at step {result.step}, {saved}; the same command continues"
+        print(text, file=sys.stderr)
+        return 128 + result.stopped_by
+    if not result.saved:
+        print(f"error: the state at step {result.step} could not be saved (see the warnings above)", file=sys.stderr)
+        return 1
+    return 0
 
 
 class StopSignals:

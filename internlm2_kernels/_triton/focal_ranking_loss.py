@@ -1,4 +1,4 @@
-"""Focal ranking loss of pairs. Contract: ops/focal_ranking_loss.py. Each element by itself, one launch each way."""
+"""Focal ranking loss of pairs. Contract: ops/focal_ranking_loss.py. Elementwise: one kernel forward, one backward."""
 
 import torch
 import triton
@@ -12,10 +12,10 @@ BLOCK = 1024
 
 @triton.jit
 def _focal(d, gamma):
-    """(loss, d loss / dd) of differences chosen - rejected."""
+    """(loss, derivative of the loss) for the difference d = chosen - rejected."""
     s = _sigmoid(-d)
     nll = _softplus(-d)
-    # (2 s)^gamma with 2 s <= 1 = exp(gamma log(2 s)): below d = -87 s is 0, and with it the weight, but for gamma = 0
+    # (2 s)^gamma is exp(gamma log(2 s)), with 2 s <= 1. Below d = -87 s is 0, and the weight is 0 unless gamma is 0.
     weight = tl.where(gamma == 0.0, 1.0, _exponential(gamma * (0.6931471805599453 - _softplus(d))))
     ahead = d > 0.0
     loss = tl.where(ahead, weight * nll, nll)

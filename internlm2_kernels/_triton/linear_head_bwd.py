@@ -146,9 +146,14 @@ def linear_head_product_kernel(a_ptr, b_ptr, add_ptr, out_ptr, peak_ptr, rows, c
 
 
 def chunk_buffer(ranges: list[tuple[int, int]], weight: torch.Tensor) -> torch.Tensor:
-    """Memory for one chunk of d loss / d logits: [rows, V rounded up to 16], so that rows are aligned to 16 bytes."""
-    longest = max(end - begin for begin, end in ranges)
-    return torch.empty((longest, -(-weight.shape[0] // 16) * 16), dtype=weight.dtype, device=weight.device)
+    """Memory for one chunk of d loss / d logits: [rows, V rounded up to 16], so that rows are aligned to 16 bytes.
+
+    The padding is 0: PyTorch's bfloat16 product on a CPU multiplies it by 0 and adds it, and the memory may contain NaN.
+    """
+    longest, vocab = max(end - begin for begin, end in ranges), weight.shape[0]
+    buffer = torch.empty((longest, -(-vocab // 16) * 16), dtype=weight.dtype, device=weight.device)
+    buffer[:, vocab:] = 0
+    return buffer
 
 
 def peak_of(coefficients, dtype):

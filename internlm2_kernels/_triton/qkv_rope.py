@@ -1,7 +1,7 @@
 """Split of the packed projection, rotation, cache write. Contract: ops/qkv_rope.py.
 
-A program takes one tile of a token's slots. Slot s of a token is column block s of qkv: in each key/value group first its
-query heads, then its key, then its value. A slot is read and written once, whatever it is.
+One program processes a tile of the slots of one token. Slot s is block s of the columns of qkv: each key/value group has
+first its query heads, then its key, then its value. Every slot is read once and written once.
 """
 
 import torch
@@ -13,7 +13,7 @@ from .common import check_dtype, launch
 
 
 def tile_config(slots: int, half: int, element_size: int) -> tuple[int, int, int]:
-    """Slots of a tile, columns of a half, and warps: 64 bytes a thread, four 16-byte loads in flight."""
+    """(slots of a tile, columns of half a slot, warps): 64 bytes per thread, which are four 16-byte loads."""
     block = triton.next_power_of_2(half)
     tile = min(triton.next_power_of_2(slots), max(1, 1024 // block))
     return tile, block, max(1, tile * block * element_size // 1024)
@@ -21,7 +21,8 @@ def tile_config(slots: int, half: int, element_size: int) -> tuple[int, int, int
 
 @triton.jit
 def _turn(a, b, cos_ptr, sin_ptr, position, table_rows, half, rotated, BLOCK: tl.constexpr, INVERSE: tl.constexpr):
-    """The tile's halves turned by the angle of `position`, NaN where that is outside the table; values kept unturned."""
+    """Rotates the halves of queries and keys by the angle of `position`, and keeps values. A position outside the table gives
+    NaN."""
     pair = tl.arange(0, BLOCK)
     inside = (position >= 0) & (position < table_rows)
     cos = tl.load(cos_ptr + position * half + pair, mask=inside & (pair < half), other=float("nan"))[None, :]
@@ -35,17 +36,18 @@ def _turn(a, b, cos_ptr, sin_ptr, position, table_rows, half, rotated, BLOCK: tl
 
 @triton.jit
 def _quantize(first, second, mask):
-    """Rows of the tile as whole numbers of at most 127, rounded half to even, and their scale = max |x| / 127."""
+    """The rows of the tile quantized to integers from -127 to 127, rounded half to even, and scale = max |x| / 127 of each
+    row."""
     a_in = tl.where(mask, first.to(tl.float32), 0.0)
     b_in = tl.where(mask, second.to(tl.float32), 0.0)
     a, b = a_in, b_in
     size = tl.maximum(tl.where(a == a, tl.abs(a), float("inf")), tl.where(b == b, tl.abs(b), float("inf")))
     scale = tl.div_rn(tl.max(size, axis=1), 127.0)
     divisor = tl.where(scale == 0.0, 1.0, scale)[:, None]
-    # Adding and taking away 1.5 * 2^23 rounds half to even. What is not finite has no quotient: any value will do.
+    # Adding and subtracting 1.5 * 2^23 rounds half to even. Rows that are not finite get any value: their scale is not finite.
     a = (tl.div_rn(tl.where(tl.abs(a) < float("inf"), a, 0.0), divisor) + 12582912.0) - 12582912.0
     b = (tl.div_rn(tl.where(tl.abs(b) < float("inf"), b, 0.0), divisor) + 12582912.0) - 12582912.0
-    nan = tl.max(((a_in != a_in) | (b_in != b_in)).to(tl.int32), axis=1) != 0  # a maximum may lose a NaN
+    nan = tl.max(((a_in != a_in) | (b_in != b_in)).to(tl.int32), axis=1) != 0  # tl.max may drop a NaN
     scale = tl.where(nan, float("nan"), scale)
     return tl.minimum(tl.maximum(a, -127.0), 127.0), tl.minimum(tl.maximum(b, -127.0), 127.0), scale
 
@@ -61,7 +63,7 @@ def qkv_rope_fwd_kernel(qkv_ptr, cos_ptr, sin_ptr, positions_ptr, q_ptr, k_ptr, 
     token = tl.program_id(0).to(tl.int64) // tiles
     slot = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     kv_head = slot // (GROUP + 2)
-    kind = slot % (GROUP + 2)  # below GROUP: a query head; GROUP: the key; GROUP + 1: the value
+    kind = slot % (GROUP + 2)  # less than GROUP: a query head; GROUP: the key; GROUP + 1: the value
     position = token
     if positions_ptr is not None:
         position = tl.load(positions_ptr + token).to(tl.int64)
@@ -193,7 +195,7 @@ def qkv_rope_bwd(dq, dk, dv, cos, sin, positions):
 
 
 def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: the three models' heads, each kind of cache."""
+    """Launches whose kernels the static audit compiles: the heads of the three models, and each dtype of cache."""
     cos, positions, slots = meta(32768, 64, dtype=torch.float32), meta(4096, dtype=torch.int64), meta(4096, dtype=torch.int64)
     cache, cache8 = meta(512, 64, 8, 128, dtype=dtype), meta(512, 64, 8, 128, dtype=torch.int8)
     scale = meta(512, 64, 8, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""SwiGLU. Contract: ops/swiglu.py. A program takes one tile of 2048 elements: many rows of few columns, or part of a row."""
+"""SwiGLU. Contract: ops/swiglu.py. One program computes a tile of 2048 elements: several short rows or part of a long one."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ class Tile(NamedTuple):
 
 
 def tile_config(cols: int) -> Tile:
-    """16 elements a thread and tensor: two (2-byte) or four (4-byte) 16-byte loads in flight from each."""
+    """16 elements of each tensor per thread, which are two 16-byte loads of a 2-byte dtype or four of a 4-byte one."""
     block = min(triton.next_power_of_2(cols), 2048)
     return Tile(min(64, 2048 // block), block, max(1, min(64, 2048 // block) * block // 512))
 
@@ -97,7 +97,7 @@ def swiglu_bwd(dy, gate, up, packed):
 
 def audit(dtype, meta):
     """Launches whose kernels the static audit compiles."""
-    for cols in (1, 64, 8192, 14336):  # a size of 1 is a kernel of its own: Triton makes it a constant
+    for cols in (1, 64, 8192, 14336):  # Triton compiles a size of 1 as a constant, into a separate kernel
         x = meta(4096, cols, dtype=dtype)
         yield f"cols {cols}", lambda x=x: swiglu_fwd(x, x)
         yield f"cols {cols}", lambda x=x: swiglu_bwd(x, x, x, False)

@@ -135,6 +135,12 @@ def test_an_ignored_row_takes_no_upstream(backend, bad, generator):
     upstream[3] = bad
     for got, right in zip(gradients(), want, strict=True):
         assert torch.equal(got, right)
+    poisoned = torch.where(torch.arange(7)[:, None] == 3, bad, hidden.detach()).requires_grad_()
+    for reduction in ("none", "mean"):
+        loss = ik.linear_cross_entropy(poisoned, weight, labels.clamp(min=0), token_weights=(torch.arange(7.0) - 3).abs(),
+                                       reduction=reduction, backend=backend)
+        (dhidden,) = torch.autograd.grad(loss.sum(), poisoned)
+        assert loss.isfinite().all() and dhidden.isfinite().all() and not dhidden[3].any(), reduction
     assert not want[0][3].any() and not want[1][3].any() and not want[3][3].any()
 
 

@@ -191,7 +191,8 @@ def test_a_compiled_reference_under_autocast(name, device, generator):
     op = OPS[name]
     sample = _first(op, device, generator)
     torch._dynamo.reset()
-    function = lambda **inputs: op.public(**inputs, backend="reference")
+    public = op.public
+    function = lambda **inputs: public(**inputs, backend="reference")
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     upstream = draw_upstream(op, sample, 1.0, generator)
     for enabled in (True, False):

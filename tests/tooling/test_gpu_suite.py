@@ -200,7 +200,7 @@ def test_report_of_a_gpu_run(tmp_path, monkeypatch):
     run = synthetic(tmp_path, monkeypatch)
     command.render(run.path)
     text = run.path.with_suffix(".md").read_text()
-    for part in ("NVIDIA Test; torch", "triton", "ccccccc", "x cudnn", "x flash", "x efficient", "x flex", "cudnn 0.90 < 1",
+    for part in ("NVIDIA Test; torch", "triton", "ccccccc", "x others", "efficient 2.50 [", "flex 1.40 [", "cudnn 0.90 < 1",
                  "torch's bf16 matrix product 800.00 TFLOP/s", "efficient cannot run"):
         assert part in text, part
     assert run.path.with_suffix(".png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -14,18 +14,18 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from internlm2.cli import exit_status
 from internlm2.config import load_config
+from internlm2.demo.lengths import LENGTHS, measure_lengths
+from internlm2.demo.paired import PairedTrainer, probe
+from internlm2.demo.report import StepCost, markdown, summarize, write_report
 from internlm2.model import InternLM2
 from internlm2.tokenizer import Tokenizer
 from internlm2.training.config import TrainConfig
 from internlm2.training.display import RunDisplay
-from internlm2.training.lengths import LENGTHS, measure_lengths
 from internlm2.training.metrics import read_log
-from internlm2.training.paired import PairedTrainer, probe
-from internlm2.training.pretrain import RECIPES, Corpus, build_batches, build_learner, describe, prepare_corpus
-from internlm2.training.report import StepCost, markdown, summarize, write_report
 from internlm2.training.runfolder import RunLock, resolve_config, resolve_machine, saved_config
+from internlm2.training.stages.pretrain import RECIPES, Corpus, build_batches, build_learner, describe, prepare_corpus
+from internlm2.training.trainer import exit_status
 
 RECIPE = RECIPES / "demo.toml"
 FINISHED = "comparison.json"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from internlm2.demo.lengths import lengths_table, plot_lengths
 from internlm2.storage import atomic_file
 from internlm2.training.config import TrainConfig
-from internlm2.training.lengths import lengths_table, plot_lengths
 
 WARM_UP_STEPS = 3
 LAST = 50

@@ -21,9 +21,9 @@ from internlm2.storage import atomic_file
 from internlm2.training.config import TrainConfig
 from internlm2.training.display import RunDisplay
 from internlm2.training.learner import Learner
-from internlm2.training.pretrain import RECIPES, build_batches, build_learner, prepare_corpus
 from internlm2.training.runfolder import RunLock, resolve_machine
 from internlm2.training.schedule import cosine_with_warmup
+from internlm2.training.stages.pretrain import RECIPES, build_batches, build_learner, prepare_corpus
 
 FIRST, LAST = 20, 50
 LARGEST_DIFFERENCE, STANDARD_DEVIATIONS = 1e-4, 2.0

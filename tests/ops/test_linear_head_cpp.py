@@ -86,7 +86,8 @@ def test_memory_does_not_grow_with_tokens(generator):
 def test_labels_are_refused_before_anything_is_written(bad, generator):
     logits, labels = torch.randn(6, 40, generator=generator), torch.tensor([1, 2, 3, 4, bad, 5])
     before, lse = logits.clone(), torch.zeros(6)
-    with pytest.raises(RuntimeError, match=f"ValueError: cross_entropy: labels: expected values from 0 to 39 or ignore_index, got {bad}"):
+    expected = f"ValueError: cross_entropy: labels: expected values from 0 to 39 or ignore_index, got {bad}"
+    with pytest.raises(RuntimeError, match=expected):
         ops("cross_entropy_bwd_")(torch.ones(()), logits, labels, lse, *OPTIONS, MEAN)
     assert_bitwise({"logits": logits}, {"logits": before})
     hidden, weight, _ = head(generator, 6, 8, 40, torch.float32)

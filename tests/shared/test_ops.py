@@ -194,9 +194,11 @@ def test_export(op, backend, native, device, generator):
     tensors = {n: v for n, v in sample.inputs.items() if isinstance(v, torch.Tensor)}
     fixed = {n: v for n, v in sample.inputs.items() if n not in tensors}
 
+    public = op.public
+
     class Module(torch.nn.Module):
         def forward(self, **inputs):
-            return op.public(**inputs, **fixed, backend=backend)
+            return public(**inputs, **fixed, backend=backend)
 
     with torch.no_grad():
         program = torch.export.export(Module(), (), tensors)

@@ -108,11 +108,7 @@ def test_a_spill_passes_with_a_reason_only(monkeypatch):
     assert len(spill(8, 0)) == 1
     monkeypatch.setitem(audit.ALLOWED_STACK, key, "for this test")
     assert spill(8, 0) == spill(8, 1) == spill(1000, 1) == []
-<<<<<<< HEAD
-    monkeypatch.setitem(audit.ALLOWED_STACK, key, audit.BESIDE_LOOPS)  # a reason that the machine code must confirm
-=======
-    monkeypatch.setitem(audit.ALLOWED_STACK, key, audit.OUTSIDE_LOOPS)  # a reason that the machine code has to bear out
->>>>>>> main
+    monkeypatch.setitem(audit.ALLOWED_STACK, key, audit.OUTSIDE_LOOPS)  # a reason that the machine code must confirm
     assert spill(8, 0) == [] and len(spill(8, 1)) == len(spill(audit.LARGEST_STACK_BYTES + 1, 0)) == 1
     monkeypatch.delitem(audit.ALLOWED_STACK, key)
     monkeypatch.setitem(audit.ALLOWED_STACK, f"{key}/sm_90", "for another architecture")
@@ -124,14 +120,6 @@ LISTING = """
         /*0010*/  LDG.E.128 R4, [R6] ;
         /*0020*/  LDL R2, [R1+0x4] ;
         /*0030*/  @!P1 HMMA.16816.F32 R4, R8, R2, R4 ;
-<<<<<<< HEAD
-        /*0040*/  @P0 BRA 0x20 ;
-        /*0050*/  LDL R3, [R1] ;
-        /*0060*/  @P2 BRA 0x10 ;
-        /*0070*/  EXIT ;"""
-    monkeypatch.setattr(compile_kernels.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, stdout=listing))
-    assert compile_kernels.spills_in_loops("cuobjdump", tmp_path) == 1  # the access in the inner loop, not those around it
-=======
         /*0040*/  @P3 BRA 0x70 ;
         /*0050*/  FMUL R9, R9, R9 ;
         /*0060*/  FFMA R9, R9, R9, R9 ;
@@ -145,7 +133,7 @@ LISTING = """
 
 def test_spills_in_loops_are_counted():
     (code,) = sass.parse(LISTING).values()
-    assert sass.spills_in_loops(code) == 1  # that of the inner loop, not those around it
+    assert sass.spills_in_loops(code) == 1  # the access in the inner loop, not those around it
 
 
 def test_instructions_of_the_hot_loop_are_counted():
@@ -156,7 +144,6 @@ def test_instructions_of_the_hot_loop_are_counted():
     assert str(sass.hot_loop(code)) == "loop 7 0 1 2 0"
     (code,) = sass.parse(LISTING.replace("BRA", "NOP")).values()
     assert str(sass.hot_loop(code)) == "all 13 1 1 2 1"
->>>>>>> main
 
 
 def test_differences_are_found():

@@ -46,8 +46,8 @@ def run(command):
     assert done.returncode == 0, done.stderr
 
 
-# Of the tests that run at every instruction set those at level amx: values on the error ladder, the same bits at one and two
-# threads, whatever else is in the batch and in decoding as in prefill, nothing read from poisoned neighbours.
+# The tests of every instruction set, at amx only: the error ladder, equal bits at one and two threads, in any batch, and in
+# decode as in prefill, with memory around the inputs filled with NaN.
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("file,among", (("shared/test_ops.py", "test_ladder"),
                                         ("shared/test_ops_bits.py", "test_bitwise_repeatable"),
@@ -64,7 +64,9 @@ def test_emulated(library, file, among):
 
 
 def test_the_tiles_are_what_is_tested(library):
-    """At level amx sums have another order than at avx512_bf16; the library is the emulated one, and chooses amx for nobody."""
+    """At instruction set amx sums have another order than at avx512_bf16. The library is the emulated one, which never chooses
+    amx by itself.
+    """
     code = (f"import sys; sys.path.insert(0, {str(TESTS / 'support')!r}); import amx_emulated, torch\n"
             "from internlm2_kernels import flash_attention, _C\n"
             "q = torch.randn(1, 200, 4, 128, generator=torch.Generator().manual_seed(0)).bfloat16()\n"

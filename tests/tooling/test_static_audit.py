@@ -1,4 +1,4 @@
-"""The static audit of GPU kernels: complete, without spills, and able to fail."""
+"""The static audit of GPU kernels: every kernel is in it, and each of its rules can fail."""
 
 import ast
 import json
@@ -19,25 +19,25 @@ TRITON_OPS = [name for name, op in OPS.items() if "triton" in op.backends]
 
 
 def run(*command):
-    """A process whose Triton is the compiler, not the interpreter."""
+    """Runs Python in a process whose Triton is the compiler and not the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=PACKAGE.parent)
 
 
-# Kernels that only 16-bit inputs take.
+# Kernels that run for 16-bit inputs only.
 ONE_DTYPE = {"linear_head_product_kernel": "bfloat16", "linear_head_peak_kernel": "bfloat16"}
-# What launches of a pass may be called, beside the operator's own name.
+# Words of which a pass's kernels have one in their name.
 WORDS = {"bwd": ("bwd", "gradient", "scale"), "fwd": ("fwd", "merge", "chunks"), "step_": ("step",)}
 
 
 def kernels_of(path: Path) -> set[str]:
-    """Functions with a decorator of `triton.jit` that nothing in the file calls as a device function: the kernels."""
+    """The kernels of a file: functions decorated with `triton.jit` whose name does not begin with an underscore."""
     return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)
             and any("jit" in ast.unparse(d) for d in node.decorator_list) and not node.name.startswith("_")}
 
 
 def test_every_kernel_is_launched():
-    """Every @triton.jit kernel of the package in every dtype that its operator takes, and something for every pass."""
+    """Every kernel of the package is launched in every dtype that its operator takes, and every pass launches something."""
     code = ("import json, sys; from tools import compile_kernels as a\n"
             "print(json.dumps([x.key for op in sys.argv[1:] for dtype in a.DTYPES for x in a.launches(op, dtype)]))")
     out = run("-c", code, *TRITON_OPS)
@@ -108,7 +108,7 @@ def test_a_spill_passes_with_a_reason_only(monkeypatch):
     assert len(spill(8, 0)) == 1
     monkeypatch.setitem(audit.ALLOWED_STACK, key, "for this test")
     assert spill(8, 0) == spill(8, 1) == spill(1000, 1) == []
-    monkeypatch.setitem(audit.ALLOWED_STACK, key, audit.OUTSIDE_LOOPS)  # a reason that the machine code has to bear out
+    monkeypatch.setitem(audit.ALLOWED_STACK, key, audit.OUTSIDE_LOOPS)  # a reason that the machine code must confirm
     assert spill(8, 0) == [] and len(spill(8, 1)) == len(spill(audit.LARGEST_STACK_BYTES + 1, 0)) == 1
     monkeypatch.delitem(audit.ALLOWED_STACK, key)
     monkeypatch.setitem(audit.ALLOWED_STACK, f"{key}/sm_90", "for another architecture")
@@ -133,7 +133,7 @@ LISTING = """
 
 def test_spills_in_loops_are_counted():
     (code,) = sass.parse(LISTING).values()
-    assert sass.spills_in_loops(code) == 1  # that of the inner loop, not those around it
+    assert sass.spills_in_loops(code) == 1  # the access in the inner loop, not those around it
 
 
 def test_instructions_of_the_hot_loop_are_counted():
@@ -170,7 +170,7 @@ def test_write_then_read(tmp_path):
 
 
 def test_command_compiles_from_an_interpreted_process():
-    """One operator for real, from a process in which kernels are the interpreter's; its rows are the committed ones."""
+    """Compiles one operator from a process in which Triton is interpreted."""
     out = subprocess.run([sys.executable, "-m", "tools.audit", "--op", "rope_table"], capture_output=True,
                          text=True, cwd=PACKAGE.parent, env={**os.environ, "TRITON_INTERPRET": "1"})
     assert out.returncode == 0, out.stderr
@@ -178,7 +178,7 @@ def test_command_compiles_from_an_interpreted_process():
 
 
 def test_specialization_is_triton_s_own():
-    """What the audit compiles is what a launch of the same arguments would compile."""
+    """The audit compiles what a launch with the same arguments would compile."""
     code = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -212,10 +212,10 @@ print(count)
 
 
 def test_changed_sources_are_compiled_again():
-    """A row stands for its kernel as long as compiler and source are those that made it; then it is not compiled again."""
+    """A row stays valid while compiler and source are unchanged; its kernel is then not compiled again."""
     compilers = {"triton": "1", "nvcc": "2"}
     row = next(iter(audit.read(audit.TABLE)["rows"].values()))  # with every field that the audit knows now
-    older = {name: value for name, value in row.items() if name != "tcgen05"}  # an audit that knew less wrote it
+    older = {name: value for name, value in row.items() if name != "tcgen05"}  # written by an audit with fewer fields
     committed = {"compilers": compilers, "rows": {"op/a/sm_80": row, "cuda/f/b/sm_80": row, "op/old/sm_80": older}}
     assert set(audit.unchanged(committed, compilers)) == {"op/a/sm_80", "cuda/f/b/sm_80"}
     assert set(audit.unchanged(committed, {"triton": "1", "nvcc": None})) == {"op/a/sm_80"}

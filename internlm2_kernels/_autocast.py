@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-
 # Asked once: torch.compile of PyTorch 2.10 cannot trace the question. Other devices, such as meta, have no autocast.
 _DEVICES = frozenset(d for d in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(d))
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 EXAMPLES = """examples:
-  python -m internlm2 demo                           a small model from nothing, in under 4 minutes on two CPU cores
+  python -m internlm2 demo                           train a small model, in under 4 minutes on two CPU cores
   python -m internlm2 demo --device cuda             the same on a GPU
   python -m internlm2 train internlm2/recipes/tiny.toml
   python -m internlm2 train internlm2/recipes/tiny.toml out=runs/mine data.source=my_texts optimizer.lr=1e-3
@@ -37,10 +37,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0 done, 1 failed, 2 wrong usage or input, 128 + n stopped by signal n."""
+    """Runs a command and returns its exit status: 0 done, 1 failed, 2 wrong usage or input, 128 + n stopped by signal n."""
     arguments = _parser().parse_args(argv)
     try:
-        # Imported here: --help answers at once.
+        # Imported here and not above, so that --help does not wait for torch.
         if arguments.command == "train":
             return _train(arguments)
         if arguments.command == "demo":

@@ -180,7 +180,7 @@ def _compile_all(ops: list[str], sources: list[str], workers: int, known: dict[s
 
 def _put(rows: dict[str, dict], key: str, facts: dict) -> None:
     if key in rows:
-        raise ValueError(f"audit: two launches are called {key!r}: give one another label in its audit()")
+        raise ValueError(f"audit: two launches are called {key!r}: give one another label in audited.py")
     rows[key] = facts
 
 

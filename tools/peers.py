@@ -65,23 +65,24 @@ def every_loop(code: list[sass.Instruction]) -> list[sass.Loop]:
     return [sass.Loop(loop, True) for loop in sass.innermost_loops(code)]
 
 
-def count(kernel: Kernel, arch: str) -> dict[str, float]:
-    """Instructions for one element, summed over the loops."""
+def count(kernels: list[Kernel], arch: str) -> dict[str, float]:
+    """Instructions for one element, summed over the kernels and their loops."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    source = ASTSource(kernel.function, kernel.signature, kernel.constants, kernel.attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", int(arch), 32), options=kernel.options)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        (code,) = sass.disassemble(triton_tool("cuobjdump"), cubin).values()
     total = dict.fromkeys(FIELDS, 0.0)
-    for loop in kernel.loops(code):
-        elements = kernel.elements(loop, 32 * kernel.options["num_warps"])
-        if elements:
-            total = {field: total[field] + value / elements for field, value in loop.counts().items()}
+    for kernel in kernels:
+        source = ASTSource(kernel.function, kernel.signature, kernel.constants, kernel.attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", int(arch), 32), options=kernel.options)
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "kernel.cubin"
+            cubin.write_bytes(compiled.asm["cubin"])
+            (code,) = sass.disassemble(triton_tool("cuobjdump"), cubin).values()
+        for loop in kernel.loops(code):
+            elements = kernel.elements(loop, 32 * kernel.options["num_warps"])
+            if elements:
+                total = {field: total[field] + value / elements for field, value in loop.counts().items()}
     return {field: round(value, 2) for field, value in total.items()}
 
 
@@ -192,9 +193,8 @@ def main(argv: list[str]) -> int:
     if parser.parse_args(argv).write:
         import triton
 
-        rows = [{"what": what, "peer": peer, "arch": f"sm_{arch}",
-                 **{side: {field: round(sum(count(kernel, arch)[field] for kernel in kernels), 2) for field in FIELDS}
-                    for side, kernels in (("ours", our_kernels), ("theirs", their_kernels))}}
+        rows = [{"what": what, "peer": peer, "arch": f"sm_{arch}", "ours": count(our_kernels, arch),
+                 "theirs": count(their_kernels, arch)}
                 for arch in TRITON_ARCHS for what, peer, our_kernels, their_kernels in comparisons(arch)]
         lines = ",\n".join(json.dumps(row) for row in rows)
         note = "static: compiled, not run; instructions of one thread for one element; written by python -m tools.peers --write"

@@ -212,18 +212,3 @@ def adamw_step_(params, grads, masters, exp_avgs, exp_avg_sqs, steps, skipped, t
                     GRAD_TYPE=TYPES[grad], AVG_TYPE=TYPES[avg], SQ_TYPE=TYPES[sq], HAS_MASTER=bool(masters),
                     STOCHASTIC=rounded and param == torch.bfloat16, ALIGNED=aligned(*lists),
                     CHUNK=CHUNK, GROUPS=GROUPS), num_warps=8)
-
-
-def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: masters, stochastic rounding, moments of both dtypes."""
-    lists = lambda dtype: [meta(1 << 20, dtype=dtype) for _ in range(300)]
-    params, full, low = lists(dtype), lists(torch.float32), lists(torch.bfloat16)
-    steps = [meta(dtype=torch.float32) for _ in params]
-    one, skipped = meta(dtype=torch.float32), meta(dtype=torch.int64)
-    settings = one, 0.9, 0.95, 1e-8, 0.1, 1.0
-    for label, masters, moments, random in (("masters", full, full, False), ("no masters", [], full, False),
-                                            ("random rounding", [], full, True), ("random, low moments", [], low, True)):
-        if dtype == torch.bfloat16 or not masters:
-            yield label, lambda masters=masters, moments=moments, random=random: adamw_step_(
-                params, params, masters, moments, moments, steps, skipped, one, one, one, *settings, random, False, 2**40,
-                list(range(300)))

@@ -86,18 +86,3 @@ def apply_rope_fwd(q, k, cos, sin, positions, interleaved, inverse):
                 ERROR=CODES["apply_rope", "positions"], TILE=tile, BLOCK=block),
            num_warps=num_warps)
     return q_out, k_out
-
-
-def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: the heads of the three models, and each option once."""
-    cos, positions = meta(32768, 64, dtype=torch.float32), meta(4096, dtype=torch.int64)
-    for heads in (16, 32, 48):
-        q, k = meta(4096, heads, 128, dtype=dtype), meta(4096, 8, 128, dtype=dtype)
-        yield f"{heads} and 8 heads of 128", lambda q=q, k=k: apply_rope_fwd(q, k, cos, cos, positions, False, False)
-        if heads == 32:
-            yield f"{heads} and 8 heads of 128, inverse, no positions", (
-                lambda q=q, k=k: apply_rope_fwd(q, k, cos, cos, None, False, True))
-            yield f"{heads} and 8 heads of 128, interleaved", (
-                lambda q=q, k=k: apply_rope_fwd(q, k, cos, cos, positions, True, False))
-    q, cos2 = meta(4096, 1, 2, dtype=dtype), meta(32768, 1, dtype=torch.float32)
-    yield "1 head of 2", lambda: apply_rope_fwd(q, q, cos2, cos2, positions, False, False)

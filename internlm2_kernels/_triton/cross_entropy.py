@@ -190,21 +190,3 @@ def cross_entropy_bwd_(dloss, logits, labels, lse, ignore_index, label_smoothing
 
 def cross_entropy_scale_bwd(dloss, dlogits):
     return scaled(dlogits, dloss, dlogits.dtype)
-
-
-def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: InternLM2's vocabulary and a small one, with each option once."""
-    one = meta(dtype=torch.float32)
-    for vocab in (512, 92544):
-        logits, labels = meta(4096, vocab, dtype=dtype), meta(4096, dtype=torch.int64)
-        rows, lse = meta(4096, dtype=torch.float32), meta(4096, 2, dtype=torch.float32)
-        for label, e, c in (("", 0.0, 0.0), (", smoothing", 0.1, 0.0), (", soft-cap", 0.0, 30.0)):
-            o = -100, e, 0.0, c
-            yield f"vocabulary {vocab}{label}", lambda x=logits, y=labels, o=o: cross_entropy_fwd(x, y, *o, 1, False)
-            yield f"vocabulary {vocab}{label}, gradient", (
-                lambda x=logits, y=labels, o=o: cross_entropy_grad_fwd(x, y, *o, 1, False))
-            yield f"vocabulary {vocab}{label}", (
-                lambda x=logits, y=labels, r=rows, s=lse, o=o: cross_entropy_bwd(r, x, y, s, *o, 0))
-        if vocab == 512:
-            yield "mean", lambda x=logits, y=labels, s=lse: cross_entropy_bwd(one, x, y, s, -100, 0.0, 0.0, 0.0, 1)
-            yield "scale", lambda x=logits: cross_entropy_scale_bwd(one, x)

@@ -74,10 +74,3 @@ def gae_fwd(rewards, values, cu_seqlens, mask, bootstrap, gamma, lam):
                     sequences=sequences, tokens=rewards.shape[0], gamma=gamma, decay=gamma * lam,
                     ERROR=CODES["gae", "cu_seqlens"], BLOCK=BLOCK), num_warps=4)
     return advantages, returns
-
-
-def audit(dtype, meta):
-    x, cu = meta(65536, dtype=dtype), meta(65, dtype=torch.int32)
-    mask, bootstrap = meta(65536, dtype=torch.bool), meta(64, dtype=torch.float32)
-    yield "64 sequences", lambda: gae_fwd(x, x, cu, None, None, 1.0, 0.95)
-    yield "64 sequences, mask, bootstrap", lambda: gae_fwd(x, x, cu, mask, bootstrap, 0.99, 0.95)

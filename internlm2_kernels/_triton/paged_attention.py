@@ -237,22 +237,3 @@ def paged_attention_fwd(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
                     lse_ptr=lse, tokens=tokens, heads=heads, splits=splits, HEAD_DIM=head_dim,
                     BLOCK_D=triton.next_power_of_2(head_dim), UNROLL=UNROLL), num_warps=1)
     return out, lse
-
-
-def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: decode and chunked prefill, each head size and each dtype of cache."""
-    def run(head_dim, tokens, cache_dtype=dtype, block_size=64, left=-1):
-        cache = meta(4096, block_size, 8, head_dim, dtype=cache_dtype)
-        scale = meta(4096, block_size, 8, dtype=torch.float32) if cache_dtype == torch.int8 else None
-        table, lengths = meta(8, 512, dtype=torch.int32), meta(8, dtype=torch.int32)
-        cu = meta(9, dtype=torch.int32) if tokens > 8 else None
-        paged_attention_fwd(meta(tokens, 32, head_dim, dtype=dtype), cache, cache, table, lengths, cu, tokens // 8, scale,
-                            scale, left, head_dim**-0.5, 0.0)
-
-    yield "decode, d 128", lambda: run(128, 8)
-    yield "decode, d 64", lambda: run(64, 8)
-    yield "decode, d 256", lambda: run(256, 8)
-    yield "decode, d 128, blocks of 1, window", lambda: run(128, 8, block_size=1, left=4096)
-    yield "decode, d 128, int8", lambda: run(128, 8, torch.int8)
-    yield "chunks of 2, d 128", lambda: run(128, 16)
-    yield "chunks of 1024, d 128", lambda: run(128, 8192)

@@ -1,6 +1,5 @@
 """PPO's clipped policy loss and its statistics. Contract: ops/ppo_policy_loss.py; launches: ppo.py."""
 
-import torch
 import triton
 import triton.language as tl
 
@@ -95,11 +94,3 @@ def ppo_policy_loss_fwd(logprobs, old_logprobs, advantages, mask, clip):
 def ppo_policy_loss_bwd(dloss, logprobs, old_logprobs, advantages, mask, count, clip):
     return backward(ppo_policy_loss_bwd_kernel, dloss, logprobs, count,
                     _arguments(logprobs, old_logprobs, advantages, mask, clip))
-
-
-def audit(dtype, meta):
-    one = meta(dtype=torch.float32)
-    for tokens in (8192, 1 << 20):
-        x, mask = meta(tokens, dtype=dtype), meta(tokens, dtype=torch.bool)
-        yield f"{tokens} tokens", lambda x=x, m=mask: ppo_policy_loss_fwd(x, x, x, m, 0.2)
-    yield f"{tokens} tokens", lambda: ppo_policy_loss_bwd(one, x, x, x, mask, one, 0.2)

@@ -4,7 +4,6 @@ Variances: the mean of a block and the sum of squared deviations from it are mer
 et al. (Updating formulae for computing sample variances, 1979). There is no cancellation if the mean is far from 0.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -141,13 +140,3 @@ def ppo_value_loss_fwd(values, old_values, returns, mask, clip):
 
 def ppo_value_loss_bwd(dloss, values, old_values, returns, mask, count, clip):
     return backward(ppo_value_loss_bwd_kernel, dloss, values, count, _arguments(values, old_values, returns, mask, clip))
-
-
-def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: few and many tokens, with and without the clip."""
-    one = meta(dtype=torch.float32)
-    for tokens, clip in ((8192, 0.2), (8192, -1.0), (1 << 20, 0.2)):
-        x, mask = meta(tokens, dtype=dtype), meta(tokens, dtype=torch.bool)
-        label = f"{tokens} tokens{', clip' if clip > 0 else ''}"
-        yield label, lambda x=x, m=mask, c=clip: ppo_value_loss_fwd(x, x, x, m, c)
-        yield label, lambda x=x, m=mask, c=clip: ppo_value_loss_bwd(one, x, x, x, m, one, c)

@@ -192,22 +192,3 @@ def qkv_rope_bwd(dq, dk, dv, cos, sin, positions):
                 dv_stride=dv.stride(0), dv_head_stride=dv.stride(1), GROUP=heads // kv_heads, KV_HEADS=kv_heads,
                 POSITION_ERROR=CODES["qkv_rope", "positions"], TILE=tile, BLOCK=block), num_warps=num_warps)
     return dqkv
-
-
-def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: the heads of the three models, and each dtype of cache."""
-    cos, positions, slots = meta(32768, 64, dtype=torch.float32), meta(4096, dtype=torch.int64), meta(4096, dtype=torch.int64)
-    cache, cache8 = meta(512, 64, 8, 128, dtype=dtype), meta(512, 64, 8, 128, dtype=torch.int8)
-    scale = meta(512, 64, 8, dtype=torch.float32)
-    for heads in (16, 32, 48):
-        qkv = meta(4096, (heads + 16) * 128, dtype=dtype)
-        dq, dk = meta(4096, heads, 128, dtype=dtype), meta(4096, 8, 128, dtype=dtype)
-        label = f"{heads} and 8 heads of 128"
-        yield label, lambda x=qkv, h=heads: qkv_rope_fwd(x, cos, cos, positions, h, 8)
-        yield label, lambda dq=dq, dk=dk: qkv_rope_bwd(dq, dk, dk, cos, cos, positions)
-        yield f"{label}, cache", (
-            lambda x=qkv, h=heads: qkv_rope_cache_fwd(x, cos, cos, positions, h, 8, cache, cache, None, None, slots))
-        yield f"{label}, int8 cache", (
-            lambda x=qkv, h=heads: qkv_rope_cache_fwd(x, cos, cos, positions, h, 8, cache8, cache8, scale, scale, slots))
-    small, cos2 = meta(4096, 6, dtype=dtype), meta(32768, 1, dtype=torch.float32)
-    yield "1 and 1 heads of 2", lambda: qkv_rope_fwd(small, cos2, cos2, positions, 1, 1)

@@ -179,14 +179,3 @@ def reward_loss_fwd(hidden, head_weight, cu_seqlens, gamma, penalty_weight, boun
 
 def reward_loss_bwd(dloss, drewards, hidden, head_weight, cu_seqlens, slopes, needs_dhidden, needs_dweight):
     return _backward("reward_loss", dloss, drewards, hidden, head_weight, cu_seqlens, slopes, needs_dhidden, needs_dweight)
-
-
-def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: a forward of one launch and one of two, the options of the backward."""
-    hidden, weight = meta(32768, 4096, dtype=dtype), meta(4096, dtype=dtype)
-    one = meta(dtype=torch.float32)
-    for pairs in (8, 64):
-        cu, rewards = meta(2 * pairs + 1, dtype=torch.int32), meta(2 * pairs, dtype=torch.float32)
-        yield f"{pairs} pairs", lambda cu=cu: reward_loss_fwd(hidden, weight, cu, 2.0, 0.02, 5.0, 1e-3)
-    yield "64 pairs", lambda: reward_loss_bwd(one, None, hidden, weight, cu, rewards, True, True)
-    yield "64 pairs, rewards too", lambda: reward_loss_bwd(one, rewards, hidden, weight, cu, rewards, True, True)

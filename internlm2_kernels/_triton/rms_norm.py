@@ -285,18 +285,3 @@ def _backward_wide(arguments, rows, cols, device, hf, needs_dweight):
            dict({name: arguments[name] for name in names}, partial_ptr=partial, rows=rows, programs=programs, HF=hf,
                 BLOCK=block), num_warps=4)
     return partial
-
-
-def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: every tile, and each option for at least one size."""
-    for cols in (1, 128, 2048, 4096, 6144, 16384, 65536):
-        x, weight, rstd = meta(4096, cols, dtype=dtype), meta(cols, dtype=dtype), meta(4096, dtype=torch.float32)
-        yield f"cols {cols}", lambda x=x, w=weight: rms_norm_fwd(x, w, 1e-5, False)
-        yield f"cols {cols}, residual", lambda x=x, w=weight: rms_norm_add_fwd(x, x, w, 1e-5, False)
-        yield f"cols {cols}", lambda x=x, w=weight, r=rstd: rms_norm_bwd(x, None, x, w, r, False, True)
-        yield f"cols {cols}, residual", lambda x=x, w=weight, r=rstd: rms_norm_bwd(x, x, x, w, r, False, True)
-        if cols == 4096:
-            full = meta(cols, dtype=torch.float32)
-            yield f"cols {cols}, hf, float32 weight", lambda x=x, w=full: rms_norm_fwd(x, w, 1e-5, True)
-            yield f"cols {cols}, hf, residual", lambda x=x, w=weight, r=rstd: rms_norm_bwd(x, x, x, w, r, True, True)
-            yield f"cols {cols}, no dweight", lambda x=x, w=weight, r=rstd: rms_norm_bwd(x, None, x, w, r, False, False)

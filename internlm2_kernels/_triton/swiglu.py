@@ -93,14 +93,3 @@ def swiglu_bwd(dy, gate, up, packed):
                     **rows_of(up).named("up")),
                num_warps=tile.num_warps)
     return dgate, dup
-
-
-def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles."""
-    for cols in (1, 64, 8192, 14336):  # Triton compiles a size of 1 as a constant, into a separate kernel
-        x = meta(4096, cols, dtype=dtype)
-        yield f"cols {cols}", lambda x=x: swiglu_fwd(x, x)
-        yield f"cols {cols}", lambda x=x: swiglu_bwd(x, x, x, False)
-    packed = meta(4096, 2 * 8192, dtype=dtype)
-    dy = meta(4096, 8192, dtype=dtype)
-    yield "cols 8192, packed", lambda: swiglu_bwd(dy, packed[:, :8192], packed[:, 8192:], True)

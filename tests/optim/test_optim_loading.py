@@ -32,7 +32,7 @@ def test_steps_of_another_optimizer_are_not_undone(dtype):
     steps(theirs, params, 10, 3)
     assert theirs.state[params[0]]["master"].dtype == dtype
     weights = [p.detach().clone() for p in params]
-    with pytest.warns(UserWarning, match="FusedAdamW: state_dict: master: those of 5 parameters are no float32"):
+    with pytest.warns(UserWarning, match="FusedAdamW: state_dict: master: the masters of 5 parameters are not float32"):
         back = resumed_through(theirs.state_dict(), params)
     back.param_groups[0]["lr"] = 1e-6
     steps(back, params, 1, 13)

@@ -50,7 +50,7 @@ def test_every_kernel_is_launched():
             dtypes = ("bfloat16", "float32") if len(OPS[ops[0]].dtypes) > 1 else ("float32",)
             for dtype in (ONE_DTYPE[kernel],) if kernel in ONE_DTYPE else dtypes:
                 mine = [key for key in found if key.split("/")[0] in ops and key.split("/")[1] == kernel]
-                assert any(key.endswith(f"/{dtype}") for key in mine), f"{kernel} {dtype}: launch it in audit()"
+                assert any(key.endswith(f"/{dtype}") for key in mine), f"{kernel} {dtype}: launch it in tools/audited.py"
     for name in TRITON_OPS:
         for pass_name in OPS[name].schemas:
             words = WORDS[next(word for word in WORDS if word in pass_name)]
@@ -185,7 +185,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 from internlm2_kernels import OPS
-from tools import compile_kernels as audit
+from tools import audited, compile_kernels as audit
 from internlm2_kernels._triton import common
 backend, count = make_backend(GPUTarget("cuda", 90, 32)), 0
 def compare(kernel, arguments, options):
@@ -202,8 +202,7 @@ def compare(kernel, arguments, options):
 common.record = compare
 for op in OPS:
     if "triton" in OPS[op].backends:
-        module = __import__(f"internlm2_kernels._triton.{op}", fromlist=[op])
-        for _, call in module.audit(torch.bfloat16, lambda *s, dtype: torch.empty(s, dtype=dtype, device="meta")):
+        for _, call in getattr(audited, op)(torch.bfloat16, lambda *s, dtype: torch.empty(s, dtype=dtype, device="meta")):
             call()
 print(count)
 """

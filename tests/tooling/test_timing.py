@@ -220,3 +220,14 @@ def test_a_baseline_that_overflows_excuses_nothing():
     gold[0] = -math.inf  # an infinity of gold must be met exactly
     assert not testing._rung("y", torch.ones(4), base, gold, 0.0).ok
     assert testing._rung("y", torch.tensor([-math.inf, 1.0, 1.0, 1.0]), base, gold, 0.0).ok
+
+
+def test_errors_of_all_draws_are_pooled():
+    """Errors of 2, 2, 2 and the baseline's of 1, 1, 4: red for the first draw alone, and within 1.25 for all of them."""
+    gold = [torch.full((100,), 1e6, dtype=torch.float64)] * 3
+    with_errors = lambda *errors: [g + error for g, error in zip(gold, errors, strict=True)]
+    ours, base = with_errors(2.0, 2.0, 2.0), with_errors(1.0, 1.0, 4.0)
+    assert not testing._rung("y", ours[:1], base[:1], gold[:1], 0.0).ok
+    assert testing._rung("y", ours, base, gold, 0.0).ok
+    assert not testing._rung("y", with_errors(2.0, 2.0, 9.0), base, gold, 0.0).ok  # more than twice the largest
+    assert not testing._rung("y", [*ours[:2], None], base, gold, 0.0).ok

@@ -16,7 +16,7 @@ SHAPES = "cpp"  # the overload for meta tensors: nothing runs on them, and every
 
 
 def allowed_keys(queries, keys, left, right, device):
-    """bool [queries, keys]: whether query i, at position i + keys - queries, may see key j. A window bound of -1 is no limit."""
+    """bool [queries, keys]: whether query i, at position i + keys - queries, sees key j. A window bound of -1 is no limit."""
     position = torch.arange(queries, device=device)[:, None] + keys - queries
     j = torch.arange(keys, device=device)[None]
     allowed = torch.ones(queries, keys, dtype=torch.bool, device=device)

@@ -22,7 +22,7 @@ from ._cache import check_cache
 
 
 def _gather(cache, scale, blocks, length, dtype):
-    """The keys or values [length, G, d] in `blocks`, in `dtype`. int8 values are multiplied by their scale, or by 1 for scale 0."""
+    """The keys or values [length, G, d] in `blocks`, in `dtype`; int8 values times their scale, or times 1 for scale 0."""
     from einops import rearrange
 
     in_order = lambda x: rearrange(x[blocks.long()], "b s g ... -> (b s) g ...")[:length].to(dtype)

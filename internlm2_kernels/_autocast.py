@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
+from ._checks import fail
+
 # Computed once, because torch.compile of PyTorch 2.10 cannot trace is_autocast_available. Meta and others have no autocast.
 _DEVICES = frozenset(d for d in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(d))
 
 
-def _enabled(device: str) -> bool:
+def enabled(device: str) -> bool:
     return device in _DEVICES and torch.is_autocast_enabled(device)
 
 
@@ -28,25 +30,23 @@ def promoted(*tensors):
     if len({getattr(t, "dtype", None) for t in tensors}) == 1:  # the dtypes are equal, as in most calls
         return tensors
     floats = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
-    if not floats or not _enabled(floats[0].device.type):
+    if not floats or not enabled(floats[0].device.type):
         return tensors
     common = functools.reduce(torch.promote_types, [t.dtype for t in floats])
     return tuple(t.to(common) if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in tensors)
 
 
-def weight_under_autocast(weight, x):
-    """Under autocast, a norm's weight in the dtype of `x`, or in float32 if that would round it. The output keeps x's dtype."""
-    if weight.dtype in (x.dtype, torch.float32) and x.dtype != torch.float64 or not weight.is_floating_point():
-        return weight
-    if weight.dtype == x.dtype or not _enabled(x.device.type):
-        return weight
+def cast_weight(op, weight, x):
+    """Under autocast, a norm's weight in the dtype of `x`, or in float32 if that would round it. Otherwise raises."""
+    if not weight.is_floating_point() or not enabled(x.device.type):
+        fail(TypeError, op, "weight", f"float32 or the dtype of x, {x.dtype}", weight.dtype)
     return weight.to(x.dtype if torch.promote_types(weight.dtype, x.dtype) == x.dtype else torch.float32)
 
 
 def autocast(*tensors):
     """The tensors in autocast's dtype if autocast is on for the device of the first one. float64 tensors are not cast."""
     device = tensors[0].device.type
-    if not _enabled(device):
+    if not enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
@@ -60,7 +60,7 @@ def without_autocast(reference: Callable) -> Callable:
             if isinstance(argument, torch.Tensor):
                 device = argument.device.type
                 break
-        if not _enabled(device):
+        if not enabled(device):
             return reference(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return reference(*args, **kwargs)

@@ -57,8 +57,8 @@ def _llama3(plain, factor, scaling):
 
 
 def _yarn(wavelengths, head_dim, base, factor, scaling):
-    """YaRN (arXiv:2309.00071): high frequencies are kept, low ones are divided by factor, with a ramp between them. cos and sin are
-    multiplied by 0.1 ln(factor) + 1.
+    """YaRN (arXiv:2309.00071): high frequencies are kept, low ones are divided by factor, with a ramp between them. cos and sin
+    are multiplied by 0.1 ln(factor) + 1.
     """
     trained = _positive(scaling, "original_max_position_embeddings")
     scaling = {"beta_fast": 32, "beta_slow": 1, **scaling}

@@ -12,8 +12,8 @@ import torch
 
 @dataclass(frozen=True)
 class Case:
-    """One problem size. Its kind is smoke (for every check), edge (unusual sizes), model (for benchmarks) or gpu (for benchmarks
-    on a GPU, where it replaces model).
+    """One problem size. Its kind is smoke (for every check), edge (unusual sizes), model (for benchmarks) or gpu (for
+    benchmarks on a GPU, where it replaces model).
 
     `passes` and `dtypes` limit what the benchmark measures, because some sizes take minutes; empty means everything.
     """

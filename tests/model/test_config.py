@@ -221,6 +221,10 @@ def test_llama_config_of_transformers():
     assert config_from_hf(hf.to_dict()) == TINY
 
 
+def test_a_negative_padding_token_means_none():
+    assert config_from_hf(config_to_hf(TINY, "llama") | {"pad_token_id": -1}) == dataclasses.replace(TINY, pad_token_id=None)
+
+
 def test_toml_round_trip(tmp_path):
     part = Part(rate=1e-9, note='a "b"\n\\ ü\x7f', sizes=(), mode="y", limit=None, table={"type": "dynamic", "factor": 2.5})
     whole = Whole(dataclasses.replace(TINY, rope_scaling={"type": "linear", "factor": 2.0}), part, flag=True)

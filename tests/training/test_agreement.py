@@ -13,7 +13,6 @@ from internlm2.demo import agreement
 from internlm2.training.config import DataConfig, OptimizerConfig
 from internlm2.training.stages import pretrain
 
-
 SMALL = dict(vocab_size=64, hidden_size=64, intermediate_size=128)  # half the width of the preset: the runs take seconds
 
 

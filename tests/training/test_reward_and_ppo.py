@@ -165,8 +165,8 @@ def test_a_coefficient_that_is_no_number_is_refused(kl_coef, generator):
     (lambda r: (r[0], r[1], r[2].int(), r[3]), "mask must be bool"),
     (lambda r: (*r, torch.ones(3, dtype=torch.bool)), r"truncated must be bool \[24\], got torch.bool \[3\]"),
     (lambda r: (*r, torch.ones(SEQUENCES)), r"truncated must be bool \[24\], got torch.float32 \[24\]"),
-    (lambda r: (r[0], r[1], r[2], r[3][:-1]), "scores must be .*one a sequence"),
-    (lambda r: (r[0], r[1], torch.ones_like(r[2]), r[3]), "no choice follows"),
+    (lambda r: (r[0], r[1], r[2], r[3][:-1]), "scores must be .*one for each sequence"),
+    (lambda r: (r[0], r[1], torch.ones_like(r[2]), r[3]), "after which nothing was chosen"),
     (lambda r: (r[0], r[1], torch.zeros_like(r[2]), r[3]), "got none in sequence 0"),
 ))
 def test_a_wrong_rollout_is_refused(spoil, message, generator):

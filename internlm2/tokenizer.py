@@ -142,7 +142,8 @@ def train_bpe(
     """Trains a byte-pair tokenizer on `texts`, with the settings of InternLM2's tokenizer, and writes it to `path`.
 
     It has byte fallback, a piece for each digit, and keeps every space; `specials` become control tokens. Equal texts give an
-    equal file. Long texts are cut at a line break after every 4,000 characters, which bounds the memory of training.
+    equal file. Long texts are cut at the first line break after every 4,000 characters: SentencePiece leaves out a text that
+    is longer than its limit.
     ValueError where the texts hold too little for vocab_size.
     """
     buffer = io.BytesIO()

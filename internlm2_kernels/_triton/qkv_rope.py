@@ -20,7 +20,7 @@ def tile_config(slots: int, half: int, element_size: int) -> tuple[int, int, int
 
 
 @triton.jit
-def _turn(a, b, cos_ptr, sin_ptr, position, table_rows, half, rotated, BLOCK: tl.constexpr, INVERSE: tl.constexpr):
+def _rotate(a, b, cos_ptr, sin_ptr, position, table_rows, half, rotated, BLOCK: tl.constexpr, INVERSE: tl.constexpr):
     """Rotates the halves of queries and keys by the angle of `position`, and keeps values. A position outside the table gives
     NaN."""
     pair = tl.arange(0, BLOCK)
@@ -75,7 +75,7 @@ def qkv_rope_fwd_kernel(qkv_ptr, cos_ptr, sin_ptr, positions_ptr, q_ptr, k_ptr, 
     x_ptr = qkv_ptr + token * qkv_stride + (slot * (2 * half))[:, None] + col
     a = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(x_ptr + half, mask=mask, other=0.0).to(tl.float32)
-    first, second = _turn(a, b, cos_ptr, sin_ptr, position, table_rows, half, (kind <= GROUP)[:, None], BLOCK, False)
+    first, second = _rotate(a, b, cos_ptr, sin_ptr, position, table_rows, half, (kind <= GROUP)[:, None], BLOCK, False)
     first = first.to(q_ptr.dtype.element_ty)
     second = second.to(q_ptr.dtype.element_ty)
 
@@ -141,7 +141,7 @@ def qkv_rope_bwd_kernel(dq_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, positions_ptr,
     b = tl.load(dq_ptr + half, mask=q_mask, other=0.0).to(tl.float32)
     b += tl.load(dk_ptr + half, mask=k_mask, other=0.0).to(tl.float32)
     b += tl.load(dv_ptr + half, mask=v_mask, other=0.0).to(tl.float32)
-    first, second = _turn(a, b, cos_ptr, sin_ptr, position, table_rows, half, (kind <= GROUP)[:, None], BLOCK, True)
+    first, second = _rotate(a, b, cos_ptr, sin_ptr, position, table_rows, half, (kind <= GROUP)[:, None], BLOCK, True)
     out = ((token * slots + slot) * (2 * half))[:, None] + col
     tl.store(dqkv_ptr + out, first.to(dqkv_ptr.dtype.element_ty), mask=mask)
     tl.store(dqkv_ptr + out + half, second.to(dqkv_ptr.dtype.element_ty), mask=mask)

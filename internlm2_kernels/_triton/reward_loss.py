@@ -126,10 +126,10 @@ def reward_loss_bwd_kernel(dloss_ptr, drewards_ptr, hidden_ptr, weight_ptr, cu_p
         if dhidden_ptr is not None:
             if bad:
                 tl.debug_barrier()  # after the stores of the other threads
-                nothing = tl.full((ROWS, BLOCK), float("nan"), dhidden_ptr.dtype.element_ty)
+                nan = tl.full((ROWS, BLOCK), float("nan"), dhidden_ptr.dtype.element_ty)
                 for start in range(0, tokens, ROWS):
                     row = start + tl.arange(0, ROWS).to(tl.int64)
-                    tl.store(dhidden_ptr + row[:, None] * depth + col[None, :], nothing,
+                    tl.store(dhidden_ptr + row[:, None] * depth + col[None, :], nan,
                              mask=(row < tokens)[:, None] & (col < depth)[None, :])
     if dweight_ptr is not None:
         tl.store(dweight_ptr + col, dw.to(dweight_ptr.dtype.element_ty), mask=col < depth)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .common import check_dtype, launch, rows_of
+from .functions import _fast_exp
 
 
 class Tile(NamedTuple):
@@ -33,7 +34,7 @@ def swiglu_fwd_kernel(gate_ptr, up_ptr, y_ptr, rows, cols, tiles,
     up_row = (row // up_inner) * up_outer_stride + (row % up_inner) * up_inner_stride
     gate = tl.load(gate_ptr + gate_row[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + up_row[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
-    y = gate * (1.0 / (1.0 + tl.exp(-gate))) * up
+    y = gate * (1.0 / (1.0 + _fast_exp(-gate))) * up
     tl.store(y_ptr + (row * cols)[:, None] + col[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -52,9 +53,9 @@ def swiglu_bwd_kernel(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, rows, cols, 
     dy = tl.load(dy_ptr + dy_row[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + gate_row[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + up_row[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
-    s = 1.0 / (1.0 + tl.exp(-gate))
+    s = 1.0 / (1.0 + _fast_exp(-gate))
     out = (row * out_stride)[:, None] + col[None, :]
-    dgate = dy * up * s * (1.0 + gate * (1.0 - s))
+    dgate = dy * up * s * tl.fma(gate, 1.0 - s, 1.0)
     tl.store(dgate_ptr + out, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
     tl.store(dup_ptr + out, (dy * (gate * s)).to(dup_ptr.dtype.element_ty), mask=mask)
 

@@ -27,6 +27,8 @@ def reference(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0,
               token_weights=None, reduction="mean", return_z_loss=False):
     acc = accumulator(hidden.dtype)
     logits = hidden.to(acc) @ weight.to(acc).T
+    if token_weights is not None:  # a token of weight 0 has no influence, whatever its logits are
+        labels = labels.masked_fill(token_weights == 0, ignore_index)
     parts = losses_of(logits, labels, ignore_index, label_smoothing, z_loss, softcap)
     return reduced_losses(*parts, reduction, token_weights, return_z_loss)
 

@@ -1,4 +1,4 @@
-"""Wrong inputs: each gets the error that names operator, argument, what is expected and what came, on every backend."""
+"""Wrong inputs: each raises an error that names operator, argument, what is expected and what was given, on every backend."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def packed(cu_q, cu_k=None, **options):
 
 
 def decode(**changes):
-    """One token of each of two sequences, 3 and 5 keys long, in blocks of 2."""
+    """One new token for each of two sequences with 3 and 5 keys, in blocks of 2."""
     arguments = {"q": PQ[:2], "k_cache": torch.randn(6, 2, 2, 32), "v_cache": torch.randn(6, 2, 2, 32),
                  "block_table": torch.tensor([[0, 1, -9], [5, 4, 3]], dtype=torch.int32), "seq_lens": int32(3, 5), **changes}
     return lambda: ik.paged_attention(**arguments)
@@ -310,7 +310,7 @@ def test_wrong_input(call, kind, message, backend):
 
 @pytest.mark.parametrize("backend", ("reference", "cpp"))
 def test_nothing_is_written_on_an_error(backend):
-    """A bad position or slot is found before the cache is touched."""
+    """A bad position or slot raises an error before the cache is written."""
     for bad in ({"positions": torch.tensor([0, 1, 2, 3, 4, 6])}, {"slots": torch.tensor([0, 1, 2, 3, 4, 8])}):
         target = cache(slots=bad.get("slots", torch.arange(6)))
         with pytest.raises(ValueError):

@@ -68,16 +68,16 @@ def gather_experience(
     logprobs, ref_logprobs = (
         model.logprobs(tokens, next_tokens, cu_seqlens, temperature=temperature) for model in (actor, reference)
     )
-    kl = kl_penalty(logprobs, ref_logprobs, estimator="k1")
+    kl = kl_penalty(logprobs, ref_logprobs, mask=mask, estimator="k1")  # 0 outside the mask
     values = critic.values(tokens, cu_seqlens)
-    rewards = torch.where(mask, -kl_coef * kl, 0)
+    rewards = -kl_coef * kl
     # The last choice of a sequence is the largest index in the mask before the sequence's end.
     last = torch.where(mask, torch.arange(len(tokens), device=mask.device), -1).cummax(0).values[ends.to(mask.device)]
     rewards[last] += scores.to(rewards)
     on_device = cu_seqlens.to(tokens.device, non_blocking=True)
     bootstrap = None if truncated is None else torch.where(truncated.to(last.device), values[last + 1], 0)
     advantages, returns = gae(rewards, values, on_device, mask=mask, bootstrap=bootstrap, gamma=gamma, lam=lam)
-    mean_kl = torch.where(mask, kl, 0).sum() / mask.sum().clamp(min=1)
+    mean_kl = kl.sum() / mask.sum().clamp(min=1)
     return Experience(tokens, next_tokens, cu_seqlens, mask, logprobs, values, advantages, returns, mean_kl, temperature)
 
 

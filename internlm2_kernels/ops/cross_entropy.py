@@ -105,23 +105,21 @@ class _TwoSweeps(torch.autograd.Function):
 
 def cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean",
                   return_z_loss=False, inplace_backward=False, backend=None):
-    """Cross-entropy: loss_t = (1 - e) (lse_t - l_ty) + e (lse_t - mean_j l_tj) + z lse_t^2, lse_t = log sum_j exp(l_tj).
+    """Cross-entropy: loss_t = (1 - e) (lse_t - l_ty) + e (lse_t - mean_j l_tj) + z lse_t^2, with lse_t = log sum_j exp(l_tj).
 
-    Shapes:   logits [..., V], labels [...] int64 or int32 -> loss [] ("mean", "sum") or [...] ("none"); with return_z_loss
-              (loss, z_loss): the term z lse_t^2 that the loss contains, weighted by z and reduced like the loss, detached, for
-              logging (Liger's and flash-attention's convention)
-    Options:  e = label_smoothing, z = z_loss; softcap c > 0: l = c tanh(logits / c). Rows whose label is ignore_index have
-              loss 0 and gradient 0 and do not count in the mean; if none counts, the loss is 0. inplace_backward: the
-              gradient overwrites the logits, and autograd then refuses a backward that needs them; ignored in compiled code
-    Dtypes:   logits float32 | bfloat16 | float16 | float64; computed in float32 (float64), which is the loss's dtype
-    Backward: mean and sum make the gradient in the forward (one read, one write) and save it: the bytes of logits. An
-              upstream other than 1 (on CUDA any) multiplies it into new memory, one more pass; an infinite or NaN upstream
-              then reaches ignored rows too. "none", float16 and
-              inplace_backward save logits and lse (8 bytes a row; float64: 16) and read the logits again.
+    Shapes:   logits [..., V], labels [...] int64 or int32 -> loss [] ("mean", "sum") or [...] ("none"). With return_z_loss
+              (loss, z_loss): z_loss is the term z lse_t^2 of the loss, reduced alike and detached, for logging
+    Options:  e = label_smoothing, z = z_loss. softcap c > 0: l = c tanh(logits / c). Rows whose label is ignore_index have loss
+              0 and gradient 0 and do not count in the mean; the mean of no rows is 0. inplace_backward writes the gradient
+              over the logits (not in compiled code), and autograd then refuses a backward that needs them
+    Dtypes:   logits float32 | bfloat16 | float16 | float64; computed and returned in float32 (float64)
+    Backward: mean and sum compute the gradient in the forward and save it, in the logits' dtype. An upstream gradient other
+              than 1 (on CUDA any) multiplies it into new memory; if it is infinite or NaN it reaches ignored rows too. "none",
+              float16 and inplace_backward save logits and lse (8 bytes a row, 16 for float64) and read the logits again.
               Deterministic: yes, and batch-invariant
-    Errors:   ValueError, TypeError; a label outside [0, V) that is not ignore_index raises on CPU before memory is touched;
-              on CUDA its row becomes NaN and `internlm2_kernels.check()` reports it
-    Cost:     memory-bound: one read forward, one read and one write with gradient.
+    Errors:   ValueError and TypeError. A label outside [0, V) other than ignore_index raises on the CPU before memory is
+              touched. On CUDA its row becomes NaN, and `internlm2_kernels.check()` reports it
+    Cost:     memory-bound: one read forward; one read and one write with the gradient.
               Source: arXiv:2204.02311 section 5 (z-loss), arXiv:2408.00118 section 2 (soft-cap)
     """
     check_float("cross_entropy", "logits", logits)

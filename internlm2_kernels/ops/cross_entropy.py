@@ -108,7 +108,8 @@ def cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_l
     """Cross-entropy: loss_t = (1 - e) (lse_t - l_ty) + e (lse_t - mean_j l_tj) + z lse_t^2, with lse_t = log sum_j exp(l_tj).
 
     Shapes:   logits [..., V], labels [...] int64 or int32 -> loss [] ("mean", "sum") or [...] ("none"). With return_z_loss
-              (loss, z_loss): z_loss is the term z lse_t^2 of the loss, reduced alike and detached, for logging
+              (loss, z_loss): z_loss is the weighted term z lse_t^2 of the loss, as Liger and flash-attention return it,
+              reduced alike and detached, for logging
     Options:  e = label_smoothing, z = z_loss. softcap c > 0: l = c tanh(logits / c). Rows whose label is ignore_index have loss
               0 and gradient 0 and do not count in the mean; the mean of no rows is 0. inplace_backward writes the gradient
               over the logits (not in compiled code), and autograd then refuses a backward that needs them

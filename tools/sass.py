@@ -1,9 +1,10 @@
 """Reads the machine code (SASS) of a compiled kernel: its loops, and the arithmetic instructions of the hot one.
 
-A loop is the range of addresses between a conditional backward branch and its target. The hot loop of a kernel is the innermost loop with
-the most matrix arithmetic for its length: tensor-core instructions, or fused multiply-adds where a kernel has none. A branch
-inside it that jumps over code without tensor-core instructions is taken to be taken, because such code is rare work: the merge
-of two splits of keys, for example. A kernel without loops is counted as a whole. All counts are static, for one thread.
+A loop is the range of addresses between a conditional backward branch and its target. The hot loop of a kernel is the
+innermost loop with the most matrix arithmetic for its length: tensor-core instructions, or fused multiply-adds if the kernel
+has none. Code inside the loop that a branch jumps over is not counted if it has no tensor-core instructions, because it is
+rare work, such as the merge of two splits of keys. A kernel without loops is counted as a whole. All counts are static, for one
+thread.
 """
 
 import re

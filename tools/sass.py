@@ -1,6 +1,6 @@
 """Reads the machine code (SASS) of a compiled kernel: its loops, and the arithmetic instructions of the hot one.
 
-A loop is the range of addresses between a conditional backward branch and its target. The hot loop of a kernel is the
+A loop is the range of addresses between a backward branch and its target. The hot loop of a kernel is the
 innermost loop with the most matrix arithmetic for its length: tensor-core instructions, or fused multiply-adds if the kernel
 has none. Code inside the loop that a branch jumps over is not counted if it has no tensor-core instructions, because it is
 rare work, such as the merge of two splits of keys. A kernel without loops is counted as a whole. All counts are static, for one
@@ -80,9 +80,9 @@ def _target(instruction: Instruction) -> int | None:
 
 def innermost_loops(code: list[Instruction]) -> list[list[Instruction]]:
     """The innermost loops with tensor-core instructions; if there are none, those with FFMA; if none, all innermost."""
-    # ptxas closes loops with conditional branches; an unconditional one returns from a wait that was moved behind the kernel.
-    ranges = {(target, i.address) for i in code if (target := _target(i)) is not None and target < i.address
-              and re.search(r"\bU?P\d", i.text)}
+    # ptxas moves waits behind the last EXIT of a kernel; the branches that return from there close no loops.
+    end = max((i.address for i in code if i.text.strip() == "EXIT"), default=code[-1].address)
+    ranges = {(target, i.address) for i in code if (target := _target(i)) is not None and target < i.address <= end}
     for pattern in (TENSOR, KINDS["ffma"], ".*"):
         chosen = [r for r in ranges if any(i.is_a(pattern) for i in code if r[0] <= i.address <= r[1])]
         if chosen:

@@ -5,7 +5,7 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
-// The clipped value: v itself where it is near the old one, so that the two forms agree there to the bit.
+// The clipped value. Near the old value it is v itself, so that the two forms of the loss have equal bits there.
 template <typename Acc> struct Clip {
   using V = Vec<Acc>;
   V most;
@@ -17,7 +17,7 @@ template <typename Acc> struct Clip {
   }
 };
 
-// Count, mean and sum of squared deviations of what has been seen so far; two of them add up without cancellation.
+// Count, mean and sum of squared deviations of a set of numbers. Those of two sets are combined without cancellation.
 struct Moments {
   double count = 0, mean = 0, squares = 0;
   void add(const Moments& other) {
@@ -29,7 +29,7 @@ struct Moments {
   }
 };
 
-// A row of `partial`: the sums of losses and clipped terms, the returns' range and moments, the errors' mean and squares.
+// A row of `partial`: the sums of losses and clipped terms, the range and moments of the returns, the moments of the errors.
 struct ValueSums {
   double loss = 0, clipped = 0, least = kInfinity, most = -kInfinity;
   Moments returns, errors;
@@ -48,7 +48,7 @@ struct ValueSums {
   }
 };
 
-// The moments of x(j, lanes) over the kept of a block, by a second pass over it around the first one's mean.
+// The moments of x(j, lanes) over the unmasked elements of a block, by a second pass around the mean of the first one.
 template <typename Acc, typename F> VEC_INLINE Moments moments_of(int64_t n, const uint8_t* mask, double count, double sum,
                                                                   const F& x) {
   using V = Vec<Acc>;
@@ -113,7 +113,7 @@ template <typename Acc> void value_total(const PpoLoss& a) {
   ValueSums sums;
   for (int64_t chunk = 0; chunk * kPpoChunk < a.n; ++chunk) sums.add(a.partial + chunk * kValueSums);
   const double count = sums.returns.count, squares = sums.returns.squares;
-  const bool flat = count == 0 || (sums.least == sums.most && squares == squares);  // returns that are all the same
+  const bool flat = count == 0 || (sums.least == sums.most && squares == squares);  // all returns are equal
   put_results<Acc>(a, 0.5 * sums.loss, sums.clipped, flat ? 0 : 1 - sums.errors.squares / squares, count);
 }
 

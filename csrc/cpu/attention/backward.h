@@ -22,9 +22,6 @@ template <typename T> struct Bwd {
   static constexpr int64_t kGrain = depth > lanes ? depth : lanes;  // keys are cut in multiples of this at the mask's edge
   static constexpr int64_t kStrip = kTiles<P> ? 32 : 12;  // rows that S holds: a multiple of the product's register tile
   static constexpr int64_t kSteps = (kBwdQueries + depth - 1) / depth * depth / step;
-  // dK and dV add up one number for each block of queries. In float32 these sums round more than everything before them, so
-  // that they are compensated: their rounding residuals are summed too.
-  static constexpr bool kCompensated = std::is_same_v<T, float>;
   static constexpr bool in_place = std::is_same_v<T, Acc> || (step == 2 && !kTiles<P>);  // the products read rows of T
   // Rows that are read down a column are an odd number of cache lines apart, so that they fall into different sets.
   static constexpr int64_t kStride = kBwdKeys + 64 / static_cast<int64_t>(sizeof(E));
@@ -35,9 +32,9 @@ template <typename T> struct Bwd {
     E* key_rows;             // [keys][columns], for dQ
     E *q_rows, *dout_rows;   // [queries][columns], for dK and dV
     E *p, *ds;               // [queries][kStride]: columns are A's rows of dK and dV
-    E *ds_rows, *ds_residual;  // [queries][kStride / step]: A's rows of dQ (ds where step is 1), and their rounding residuals
+    E* ds_rows;              // [queries][kStride / step]: A's rows of dQ (ds where step is 1)
     Acc *s, *dp;             // [kStrip][kBwdKeys]
-    Acc *dk, *dv;            // [keys][columns], and where kCompensated their residuals after them
+    Acc *dk, *dv;            // [keys][columns]
     E *q, *dout;             // [queries][d] converted, where the products do not read T
     E *p_transposed, *ds_transposed;  // [keys][kSteps], for tiles: A's rows of dV and dK
 
@@ -52,12 +49,11 @@ template <typename T> struct Bwd {
       arena.take(p, kBwdQueries / step * kStride);
       arena.take(ds, kBwdQueries / step * kStride);
       arena.take(ds_rows, step == 1 ? 0 : kBwdQueries * kStride / step);
-      arena.take(ds_residual, step == 1 ? 0 : kBwdQueries * kStride / step);
       if (step == 1) ds_rows = ds;
       arena.take(s, kStrip * kBwdKeys);
       arena.take(dp, kStrip * kBwdKeys);
-      arena.take(dk, (kCompensated ? 2 : 1) * kBwdKeys * columns);
-      arena.take(dv, (kCompensated ? 2 : 1) * kBwdKeys * columns);
+      arena.take(dk, kBwdKeys * columns);
+      arena.take(dv, kBwdKeys * columns);
       arena.take(q, in_place ? 0 : kBwdQueries * steps_of(d));
       arena.take(dout, in_place ? 0 : kBwdQueries * steps_of(d));
       arena.take(p_transposed, kTiles<P> ? kBwdKeys * kSteps : 0);
@@ -118,17 +114,12 @@ template <typename T> struct Bwd {
   struct Queries {
     const T *q, *dout;
     int64_t q_stride, dout_stride, r0, n;
-    bool exact;  // see rows_of
     const Acc *shift, *delta, *dlse;
     Operand q_a, dout_a;
   };
 
-  // `exact`: the rows see no other block of keys. Their weights are the largest, and what is rounded to 16 bits on the way
-  // would cost dQ as much as its own rounding does. So delta is summed from P and dP instead of the rounded out, and dS enters
-  // dQ in two parts.
-  Queries rows_of(int64_t head, int64_t block, bool exact) const {
+  Queries rows_of(int64_t head, int64_t block) const {
     Queries r;
-    r.exact = exact && sizeof(T) == 2;
     r.r0 = first_unmasked + block * kBwdQueries;
     r.n = lesser(kBwdQueries, sq - r.r0);
     r.q_stride = a.q.token_stride;
@@ -173,6 +164,7 @@ template <typename T> struct Bwd {
       E *p = w.p + row / step * kStride, *ds = w.ds + row / step * kStride;
       int64_t lo[2] = {0, 0}, hi[2] = {to, to};
       Acc delta[2];
+      bool one_key[2] = {false, false};
       const auto terms = [&](int64_t h, int64_t j, V& dp, V& slope) VEC_LAMBDA {  // returns P
         const int64_t source = (x + h) * kBwdKeys + j;
         V s = V::load(w.s + source);
@@ -185,19 +177,19 @@ template <typename T> struct Bwd {
         return between(probability<softcap>(s, V(r.shift[row + h]), slope), first, last);
       };
       for (int64_t h = 0; h < step && x + h < n; ++h) {
-        if constexpr (masked) lo[h] = low(r.r0 + row + h), hi[h] = high(r.r0 + row + h);
         delta[h] = r.delta[row + h];
-        if (!r.exact) continue;
-        V sum(Acc(0)), dp, slope;
-        for (int64_t j = from; j < to; j += lanes) {
-          const V pv = terms(h, j, dp, slope);
-          sum = fma(pv, dp, sum);
+        if constexpr (masked) {
+          const int64_t i = r.r0 + row + h;
+          lo[h] = low(i), hi[h] = high(i);
+          one_key[h] = a.last_key(tile.sequence, i) - a.first_key(tile.sequence, i) == 1;
+          if (one_key[h]) delta[h] = r.dlse ? -r.dlse[row + h] : Acc(0);
         }
-        delta[h] = sum.sum() - (r.dlse ? r.dlse[row + h] : Acc(0));
       }
       const auto at = [&](int64_t h, int64_t j, V& pv, V& dsv) VEC_LAMBDA {
         V dp, slope;
         pv = terms(h, j, dp, slope);
+        // A row that sees one key has P = 1 and dP equal to the sum over d of dout * out: only dlse is left.
+        if (masked && one_key[h]) dp = V(Acc(0));
         dsv = pv * (dp - V(delta[h]));
         if constexpr (softcap) dsv = dsv * slope;
       };
@@ -221,12 +213,6 @@ template <typename T> struct Bwd {
           _mm512_storeu_si512(p + j, _mm512_permutexvar_epi16(woven, both_p));
           _mm512_storeu_si512(ds + j, _mm512_permutexvar_epi16(woven, both_ds));
           store_rows(w.ds_rows + (row * kStride + j) / 2, both_ds);
-          if (r.exact) {
-            const V rest0 = ds0 - V(V::widen(_mm512_castsi512_si256(both_ds)));
-            const V rest1 = ds1 - V(V::widen(_mm512_extracti64x4_epi64(both_ds, 1)));
-            const __m512i both_rest = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(rest1.v, rest0.v));
-            store_rows(w.ds_residual + (row * kStride + j) / 2, both_rest);
-          }
 #endif
         }
       }
@@ -284,16 +270,14 @@ template <typename T> struct Bwd {
 
   // C = A B, or C += A B, of steps [first, last) of k. A block has an accumulator of its own: one chain over 64k tokens was 10
   // times less exact in float32.
-  template <Start more>
   VEC_INLINE void add(bool fresh, Operand rows, int64_t m, const E* b, int64_t steps, int64_t first, int64_t last, Acc* c) const {
     if (first >= last) {
       if (fresh) std::memset(c, 0, static_cast<size_t>(m * columns) * sizeof(Acc));
       return;
     }
     const ProductArgs<P> p{static_cast<const char*>(rows.p) + first * rows.step_bytes, rows.row_bytes, rows.step_bytes,
-                           b + first * kPanel<P>, kPanel<P>, steps * kPanel<P>, c, columns, m, last - first, 0, columns, nullptr,
-                           kBwdKeys * columns};
-    fresh ? product<P, Start::zero>(p) : product<P, more>(p);
+                           b + first * kPanel<P>, kPanel<P>, steps * kPanel<P>, c, columns, m, last - first, 0, columns};
+    fresh ? product<P, Start::zero>(p) : product<P, Start::separate>(p);
   }
 
   void add_to_keys(const Queries& r, bool full, bool fresh) const {
@@ -305,13 +289,12 @@ template <typename T> struct Bwd {
     const auto column = [&](const E* rows, const E* transposed, int64_t x) {
       return kTiles<P> ? Operand{transposed + x * kSteps, kSteps * size, size} : Operand{rows + x, size, kStride * size};
     };
-    constexpr Start kMore = kCompensated ? Start::compensated : Start::separate;
     for (int64_t x = 0; x < nc; x += strip) {
       const int64_t m = lesser(strip, nc - x);
       const int64_t first = full ? 0 : (first_row(r.r0, r.r0 + r.n, x) - r.r0) / depth * depth / step;
       const int64_t last = full ? steps : steps_of(last_row(r.r0, r.r0 + r.n, x + m) - r.r0);
-      add<kMore>(fresh, column(w.p, w.p_transposed, x), m, w.dout_rows, steps, first, last, w.dv + x * columns);
-      add<kMore>(fresh, column(w.ds, w.ds_transposed, x), m, w.q_rows, steps, first, last, w.dk + x * columns);
+      add(fresh, column(w.p, w.p_transposed, x), m, w.dout_rows, steps, first, last, w.dv + x * columns);
+      add(fresh, column(w.ds, w.ds_transposed, x), m, w.q_rows, steps, first, last, w.dk + x * columns);
     }
   }
 
@@ -322,17 +305,13 @@ template <typename T> struct Bwd {
       const int64_t n = lesser(strip, r.n - i);
       const int64_t first = full ? 0 : low(r.r0 + i) / depth * depth / step;
       const int64_t last = full ? steps : steps_of(high(r.r0 + i + n - 1));
-      const auto part = [&](const E* ds, bool alone) {
-        const void* rows = reinterpret_cast<const char*>(ds) + i * row_bytes;
-        add<Start::separate>(alone, {rows, row_bytes, sizeof(E)}, n, w.key_rows, steps, first, last, sum + i * columns);
-      };
-      part(w.ds_rows, fresh);
-      if (step > 1 && r.exact) part(w.ds_residual, false);
+      const Operand rows{reinterpret_cast<const char*>(w.ds_rows) + i * row_bytes, row_bytes, sizeof(E)};
+      add(fresh, rows, n, w.key_rows, steps, first, last, sum + i * columns);
     }
   }
 
   void query_block(int64_t head, int64_t block, bool fresh, int64_t turn, bool last_turn) const {
-    const Queries r = rows_of(head, block, turn == 0 && last_turn);
+    const Queries r = rows_of(head, block);
     const bool full = nc == wide && low(r.r0 + r.n - 1) == 0 && high(r.r0) == nc;
     const int64_t token = (a.cu_q ? a.cu_q[tile.sequence] : tile.sequence * a.seqlen_q) + r.r0;
     Acc* sum = static_cast<Acc*>(a.dq_sum) + (head * a.tokens_q + token) * columns;
@@ -348,14 +327,12 @@ template <typename T> struct Bwd {
     __atomic_store_n(turns, static_cast<int32_t>(turn + 1), __ATOMIC_RELEASE);
   }
 
-  // Writes sums as T, to rows of the result that are `heads` * d apart. `residual`: where theirs lie beyond the sums; 0: none.
-  void write(const Acc* sum, int64_t n, T* out, int64_t heads, double factor, int64_t residual = 0) const {
+  // Writes sums as T, to rows of the result that are `heads` * d apart.
+  void write(const Acc* sum, int64_t n, T* out, int64_t heads, double factor) const {
     const V scale(static_cast<Acc>(factor));
     for (int64_t i = 0; i < n; ++i) {
       for_vectors<V, Single>(d, [&](int64_t j, auto part) VEC_LAMBDA {
-        V total = load<V>(sum + i * columns + j, part);
-        if (residual) total = total + load<V>(sum + residual + i * columns + j, part);
-        store(out + i * heads * d + j, total * scale, part);
+        store(out + i * heads * d + j, load<V>(sum + i * columns + j, part) * scale, part);
       });
     }
   }
@@ -366,9 +343,6 @@ template <typename T> struct Bwd {
     pack_rows_as_lanes(k, a.k.token_stride, nc, w.keys);
     pack_rows_as_lanes(v, a.v.token_stride, nc, w.values);
     pack_rows_as_steps(k, a.k.token_stride, nc, w.key_rows);
-    const int64_t residual = kCompensated ? kBwdKeys * columns : 0;
-    const size_t sums = static_cast<size_t>(nc * columns) * sizeof(Acc);
-    if (kCompensated) std::memset(w.dk + residual, 0, sums), std::memset(w.dv + residual, 0, sums);
     bool fresh = true;
     for (int64_t head = tile.head * a.group(); head < (tile.head + 1) * a.group(); ++head) {
       for (int64_t r0 = first_unmasked, block = 0; r0 < sq; r0 += kBwdQueries, ++block) {
@@ -379,10 +353,13 @@ template <typename T> struct Bwd {
         fresh = false;
       }
     }
-    if (fresh) std::memset(w.dk, 0, sums), std::memset(w.dv, 0, sums);
+    if (fresh) {
+      const size_t bytes = static_cast<size_t>(nc * columns) * sizeof(Acc);
+      std::memset(w.dk, 0, bytes), std::memset(w.dv, 0, bytes);
+    }
     const int64_t token = (a.cu_k ? a.cu_k[tile.sequence] : tile.sequence * a.seqlen_k) + c0;
-    write(w.dk, nc, static_cast<T*>(a.dk) + (token * a.kv_heads + tile.head) * d, a.kv_heads, a.scale, residual);
-    write(w.dv, nc, static_cast<T*>(a.dv) + (token * a.kv_heads + tile.head) * d, a.kv_heads, 1.0, residual);
+    write(w.dk, nc, static_cast<T*>(a.dk) + (token * a.kv_heads + tile.head) * d, a.kv_heads, a.scale);
+    write(w.dv, nc, static_cast<T*>(a.dv) + (token * a.kv_heads + tile.head) * d, a.kv_heads, 1.0);
   }
 };
 

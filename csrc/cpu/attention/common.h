@@ -25,7 +25,7 @@ constexpr int64_t kSplit = 4096, kBlock = 128, kLanes = 256;  // kLanes: in a fu
 // float32 needs it; the rounding of bfloat16 weights hides what it would gain.
 template <typename P> constexpr bool kSeparateBlocks = P::step == 1;
 // The length of a score's chains: long chains are the largest error of a float32 score, but not of bfloat16 products.
-template <typename P> constexpr int64_t kChain = P::step == 1 ? 32 : 256;
+template <typename P> constexpr int64_t kChain = P::step == 1 ? 1 << 20 : 256;
 constexpr int64_t kAhead = 32;  // how many rows before its use a row of the cache is prefetched
 
 // The keys and values of one sequence, read in place. select(first, n) selects keys [first, first + n), n <= kBlock, from
@@ -127,7 +127,7 @@ template <typename V, typename Acc> VEC_INLINE void fill(Acc* p, int64_t n, doub
 
 // Weights are summed in chains of this many keys, counted from key 0, and the chains are added up. Almost equal weights are
 // all rounded in the same direction, and one chain of 128 of them was 4 units of float32 off. Results of 16 bits do not show it.
-template <typename T> constexpr int64_t kSumChain = sizeof(T) == 2 ? kBlock : 8;
+template <typename T> constexpr int64_t kSumChain = kBlock;
 
 // The natural log-sum-exp, and 1 / l; -inf and 0 for a fully masked row. The log-sum-exp is computed in double and rounded
 // once, because its rounding is a relative error of every weight in the backward.

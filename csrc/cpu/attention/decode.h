@@ -256,18 +256,18 @@ template <typename T, typename Keys> class Decode {
       x.store(s + i);
       top = max(x, top);
     }
-    const V old(part.m[r]), m = max(rounded_down(V(largest(top)) * V(score_.factor)), old), shift = finite_shift(m);
+    const V old(part.m[r]), m = max(V(largest(top)) * V(score_.factor), old), shift = finite_shift(m);
     m.store(part.m + r, 1);
     exp_of<T>(old - shift).store(w_.factor + r, 1);
-    exponentials(s, w_.p + r * (kBlock / P::step), V(0) - shift, n);
+    exponentials(s, w_.p + r * (kBlock / P::step), shift, n);
     if constexpr (kInt8<T, Stored>) split_weights(s, w_.v_scale, n, w_.int8, r);
   }
 
   // The weights of one lane, as numbers and as operands.
-  VEC_INLINE void exponentials(Acc* s, typename P::Element* p, V minus_shift, int64_t n) {
+  VEC_INLINE void exponentials(Acc* s, typename P::Element* p, V shift, int64_t n) {
     const V factor(score_.factor);
     for (int64_t i = 0; i < n; i += V::size) {
-      V x = weight_of<T>(fma(V::load(s + i), factor, minus_shift));
+      V x = exp_of<T>(V::load(s + i) * factor - shift);
       x.store(s + i);
       if constexpr (Keys::scaled) x = x * V::load(w_.v_scale + i);
       if constexpr (!kInt8<T, Stored>) store_weights<P>(p + i / P::step, x);

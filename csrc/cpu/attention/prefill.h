@@ -199,18 +199,19 @@ template <typename T, typename Keys> class Prefill {
       }
       for (; j < n; ++j) top[0] = max(V::load(s + j * panel), top[0]);
       const V old = V::load(part.m + from + i);
-      const V m = max(rounded_down(max(max(top[0], top[1]), max(top[2], top[3])) * factor), old), shift = finite_shift(m);
+      const V m = max(max(max(top[0], top[1]), max(top[2], top[3])) * factor, old), shift = finite_shift(m);
       const V scale = exp_of<T>(old - shift);
       m.store(part.m + from + i);
       scale.store(w_.factor + i);
-      const V sum = exponentials(s, w_.p + i, V(0) - shift, n, at, key);
+      const V sum = exponentials(s, w_.p + i, shift, n, at, key);
       fma(scale, V::load(part.l + from + i), sum).store(part.l + from + i);
     }
   }
 
-  VEC_INLINE V exponentials(const Acc* s, Element* p, V minus_shift, int64_t n, int64_t at, int64_t key) {
+  // The product is rounded before the shift is subtracted, as the maximum was: the largest weight is exactly 1.
+  VEC_INLINE V exponentials(const Acc* s, Element* p, V shift, int64_t n, int64_t at, int64_t key) {
     const V factor(score_.factor);
-    const auto weight = [&](int64_t j) VEC_LAMBDA { return weight_of<T>(fma(V::load(s + j * panel), factor, minus_shift)); };
+    const auto weight = [&](int64_t j) VEC_LAMBDA { return exp_of<T>(V::load(s + j * panel) * factor - shift); };
     const auto scaled = [&](V x, int64_t j) VEC_LAMBDA {
       if constexpr (Keys::scaled) return x * V(static_cast<Acc>(keys_.v_scale(at + j, head_)));
       else return x;

@@ -15,16 +15,6 @@ template <typename T, typename V> VEC_INLINE V exp_of(V x) {
   else return exp(x);
 }
 
-// Scores s are shifted by the largest, m, as fma(s, factor, -m): exact but for the rounding of m, which every score of a row has
-// in common. So m is rounded down, by up to 2.5 units in the last place, and what that leaves above 0 is bounded: both matter
-// beyond 1e8 only, where a unit is large, and keep a row's largest weight from becoming 0 or infinity.
-template <typename Acc> VEC_INLINE Vec<Acc> rounded_down(Vec<Acc> m) {
-  using V = Vec<Acc>;
-  constexpr Acc unit = sizeof(Acc) == 4 ? 0x1p-23 : 0x1p-52;
-  return m - min(V(1e32f), max(m, V(0) - m) * V(unit));  // infinities stay
-}
-template <typename T, typename V> VEC_INLINE V weight_of(V x) { return exp_of<T>(min(V(10), x)); }
-
 // s where low <= j < high, else -inf.
 #if defined(CPU_CAPABILITY_AVX512)
 VEC_INLINE Vec<float> within(Vec<float> s, Vec<float> j, Vec<float> low, Vec<float> high) {

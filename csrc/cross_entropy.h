@@ -11,8 +11,8 @@ struct CrossEntropy {
   int64_t stride, cols;  // between rows; the vocabulary
   const int64_t* label;  // [rows], -1: ignored
   double label_smoothing, z_loss, softcap;
-  // In the accumulator's dtype: lse [rows, 2] with its rounding residual, which would be a relative error of exp(l - lse); the
-  // label's logit [rows]; the sum of the logits [rows], may be null.
+  // In the accumulator's dtype: lse [rows, 2], the largest logit and the log of the sum of exp(l - largest), because the rounding
+  // of their sum would be a relative error of exp(l - lse); the label's logit [rows]; the sum of the logits [rows], may be null.
   void *lse, *label_logit, *total;
   const double* factor;             // [rows] the factor of the row's gradient
   void* dlogits;                    // may be logits; in the forward null, or the gradient is written too

@@ -8,6 +8,7 @@ namespace internlm2 {
 struct KlPenalty {
   Dtype acc;
   In logprobs, ref_logprobs;
+  const uint8_t* mask;  // [n], may be null: masked entries have kl 0 and gradient 0
   int64_t estimator;  // 1, 2, 3
   void* kl;
   const void* dkl;

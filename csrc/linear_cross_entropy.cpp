@@ -41,10 +41,11 @@ class LossCall : public HeadCall {
   // The weighted loss of the chunk's row t, 0 where it is ignored.
   double loss(int64_t first, int64_t t) const {
     const double weight = rows_.weight(first + t), mean = a.total ? number(a.total, t) / a.vocab : 0;
-    return weight == 0 ? 0 : weight * rows_.loss(number(a.lse, t), number(a.lse_residual, t), number(a.label_logit, t), mean);
+    return weight == 0 ? 0 : weight * rows_.loss(number(a.top, t), number(a.log_sum, t), number(a.label_logit, t), mean);
   }
   void coefficients(int64_t first, int64_t t, double dloss) const {
-    const double lse = number(a.lse, t), weight = rows_.weight(first + t), r = weight == 0 ? 0 : weight * factor_ * dloss;
+    const double lse = number(a.top, t) + number(a.log_sum, t), weight = rows_.weight(first + t);
+    const double r = weight == 0 ? 0 : weight * factor_ * dloss;
     const auto set = [&](const void* to, double x) { Numbers(const_cast<void*>(to), wide()).set(t, r == 0 ? 0 : r * x); };
     set(a.a, rows_.a(lse));
     set(a.b, 0);

@@ -30,8 +30,7 @@ struct LinearHead {
   void *block_max, *block_sum, *block_dot, *block_total;
   int32_t* block_best;
   // Results, [rows] in the accumulator's dtype: all but the first two may be null.
-  void *label_logit, *lse, *entropy, *best, *total;
-  void* lse_residual;  // [rows] the rounding residual of lse: the loss of a token whose probability is close to 1 is smaller
+  void *label_logit, *top, *log_sum, *entropy, *best, *total;
   int32_t* best_column;
   // dl_j = p_j (a + b (l_j - lse)) + s + [j is the label's] (k - a), p_j = exp(l_j - lse), before the soft-cap's slope: [rows].
   const void *a, *b, *s, *k;

@@ -47,19 +47,19 @@ class HeadCall {
     return data(kept_.back());
   }
   void* statistic(int64_t size) { return take(blocks() * a.capacity * size); }
-  // A chunk's part of lse [tokens, 2]: lse and its rounding residual.
+  // A chunk's part of lse [tokens, 2]: the largest logit, and the log of the sum of exp(l - largest).
   void put_lse(const Numbers& lse, int64_t first) const {
-    const Numbers whole(a.lse, wide()), residual(a.lse_residual, wide());
+    const Numbers top(a.top, wide()), log_sum(a.log_sum, wide());
     for (int64_t t = 0; t < a.rows; ++t) {
-      lse.set(2 * (first + t), whole.get(t));
-      lse.set(2 * (first + t) + 1, residual.get(t));
+      lse.set(2 * (first + t), top.get(t));
+      lse.set(2 * (first + t) + 1, log_sum.get(t));
     }
   }
   void get_lse(const Numbers& lse, int64_t first) const {
-    const Numbers whole(a.lse, wide()), residual(a.lse_residual, wide());
+    const Numbers top(a.top, wide()), log_sum(a.log_sum, wide());
     for (int64_t t = 0; t < a.rows; ++t) {
-      whole.set(t, lse.get(2 * (first + t)));
-      residual.set(t, lse.get(2 * (first + t) + 1));
+      top.set(t, lse.get(2 * (first + t)));
+      log_sum.set(t, lse.get(2 * (first + t) + 1));
     }
   }
   void* row_numbers() { return take(a.capacity * acc_size()); }
@@ -74,8 +74,8 @@ class HeadCall {
     sizes = INTERNLM2_CPU_MATRIX(linear_head_sizes, a);
     const bool serial = static_cast<double>(tokens_) * a.vocab * a.d < kSerial;
     workers_ = serial ? 1 : workers_for(std::max(blocks(), chunk_));
-    a.lse = row_numbers();
-    a.lse_residual = row_numbers();
+    a.top = row_numbers();
+    a.log_sum = row_numbers();
     a.hidden_rows = take(sizes.hidden_rows);
     if (wants_dweight()) a.hidden_steps = take(sizes.hidden_steps);
     if (a.store != HeadStore::none) a.scores = take(sizes.scores);

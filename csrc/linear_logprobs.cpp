@@ -51,9 +51,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_logprobs_fwd_cpp(
         call.put_lse(lses, first);
         for (int64_t t = 0; t < rows; ++t) {
           const int64_t column = call.column(first + t);
-          const double z = lses.get(2 * (first + t)), rest = lses.get(2 * (first + t) + 1);
-          to.set(first + t, ((column >= 0 ? logits.get(t) : 0) - z) - rest);
-          if (needs_hits) hit[first + t] = a.best_column[t] == column && !std::isnan(z);
+          const double top = lses.get(2 * (first + t)), log_sum = lses.get(2 * (first + t) + 1);
+          to.set(first + t, ((column >= 0 ? logits.get(t) : 0) - top) - log_sum);
+          if (needs_hits) hit[first + t] = a.best_column[t] == column && !std::isnan(top + log_sum);
         }
       });
   return {logprobs, lse, entropy, hits, sum};

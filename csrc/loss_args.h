@@ -25,8 +25,8 @@ class Numbers {
 
 // Writes label - start to `to`, or -1 where that is outside [0, width) or the label equals *ignored (where `ignored` is not
 // null). Every other label must be in [0, classes).
-inline void read_labels(const char* op, const char* argument, const Tensor& labels, int64_t classes, const int64_t* ignored, int64_t start,
-                        int64_t width, int64_t* to) {
+inline void read_labels(const char* op, const char* argument, const Tensor& labels, int64_t classes, const int64_t* ignored,
+                        int64_t start, int64_t width, int64_t* to) {
   const bool narrow = dtype_of(labels) == Dtype::i32;
   const void* p = cdata(labels);
   for (int64_t t = 0, n = labels.numel(); t < n; ++t) {
@@ -55,12 +55,12 @@ struct LossRows {
     for (int64_t t = 0; t < rows; ++t) total += weight(t);
     return total == 0 ? 1 : 1 / total;
   }
-  // The loss of a row before its weight. `residual` is the rounding residual of lse: where the label's probability is close
-  // to 1 the loss is no larger. `mean` is that of the row's logits, for label smoothing.
-  double loss(double lse, double residual, double label_logit, double mean) const {
-    double loss = (1 - label_smoothing) * ((lse - label_logit) + residual);
-    if (label_smoothing != 0) loss += label_smoothing * ((lse - mean) + residual);
-    if (z_loss != 0) loss += z_loss * lse * lse;
+  // The loss of a row before its weight; lse = top + log_sum. Where the label's probability is close to 1 the loss is of the
+  // size of log_sum. `mean` is that of the row's logits, for label smoothing.
+  double loss(double top, double log_sum, double label_logit, double mean) const {
+    double loss = (1 - label_smoothing) * ((top - label_logit) + log_sum);
+    if (label_smoothing != 0) loss += label_smoothing * ((top - mean) + log_sum);
+    if (z_loss != 0) loss += z_loss * (top + log_sum) * (top + log_sum);
     return loss;
   }
   // dl_j = r (p_j a + s), and for the label r ((p_j - 1) a + k + s), so that a probability close to 1 loses no digits.

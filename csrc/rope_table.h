@@ -8,11 +8,11 @@ namespace internlm2 {
 struct RopeTableFwd {
   Dtype positions_dtype;  // i32 or i64
   const void* positions;
-  const double* inv_freq;  // [half]
+  const double* inv_freq;  // [half]; with float32_angles, values of float
   float *cos, *sin;        // contiguous [rows, half]
   int64_t half;
-  double magnitude;
-  bool float32_angles;  // position * inv_freq in float, as the released model does
+  double divisor, magnitude;  // of positions; on cos and sin
+  bool float32_angles;        // position / divisor * inv_freq in float, as the released model computes it
 };
 
 INTERNLM2_CPU_KERNELS(void rope_table_fwd(const RopeTableFwd& a, int64_t first_row, int64_t last_row);)

@@ -16,25 +16,6 @@ template <typename V> VEC_INLINE Two<V> plus(Two<V> x, V y) { return {x.a + y, x
 template <typename V> VEC_INLINE Two<V> fma(Two<V> x, V y, V z) { return {fma(x.a, y, z), fma(x.b, y, z)}; }
 template <typename V> VEC_INLINE Two<V> tanh(Two<V> x) { return {tanh(x.a), tanh(x.b)}; }
 
-// x + y without rounding, where neither is infinite.
-template <typename V> struct Parts { V rounded, rest; };
-template <typename V> VEC_INLINE Parts<V> exact_sum(V x, V y) {
-  const V sum = x + y, part = sum - x;
-  return {sum, (x - (sum - part)) + (y - part)};
-}
-
-// tanh(x + rest) to some 2^-26 of it: math.h's m / (m + 2) with what its roundings cut off; 1 / (m + 2) = (1 - tanh) / 2.
-template <typename Acc> VEC_INLINE Parts<Vec<Acc>> tanh_parts(Parts<Vec<Acc>> x) {
-  using V = Vec<Acc>;
-  const auto e = exp_parts(x.rounded + x.rounded);
-  const V power = scale2(V(1), e.n), less_1 = power - V(1), m = fma(e.p, power, less_1);
-  const V m_rest = fma((e.r - e.p) + e.t, power, fma(e.p, power, less_1 - m));
-  const auto below = exact_sum(m, V(2));
-  const V t = m / below.rounded, one(1);
-  const V left = fnma(t, below.rounded, m) + fnma(t, below.rest + m_rest, m_rest);
-  return {t, fma(left * V(Acc(0.5)), one - t, fnma(t, t, one) * x.rest)};
-}
-
 // One row at a time. Its sums run in an order that its length alone fixes.
 template <typename T> struct Row {
   using Acc = acc_t<T>;
@@ -49,20 +30,11 @@ template <typename T> struct Row {
         inverse(static_cast<Acc>(1 / args.softcap)) {}
 
   VEC_INLINE Acc capped(Acc l) const { return a.softcap > 0 ? lane(V(cap) * tanh(V(l) * V(inverse))) : l; }
-  // Soft-capped logits less `shift`, and the cap's slope 1 - tanh^2. A probability takes the roundings of its logit as a
-  // relative error: results of 32 bits and more get the difference of what is not rounded yet.
+  // The soft-capped logits minus `shift`, and the slope of the soft-cap, 1 - tanh^2.
   template <typename L> struct Capped { L less, slope; };
   VEC_INLINE Capped<V> capped_less(V l, V shift) const {
-    if constexpr (sizeof(T) == 2) {
-      const V u = tanh(l * V(inverse));
-      return {V(cap) * u - shift, fnma(u, u, V(Acc(1)))};
-    } else {
-      const V most(cap * (sizeof(T) == 4 ? 10 : 20));  // there tanh rounds to 1; a NaN passes
-      const V near = min(most, max(V(0) - most, l)), quotient = near * V(inverse);
-      const auto u = tanh_parts(Parts<V>{quotient, fnma(quotient, V(cap), near) * V(inverse)});
-      return {fma(u.rest, V(cap), fma(u.rounded, V(cap), V(0) - shift)),
-              fnma(u.rounded + u.rounded, u.rest, fnma(u.rounded, u.rounded, V(1)))};
-    }
+    const V u = tanh(l * V(inverse));
+    return {V(cap) * u - shift, fnma(u, u, V(Acc(1)))};
   }
   VEC_INLINE Capped<Two<V>> capped_less(Two<V> l, V shift) const {
     const auto first = capped_less(l.a, shift), second = capped_less(l.b, shift);
@@ -84,7 +56,8 @@ template <typename T> struct Row {
     return a.softcap > 0 ? V(cap) * tanh(l * V(inverse)) : l;
   }
 
-  struct Sums { Parts<Acc> lse; Acc total; };
+  struct Lse { Acc top, log_sum; };  // the largest logit, and the log of the sum of exp(l - top)
+  struct Sums { Lse lse; Acc total; };
   Sums sums() const {
     Two<V> sum{V(Acc(0)), V(Acc(0))}, total = sum;
     Acc most = static_cast<Acc>(-kInfinity);
@@ -101,10 +74,7 @@ template <typename T> struct Row {
       sum = plus(sum, more);
       if (a.total != nullptr) total = plus(total, block_total(first, n));
     }
-    const Acc shift = most == static_cast<Acc>(-kInfinity) ? Acc(0) : most;
-    Parts<Acc> lse = exact_sum(shift, log_of((sum.a + sum.b).sum()));
-    if (!(lse.rest == lse.rest)) lse.rest = 0;  // an infinity leaves nothing
-    return {lse, (total.a + total.b).sum()};
+    return {{most, log_of((sum.a + sum.b).sum())}, (total.a + total.b).sum()};
   }
   static VEC_INLINE Acc lane(V x) {
     Acc lanes[V::size];
@@ -141,24 +111,22 @@ template <typename T> struct Row {
     if constexpr (sizeof(T) == 2) return exp2_for_16_bits(d * V(Acc(1.4426950408889634)));
     else return exp(d);
   }
-  void gradient(Parts<Acc> lse, int64_t label, double r, T* out) const {
+  void gradient(Lse lse, int64_t label, double r, T* out) const {
     if (r == 0) return static_cast<void>(std::memset(static_cast<void*>(out), 0, static_cast<size_t>(a.cols) * sizeof(T)));
-    const double slope = 2 * a.z_loss * static_cast<double>(lse.rounded), factor = r * (1 + slope);
+    const double log_sum = lse.log_sum, slope = 2 * a.z_loss * (lse.top + log_sum), factor = r * (1 + slope);
     const Acc fa = static_cast<Acc>(factor), fk = static_cast<Acc>(r * (slope + a.label_smoothing));
     const Acc fs = static_cast<Acc>(-r * a.label_smoothing / static_cast<double>(a.cols));
     const Acc logit = to_acc(x[label]);
-    Capped<Acc> l{logit - lse.rounded, Acc(1)};
+    Capped<Acc> l{logit - lse.top, Acc(1)};
     if (a.softcap > 0) {
-      const auto lanes = capped_less(V(logit), V(lse.rounded));
+      const auto lanes = capped_less(V(logit), V(lse.top));
       l = {lane(lanes.less), lane(lanes.slope)};
     }
-    const Acc g = (fa * expm1_of(l.less - lse.rest) + fk + fs) * l.slope;  // p - 1 from its own series: nothing cancels
-    gradient_part(V(lse.rounded), static_cast<Acc>(factor * exp_less(lse.rest)), fs, out);
+    const Acc g = (fa * expm1_of(l.less - lse.log_sum) + fk + fs) * l.slope;  // expm1: p - 1 would cancel
+    gradient_part(V(lse.top), static_cast<Acc>(factor * ::exp(-log_sum)), fs, out);
     V(g).store(out + label, 1);
   }
-  // exp(-x): its first two terms, which all but huge logits take, are 10 ns less.
-  static VEC_INLINE double exp_less(double x) { return x * x < (sizeof(Acc) == 4 ? 0x1p-26 : 0x1p-55) ? 1 - x : ::exp(-x); }
-  // The label's is no better than the others here.
+  // The label's column is overwritten afterwards.
   void gradient_part(V down, Acc fa, Acc fs, T* out) const {
     const V va(fa), vs(fs);
     if (a.softcap > 0) {
@@ -181,7 +149,7 @@ template <typename T> void forward(const CrossEntropy& a, int64_t begin, int64_t
     const auto sums = row.sums();
     const int64_t label = a.label[t];
     const Acc logit = label < 0 ? Acc(0) : row.capped(to_acc(row.x[label]));
-    static_cast<Parts<Acc>*>(a.lse)[t] = sums.lse;
+    static_cast<typename Row<T>::Lse*>(a.lse)[t] = sums.lse;
     static_cast<Acc*>(a.label_logit)[t] = logit;
     if (a.total != nullptr) static_cast<Acc*>(a.total)[t] = sums.total;
     if (a.dlogits != nullptr) {
@@ -193,7 +161,7 @@ template <typename T> void forward(const CrossEntropy& a, int64_t begin, int64_t
 template <typename T> void backward(const CrossEntropy& a, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
     const Row<T> row(a, t);
-    row.gradient(static_cast<const Parts<acc_t<T>>*>(a.lse)[t], a.label[t], a.factor[t],
+    row.gradient(static_cast<const typename Row<T>::Lse*>(a.lse)[t], a.label[t], a.factor[t],
                  static_cast<T*>(a.dlogits) + t * a.dlogits_stride);
   }
 }

@@ -6,14 +6,19 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
+// x, or 0 in the lanes of masked entries; the first lane is entry `at`.
+template <typename V, typename N> VEC_INLINE V counted(const KlPenalty& a, int64_t at, N lanes, V x) {
+  return a.mask == nullptr ? x : only(true_lanes<V>(a.mask + at, lanes), x);
+}
+
 template <typename Acc> void kl_fwd(const KlPenalty& a, int64_t begin, int64_t end) {
   using V = Vec<Acc>;
   const auto fill = [&](int64_t i, int64_t n, const Acc* logprobs, const Acc* ref) VEC_LAMBDA {
     Acc* kl = static_cast<Acc*>(a.kl) + i;
     for_vectors<V, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
-      const V p = load<V>(logprobs + j, lanes), q = load<V>(ref + j, lanes), l = p - q;
+      const V l = counted(a, i + j, lanes, load<V>(logprobs + j, lanes) - load<V>(ref + j, lanes));
       if (a.estimator == 1) return store(kl + j, l, lanes);
-      store(kl + j, a.estimator == 2 ? V(Acc(0.5)) * l * l : expm1_minus(q - p), lanes);
+      store(kl + j, a.estimator == 2 ? V(Acc(0.5)) * l * l : expm1_minus(V(0) - l), lanes);
     });
   };
   for_blocks<Acc>(begin, end, fill, a.logprobs, a.ref_logprobs);
@@ -25,8 +30,9 @@ template <typename Acc> void kl_bwd(const KlPenalty& a, int64_t begin, int64_t e
   const auto fill = [&](int64_t i, int64_t n, const Acc* logprobs, const Acc* ref, Acc* out, Acc* dref) VEC_LAMBDA {
     const Acc* dkl = static_cast<const Acc*>(a.dkl) + i;
     for_vectors<V, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
-      const V p = load<V>(logprobs + j, lanes), q = load<V>(ref + j, lanes), up = load<V>(dkl + j, lanes);
-      const V slope = a.estimator == 1 ? V(1) : a.estimator == 2 ? p - q : V(0) - expm1(q - p);
+      const V l = counted(a, i + j, lanes, load<V>(logprobs + j, lanes) - load<V>(ref + j, lanes));
+      const V up = counted(a, i + j, lanes, load<V>(dkl + j, lanes));
+      const V slope = a.estimator == 1 ? V(1) : a.estimator == 2 ? l : V(0) - expm1(V(0) - l);
       store(out + j, up * slope, lanes);
       if (dref != nullptr) store(dref + j, V(0) - up * slope, lanes);
     });

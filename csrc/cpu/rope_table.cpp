@@ -71,9 +71,7 @@ struct Row {
 };
 
 template <typename N> VEC_INLINE void columns(const Row& row, int64_t i, N n) {
-  V inv = load<V>(row.inv_freq + i, n);
-  if (row.float32_angles) inv = round_to_float(inv);
-  V x = V(row.position) * inv;  // exact in double where both are floats, so rounded once
+  V x = V(row.position) * load<V>(row.inv_freq + i, n);  // exact in double where both are floats, so rounded once
   if (row.float32_angles) x = round_to_float(x);
   V cos, sin;
   cos_sin(x, cos, sin);
@@ -107,9 +105,10 @@ void rope_table_fwd(const RopeTableFwd& a, int64_t begin, int64_t end) {
   }
   for (int64_t i = begin; i < end; ++i) {
     const int64_t index = index_at(a.positions, a.positions_dtype, i);
-    Row row{a.inv_freq, a.cos + i * a.half, a.sin + i * a.half, static_cast<double>(index), a.magnitude, a.float32_angles};
+    Row row{a.inv_freq, a.cos + i * a.half, a.sin + i * a.half, static_cast<double>(index) / a.divisor, a.magnitude,
+            a.float32_angles};
     if (a.float32_angles) {
-      row.position = static_cast<float>(index);
+      row.position = static_cast<float>(index) / static_cast<float>(a.divisor);
       row.magnitude = static_cast<float>(a.magnitude);
     }
     if (std::fabs(row.position) * largest < kLargest) {

@@ -14,7 +14,7 @@ import triton.language as tl
 from .._device_errors import CODES, error_word
 from .common import check_dtype, launch
 from .functions import _expm1
-from .losses import NONE, _cap_slope, _capped, _label, _share, _store_sum, count_rows, reduce_losses, scaled
+from .losses import NONE, _cap_slope, _capped, _label, _load_lse, _share, _store_lse, count_rows, reduce_losses, scaled
 
 INNER = 8  # columns a thread takes from one load: 16 bytes of a 2-byte dtype
 LARGEST_BLOCK = 16384
@@ -77,7 +77,7 @@ def cross_entropy_fwd_kernel(logits_ptr, labels_ptr, count_ptr, loss_ptr, lse_pt
         loss += smoothing * (top - tl.div_rn(tl.sum(total, axis=0), vocab * 1.0) + log_z)
     tl.store(loss_ptr + row, tl.where(bad, float("nan"), tl.where(ignored, 0.0, loss)))
     if lse_ptr is not None:
-        _store_sum(lse_ptr, row, top, log_z, True)
+        _store_lse(lse_ptr, row, top, log_z, True)
     if dlogits_ptr is not None:
         share = 1.0
         if count_ptr is not None:
@@ -107,13 +107,13 @@ def cross_entropy_bwd_kernel(dloss_ptr, logits_ptr, labels_ptr, lse_ptr, count_p
     logits_ptr += row * stride
     label, ignored, bad = _label(labels_ptr, row, row >= 0, ignore_index, vocab, error_ptr, ERROR)
     share = _share(dloss_ptr, row, dloss_step, None, count_ptr, row >= 0)
-    lse = tl.load(lse_ptr + 2 * row)
-    residue = tl.load(lse_ptr + 2 * row + 1)
+    top, log_z = _load_lse(lse_ptr, row, row >= 0)
+    lse = top + log_z
     here = ((ignored | bad) == 0) & (label >= first) & (label < first + BLOCK)
     own = _capped(tl.load(logits_ptr + label, mask=here, other=0.0).to(tl.float32), softcap, SOFTCAP)
-    entry = share * _entry(_expm1(own - lse - residue), lse, smoothing, z_loss, vocab)
+    entry = share * _entry(_expm1(own - top - log_z), lse, smoothing, z_loss, vocab)
     logit = _capped(tl.load(logits_ptr + col, mask=col < vocab, other=0.0).to(tl.float32), softcap, SOFTCAP)
-    d = share * (1.0 + 2.0 * z_loss * lse) * tl.exp(logit - lse - residue) - share * tl.div_rn(smoothing, vocab * 1.0)
+    d = share * (1.0 + 2.0 * z_loss * lse) * tl.exp(logit - top - log_z) - share * tl.div_rn(smoothing, vocab * 1.0)
     d = tl.where(col == label, entry, d)
     if SOFTCAP:
         d = d * _cap_slope(logit, softcap)

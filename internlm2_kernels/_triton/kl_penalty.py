@@ -11,62 +11,74 @@ BLOCK = 1024
 
 
 @triton.jit
-def kl_penalty_fwd_kernel(logprobs_ptr, ref_ptr, kl_ptr, size, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr):
+def _log_ratio(logprobs_ptr, ref_ptr, mask_ptr, index, size):
+    """(logprobs - ref_logprobs, which tokens count); the difference is 0 where a token does not count."""
+    known = index < size
+    x = tl.load(logprobs_ptr + index, mask=known, other=0.0).to(tl.float32)
+    x -= tl.load(ref_ptr + index, mask=known, other=0.0).to(tl.float32)
+    counts = known
+    if mask_ptr is not None:
+        counts = tl.load(mask_ptr + index, mask=known, other=0) != 0
+        x = tl.where(counts, x, 0.0)
+    return x, counts
+
+
+@triton.jit
+def kl_penalty_fwd_kernel(logprobs_ptr, ref_ptr, mask_ptr, kl_ptr, size, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < size
-    x = tl.load(logprobs_ptr + index, mask=mask, other=0.0).to(tl.float32)
-    x -= tl.load(ref_ptr + index, mask=mask, other=0.0).to(tl.float32)
+    x, _ = _log_ratio(logprobs_ptr, ref_ptr, mask_ptr, index, size)
     if ESTIMATOR == 1:
         kl = x
     elif ESTIMATOR == 2:
         kl = 0.5 * x * x
     else:
         kl = _expm1_less_x(0.0 - x)
-    tl.store(kl_ptr + index, kl, mask=mask)
+    tl.store(kl_ptr + index, kl, mask=index < size)
 
 
 @triton.jit
-def kl_penalty_bwd_kernel(dkl_ptr, logprobs_ptr, ref_ptr, dlogprobs_ptr, dref_ptr, size, ESTIMATOR: tl.constexpr,
+def kl_penalty_bwd_kernel(dkl_ptr, logprobs_ptr, ref_ptr, mask_ptr, dlogprobs_ptr, dref_ptr, size, ESTIMATOR: tl.constexpr,
                           BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
-    d = tl.load(dkl_ptr + index, mask=mask, other=0.0)
-    if ESTIMATOR != 1:
-        x = tl.load(logprobs_ptr + index, mask=mask, other=0.0).to(tl.float32)
-        x -= tl.load(ref_ptr + index, mask=mask, other=0.0).to(tl.float32)
-        if ESTIMATOR == 2:
-            d = d * x
-        else:
-            d = d * -_expm1(0.0 - x)
+    x, counts = _log_ratio(logprobs_ptr, ref_ptr, mask_ptr, index, size)
+    d = tl.where(counts, tl.load(dkl_ptr + index, mask=mask, other=0.0), 0.0)
+    if ESTIMATOR == 2:
+        d = d * x
+    elif ESTIMATOR == 3:
+        d = d * -_expm1(0.0 - x)
     tl.store(dlogprobs_ptr + index, d.to(dlogprobs_ptr.dtype.element_ty), mask=mask)
     if dref_ptr is not None:
         tl.store(dref_ptr + index, (0.0 - d).to(dref_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(kernel, logprobs, ref_logprobs, estimator, **tensors):
+def _launch(kernel, logprobs, ref_logprobs, mask, estimator, **tensors):
     check_dtype("kl_penalty", "logprobs", logprobs)
     check_dtype("kl_penalty", "ref_logprobs", ref_logprobs)
-    launch_elements(kernel, logprobs, BLOCK, dict(logprobs_ptr=logprobs, ref_ptr=ref_logprobs, ESTIMATOR=estimator, **tensors))
+    mask = None if mask is None else mask.view(torch.int8)
+    launch_elements(kernel, logprobs, BLOCK,
+                    dict(logprobs_ptr=logprobs, ref_ptr=ref_logprobs, mask_ptr=mask, ESTIMATOR=estimator, **tensors))
 
 
-def kl_penalty_fwd(logprobs, ref_logprobs, estimator):
+def kl_penalty_fwd(logprobs, ref_logprobs, mask, estimator):
     kl = torch.empty(logprobs.shape, dtype=torch.float32, device=logprobs.device)
-    _launch(kl_penalty_fwd_kernel, logprobs, ref_logprobs, estimator, kl_ptr=kl)
+    _launch(kl_penalty_fwd_kernel, logprobs, ref_logprobs, mask, estimator, kl_ptr=kl)
     return kl
 
 
-def kl_penalty_bwd(dkl, logprobs, ref_logprobs, estimator, needs_ref):
+def kl_penalty_bwd(dkl, logprobs, ref_logprobs, mask, estimator, needs_ref):
     dlogprobs = torch.empty(logprobs.shape, dtype=logprobs.dtype, device=logprobs.device)
     dref = torch.empty(ref_logprobs.shape if needs_ref else (0,), dtype=ref_logprobs.dtype, device=logprobs.device)
-    _launch(kl_penalty_bwd_kernel, logprobs, ref_logprobs, estimator, dkl_ptr=dkl, dlogprobs_ptr=dlogprobs,
+    _launch(kl_penalty_bwd_kernel, logprobs, ref_logprobs, mask, estimator, dkl_ptr=dkl, dlogprobs_ptr=dlogprobs,
             dref_ptr=dref if needs_ref else None)
     return dlogprobs, dref
 
 
 def audit(dtype, meta):
     """Launches whose kernels the static audit compiles."""
-    x, d = meta(8192, dtype=dtype), meta(8192, dtype=torch.float32)
+    x, d, mask = meta(8192, dtype=dtype), meta(8192, dtype=torch.float32), meta(8192, dtype=torch.bool)
     for estimator in (1, 2, 3):
-        yield f"k{estimator}", lambda e=estimator: kl_penalty_fwd(x, x, e)
-        yield f"k{estimator}", lambda e=estimator: kl_penalty_bwd(d, x, x, e, True)
-    yield "k3, no reference", lambda: kl_penalty_bwd(d, x, x, 3, False)
+        yield f"k{estimator}", lambda e=estimator: kl_penalty_fwd(x, x, None, e)
+        yield f"k{estimator}", lambda e=estimator: kl_penalty_bwd(d, x, x, None, e, True)
+    yield "k3, mask", lambda: kl_penalty_fwd(x, x, mask, 3)
+    yield "k3, mask, no reference", lambda: kl_penalty_bwd(d, x, x, mask, 3, False)

@@ -9,7 +9,7 @@ from . import linear_head as head
 from .common import check_dtype, launch
 from .linear_head import _merged
 from .linear_head_bwd import COEFFICIENTS, Gradients, backward, chunk_buffer, gradient_of_stored, peak_of
-from .losses import NONE, _label, _share, _store_sum, count_rows, reduce_losses, scaled
+from .losses import NONE, _label, _load_lse, _share, _store_lse, count_rows, reduce_losses, scaled
 
 MERGE_TILES, MERGE_ROWS = 32, 32
 
@@ -43,7 +43,7 @@ def linear_cross_entropy_merge_kernel(top_ptr, sum_ptr, total_ptr, label_ptr, la
         weight = tl.load(weights_ptr + row, mask=mask, other=0.0)
         loss = tl.where(weight == 0.0, 0.0, loss * weight)  # an infinite loss of no weight counts as none
     tl.store(loss_ptr + row, tl.where(bad, float("nan"), tl.where(ignored, 0.0, loss)), mask=mask)
-    _store_sum(lse_ptr, row, top, log_z, mask)
+    _store_lse(lse_ptr, row, top, log_z, mask)
     if coefficients_ptr is not None:
         share = _share(None, row, 0, weights_ptr, count_ptr, mask)
         _write_coefficients(coefficients_ptr, row, coefficient_stride, mask, share, lse, ignored, bad, smoothing, z_loss,
@@ -57,9 +57,10 @@ def linear_cross_entropy_coefficients_kernel(dloss_ptr, labels_ptr, lse_ptr, wei
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = row < rows
     label, ignored, bad = _label(labels_ptr, row, mask, ignore_index, vocab, error_ptr, ERROR)
-    lse = tl.load(lse_ptr + 2 * row, mask=mask, other=0.0)
+    top, log_z = _load_lse(lse_ptr, row, mask)
     share = _share(dloss_ptr, row, dloss_step, weights_ptr, count_ptr, mask)
-    _write_coefficients(coefficients_ptr, row, coefficient_stride, mask, share, lse, ignored, bad, smoothing, z_loss, vocab)
+    _write_coefficients(coefficients_ptr, row, coefficient_stride, mask, share, top + log_z, ignored, bad, smoothing, z_loss,
+                        vocab)
 
 
 def _merge(blocks, labels, weights, count, loss, lse, coefficients, vocab, ignore_index, smoothing, z_loss):

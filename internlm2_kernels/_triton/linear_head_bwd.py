@@ -22,7 +22,7 @@ import triton.language as tl
 from .common import architecture, launch
 from .functions import _expm1
 from .linear_head import _labels_in, _logits, _place, _product, block_sizes, gradient_chunks, scores_tile, tile_config
-from .losses import _cap_slope
+from .losses import _cap_slope, _load_lse
 
 COEFFICIENTS = 4
 
@@ -55,12 +55,11 @@ def linear_head_gradient_kernel(hidden_ptr, weight_ptr, labels_ptr, lse_ptr, coe
                                        SOFTCAP, EVEN, GROUP, BLOCK_M, BLOCK_N, BLOCK_K)
     mask = row < rows
     a, b, c, s, nothing = _coefficients(coefficients_ptr, peak_ptr, row, coefficient_stride, mask)
-    lse = tl.load(lse_ptr + 2 * row, mask=mask, other=0.0)
-    rest = tl.load(lse_ptr + 2 * row + 1, mask=mask, other=0.0)  # what rounding cut off lse
+    top, log_z = _load_lse(lse_ptr, row, mask)
     _, own = _labels_in(block_n, labels_ptr, row, col, mask, first_token, vocab, BLOCK_N)
-    y = (tl.sum(tl.where(own, logit, 0.0), axis=1) - lse) - rest
+    y = (tl.sum(tl.where(own, logit, 0.0), axis=1) - top) - log_z
     entry = a * _expm1(y) + (c + s)
-    x = (logit - lse[:, None]) - rest[:, None]
+    x = (logit - top[:, None]) - log_z[:, None]
     p = tl.exp(x)
     if ENTROPY:
         entry -= b * tl.where(y == float("-inf"), 0.0, tl.exp(y) * y)
@@ -88,20 +87,19 @@ def linear_head_stored_kernel(stored_ptr, labels_ptr, top_ptr, label_ptr, lse_pt
     col = tile[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     at = stored_ptr + row * stored_stride + col
     stored = tl.load(at, mask=col < vocab, other=0.0).to(tl.float32)
-    top = tl.load(top_ptr + row + tile.to(tl.int64) * stride, mask=tile * BLOCK_N < vocab, other=0.0)
-    lse = tl.load(lse_ptr + 2 * row)
-    rest = tl.load(lse_ptr + 2 * row + 1)
+    block_top = tl.load(top_ptr + row + tile.to(tl.int64) * stride, mask=tile * BLOCK_N < vocab, other=0.0)
+    top, log_z = _load_lse(lse_ptr, row, row >= 0)
     a, b, c, s, nothing = _coefficients(coefficients_ptr, peak_ptr, row, coefficient_stride, row >= 0)
     label = tl.load(labels_ptr + row).to(tl.int64)
     known = (label >= 0) & (label < vocab)
-    x = (tl.load(label_ptr + row, mask=known, other=0.0) - lse) - rest
+    x = (tl.load(label_ptr + row, mask=known, other=0.0) - top) - log_z
     entry = a * _expm1(x) + (c + s)
     if SOFTCAP:
-        logit = stored + tl.where(top == float("-inf"), 0.0, top)[:, None]
-        d = tl.where(col == label, entry, a * tl.exp((logit - lse) - rest) + c)
+        logit = stored + tl.where(block_top == float("-inf"), 0.0, block_top)[:, None]
+        d = tl.where(col == label, entry, a * tl.exp((logit - top) - log_z) + c)
         d = d * _cap_slope(logit, softcap)
     else:
-        d = tl.where(col == label, entry, a * (stored * tl.exp((top - lse) - rest)[:, None]) + c)
+        d = tl.where(col == label, entry, a * (stored * tl.exp((block_top - top) - log_z)[:, None]) + c)
     d = tl.where(nothing, 0.0, d)
     tl.store(at, d.to(stored_ptr.dtype.element_ty), mask=col < vocab)
 

@@ -9,7 +9,7 @@ from . import linear_head as head
 from .common import check_dtype, launch
 from .linear_head import _merged
 from .linear_head_bwd import COEFFICIENTS, backward
-from .losses import _label, _store_sum
+from .losses import _label, _store_lse
 
 MERGE_TILES, MERGE_ROWS = 32, 32
 NO_TOKEN = -(2**62)  # the ignore_index that no token has
@@ -28,7 +28,7 @@ def linear_logprobs_merge_kernel(top_ptr, sum_ptr, total_ptr, moment_ptr, index_
     local = token - first_token
     own = tl.load(label_ptr + row, mask=mask & (local >= 0) & (local < vocab), other=0.0)
     tl.store(logprobs_ptr + row, tl.where(bad, float("nan"), own - top - log_z), mask=mask)
-    _store_sum(lse_ptr, row, top, log_z, mask)
+    _store_lse(lse_ptr, row, top, log_z, mask)
     if hits_ptr is not None:
         z = top + log_z
         tl.store(hits_ptr + row, (index.to(tl.int64) == local) & (z == z), mask=mask)

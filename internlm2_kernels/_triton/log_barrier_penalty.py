@@ -11,13 +11,13 @@ BLOCK = 1024
 
 @triton.jit
 def _barrier(x, bound, margin, CLAMP: tl.constexpr):
-    """The penalty and its derivative. For |x| up to the edge bound * (1 - margin) the penalty is
+    """The penalty and its derivative. For |x| up to the edge bound - margin the penalty is
     -(log(bound + x) + log(bound - x)); beyond the edge it is the tangent at the edge or, with CLAMP, the value at the edge."""
-    edge = bound * (1.0 - margin)
-    inside = tl.abs(x) <= edge
+    edge = bound - margin
     far = tl.abs(x)
-    # At the edge bound - |x| equals bound * margin; the product avoids the cancellation of the difference.
-    near = tl.where(inside, bound - far, bound * margin)
+    inside = far <= edge
+    # At the edge bound - |x| equals margin; the difference of the two close numbers would be rounded.
+    near = tl.where(inside, tl.maximum(bound - far, margin), margin)
     a = tl.where(inside, far, edge)
     slope = tl.div_rn(1.0, near) - tl.div_rn(1.0, bound + a)
     value = -(tl.log(bound + a) + tl.log(near))

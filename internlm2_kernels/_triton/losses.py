@@ -32,13 +32,16 @@ def _cap_slope(logit, softcap):
 
 
 @triton.jit
-def _store_sum(lse_ptr, row, top, log_z, mask):
-    """lse [rows, 2]: the rounded sum top + log_z and its rounding residual, which is 0 where the sum is infinite."""
-    lse = top + log_z
-    part = lse - top
-    rest = (top - (lse - part)) + (log_z - part)
-    tl.store(lse_ptr + 2 * row, lse, mask=mask)
-    tl.store(lse_ptr + 2 * row + 1, tl.where(rest == rest, rest, 0.0), mask=mask)
+def _store_lse(lse_ptr, row, top, log_sum, mask):
+    """lse [rows, 2]: the largest logit, and the log of the sum of exp(logit - largest). They are kept apart because the
+    rounding of their sum would be a relative error of exp(logit - lse)."""
+    tl.store(lse_ptr + 2 * row, top, mask=mask)
+    tl.store(lse_ptr + 2 * row + 1, log_sum, mask=mask)
+
+
+@triton.jit
+def _load_lse(lse_ptr, row, mask):
+    return tl.load(lse_ptr + 2 * row, mask=mask, other=0.0), tl.load(lse_ptr + 2 * row + 1, mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])

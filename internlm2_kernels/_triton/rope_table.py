@@ -22,15 +22,15 @@ TWO_OVER_PI = tl.constexpr(0.6366197723675814)
 
 @triton.jit(do_not_specialize=["rows"])
 def rope_table_fwd_kernel(positions_ptr, inv_freq_ptr, cos_ptr, sin_ptr, rows, half,
-                          MAGNITUDE: tl.constexpr, FLOAT32: tl.constexpr, BLOCK: tl.constexpr):
+                          DIVISOR: tl.constexpr, MAGNITUDE: tl.constexpr, FLOAT32: tl.constexpr, BLOCK: tl.constexpr):
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = element < rows.to(tl.int64) * half
     position = tl.load(positions_ptr + element // half, mask=mask, other=0)
     frequency = tl.load(inv_freq_ptr + element % half, mask=mask, other=0.0)
     if FLOAT32:
-        angle = (position.to(tl.float32) * frequency.to(tl.float32)).to(tl.float64)
+        angle = (tl.div_rn(position.to(tl.float32), DIVISOR) * frequency.to(tl.float32)).to(tl.float64)
     else:
-        angle = position.to(tl.float64) * frequency
+        angle = position.to(tl.float64) / DIVISOR * frequency
     quarters = tl.floor(angle * TWO_OVER_PI + 0.5)
     high = tl.floor(quarters * (1.0 / 67108864.0)) * 67108864.0
     low = quarters - high
@@ -53,14 +53,14 @@ def rope_table_fwd_kernel(positions_ptr, inv_freq_ptr, cos_ptr, sin_ptr, rows, h
     tl.store(sin_ptr + element, (sin * MAGNITUDE).to(tl.float32), mask=mask)
 
 
-def rope_table_fwd(positions, inv_freq, magnitude, float32_angles):
+def rope_table_fwd(positions, inv_freq, divisor, magnitude, float32_angles):
     rows, half = positions.shape[0], inv_freq.shape[0]
     cos = torch.empty((rows, half), dtype=torch.float32, device=positions.device)
     sin = torch.empty_like(cos)
     if cos.numel():
         launch(rope_table_fwd_kernel, triton.cdiv(cos.numel(), BLOCK), positions.device,
                dict(positions_ptr=positions, inv_freq_ptr=inv_freq, cos_ptr=cos, sin_ptr=sin, rows=rows, half=half,
-                    MAGNITUDE=magnitude, FLOAT32=float32_angles, BLOCK=BLOCK), num_warps=4)
+                    DIVISOR=divisor, MAGNITUDE=magnitude, FLOAT32=float32_angles, BLOCK=BLOCK), num_warps=4)
     return cos, sin
 
 
@@ -69,5 +69,5 @@ def audit(dtype, meta):
     if dtype != torch.float32:
         return
     positions, inv_freq = meta(4096, dtype=torch.int64), meta(64, dtype=torch.float64)
-    yield "float64 angles", lambda: rope_table_fwd(positions, inv_freq, 1.0, False)
-    yield "float32 angles", lambda: rope_table_fwd(positions, inv_freq, 1.0, True)
+    yield "float64 angles", lambda: rope_table_fwd(positions, inv_freq, 1.0, 1.0, False)
+    yield "float32 angles", lambda: rope_table_fwd(positions, inv_freq, 1.0, 1.0, True)

@@ -7,9 +7,8 @@ from .._autograd import once_differentiable
 from .._checks import check_labels, check_values, fail, last_stride_1
 from .._device_errors import CODES, Index, declare, error_word
 from .._native import native
-from ..ops._losses import check_reduction, reduced
-from ..ops.cross_entropy import check_ignore_index, check_loss_options
-from ..ops.linear_cross_entropy import as_matrix, check_head, check_weights
+from ..ops._head import as_matrix, check_head, check_weights
+from ..ops._losses import check_ignore_index, check_loss_options, check_reduction, reduced
 from ..ops.linear_logprobs import BWD, FWD, LINEAR_LOGPROBS
 
 NAME = "vocab_parallel_linear_cross_entropy"
@@ -18,24 +17,17 @@ declare(NAME, {"vocab_start": Index(1 << 13, "the ranks' rows to follow each oth
 
 
 def _global_lse(lse, group):
-    """log of the sum over all ranks of exp(lse) as two numbers whose sum it is: a shift of its size and what is left.
+    """[T, 2]: the maximum over all ranks, and the log of the sum over all ranks of exp(l - maximum), from each rank's own.
 
-    `lse` [T, 2] is rounded, and what rounding cut off. The loss of a certain label is far less than a unit of its lse.
+    They are kept apart because the loss of a token whose probability is close to 1 is less than an ulp of their sum.
     """
-    shift = lse[:, 0].clone()
-    dist.all_reduce(shift, dist.ReduceOp.MAX, group)
-    shift = shift.masked_fill(shift.isinf(), 0)
-    total = torch.exp((lse[:, 0] - shift) + lse[:, 1])
+    top, log_sum = lse.unbind(-1)
+    most = top.clone()
+    dist.all_reduce(most, dist.ReduceOp.MAX, group)
+    most = most.masked_fill(most.isinf(), 0)
+    total = torch.exp((top - most) + log_sum)
     dist.all_reduce(total, group=group)
-    return shift, torch.log(total)
-
-
-def _exact_sum(x, y):
-    """[T, 2]: x + y, and what its rounding cut off (of an infinity or NaN nothing)."""
-    whole = x + y
-    part = whole - x
-    rest = (x - (whole - part)) + (y - part)
-    return torch.stack((whole, torch.where(rest == rest, rest, 0)), -1)
+    return torch.stack((most, torch.log(total)), -1)
 
 
 def _marks(begin, end):
@@ -70,18 +62,19 @@ class _Losses(torch.autograd.Function):
         options = 1.0, softcap, start, vocab_size
         logprobs, lse, _, _, total = native(FWD[backend], hidden, weight, labels, *options, False, smoothing > 0, False)
         end = start + weight.shape[0]
-        shift, left = _global_lse(lse, group)
-        # lse - the label's logit, from the rank that has the label: its own log-probability, and how far its lse is off
-        loss = torch.where((labels >= start) & (labels < end), ((shift - lse[:, 0]) - lse[:, 1]) + (left - logprobs), 0)
+        own, lse = lse, _global_lse(lse, group)
+        most, log_sum = lse.unbind(-1)
+        # The rank that has the label: lse - logit = (lse - the rank's own lse) - the rank's log-probability of the label.
+        loss = torch.where((labels >= start) & (labels < end), ((most - own[:, 0]) - own[:, 1]) + (log_sum - logprobs), 0)
         marks = [lse.new_full((1,), mark) for mark in _marks(start, end)]  # filled on the device: CUDA graphs record no copy
         parts = torch.cat((loss, total, *marks))  # one message; total is empty unless wanted
         dist.all_reduce(parts, group=group)
         loss, total, found = parts.split((loss.shape[0], total.shape[0], 2))
         right = (labels >= 0) & (labels < vocab_size) & _check_cover(found, start, weight.shape[0], vocab_size)
-        lse = _exact_sum(shift, left).masked_fill(~right[:, None], float("nan"))  # what no rank could answer: loss, gradients
-        loss = (1 - smoothing) * loss + z_loss * lse[:, 0].square()
+        lse = lse.masked_fill(~right[:, None], float("nan"))  # so that the gradients of these tokens are NaN too
+        loss = (1 - smoothing) * loss + z_loss * (most + log_sum).square()
         if smoothing > 0:
-            loss = loss + smoothing * ((shift - total / vocab_size) + left)
+            loss = loss + smoothing * ((most - total / vocab_size) + log_sum)
         loss = torch.where(right, loss, float("nan"))
         ctx.save_for_backward(hidden, weight, labels, lse)
         ctx.options, ctx.coefficients, ctx.group, ctx.backend = options, (smoothing, z_loss), group, backend
@@ -94,7 +87,7 @@ class _Losses(torch.autograd.Function):
         (smoothing, z_loss), vocab_size, needs = ctx.coefficients, ctx.options[-1], ctx.needs_input_grad
         dlse = None
         if smoothing or z_loss:  # an ignored token's lse may be anything
-            dlse = torch.where(dloss == 0, 0, dloss * (smoothing + 2 * z_loss * lse[:, 0]))
+            dlse = torch.where(dloss == 0, 0, dloss * (smoothing + 2 * z_loss * lse.sum(-1)))
         dsum = (-smoothing / vocab_size * dloss).contiguous() if smoothing else None
         dhidden, dweight = BWD[ctx.backend](((smoothing - 1) * dloss).contiguous(), None, dlse, dsum, hidden, weight, labels,
                                             lse, None, *ctx.options, needs[0], needs[1])

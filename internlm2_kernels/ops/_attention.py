@@ -29,8 +29,9 @@ def allowed_keys(queries, keys, left, right, device):
 @without_autocast
 def attend(q, k, v, left, right, scale, softcap):
     """One sequence: q [S_q, H, d], k, v [S_k, G, d] -> out [S_q, H, d], lse [H, S_q], in q's dtype as it stands."""
-    group = q.shape[1] // k.shape[1]
-    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    from einops import repeat
+
+    k, v = (repeat(t, "j g d -> j (g h) d", h=q.shape[1] // t.shape[1]) for t in (k, v))
     allowed = allowed_keys(q.shape[0], k.shape[0], left, right, q.device)
     some = allowed.any(-1)
     # A row without a key is 0 here and cleared below, so that nothing which it or its gradient holds reaches the others; its

@@ -18,7 +18,7 @@ def soft_capped(logits, softcap):
 def losses_of(logits, labels, ignore_index, label_smoothing, z_loss, softcap):
     """The loss of every row of float32 or float64 logits [T, V]; 0 where it is ignored.
 
-    lse = top + log_z, apart: the gradient's exp(l - lse) would take the rounding of their sum as a relative error.
+    lse = top + log_z is kept as two numbers: the rounding of their sum would be a relative error of exp(l - lse).
     """
     valid = labels != ignore_index
     logits = soft_capped(torch.where(valid[..., None], logits, 0), softcap)  # an ignored row may hold NaN

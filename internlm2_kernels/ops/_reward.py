@@ -77,6 +77,6 @@ def checked(op, name, hidden, head_weight, gamma, penalty_weight, bound):
     check_device(op, "head_weight", head_weight, hidden, name)
     if head_weight.dim() not in (1, 2) or head_weight.numel() != hidden.shape[1] or head_weight.shape[-1] != hidden.shape[1]:
         fail(ValueError, op, "head_weight", f"shape [{hidden.shape[1]}] or [1, {hidden.shape[1]}]", list(head_weight.shape))
-    bound, margin = barrier.check_barrier(op, bound, MARGIN)
+    bound = check_number(op, "bound", bound, "a number from 0.01 to 1e6", lambda v: 0.01 <= v <= 1e6)
     weight = check_number(op, "penalty_weight", penalty_weight, "a finite number >= 0", lambda v: v >= 0)
-    return last_stride_1(hidden), flattened(head_weight), (focal.check_gamma(op, gamma), weight, bound, margin)
+    return last_stride_1(hidden), flattened(head_weight), (focal.check_gamma(op, gamma), weight, bound, MARGIN)

@@ -2,9 +2,8 @@
 
 import torch
 
-from .._checks import check_device, check_flag, check_float, check_shape, fail
+from .._checks import check_device, check_flag, check_float, check_number, check_shape, fail
 from .._registry import Op
-from ._losses import check_number
 from ._philox import bits16, stochastic_bfloat16
 
 LEAST_NORMAL = torch.finfo(torch.float32).tiny

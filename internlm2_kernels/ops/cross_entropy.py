@@ -19,7 +19,7 @@ def reference(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=
 def _fake_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction):
     acc = accumulator(logits.dtype)
     loss = logits.new_empty(labels.shape if reduction == 0 else (), dtype=acc)
-    return loss, logits.new_empty((*labels.shape, 2), dtype=acc)  # lse, and what rounding cut off it
+    return loss, logits.new_empty((*labels.shape, 2), dtype=acc)  # lse: the maximum, and the log of the sum
 
 
 def _fake_grad_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction):
@@ -76,7 +76,8 @@ class _OneSweep(torch.autograd.Function):
 class _TwoSweeps(torch.autograd.Function):
     """The gradient is computed from the logits and their lse, into fresh memory or over the logits.
 
-    exp(l - lse) takes the rounding of lse, |lse| / 2 eps, as a relative error: so lse is kept with what rounding cut off it.
+    lse is saved as two numbers, the row's maximum and the log of its sum of exp(l - maximum): the rounding of their sum would
+    be a relative error of the probabilities.
     """
 
     @staticmethod
@@ -111,7 +112,7 @@ def cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_l
     Backward: mean and sum make the gradient in the forward (one read, one write) and save it: the bytes of logits. An
               upstream other than 1 multiplies it, into memory of its own: one pass and the bytes of logits more (none on
               CPU for 1, unless the graph is kept), in which inf or NaN reaches ignored rows too. "none", float16 and
-              inplace_backward save logits and lse in two parts (8 bytes a row; float64: 16) and read the logits again.
+              inplace_backward save logits and lse (8 bytes a row; float64: 16) and read the logits again.
               Deterministic: yes, and batch-invariant
     Errors:   ValueError, TypeError; a label outside [0, V) that is not ignore_index raises on CPU before memory is touched;
               on CUDA its row becomes NaN and `internlm2_kernels.check()` reports it

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from .._autograd import once_differentiable
-from .._checks import check_float, check_vector
+from .._checks import check_float, check_number, check_vector
 from .._registry import Op
-from ._losses import accumulator, check_number
+from ._losses import accumulator
 
 
 def reference(chosen, rejected, *, gamma=2.0):

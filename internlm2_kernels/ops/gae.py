@@ -9,13 +9,14 @@ from .._checks import (
     check_device,
     check_float,
     check_mask,
+    check_number,
     check_vector,
     fail,
 )
 from .._device_errors import Index
 from .._native import native
 from .._registry import Op
-from ._losses import accumulator, check_number
+from ._losses import accumulator
 
 
 def reference(rewards, values, cu_seqlens, *, mask=None, bootstrap=None, gamma=1.0, lam=0.99):

@@ -3,15 +3,17 @@
 import torch
 
 from .._autograd import once_differentiable
-from .._checks import check_choice, check_float, check_vector
+from .._checks import check_choice, check_float, check_mask, check_vector
 from .._registry import Op
 from ._losses import accumulator
 
 ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
 
 
-def reference(logprobs, ref_logprobs, *, estimator="k1"):
+def reference(logprobs, ref_logprobs, *, mask=None, estimator="k1"):
     acc = accumulator(logprobs.dtype)
+    if mask is not None:  # before the difference: a zero gradient times an infinite factor would be NaN
+        logprobs, ref_logprobs = logprobs.masked_fill(~mask, 0), ref_logprobs.masked_fill(~mask, 0)
     x = logprobs.to(acc) - ref_logprobs.to(acc)
     return x if estimator == "k1" else x.square() / 2 if estimator == "k2" else torch.expm1(-x) + x
 
@@ -22,12 +24,13 @@ KL_PENALTY = Op(
     summary="k1, k2, k3 estimators of the KL divergence, token by token",
     reference=reference,
     schemas={
-        "fwd": "(Tensor logprobs, Tensor ref_logprobs, int estimator) -> Tensor",
-        "bwd": "(Tensor dkl, Tensor logprobs, Tensor ref_logprobs, int estimator, bool needs_ref)"
+        "fwd": "(Tensor logprobs, Tensor ref_logprobs, Tensor? mask, int estimator) -> Tensor",
+        "bwd": "(Tensor dkl, Tensor logprobs, Tensor ref_logprobs, Tensor? mask, int estimator, bool needs_ref)"
                " -> (Tensor dlogprobs, Tensor dref)",
     },
-    fakes={"fwd": lambda a, b, estimator: a.new_empty(a.shape, dtype=accumulator(a.dtype)),
-           "bwd": lambda dkl, a, b, estimator, needs_ref: (a.new_empty(a.shape), a.new_empty(a.shape if needs_ref else (0,)))},
+    fakes={"fwd": lambda a, b, mask, estimator: a.new_empty(a.shape, dtype=accumulator(a.dtype)),
+           "bwd": lambda dkl, a, b, mask, estimator, needs_ref: (a.new_empty(a.shape),
+                                                                 a.new_empty(a.shape if needs_ref else (0,)))},
     outputs=("kl",),
 )
 _FWD, _BWD = KL_PENALTY.overloads["fwd"], KL_PENALTY.overloads["bwd"]
@@ -35,36 +38,39 @@ _FWD, _BWD = KL_PENALTY.overloads["fwd"], KL_PENALTY.overloads["bwd"]
 
 class _KLPenalty(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logprobs, ref_logprobs, estimator, backend):
-        ctx.save_for_backward(logprobs, ref_logprobs)
+    def forward(ctx, logprobs, ref_logprobs, mask, estimator, backend):
+        ctx.save_for_backward(logprobs, ref_logprobs, mask)
         ctx.estimator, ctx.backend = estimator, backend
-        return _FWD[backend](logprobs, ref_logprobs, estimator)
+        return _FWD[backend](logprobs, ref_logprobs, mask, estimator)
 
     @staticmethod
     @once_differentiable("kl_penalty")
     def backward(ctx, dkl):
         needs_ref = ctx.needs_input_grad[1]
         dlogprobs, dref = _BWD[ctx.backend](dkl.contiguous(), *ctx.saved_tensors, ctx.estimator, needs_ref)
-        return dlogprobs, dref if needs_ref else None, None, None
+        return dlogprobs, dref if needs_ref else None, None, None, None
 
 
-def kl_penalty(logprobs, ref_logprobs, *, estimator="k1", backend=None):
+def kl_penalty(logprobs, ref_logprobs, *, mask=None, estimator="k1", backend=None):
     """With x = logprobs - ref_logprobs: k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x.
 
-    Shapes:   logprobs, ref_logprobs [...] -> kl [...]
-    Dtypes:   float32 | bfloat16 | float16 | float64, both equal; computed in float32 (float64), in which kl is. k3 is infinite
-              where exp(-x) overflows
+    Shapes:   logprobs, ref_logprobs, mask [...] -> kl [...]. Masked tokens (mask False or 0) have kl 0 and gradient 0,
+              whatever they and the upstream gradient hold: infinities and NaN have no influence
+    Dtypes:   float32 | bfloat16 | float16 | float64, both equal; mask bool, or numbers of which all but 0 count; computed in
+              float32 (float64), in which kl is. k3 is infinite where exp(-x) overflows
     Backward: saves its inputs; both may take a gradient: 1, x, 1 - exp(-x), and their negatives. Deterministic: yes
     Errors:   ValueError for a shape, a device or estimator; TypeError for a dtype
-    Cost:     one launch each way; reads two, writes one.   Source: joschu.net/blog/kl-approx.html
+    Cost:     one launch each way; reads two (and a byte of mask), writes one.   Source: joschu.net/blog/kl-approx.html
     """
     check_float("kl_penalty", "logprobs", logprobs)
     other = check_vector("kl_penalty", "ref_logprobs", ref_logprobs, logprobs.shape, logprobs, "logprobs").view(-1)
+    mask = None if mask is None else check_mask("kl_penalty", mask, logprobs, "logprobs")
     check_choice("kl_penalty", "estimator", estimator, tuple(ESTIMATORS))
     chosen = KL_PENALTY.select(logprobs, backend)
     if chosen == "reference":
-        return reference(logprobs, ref_logprobs, estimator=estimator)
+        return reference(logprobs, ref_logprobs, mask=mask, estimator=estimator)
     flat, code = logprobs.contiguous().view(-1), ESTIMATORS[estimator]
+    mask = None if mask is None else mask.view(-1)
     if torch.is_grad_enabled() and (flat.requires_grad or other.requires_grad):
-        return _KLPenalty.apply(flat, other, code, chosen).view(logprobs.shape)
-    return _FWD[chosen](flat, other, code).view(logprobs.shape)
+        return _KLPenalty.apply(flat, other, mask, code, chosen).view(logprobs.shape)
+    return _FWD[chosen](flat, other, mask, code).view(logprobs.shape)

@@ -3,14 +3,13 @@
 import torch
 
 from .._autocast import without_autocast
-from .._autograd import distinct, may_return_saved, once_differentiable
+from .._autograd import distinct, is_one, may_return_saved, once_differentiable
 from .._checks import check_labels, check_values, last_stride_1
 from .._device_errors import Index
 from .._native import native
 from .._registry import Op
 from ._head import as_matrix, check_head, check_weights, gradient_shapes
-from ._losses import REDUCTIONS, accumulator, check_reduction, losses_of, reduced
-from .cross_entropy import check_ignore_index, check_loss_options, is_one
+from ._losses import REDUCTIONS, accumulator, check_ignore_index, check_loss_options, check_reduction, losses_of, reduced
 
 
 @without_autocast
@@ -25,7 +24,7 @@ def reference(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0,
 def _fake_fwd(hidden, weight, labels, token_weights, ignore_index, label_smoothing, z_loss, softcap, reduction):
     acc = accumulator(hidden.dtype)
     loss = hidden.new_empty(labels.shape if reduction == 0 else (), dtype=acc)
-    return loss, hidden.new_empty((*labels.shape, 2), dtype=acc)  # lse, and what rounding cut off it
+    return loss, hidden.new_empty((*labels.shape, 2), dtype=acc)  # lse: the maximum, and the log of the sum
 
 
 def _fake_grad_fwd(hidden, weight, labels, token_weights, ignore_index, label_smoothing, z_loss, softcap, reduction,

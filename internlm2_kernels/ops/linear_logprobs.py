@@ -4,16 +4,12 @@ import torch
 
 from .._autocast import without_autocast
 from .._autograd import distinct, once_differentiable
-from .._checks import check_flag, check_labels, check_values, last_stride_1
+from .._checks import check_flag, check_labels, check_number, check_values, last_stride_1
 from .._device_errors import Index
 from .._native import native
 from .._registry import Op
-from ._losses import accumulator, check_number
-from .linear_cross_entropy import (
-    as_matrix,
-    check_head,
-    gradient_shapes,
-)
+from ._head import as_matrix, check_head, gradient_shapes
+from ._losses import accumulator
 
 
 def _results(logprobs, entropy, hits, return_entropy, return_hits):
@@ -35,7 +31,7 @@ def reference(hidden, weight, tokens, *, temperature=1.0, return_entropy=False, 
 def _fake_fwd(hidden, weight, tokens, inv_temperature, softcap, vocab_start, vocab_size, needs_entropy, needs_sum, needs_hits):
     acc = accumulator(hidden.dtype)
     each = lambda wanted=True, dtype=acc: hidden.new_empty((tokens.shape[0] if wanted else 0,), dtype=dtype)
-    lse = hidden.new_empty((*tokens.shape, 2), dtype=acc)  # and what rounding cut off it
+    lse = hidden.new_empty((*tokens.shape, 2), dtype=acc)  # the maximum, and the log of the sum
     return each(), lse, each(needs_entropy), each(needs_hits, torch.bool), each(needs_sum)
 
 

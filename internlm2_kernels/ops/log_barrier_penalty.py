@@ -4,20 +4,20 @@
 import torch
 
 from .._autograd import once_differentiable
-from .._checks import check_choice, check_float
+from .._checks import check_choice, check_float, check_number
 from .._registry import Op
-from ._losses import accumulator, check_number
+from ._losses import accumulator
 
 
 def reference(rewards, *, bound=5.0, margin=1e-3, outside="linear"):
-    x = rewards.to(accumulator(rewards.dtype))
-    edge = bound * (1 - margin)
-    inside = x.clamp(-edge, edge)
-    value = -(torch.log(inside + bound) + torch.log(bound - inside))
+    size = rewards.to(accumulator(rewards.dtype)).abs()
+    edge = bound - margin
+    beyond = size > edge
+    # margin itself, because the difference bound - edge would be rounded
+    value = -(torch.log(bound + torch.where(beyond, edge, size)) + torch.log(torch.where(beyond, margin, bound - size)))
     if outside == "clamp":
         return value
-    slope = 1 / (bound - edge) - 1 / (bound + edge)
-    return value + slope * torch.where(x.abs() > edge, x.abs() - edge, 0)  # at the edge clamp's derivative alone
+    return value + (1 / margin - 1 / (bound + edge)) * torch.where(beyond, size - edge, 0)
 
 
 LOG_BARRIER_PENALTY = Op(
@@ -50,17 +50,17 @@ class _LogBarrierPenalty(torch.autograd.Function):
 
 
 def check_barrier(op, bound, margin):
-    return (check_number(op, "bound", bound, "a number from 1e-6 to 1e6", lambda v: 1e-6 <= v <= 1e6),
-            check_number(op, "margin", margin, "a number from 1e-6 to 0.5", lambda v: 1e-6 <= v <= 0.5))
+    bound = check_number(op, "bound", bound, "a number from 1e-6 to 1e6", lambda v: 1e-6 <= v <= 1e6)
+    return bound, check_number(op, "margin", margin, "a number from 1e-6 to bound / 2", lambda v: 1e-6 <= v <= bound / 2)
 
 
 def log_barrier_penalty(rewards, *, bound=5.0, margin=1e-3, outside="linear", backend=None):
-    """Log barrier: penalty = -(log(x + bound) + log(bound - x)) up to |x| = edge = bound (1 - margin).
+    """Log barrier: penalty = -(log(x + bound) + log(bound - x)) up to |x| = edge = bound - margin.
 
     Shapes:   rewards [...] -> penalty [...]
-    Options:  outside the edge "linear" continues with the value and the slope at the edge, so that a reward which starts
-              beyond the bound has a finite loss and comes back; "clamp" holds the edge's value, with no gradient outside, as
-              XTuner does
+    Options:  margin is absolute. Beyond the edge, "linear" continues with the value and the slope at the edge, so that a
+              reward beyond the bound has a finite loss and is drawn back; "clamp" keeps the value at the edge and has no
+              gradient there, as in XTuner
     Dtypes:   float32 | bfloat16 | float16 | float64; computed in float32 (float64), the penalty stays so. At 0 it is
               -2 log(bound): a total loss may be negative
     Backward: saves rewards; slope 1 / (bound - x) - 1 / (bound + x). Deterministic: yes

@@ -10,7 +10,6 @@ from .._checks import (
     check_float,
     check_layout,
     check_longest,
-    check_shape,
     fail,
     last_stride_1,
 )
@@ -18,14 +17,18 @@ from .._device_errors import Index
 from .._native import native
 from .._registry import Op
 from ._attention import SHAPES, attend, check_bound, check_heads, check_options
+from ._cache import check_cache
 
 
 def _gather(cache, scale, blocks, length, dtype):
     """The keys or values [length, G, d] of one sequence from its blocks, in `dtype`; int8 times its scale, 0 counting as 1."""
-    x = cache[blocks.long()].flatten(0, 1)[:length].to(dtype)
+    from einops import rearrange
+
+    in_order = lambda x: rearrange(x[blocks.long()], "b s g ... -> (b s) g ...")[:length].to(dtype)
+    x = in_order(cache)
     if scale is None:
         return x
-    s = scale[blocks.long()].flatten(0, 1)[:length].to(dtype)
+    s = in_order(scale)
     return x * torch.where(s == 0, 1, s)[..., None]
 
 
@@ -96,34 +99,6 @@ PAGED_ATTENTION = Op(
 _FWD = PAGED_ATTENTION.overloads["fwd"]
 
 
-def _check_cache(q, k_cache, v_cache, k_scale, v_scale):
-    for name, cache, scale in (("k", k_cache, k_scale), ("v", v_cache, v_scale)):
-        argument = f"{name}_cache"
-        if not isinstance(cache, torch.Tensor):
-            fail(TypeError, "paged_attention", argument, "a tensor", type(cache).__name__)
-        check_layout("paged_attention", argument, cache)
-        if cache.dtype not in (q.dtype, torch.int8) or cache.dtype != k_cache.dtype:
-            fail(TypeError, "paged_attention", argument, f"{q.dtype} or int8, k_cache and v_cache alike", cache.dtype)
-        if cache.dim() != 4 or cache.shape != k_cache.shape or cache.shape[1] == 0:
-            fail(ValueError, "paged_attention", argument, "shape [blocks, block_size, kv_heads, head_dim], both alike",
-                 list(cache.shape))
-        if not cache.is_contiguous():
-            fail(ValueError, "paged_attention", argument, "a contiguous tensor", f"strides {cache.stride()}")
-        check_device("paged_attention", argument, cache, q, "q")
-        if (scale is not None) != (cache.dtype == torch.int8):
-            fail(ValueError, "paged_attention", f"{name}_scale", "a tensor with an int8 cache and None otherwise",
-                 "None" if scale is None else "a tensor")
-        if scale is not None:
-            if not isinstance(scale, torch.Tensor) or scale.dtype != torch.float32:
-                fail(TypeError, "paged_attention", f"{name}_scale", "a contiguous float32 tensor",
-                     getattr(scale, "dtype", type(scale).__name__))
-            check_layout("paged_attention", f"{name}_scale", scale)
-            if not scale.is_contiguous():
-                fail(ValueError, "paged_attention", f"{name}_scale", "a contiguous tensor", f"strides {scale.stride()}")
-            check_shape("paged_attention", f"{name}_scale", scale, cache.shape[:3], "the cache's first three dimensions")
-            check_device("paged_attention", f"{name}_scale", scale, q, "q")
-
-
 def _check_integers(argument, value, shape, meaning, q):
     if not isinstance(value, torch.Tensor):
         fail(TypeError, "paged_attention", argument, "an int32 tensor", type(value).__name__)
@@ -191,7 +166,7 @@ def paged_attention(q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=
     (q,) = autocast(q)
     if q.dim() != 3:
         fail(ValueError, "paged_attention", "q", "shape [T, heads, head_dim]", list(q.shape))
-    _check_cache(q, k_cache, v_cache, k_scale, v_scale)
+    check_cache("paged_attention", {"k_cache": k_cache, "v_cache": v_cache, "k_scale": k_scale, "v_scale": v_scale}, q, "q")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k_cache, v_cache, k_scale, v_scale)):
         fail(ValueError, "paged_attention", "q, k_cache, v_cache", "tensors that require no gradient (there is no backward)",
              "requires_grad=True")

@@ -5,15 +5,12 @@ from typing import NamedTuple
 import torch
 
 from .._autograd import once_differentiable
-from .._checks import as_rows, check_device, check_float, check_layout, check_shape, check_values, fail
+from .._checks import as_rows, check_device, check_float, check_values, fail
 from .._device_errors import Index
+from .._native import native
 from .._registry import Op
-from .apply_rope import (
-    check_tables,
-    native,
-    rotate,
-    rows_of_table,
-)
+from ._cache import check_cache, check_tensor
+from ._rope import check_tables, rotate, rows_of_table
 
 
 class KVCache(NamedTuple):
@@ -32,9 +29,12 @@ class KVCache(NamedTuple):
 
 
 def split_heads(qkv, num_heads, num_kv_heads):
+    """q [T, H, d], k, v [T, G, d] of InternLM2's packed projection: in each group H/G queries, then a key, then a value."""
+    from einops import rearrange
+
     group = num_heads // num_kv_heads
-    x = qkv.reshape(-1, num_kv_heads, group + 2, qkv.shape[-1] // (num_heads + 2 * num_kv_heads))
-    return x[:, :, :group].flatten(1, 2), x[:, :, group], x[:, :, group + 1].clone()
+    x = rearrange(qkv, "... (g n d) -> (...) g n d", g=num_kv_heads, n=group + 2)
+    return rearrange(x[:, :, :group], "t g h d -> t (g h) d"), x[:, :, group], x[:, :, group + 1].clone()
 
 
 def reference(qkv, cos, sin, positions=None, *, num_heads, num_kv_heads, cache=None):
@@ -133,31 +133,12 @@ def _check_cache(qkv, cache, num_kv_heads, head_dim, tokens):
     if torch.is_grad_enabled() and qkv.requires_grad:
         fail(ValueError, "qkv_rope", "cache", "None where gradients are recorded (the write is not differentiable)",
              "a cache")
-    for name, value in zip(cache._fields, cache, strict=True):
-        if not isinstance(value, torch.Tensor) and (value is not None or not name.endswith("_scale")):
-            fail(TypeError, "qkv_rope", f"cache.{name}", "a tensor", type(value).__name__)
-        if value is None:
-            continue
-        check_layout("qkv_rope", f"cache.{name}", value)
-        if value.requires_grad:
-            fail(ValueError, "qkv_rope", f"cache.{name}", "a tensor that requires no gradient", "requires_grad=True")
-    for name, target, scale in (("k", cache.k, cache.k_scale), ("v", cache.v, cache.v_scale)):
-        if target.dtype not in (qkv.dtype, torch.int8) or target.dtype != cache.k.dtype:
-            fail(TypeError, "qkv_rope", f"cache.{name}", f"{qkv.dtype} or int8, k and v alike", target.dtype)
-        if target.dim() != 4 or tuple(target.shape[2:]) != (num_kv_heads, head_dim) or target.shape != cache.k.shape:
-            fail(ValueError, "qkv_rope", f"cache.{name}", f"shape [blocks, block_size, {num_kv_heads}, {head_dim}]",
-                 list(target.shape))
-        if not target.is_contiguous():
-            fail(ValueError, "qkv_rope", f"cache.{name}", "a contiguous tensor", f"strides {target.stride()}")
-        check_device("qkv_rope", f"cache.{name}", target, qkv, "qkv")
-        if (scale is not None) != (target.dtype == torch.int8):
-            fail(ValueError, "qkv_rope", f"cache.{name}_scale", "a tensor with an int8 cache and None otherwise",
-                 "None" if scale is None else "a tensor")
-        if scale is not None:
-            check_shape("qkv_rope", f"cache.{name}_scale", scale, target.shape[:3], "the cache's first three dimensions")
-            check_device("qkv_rope", f"cache.{name}_scale", scale, qkv, "qkv")
-            if scale.dtype != torch.float32 or not scale.is_contiguous():
-                fail(TypeError, "qkv_rope", f"cache.{name}_scale", "a contiguous float32 tensor", scale.dtype)
+    named = {f"cache.{name}": getattr(cache, name) for name in ("k", "v", "k_scale", "v_scale")}
+    check_tensor("qkv_rope", "cache.slots", cache.slots)
+    check_cache("qkv_rope", named, qkv, "qkv", (num_kv_heads, head_dim))
+    for name, value in named.items():
+        if value is not None and value.requires_grad:
+            fail(ValueError, "qkv_rope", name, "a tensor that requires no gradient", "requires_grad=True")
     if cache.slots.dtype != torch.int64 or cache.slots.numel() != tokens:
         fail(ValueError, "qkv_rope", "cache.slots", f"int64, one slot a token ({tokens})",
              f"{cache.slots.dtype} {list(cache.slots.shape)}")

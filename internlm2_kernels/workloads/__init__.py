@@ -53,7 +53,8 @@ class Workload:
     magnitude   the size of cancelling terms, by output or argument name, where the gold itself cancels
     rowwise     each row or token is computed by itself, under any leading dimensions
     contiguous  the arguments that must be contiguous: anything else is an error
-    copies      the aten operators that a call uses to copy its inputs, where it updates in place
+    copies      the aten operators that a call uses outside its kernels: to copy inputs, where it updates in place, or to make
+                a few numbers that do not grow with its inputs
     domain      limits of dims for drawn sizes: lowest, highest, step
     """
 

@@ -30,7 +30,7 @@ def _magnitude(sample, upstream):
         return {}
     last = hidden if cu is None else hidden[cu[1:].long() - 1]
     size, typical = float((last.abs() @ weight.abs()).max()), float((last.square() @ weight.square()).max().sqrt())
-    near = float((5 - (last @ weight).abs().clamp(max=5 * (1 - MARGIN))).min())
+    near = float((5 - (last @ weight).abs().clamp(max=5 - MARGIN)).min())
     sizes = {"rewards": size, "loss": size * (1 + 0.02 / near)}
     if upstream:
         slope = 1 / len(last) * (1 + 0.02 / near + typical * (0.5 + 0.02 / near**2))

@@ -1,6 +1,7 @@
 """Workload of `flash_attention`."""
 
 import torch
+from einops import repeat
 
 from ..ops._attention import attend, check_options
 from ..ops.flash_attention import on_sequences, sequences_of
@@ -69,8 +70,7 @@ def _magnitude(sample, upstream):
     for (q1, k1, v1), dout in zip(sequences_of(q, k, v, cu_q, cu_k), douts, strict=False):
         if 0 in (q1.shape[0], k1.shape[0]):
             continue
-        group = q1.shape[1] // k1.shape[1]
-        ke, ve = (t.repeat_interleave(group, 1) for t in (k1, v1))
+        ke, ve = (repeat(t, "j g d -> j (g h) d", h=q1.shape[1] // t.shape[1]) for t in (k1, v1))
         s = torch.einsum("ihd,jhd->hij", q1, ke) * scale
         sizes["lse"] = max(sizes["lse"], float(s.abs().max()))
         if dout is None:

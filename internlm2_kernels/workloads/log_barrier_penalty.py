@@ -9,7 +9,7 @@ from . import Case, Sample, Workload
 
 def eager(rewards, *, bound=5.0, margin=1e-3, outside="linear"):
     x = rewards.float() if rewards.dtype != torch.float64 else rewards
-    edge = bound * (1 - margin)
+    edge = bound - margin
     barrier = lambda v: -(torch.log(v + bound) + torch.log(bound - v))
     clamped = barrier(x.clamp(-edge, edge))
     slope = 1 / (bound - edge) - 1 / (bound + edge)
@@ -23,12 +23,12 @@ def _sample(case, dtype, device, generator):
 
 
 def _magnitude(sample, upstream):
-    """Two logarithms of both signs, and beyond the edge the distance from it times the slope there."""
-    x, bound = sample.inputs["rewards"], sample.inputs.get("bound", 5.0)
+    """Two logarithms of both signs; beyond the edge, slope * |x| and slope * edge, which nearly cancel at the edge."""
+    x, bound, margin = sample.inputs["rewards"], sample.inputs.get("bound", 5.0), 1e-3
     if not x.numel():
         return {}
-    beyond = sample.inputs.get("outside") != "clamp" and bool((x.abs() > bound * (1 - 1e-3)).any())
-    return {"penalty": 2 * abs(math.log(bound * 1e-3)) + 1000 * beyond}
+    beyond = sample.inputs.get("outside") != "clamp" and bool((x.abs() > bound - margin).any())
+    return {"penalty": 2 * abs(math.log(margin)) + bound / margin * beyond}
 
 
 WORKLOAD = Workload(

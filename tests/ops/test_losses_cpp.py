@@ -276,7 +276,7 @@ def test_losses_at_the_ends():
     for outside, far in (("linear", math.inf), ("clamp", None)):
         penalty = ik.log_barrier_penalty(ends, outside=outside, backend="cpp")
         (grad,) = torch.autograd.grad(penalty[[0, 1, 3, 4, 5]].sum(), ends)
-        edge = 1 / 0.005 - 1 / 9.995 if outside == "linear" else 0.0
+        edge = 1 / 0.001 - 1 / 9.999 if outside == "linear" else 0.0
         assert penalty[2].isnan() and not penalty[[0, 1, 3, 4, 5]].isnan().any()
         assert penalty[0] == penalty[1] and (far is None or penalty[0] == far)
         torch.testing.assert_close(grad[[0, 1, 3, 4, 5]], torch.tensor([edge, -edge, edge, -edge, 0.0]))

@@ -219,6 +219,27 @@ def test_k3_near_equality(backend):
     torch.testing.assert_close(gradient.double(), -torch.expm1(-x.detach().double()), rtol=1e-5, atol=0 if precise else 1e-7)
 
 
+@pytest.mark.parametrize("estimator", ("k1", "k2", "k3"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_tokens_have_no_influence_on_kl(backend, estimator, generator):
+    """Padding may hold anything, and so may its upstream: kl and both gradients are 0 there, and unchanged elsewhere."""
+    mask = torch.tensor([True, False] * 20)
+    results = []
+    for padding in ((0.0, 0.0), (-math.inf, -200.0), (-200.0, 0.0), (math.nan, -math.inf)):
+        generator.manual_seed(0)
+        pair = [torch.randn(40, generator=generator) - 2 for _ in padding]
+        pair = [torch.where(mask, x, hole).requires_grad_() for x, hole in zip(pair, padding, strict=True)]
+        kl = ik.kl_penalty(*pair, mask=mask, estimator=estimator, backend=backend)
+        upstream = torch.where(mask, 1.5, 0.0 if padding[0] == 0 else math.inf)
+        results.append((kl.detach(), *torch.autograd.grad(kl, pair, upstream)))
+        assert not any(x[~mask].any() for x in results[-1]), padding  # of NaN `any` is True
+        assert_bitwise(dict(enumerate(results[-1])), dict(enumerate(results[0])), str(padding))
+    free = [torch.where(mask, x.detach(), 0.0).requires_grad_() for x in pair]
+    assert torch.equal(ik.kl_penalty(*free, estimator=estimator, backend=backend)[mask], kl[mask])
+    as_numbers = ik.kl_penalty(*pair, mask=mask.float() * 3, estimator=estimator, backend=backend)
+    assert torch.equal(as_numbers, kl)
+
+
 @pytest.mark.parametrize("backend", NATIVE)
 def test_one_registered_call_each_way_and_compiled(backend, generator):
     """Loss and statistics from one call; fullgraph, with the dictionary, equal to the bit."""
@@ -226,7 +247,7 @@ def test_one_registered_call_each_way_and_compiled(backend, generator):
     mask = torch.rand(40, generator=generator) > 0.3
     losses = {"ppo_policy_loss": lambda: ik.ppo_policy_loss(a, b, c, mask, backend=backend),
               "ppo_value_loss": lambda: ik.ppo_value_loss(a, b, c, mask, clip=0.2, backend=backend),
-              "kl_penalty": lambda: (ik.kl_penalty(a, b, estimator="k3", backend=backend).sum(), {})}
+              "kl_penalty": lambda: (ik.kl_penalty(a, b, mask=mask, estimator="k3", backend=backend).sum(), {})}
     for name, call in losses.items():
         torch._dynamo.reset()
         results = []

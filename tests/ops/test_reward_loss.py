@@ -11,7 +11,7 @@ import internlm2_kernels as ik
 
 BACKENDS = ("reference", "cpp", "triton")
 NATIVE = ("cpp", "triton")
-EDGE = 5 * (1 - 1e-3)
+EDGE = 5 - 1e-3
 
 
 def wide(backend):
@@ -98,11 +98,26 @@ def test_barrier_of_anything(backend):
     value, gradient = slope(lambda x: ik.log_barrier_penalty(x, backend=backend), x)
     assert not value.isnan().any() and (value > 1e30).all() and value[2:4].isinf().all()
     torch.testing.assert_close(gradient, x.sign() * gradient[0], rtol=1e-5, atol=0)
-    assert 190 < gradient[0] < 210
+    assert 990 < gradient[0] < 1010
     value, gradient = slope(lambda x: ik.log_barrier_penalty(x, outside="clamp", backend=backend), x)
     torch.testing.assert_close(value, torch.full((5,), -(math.log(EDGE + 5) + math.log(5 - EDGE))), rtol=1e-4, atol=1e-4)
     assert not gradient.any()
     assert ik.log_barrier_penalty(torch.tensor([math.nan]), backend=backend).isnan().all()
+
+
+@pytest.mark.parametrize("outside", ("linear", "clamp"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_margin_is_absolute(backend, outside):
+    """XTuner clamps to bound - 1e-3: 4.9989 is inside, with penalty 4.510 and slope 909; at 5.5 "clamp" has no gradient."""
+    x = torch.tensor([4.9989, -4.9989, 5.5])
+    value, gradient = slope(lambda x: ik.log_barrier_penalty(x, outside=outside, backend=backend), x)
+    torch.testing.assert_close(value[:2], torch.tensor([4.510, 4.510]), rtol=0, atol=1e-3)
+    torch.testing.assert_close(gradient[:2], torch.tensor([909.0, -909.0]), rtol=1e-3, atol=0)
+    beyond = -math.log(9.999) - math.log(1e-3) + (outside == "linear") * (1000 - 1 / 9.999) * 0.501
+    assert float(value[2]) == pytest.approx(beyond, rel=1e-5)
+    assert float(gradient[2]) == pytest.approx((outside == "linear") * (1000 - 1 / 9.999), rel=1e-5)
+    loss, _ = ik.reward_loss_from_last(torch.tensor([[4.9989], [-4.9989]]), torch.ones(1), penalty_weight=1e3, backend=backend)
+    assert float(loss) == pytest.approx(4510, rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------ reward loss

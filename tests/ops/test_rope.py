@@ -27,6 +27,31 @@ def test_angles_are_exact_at_200k(backend):
     assert worst <= 2**-24 and 1e-3 < coarse < 0.0144
 
 
+def released_tables(positions, head_dim, base, scaling=None):
+    """The released model's computation, step by step in float32: frequencies, positions, their product."""
+    kind, factor = (None, 1.0) if scaling is None else (scaling["type"], scaling["factor"])
+    if kind == "dynamic":
+        trained, length = scaling["max_position_embeddings"], scaling["seq_len"]
+        base = base * (factor * length / trained - (factor - 1)) ** (head_dim / (head_dim - 2))
+    inv_freq = 1.0 / (base ** (torch.arange(0, head_dim, 2).float() / head_dim))
+    angle = torch.outer(positions.float() / (factor if kind == "linear" else 1.0), inv_freq)
+    return angle.cos(), angle.sin()
+
+
+@pytest.mark.parametrize("scaling", (
+    None, {"type": "linear", "factor": 3.0},
+    {"type": "dynamic", "factor": 2.0, "max_position_embeddings": 32768, "seq_len": 200_001},
+), ids=lambda s: s["type"] if s else "none")
+@pytest.mark.parametrize("head_dim,base", ((128, 1e6), (96, 5e7)))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_angles_are_the_released_models(backend, head_dim, base, scaling):
+    """To float32's rounding at any position: float64 frequencies that are rounded afterwards are off by 0.015 at 200,000."""
+    positions = torch.tensor([0, 1, 4095, 4096, 32_767, 32_768, 131_071, 199_999, 200_000])
+    got = rope_table(positions, head_dim, base=base, scaling=scaling, angles="float32", backend=backend)
+    for name, ours, theirs in zip(("cos", "sin"), got, released_tables(positions, head_dim, base, scaling), strict=True):
+        assert float((ours - theirs).abs().max()) <= 6e-8, name
+
+
 def test_dynamic_ntk_values():
     """The published bases: base 1e6, trained 32768, factor 2 gives 3.05e6 at 64k and 11.65e6 at 200k; below, unchanged."""
     def base_of(factor, length):
@@ -49,7 +74,7 @@ def test_dynamic_ntk_values():
     {"rope_type": "dynamic", "factor": 2.0},
 ), ids=lambda s: f"{s['rope_type']}{s['factor']}")
 def test_scalings_equal_transformers(scaling):
-    """Against Hugging Face's own initialisation of the inverse frequencies."""
+    """Against Hugging Face's own initialisation of the inverse frequencies: in float32 to the last bit, so far out too."""
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -60,9 +85,12 @@ def test_scalings_equal_transformers(scaling):
     ours = dict(scaling)
     if scaling["rope_type"] == "dynamic":
         ours.update(max_position_embeddings=32768, seq_len=length)
-    cos, sin = rope_table(torch.tensor([1]), 128, base=1e6, scaling=ours)
-    torch.testing.assert_close(cos[0], inv_freq.cos() * magnitude, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(sin[0], inv_freq.sin() * magnitude, rtol=1e-5, atol=1e-6)
+    for angles, positions, tolerance in (("float64", [1], 1e-6), ("float32", [1, 4096, 200_000], 1.2e-7)):
+        positions = torch.tensor(positions)
+        cos, sin = rope_table(positions, 128, base=1e6, scaling=ours, angles=angles)
+        angle = torch.outer(positions.float(), inv_freq)
+        torch.testing.assert_close(cos, angle.cos() * magnitude, rtol=0, atol=tolerance)
+        torch.testing.assert_close(sin, angle.sin() * magnitude, rtol=0, atol=tolerance)
 
 
 def test_a_long_table_changes_no_short_one():

@@ -125,7 +125,8 @@ template <typename T> struct HeadRows {
       }
       sum.store(logs);
       for (Acc& s : logs) s = log_of(s);
-      for (int i = 0; i < n; ++i) store_sum(shift[i], logs[i], at(a.lse, t + i), at(a.lse_residual, t + i));
+      most.store(&at(a.top, t), n);
+      V::load(logs).store(&at(a.log_sum, t), n);
       if (a.entropy != nullptr) entropy(t, blocks, V::load(shift), V::load(logs)).store(&at(a.entropy, t), n);
       if (a.total != nullptr) {
         V all(Acc(0));
@@ -136,12 +137,6 @@ template <typename T> struct HeadRows {
         for (int i = 0; i < n; ++i) best(t + i, blocks);
       }
     }
-  }
-  // x + y and its rounding residual, which is 0 where the sum is infinite.
-  static VEC_INLINE void store_sum(Acc x, Acc y, Acc& sum, Acc& rest) {
-    sum = x + y;
-    const Acc part = sum - x, left = (x - (sum - part)) + (y - part);
-    rest = left == left ? left : Acc(0);
   }
   VEC_INLINE V part(const void* statistic, int64_t block, int64_t t) const {
     return V::load(static_cast<const Acc*>(statistic) + block * a.capacity + t);
@@ -179,7 +174,7 @@ template <typename T> struct HeadRows {
   }
   // p - 1 comes from expm1, so that nothing cancels where the label's probability is close to 1.
   Acc label_gradient(int64_t t, Acc l) const {
-    const Acc d = (l - at(a.lse, t)) - at(a.lse_residual, t), x = expm1_of(d);
+    const Acc d = (l - at(a.top, t)) - at(a.log_sum, t), x = expm1_of(d);
     Acc g = at(a.a, t) * x + at(a.k, t) + at(a.s, t);
     if (at(a.b, t) != 0) g += at(a.b, t) * (x + 1) * (d < -1000 ? -1000 : d);
     return a.softcap > 0 ? g * slope(l) : g;
@@ -187,11 +182,11 @@ template <typename T> struct HeadRows {
   // The gradient of `all` columns, 0 from `count` on. `out` may be the memory of the logits x.
   VEC_INLINE void from_logits(int64_t t, const Acc* x, int64_t count, int64_t all, G* out) const {
     if (idle(t)) return static_cast<void>(std::memset(static_cast<void*>(out), 0, static_cast<size_t>(all) * sizeof(G)));
-    const V lse(at(a.lse, t)), rest(at(a.lse_residual, t)), va(at(a.a, t)), vb(at(a.b, t)), vs(at(a.s, t)), one(Acc(1));
+    const V top(at(a.top, t)), log_sum(at(a.log_sum, t)), va(at(a.a, t)), vb(at(a.b, t)), vs(at(a.s, t)), one(Acc(1));
     const V inverse(static_cast<Acc>(1 / a.softcap));
     const bool logs = at(a.b, t) != 0, capped = a.softcap > 0;
     for (int64_t j = 0; j < all; j += lanes) {
-      const V l = V::load(x + j), d = (l - lse) - rest, p = exp(d);
+      const V l = V::load(x + j), d = (l - top) - log_sum, p = exp(d);
       V g = logs ? fma(p, fma(vb, max(V(Acc(-1000)), d), va), vs) : fma(p, va, vs);
       if (capped) {
         const V u = l * inverse;
@@ -224,9 +219,9 @@ template <typename T> struct HeadRows {
   // exp(largest logit of the block - lse) for a vector of rows from t on.
   VEC_INLINE void factors(int64_t t, int64_t span, int64_t blocks, Acc* factor) const {
     const int n = static_cast<int>(a.rows - t < lanes ? a.rows - t : lanes);
-    const V lse = V::load(static_cast<const Acc*>(a.lse) + t, n), rest = V::load(static_cast<const Acc*>(a.lse_residual) + t, n);
+    const V top = V::load(static_cast<const Acc*>(a.top) + t, n), log_sum = V::load(static_cast<const Acc*>(a.log_sum) + t, n);
     for (int64_t b = 0; b < blocks; ++b) {
-      exp((part(a.block_max, span * kBlocks + b, t) - lse) - rest).store(factor + b * lanes);
+      exp((part(a.block_max, span * kBlocks + b, t) - top) - log_sum).store(factor + b * lanes);
     }
   }
   VEC_INLINE void from_exponentials(int64_t t, const Acc* factor, int64_t count, int64_t all, G* row) const {

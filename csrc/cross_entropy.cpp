@@ -8,7 +8,7 @@ namespace {
 
 using Pair = std::tuple<Tensor, Tensor>;
 
-// What both directions share: the kernels' argument, and each row's label and factor.
+// What both directions share: the arguments of the kernels, and the label and factor of each row.
 class Call {
  public:
   CrossEntropy a{};
@@ -40,7 +40,7 @@ class Call {
     const double divided = loss_.factor();
     for (int64_t t = 0; t < rows(); ++t) {
       const double up = upstream == nullptr ? 1 : upstream->get(each() ? t : 0);
-      factor_[t] = loss_.weight(t) == 0 ? 0 : loss_.weight(t) * divided * up;  // an ignored row's whatever the upstream is
+      factor_[t] = loss_.weight(t) == 0 ? 0 : loss_.weight(t) * divided * up;  // 0 for an ignored row even where the upstream is NaN
     }
   }
   void write_to(const Tensor& dlogits) {
@@ -49,7 +49,7 @@ class Call {
   }
   int64_t grain() const { return grain_of(16384, a.cols); }
 
-  // The loss, and what else the kernel was asked for.
+  // Computes the loss and everything else that `a` asks the kernel for.
   Tensor forward(const Tensor& lse) {
     const Tensor logit = row_numbers(), total = row_numbers(loss_.label_smoothing != 0);
     a.lse = data(lse);

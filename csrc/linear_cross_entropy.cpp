@@ -14,7 +14,7 @@ struct Options {
   int64_t reduction;
 };
 
-// A HeadCall whose rows have losses.
+// A HeadCall that computes a loss for each row.
 class LossCall : public HeadCall {
  public:
   LossCall(const Tensor& hidden, const Tensor& weight, const Options& o, HeadStore store)
@@ -26,7 +26,7 @@ class LossCall : public HeadCall {
     factor_ = rows_.factor();
   }
 
-  // What the gradient of the loss and its statistics need beyond HeadCall's.
+  // Allocates also what the loss and its gradient need.
   void prepare_loss() {
     prepare();
     if (a.store != HeadStore::gradient && rows_.label_smoothing != 0) {
@@ -96,7 +96,7 @@ Triple linear_cross_entropy_grad_fwd_cpp(const Tensor& hidden, const Tensor& wei
   LossCall call(hidden, weight, {labels, token_weights, ignore_index, label_smoothing, z_loss, softcap, reduction},
                 rounded ? HeadStore::exponentials : HeadStore::logits);
   const auto acc = accumulator_of(hidden);
-  const bool half = dtype_of(hidden) == Dtype::f16;  // whose range gradients of a mean leave
+  const bool half = dtype_of(hidden) == Dtype::f16;  // the gradients of a mean underflow its range
   Tensor loss = call.numbers({});
   Tensor dhidden = torch::stable::new_empty(hidden, {needs_dhidden ? call.tokens() : 0, call.a.d},
                                             half ? acc : hidden.scalar_type());

@@ -50,7 +50,7 @@ aot: build  ## static audit of every GPU kernel against the committed table
 lint: $(ENVIRONMENT)  ## ruff
 	$(PY) -m ruff check .
 
-docs: build  ## rewrites the generated parts of README.md
+docs: build  ## rewrites the generated parts of README.md, docs/ and benchmarks/results/README.md
 	$(PY) -m tools.docs --write
 	$(PY) -m benchmarks report
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measure every operator, print the table, record the run. `... report`: refresh the README."""
+"""`python -m benchmarks`: measure every operator, print the tables, record the run. `... report`: refresh the pages."""
 
 import argparse
 import math
@@ -9,24 +9,25 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-USUAL_S = 20.0  # what a pass is expected to take before one of its operator has been seen
+USUAL_S = 20.0  # the expected duration of an operator's first pass
 EXAMPLES = """examples:
   python -m benchmarks                                  everything, recorded in benchmarks/results/<device>/
   python -m benchmarks --quick --op rms_norm            one size, few rounds: does it work at all?
   python -m benchmarks --op swiglu --direction both --dtype bfloat16
   python -m benchmarks --list                           what would be measured, and the gates
-  python -m benchmarks report                           rewrite the README's section from the newest complete runs
+  python -m benchmarks report                           rewrite README.md's tables and benchmarks/results/README.md
+  python -m benchmarks prune                            remove the records whose every row has been measured again
   python -m benchmarks --device cuda --seconds 480      as much as 8 minutes allow, the most important sizes first;
                                                         the same with --resume goes on where it ended
   python -m benchmarks render --out build/gpu           tables and plots of the records in a folder, measuring nothing
-exit status: 0 done, 1 an operator's checks are red (it has no numbers), 2 cannot run here, 3 the device stopped
-answering (--resume goes on after the operator that it happened in), 130 stopped by a signal"""
+exit status: 0 done, 1 the checks of an operator failed (it has no numbers), 2 the benchmarks cannot run here, 3 the
+device stopped answering (--resume goes on after the operator in which it happened), 130 stopped by a signal"""
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, epilog=EXAMPLES,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("command", nargs="?", choices=("run", "report", "render"), default="run")
+    p.add_argument("command", nargs="?", choices=("run", "report", "prune", "render"), default="run")
     p.add_argument("--op", action="append", metavar="NAME", help="only this operator (repeatable)")
     p.add_argument("--direction", action="append", choices=("forward", "backward", "both", "call"),
                    help="only this direction (repeatable); call: host time of a small call")
@@ -45,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def with_huge_pages(argv: list[str]) -> None:
-    """Start again with huge pages for torch's allocations: without them fresh outputs cost page faults on every side."""
+    """Restart this process with huge pages for torch's allocations: without them every contender's fresh outputs would cost
+    page faults."""
     if sys.platform == "linux" and os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *argv],
@@ -53,7 +55,7 @@ def with_huge_pages(argv: list[str]) -> None:
 
 
 def choose(args: argparse.Namespace) -> tuple:
-    """Operators, directions, dtypes and device; exits with status 2 and one line where they cannot be."""
+    """Operators, directions, dtypes and device; exits with status 2 and one line where the arguments cannot be served."""
     import torch
 
     from internlm2_kernels import OPS
@@ -84,16 +86,18 @@ def measure(args: argparse.Namespace) -> int:
     out = (args.out or (record.ROOT / "build" / "benchmarks" if args.quick else record.RESULTS)).resolve()
     pin(args.threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else torch.get_num_threads())
     if device.type == "cuda":
-        import torch._functorch.config as functorch  # which importing torch alone does not bring
-        functorch.donated_buffer = False  # a captured backward must be able to run again
+        import torch._functorch.config as functorch  # `import torch` alone does not import it
+        functorch.donated_buffer = False  # a backward that is captured in a graph runs more than once
     started, peaks = time.perf_counter(), measure_peaks(device)
     _release(device)
     settings = replace(suite.QUICK if args.quick else suite.Settings(), compiled=not args.no_compile)
-    bench = suite.Bench(device, peaks, settings)
+    loops, registers = register_peaks(console) if device.type == "cpu" else ({}, {})
+    bench = suite.Bench(device, peaks, settings, loops)
     options = {"ops": ops, "directions": directions, "quick": args.quick, "dtypes": [suite.short(d) for d in dtypes],
                "seconds": settings.seconds, "rounds": settings.rounds, "compile": settings.compiled}
     try:
-        run = record.Record(out, device, peaks, options, resume=args.resume, commit_id=args.commit)
+        run = record.Record(out, device, peaks, options, resume=args.resume, commit_id=args.commit,
+                            registers=registers)
     except ValueError as error:
         parser().error(str(error))
     passes = run.without_recorded(suite.by_importance(passes) if device.type == "cuda" else passes)
@@ -123,8 +127,9 @@ def measure(args: argparse.Namespace) -> int:
         state = "lost" if bench.lost else "late" if clock.skipped else "done"
     except KeyboardInterrupt:
         console.print(f"stopped; the {len(run.rows())} rows so far are in {run.path}")
-    dtypes = args.dtype and (device.type == "cpu" or args.dtype != ["bfloat16"])  # a GPU's tables are of bfloat16
-    everything = not (args.direction or dtypes or args.quick or args.no_compile)  # of the operators it measured
+    dtypes = args.dtype and (device.type == "cpu" or args.dtype != ["bfloat16"])  # on a GPU bfloat16 alone counts as all dtypes
+    # A run is complete when it has measured every row of its operators.
+    everything = not (args.direction or dtypes or args.quick or args.no_compile)
     run.finish(complete=everything and state == "done", state=record.gpu_state() if device.type == "cuda" else "")
     finish(console, run, time.perf_counter() - started)
     if clock.skipped:
@@ -134,8 +139,27 @@ def measure(args: argparse.Namespace) -> int:
     return {"killed": 130, "lost": 3}.get(state, int(bool(run.head["run"]["red"])))
 
 
+def register_peaks(console) -> tuple[dict, dict]:
+    """For each dtype the loop of registers.py, and its rate for the record. Both are empty where the loops cannot be built,
+    which a printed line explains."""
+    import subprocess
+
+    import torch
+
+    from internlm2_kernels import _registry
+
+    from . import registers
+    try:
+        loops = registers.loops(_registry._C.best_cpu_isa() if _registry._C else "", torch.get_num_threads())
+    except (OSError, subprocess.SubprocessError) as error:
+        console.print(f"note: no register peak: {error}; products are judged by their ratios", markup=False)
+        return {}, {}
+    rates = {isa: registers.rate(loop) for isa, loop in {loop.isa: loop for loop in loops.values()}.items()}
+    return loops, {dtype: {"isa": loop.isa, "flops_per_s": rates[loop.isa]} for dtype, loop in loops.items()}
+
+
 class Clock:
-    """Whether a pass is expected to end in time, by the longest of its operator so far."""
+    """Decides whether a pass is expected to end in time: it takes as long as the longest of its operator so far."""
 
     def __init__(self, started: float, seconds: float | None) -> None:
         self.end = math.inf if seconds is None else started + seconds
@@ -153,7 +177,7 @@ class Clock:
 
 
 def _release(device) -> None:
-    """The yardsticks' memory, which a graph's pool holds until the graph is gone."""
+    """Give back the memory of the rates that were just measured, which a CUDA graph's pool holds until the graph is deleted."""
     import gc
 
     import torch
@@ -171,22 +195,25 @@ def one_line(row) -> str:
 
 
 def finish(console, run, seconds: float) -> None:
-    """Tables, plot and Markdown of what was measured."""
-    from . import report
+    """Print the tables of what was measured and say where the record is."""
+    from . import record, report
     if run.rows():
         report.print_tables(console, run.rows())
-        render(run.path)
+        if run.path.parent.parent == record.RESULTS:
+            console.print("`python -m benchmarks report` brings README.md and benchmarks/results/README.md up to date")
+        else:  # benchmarks/results has one page for all records; elsewhere each record gets its own
+            render(run.path)
     for note in run.head["run"]["notes"]:
         console.print(f"note: {note}", highlight=False, markup=False)
-    console.print(f"{seconds:.0f} s; {run.path} (.md, .png)", highlight=False)
+    console.print(f"{seconds:.0f} s; {run.path}", highlight=False)
 
 
 def render(path: Path) -> None:
-    """Markdown and plot beside a record."""
+    """Write a record's tables and plot beside it."""
     from . import plot, record, report
     data = record.load(path)
     path.with_suffix(".md").write_text(report.markdown(data))
-    plot.roofline(data, path.with_suffix(".png"))
+    plot.limits(record.rows_of(data), path.with_suffix(".png"), report.machine_of(data))
 
 
 def list_plan(console, passes) -> int:
@@ -201,8 +228,16 @@ def list_plan(console, passes) -> int:
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if args.command == "report":
-        from . import report
-        print("README.md rewritten" if report.rewrite_readme() else "README.md is up to date")
+        from . import current, pages
+        changed = pages.write()
+        print("\n".join(f"rewritten: {path.relative_to(pages.ROOT)}" for path in changed) or "all pages are up to date")
+        for path in current.superseded():
+            print(f"superseded, `python -m benchmarks prune` removes it: {path.relative_to(pages.ROOT)}")
+        return 0
+    if args.command == "prune":
+        from . import current, pages
+        for path in current.prune():
+            print(f"removed: {path.relative_to(pages.ROOT)}")
         return 0
     if args.command == "render":
         paths = sorted((args.out or Path("benchmarks/results")).glob("*/[0-9][0-9][0-9][0-9]_*.json"))

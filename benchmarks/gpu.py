@@ -19,18 +19,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("build", "checks", "sanitizer", "peaks", "bench", "train")
 FURTHER = ("counters",)
-# Seconds that phases share; all of them together are 22 minutes.
+# Groups of phases with the seconds that each group shares; without counters they add up to 22 minutes.
 SHARES = ((("build", "checks"), 360), (("sanitizer",), 120), (("peaks", "bench"), 600), (("train",), 240), (("counters",), 240))
-REPORT_S = 45.0  # of the benchmarks' time, for the row under way and the report
-SILENT_S = 180.0  # without a line of output a benchmark hangs: it is ended and goes on with the next operator
-GRACE_S = 20.0  # from the request to end to the kill
+REPORT_S = 45.0  # reserved at the end of the benchmarks' time for the running row and the report
+SILENT_S = 180.0  # a benchmark that prints nothing for so long is taken to hang: it is ended, and resumed after that operator
+GRACE_S = 20.0  # between the request to end and the kill
 LARGEST_LOG_BYTES = 12 * 2**20
 LATE, SILENT, DEVICE_LOST = 124, 125, 3
 NEEDED_GIB = {"checks": 8, "sanitizer": 4, "peaks": 8, "bench": 30, "train": 8, "counters": 30}
 NEEDED_MODULES = {"build": ("setuptools", "ninja"), "checks": ("pytest", "hypothesis", "einops", "pytest_timeout"),
                   "bench": ("rich", "matplotlib", "pytest_benchmark", "psutil"),
                   "train": ("rich", "matplotlib", "safetensors", "sentencepiece")}
-# The shared checks of the registry, and what is special to the GPU kernels; the rest of tests/ needs no GPU.
+# The shared checks and the tests of GPU kernels; the rest of tests/ needs no GPU.
 TESTS = ("tests/shared", "tests/triton/test_triton_kernels.py", "tests/triton/test_triton_attention.py",
          "tests/triton/test_triton_lists.py", "tests/triton/test_triton_losses.py", "tests/ops/test_linear_logprobs.py",
          "tests/ops/test_errors.py", "tests/ops/test_errors_losses.py")
@@ -111,7 +111,7 @@ def _gpu_missing(gib: int) -> str | None:
 
 
 class Log:
-    """One file for what all phases print, and the summary beside it."""
+    """The file that collects what all phases print, and the summary beside it."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,15 +123,18 @@ class Log:
             file.write(text + "\n")
 
     def note(self, text: str) -> None:
-        """A line that belongs in the summary."""
+        """Print a line and add it to the summary."""
         self.say(text)
         self.summary.append(text)
         (self.folder / "summary.txt").write_text("\n".join(self.summary) + "\n")
 
     def stream(self, command: list[str], limit_s: float | None, silent_s: float | None = None, **env: str) -> tuple[int, str]:
-        """Run `command` in the project's root, each line to the terminal and the log as it comes. (exit status, what it
-        printed); LATE where it was ended after `limit_s`, SILENT where it printed nothing for `silent_s`. Nothing is held back
-        in buffers, also by processes that start themselves again, or what is busy would pass for silent."""
+        """Run `command` in the project's root and pass each line on to the terminal and the log as it comes.
+
+        Returns (exit status, output). The status is LATE where the command was ended after `limit_s`, and SILENT where it
+        printed nothing for `silent_s`. PYTHONUNBUFFERED reaches processes that restart themselves too: with buffered output
+        a busy process would be taken to hang.
+        """
         self.say("$ " + " ".join([*(f"{k}={v}" for k, v in env.items()), *command]))
         lines = []
         with self.path.open("a") as file, subprocess.Popen(
@@ -156,7 +159,7 @@ class Log:
 
 
 class Watch(threading.Thread):
-    """Ends a process and all that it started: first with the request that lets it write its report, then by force."""
+    """Ends a process and all that it started: first by SIGINT, on which it can still write its report, then by SIGKILL."""
 
     def __init__(self, process: subprocess.Popen, limit_s: float | None, silent_s: float | None) -> None:
         super().__init__(daemon=True)
@@ -181,7 +184,7 @@ class Watch(threading.Thread):
         except subprocess.TimeoutExpired:
             pass
         try:
-            os.killpg(self.process.pid, signal.SIGKILL)  # the group is the process's own; what it left behind is in it
+            os.killpg(self.process.pid, signal.SIGKILL)  # the process leads its own group, so this ends what it left behind
         except ProcessLookupError:
             pass
 
@@ -199,8 +202,11 @@ def build(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
 
 
 def checks(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
-    """Many processes on one GPU: their time goes into compiling. Inductor's own compile workers would be a crowd, and
-    Hypothesis draws few sizes, since most of them need kernels of their own."""
+    """The shared checks in many processes on one GPU, because most of their time goes into compiling kernels on the CPU.
+
+    Inductor is limited to one compile thread in each process, and Hypothesis draws few sizes, since most of them need
+    kernels of their own.
+    """
     seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
     workers = max(1, min(12, (os.cpu_count() or 1) - 2))
     parallel = ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", "200"]
@@ -212,13 +218,13 @@ def checks(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
 
 
 def sanitizer(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
-    """A tool that is not there or does not run on this machine is said in a line and is no failure."""
+    """compute-sanitizer over small cases. Where the tool is missing or refuses to run, a line says so and it is no failure."""
     tool, status = shutil.which("compute-sanitizer"), 0
     if tool is None:
         log.note("compute-sanitizer is not installed here: left out")
         return 0
     for check, end in (("memcheck", "ERROR SUMMARY"), ("racecheck", "RACECHECK SUMMARY")):
-        # Without PyTorch's cache every tensor has an allocation of its own, beyond which an access is an error.
+        # Without PyTorch's caching allocator every tensor is its own allocation, so an access beyond it is found.
         found, text = log.stream([tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-u", "-m",
                                   "benchmarks.sanitize", *each(args)], limit_s and limit_s / 2,
                                  PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -235,7 +241,7 @@ def sanitizer(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
 
 
 def counters(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
-    """Clocks are left alone: the card is measured as it is found."""
+    """Hardware counters of one call of each kernel. The card's clocks are left as they are."""
     tool = shutil.which("ncu")
     if tool is None:
         log.note("ncu is not installed here: counters left out")
@@ -272,7 +278,8 @@ print(gpu_state())
 
 
 def bench(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
-    """As often as the device stops answering or a call hangs, the benchmarks go on after the operator that it happened in."""
+    """Run the benchmarks; where the device stops answering or a call hangs, resume them after the operator in which it
+    happened."""
     end, resume, status = time.monotonic() + (limit_s or 1e9), args.resume, 0
     base = [sys.executable, "-u", "-m", "benchmarks", "--device", "cuda", "--out", str(args.out), *each(args),
             *([] if args.full else ["--dtype", "bfloat16"]), *(["--commit", args.commit] if args.commit else [])]
@@ -290,7 +297,7 @@ def bench(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
 
 
 def train(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
-    """The run's folder is thrown away but for its table and its curves."""
+    """A short training run. Of its folder only the table and the loss curves are kept."""
     with tempfile.TemporaryDirectory() as folder:
         minutes = [] if limit_s is None else ["--minutes", f"{max(0.5, (limit_s - 30) / 60):.2f}"]
         status = log.stream([sys.executable, "-u", "-m", "internlm2", "demo", "--device", "cuda", "--out", f"{folder}/run",
@@ -306,7 +313,7 @@ RUN = {"build": build, "checks": checks, "sanitizer": sanitizer, "peaks": peaks,
 
 
 class Budget:
-    """What is left for a phase: of its share and of the whole."""
+    """The time that is left for a phase, both of the share of its group and of the whole."""
 
     def __init__(self, minutes: float | None) -> None:
         self.end = None if minutes is None else time.monotonic() + 60 * minutes

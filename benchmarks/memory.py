@@ -15,8 +15,8 @@ EXAMPLES = """examples:
   python -m benchmarks.memory --tokens 512 1024 --vocab 8000 --out build/memory
 exit status: 0 done, 2 cannot run here"""
 TOKENS, COLS, VOCAB = (2048, 8192, 32768), 2048, 92544
-SAFE = 0.8  # share of the free memory that a form may be expected to need
-LIMIT = 300  # seconds for one form at one size
+SAFE = 0.8  # a form that is expected to need a larger share of the free memory is left out
+LIMIT = 300  # seconds after which one form at one size is given up
 
 
 def forms() -> dict:
@@ -38,7 +38,8 @@ def forms() -> dict:
 
 
 def one(form: str, tokens: int, cols: int, vocab: int) -> dict:
-    """In this process: bytes beyond inputs, of the whole and of what must be there (gradients, our accumulator)."""
+    """Run one form in this process and return its row: the peak beyond the inputs, and of it what every form needs (the
+    gradients, our float32 accumulator)."""
     import time
 
     import torch
@@ -74,13 +75,13 @@ def available() -> int:
 
 
 def expected(done: list[dict], form: str, tokens: int) -> float:
-    """What a form that grows with the tokens would take."""
+    """The peak to expect of a form whose memory grows with the tokens, from its last measured size; 0 where unknown."""
     before = [row for row in done if row["form"] == form]
     return before[-1]["peak_bytes"] * tokens / before[-1]["tokens"] if before and form != "ours" else 0
 
 
 def measure(form: str, tokens: int, args: argparse.Namespace, rows: list[dict], left_out: list[dict]) -> tuple:
-    """(its row, "") from a fresh process, or (None, why there is none)."""
+    """One form at one size in a fresh process: (its row, "") or (None, the reason why there is none)."""
     if form in args.skip:
         return None, "not run"
     if any(entry["form"] == form for entry in left_out):

@@ -1,9 +1,9 @@
-"""Further peers by operator, as functions with the operator's own arguments: other libraries' kernels, and PyTorch forms that
-have a gate of their own.
+"""Peers beside the eager and compiled forms: other libraries' kernels, and PyTorch forms that have a gate of their own.
 
-A peer that is not installed, or whose result fails the operator's error ladder, is left out and the run says so.
-Liger is called with `in_place=False`: its in-place backward overwrites the incoming gradient, which the bench reuses.
-Its swiglu backward overwrites its saved inputs all the same, so every peer gets input copies of its own.
+Each is a function with the operator's own arguments. A peer that is not installed, or whose result fails the operator's error
+check, is left out, and the run says so. Liger is called with `in_place=False`, because its in-place backward overwrites the
+incoming gradient, which the benchmark uses again. Liger's swiglu backward overwrites its saved inputs in any case, so every
+peer gets its own copies of the inputs.
 """
 
 import inspect
@@ -21,14 +21,18 @@ from internlm2_kernels.workloads.paged_attention import Contiguous
 
 CPU, CUDA, ANY = ("cpu",), ("cuda",), ("cpu", "cuda")
 SDPA = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
-MASK_TOKENS = 4096  # beyond, SDPA under a mask takes longer than it is worth waiting for
-MASK_PAIRS = 2**31
+MASK_TOKENS = 4096  # SDPA with a mask over more tokens takes too long to be timed
+MASK_PAIRS = 2**31  # queries x keys from which FlexAttention's block mask is built by a compiled function
 
 
 @dataclass(frozen=True)
 class Peer:
-    """`run(**prepare(**inputs))` is the call; what `prepare` does is not timed (a layout that a user of the peer would hold
-    already, a compilation). `devices`: where it runs; `trains`: where it has a backward; `fits`: whether a size is worth it."""
+    """One peer: `run(**prepare(**inputs))` is the call, of which only `run` is timed. `prepare` makes what a user of the peer
+    would have already: another layout, a compiled mask.
+
+    devices   where the peer runs; trains: where it has a backward
+    fits      whether the peer is timed at these dims
+    """
 
     run: Callable
     devices: tuple[str, ...]
@@ -44,7 +48,7 @@ def _rms_norm(x, weight, eps=1e-5, residual=None, *, rounding="once"):
     from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-    casting = "llama" if rounding == "hf" else "gemma"  # gemma's: everything in float32, rounded once
+    casting = "llama" if rounding == "hf" else "gemma"  # "gemma" computes in float32 and rounds once
     if residual is None:
         return LigerRMSNormFunction.apply(x, weight, eps, 0.0, casting, False)
     return LigerFusedAddRMSNormFunction.apply(x, residual, weight, eps, 0.0, casting, False)
@@ -58,22 +62,25 @@ def _swiglu(gate, up=None):
     return LigerSiLUMulFunction.apply(gate, up)
 
 
-def _cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean"):
+def _cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean",
+                   return_z_loss=False):
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
-    # It writes the gradient over the logits in the forward; the copy that keeps them is the caller's, as in a model's loss.
-    return LigerCrossEntropyFunction.apply(logits, labels, None, ignore_index, z_loss, label_smoothing, reduction,
-                                           softcap or None, False)[0]
+    # Liger's forward overwrites the logits with their gradient. The copy that would keep them is not part of its time.
+    loss, z_loss, *_ = LigerCrossEntropyFunction.apply(logits, labels, None, ignore_index, z_loss, label_smoothing, reduction,
+                                                       softcap or None, return_z_loss)
+    return (loss, z_loss) if return_z_loss else loss
 
 
 def _linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0,
-                          token_weights=None, reduction="mean"):
+                          token_weights=None, reduction="mean", return_z_loss=False):
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     if token_weights is not None:
         raise NotImplementedError("no token weights")
-    return LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, labels, None, None, ignore_index, z_loss,
-                                                      label_smoothing, reduction, softcap or None, False)[0]
+    loss, z_loss, *_ = LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, labels, None, None, ignore_index, z_loss,
+                                                                  label_smoothing, reduction, softcap or None, return_z_loss)
+    return (loss, z_loss) if return_z_loss else loss
 
 
 def _dense_inputs(q, k, v, *, causal=False, scale=None, window=None, softcap=0.0, cu_seqlens_q=None, return_lse=False, **_):
@@ -83,7 +90,7 @@ def _dense_inputs(q, k, v, *, causal=False, scale=None, window=None, softcap=0.0
 
 
 def _sdpa(name):
-    """SDPA with one backend and no other. The efficient one has no groups: its keys are expanded."""
+    """SDPA with one backend and no other. The memory-efficient backend has no grouped-query attention: keys are expanded."""
     def run(q, k, v, causal, scale):
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -108,7 +115,8 @@ def _varlen_inputs(q, k, v, *, causal=False, scale=None, window=None, softcap=0.
 
 
 def _varlen(q, k, v, group, cu, longest, causal):
-    """torch's packed FlashAttention 2; keys expanded where it has no groups (torch 2.10 and 2.11)."""
+    """torch's FlashAttention 2 for packed sequences. Keys and values are expanded to the query heads where this torch does not
+    support grouped-query attention (2.10 and 2.11)."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
@@ -148,7 +156,7 @@ def _flex_inputs(q, k, v, *, causal=False, window=None, softcap=0.0, scale=None,
             allowed = allowed & (j <= i + keys - queries + right)
         return allowed
 
-    # Written out, the mask of 128k tokens would take 16 GiB, and what it is made of several times that.
+    # Without compilation the mask of 128k tokens would be a tensor of 16 GiB, and its intermediates several times that.
     block_mask = create_block_mask(mask, None, None, queries, keys, device=q.device, _compile=queries * keys > MASK_PAIRS)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return dict(q=q, k=k, v=v, block_mask=block_mask, scale=scale, packed=cu_seqlens_q is not None)
@@ -168,7 +176,7 @@ def _flex(q, k, v, block_mask, scale, packed):
 
 def _masked_inputs(q, k, v, *, causal=False, window=None, cu_seqlens_q=None, cu_seqlens_k=None, scale=None, softcap=0.0,
                    return_lse=False):
-    """One block-diagonal mask over all documents."""
+    """SDPA's inputs with one block-diagonal mask over all documents."""
     if cu_seqlens_q is None or return_lse or softcap:
         raise NotImplementedError("documents only")
     left, right = window or (-1, -1)
@@ -195,23 +203,23 @@ def _flex_decoding_inputs(q, k_cache, v_cache, block_table, seq_lens, **options)
 
 
 def _flex_decoding(q, k, v, scale):
-    """FlexAttention's decoding kernel, which shares the keys among splits as ours does."""
+    """FlexAttention's decoding kernel, which splits the keys among blocks as ours does."""
     return _flex(q, k, v, None, scale, False).flatten(0, 1)
 
 
 def _bf16_cache(k_cache, v_cache, k_scale=None, v_scale=None, **inputs):
-    """The same cache unquantised, for our own operator."""
+    """Our own operator on the same cache in bfloat16, to show what the int8 cache gains."""
     if k_scale is None:
         raise NotImplementedError("the cache is not int8")
     wide = lambda cache, scale: (cache.float() * scale[..., None]).to(inputs["q"].dtype)
     return dict(inputs, k_cache=wide(k_cache, k_scale), v_cache=wide(v_cache, v_scale))
 
 
-_TENSORS = 200  # among which an optimizer's elements are divided
+_TENSORS = 200  # parameters into which the optimizer's elements are divided
 
 
 def _optimizer_inputs(make):
-    """A model's parameters with gradients, and an optimizer over them with its state; what is timed is its step."""
+    """`prepare` of an optimizer: parameters with gradients and the optimizer's state. Its step is what is timed."""
     def prepare(param, grad, exp_avg, exp_avg_sq, master, *, step, lr, seed, index):
         parts = [[piece.clone() for piece in t.chunk(_TENSORS)] for t in (param, grad, master)]
         return make(*parts, lr)
@@ -233,7 +241,7 @@ def _torch_adamw(params, grads, masters, lr):
     for master in masters:
         master.grad = torch.zeros_like(master)
     optimizer = torch.optim.AdamW(masters, lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True,
-                                  capturable=masters[0].is_cuda)  # its steps are recorded in a graph
+                                  capturable=masters[0].is_cuda)  # CUDA graphs need the step count on the device
     return {"optimizer": optimizer, "params": params, "grads": grads, "masters": masters}
 
 
@@ -269,12 +277,13 @@ PEERS: dict[str, dict[str, Peer]] = {
     },
     "adamw": {"sequence": Peer(_torch_sequence, ANY, _optimizer_inputs(_torch_adamw))},
 }
-# What is timed of ours in place of the public function, where users call another form of it: without eager forms beside it.
+# Operators that users call through another form (AdamW through its optimizer). That form is timed in place of the public
+# function, and the eager forms, which do not match it, are left out.
 OURS: dict[str, Callable[..., Any]] = {
     "adamw": Peer(_step, ANY, _optimizer_inputs(_fused_adamw)),
 }
-# Sizes at which the error ladder sees the peers, which refuse most options of the registry's own small cases, and of which
-# FlexAttention compiles every one that it does not refuse.
+# Sizes at which the peers of attention are checked. They refuse most options of the registry's small cases, and
+# FlexAttention would compile each case that it does not refuse.
 CHECKED: dict[str, tuple[Case, ...]] = {
     "flash_attention": (
         Case("peers", {"batch": 1, "queries": 256, "keys": 256, "heads": 8, "kv_heads": 2, "head_dim": 128, "causal": True}),
@@ -286,13 +295,9 @@ CHECKED: dict[str, tuple[Case, ...]] = {
                        "int8": True}),
     ),
 }
-# What only reads much: beside the copy a sum of as many bytes is timed.
-READ_BOUND = ("paged_attention", "squared_norm")
-# Where torch.compile leaves eager's form as it is (SDPA is one call to it), or unrolls a loop over tokens for many minutes.
-NOT_COMPILED = ("flash_attention", "paged_attention", "gae")
 
 
 def peers_of(op: str, device: str, training: bool, dims: dict[str, Any]) -> dict[str, Peer]:
-    """The peers that can run here."""
+    """The peers of an operator that can run at this size on this device."""
     return {name: peer for name, peer in PEERS.get(op, {}).items()
             if device in peer.devices and (device in peer.trains or not training) and peer.fits(dims)}

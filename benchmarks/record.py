@@ -1,8 +1,9 @@
-"""A run on disk: one pytest-benchmark file, rewritten after every pass, so that a kill loses nothing.
+"""A run on disk: one pytest-benchmark file, which is rewritten after every pass, so that a killed run loses nothing.
 
 `pytest-benchmark --storage=file://benchmarks/results compare --group-by=group` reads it. Beside what pytest-benchmark
-stores, `machine_info` holds device, threads, allocator and versions, `run` the options, peaks and whether the run is
-complete, and every entry of ours has its `Row` in `extra_info`.
+stores, `machine_info` holds device, threads, allocator and versions, `run` the options, the rates of this machine and
+whether the run is complete, and every entry of ours has its `Row` in `extra_info`. Which rows of all recorded runs count
+is decided in current.py.
 """
 
 import json
@@ -25,15 +26,16 @@ import internlm2_kernels
 from internlm2_kernels import _registry
 from tools.timing import Paired, Peaks
 
-from .peers import READ_BOUND
-from .suite import PASSES, STAGES, Pass, Row, roof_share, short
+from .names import key_of, plain, short
+from .suite import PASSES, STAGES, Pass, Row
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 def allocator() -> str:
-    """What hands out CPU memory here: timings of large fresh tensors depend on it more than on the kernels."""
+    """The allocator of CPU memory and its settings: the time of a call with large fresh outputs depends on it more than on the
+    kernel."""
     libc = " ".join(platform.libc_ver()) or platform.system()
     huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     mode = re.search(r"\[(\w+)\]", huge.read_text()) if huge.exists() else None
@@ -79,7 +81,7 @@ def _version(package: str) -> str:
 
 
 def gpu_state() -> str:
-    """Clocks, power and temperature as nvidia-smi sees them now; read, never set."""
+    """Clocks, power and temperature as nvidia-smi reports them now. They are never set."""
     fields = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu,driver_version"
     try:
         return subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv"], capture_output=True, text=True,
@@ -92,17 +94,8 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _plain(value: Any) -> Any:
-    """Floats at six digits: times are not known better, and the file is read by people too."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
 def commit(given: str | None = None) -> dict[str, Any]:
-    """`given`: the commit of a copy of the tree that git does not know."""
+    """The commit as pytest-benchmark finds it. `given` is its id where the tree is a copy without git."""
     here = os.getcwd()
     os.chdir(ROOT)  # pytest-benchmark asks git in the current directory
     try:
@@ -112,24 +105,20 @@ def commit(given: str | None = None) -> dict[str, Any]:
         os.chdir(here)
 
 
-def key_of(op: str, dims: dict[str, Any], dtype: str, direction: str) -> str:
-    """One row of a run, the same before and after JSON."""
-    return json.dumps([op, _plain(dims), dtype, direction])
-
-
 class Record:
-    """The file of one run. `add` puts a pass in and writes; `finish` marks it complete.
+    """The file of one run. `add` stores a pass and writes the file; `finish` marks the run complete.
 
     `resume`: an unfinished run of the same device, versions, commit and options in the folder is continued; each
     continuation leaves its own time, yardsticks and clocks in `resumed`.
     """
 
     def __init__(self, folder: Path, device: torch.device, peaks: Peaks, options: dict[str, Any], *, resume: bool = False,
-                 commit_id: str | None = None) -> None:
+                 commit_id: str | None = None, registers: dict[str, Any] | None = None) -> None:
         commit_info, info = commit(commit_id), machine(device)
         now = datetime.now(timezone.utc).isoformat()
         self.head = {"machine_info": info, "commit_info": commit_info, "datetime": now, "version": pytest_benchmark_version,
-                     "run": {"peaks": asdict(peaks), "options": options, "complete": False, "notes": [], "red": []}}
+                     "run": {"peaks": asdict(peaks), "registers": registers or {}, "copy": "into present memory",
+                             "options": options, "complete": False, "notes": [], "red": []}}
         self.entries: list[dict[str, Any]] = []
         folder = folder / info["node"]
         folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +133,7 @@ class Record:
             return
         names = ("device", "torch", "triton", "internlm2_kernels", "threads")
         mine, its = ({name: head["machine_info"][name] for name in names} | {
-            "commit": head["commit_info"]["id"], "options": _plain(head["run"]["options"])} for head in (self.head, data))
+            "commit": head["commit_info"]["id"], "options": plain(head["run"]["options"])} for head in (self.head, data))
         other = [f"{name} {its[name]}, not {mine[name]}" for name in mine if its[name] != mine[name]]
         if other:
             raise ValueError(f"--resume: {path.name} was measured with {'; '.join(other)}")
@@ -156,7 +145,7 @@ class Record:
         return rows_of(self.head | {"benchmarks": self.entries})
 
     def without_recorded(self, passes: list[Pass]) -> list[Pass]:
-        """The passes that still have to run; one during which an earlier call ended comes last."""
+        """The passes that the record lacks. The one during which an earlier call was stopped comes last: it may hang again."""
         done = {key_of(row["op"], row["dims"], row["dtype"], row["direction"]) for row in self.rows()}
         left = [job for job in passes if key_of(job.op.name, job.case.dims, short(job.dtype), PASSES[job.kind][-1]) not in done]
         return sorted(left, key=lambda job: str(job) == self.head["run"].get("running"))
@@ -173,10 +162,10 @@ class Record:
                     continue  # it has a row of its own
                 ours = name == f"ours {row.backend}"
                 if not ours and not row.chosen:
-                    continue  # the peers are stored once, beside the automatic choice
+                    continue  # the peers are stored once, with the row of the automatically chosen backend
                 self._entry(job, row, name, times, {"row": asdict(row)} if ours else {})
             if row.red:
-                self.head["run"]["red"].append(_plain(asdict(row)))
+                self.head["run"]["red"].append(plain(asdict(row)))
         for name, times in (paired.screened if paired else {}).items():
             self._entry(job, rows[-1], name, times, {"screened": "slower than its family's fastest form in the warm-up"})
         self.head["run"].pop("running", None)
@@ -186,7 +175,7 @@ class Record:
         stats = Stats()
         stats.data = times
         group = f"{job.op.name}-{job.case}-{short(job.dtype)}-{row.direction}"
-        self.entries.append(_plain({
+        self.entries.append(plain({
             "group": group, "name": f"{group}[{name}]", "fullname": f"benchmarks::{group}[{name}]", "param": name,
             "params": job.case.dims | {"op": job.op.name, "dtype": short(job.dtype), "direction": row.direction,
                                        "contender": name},
@@ -217,25 +206,6 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def rows_of(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a run, as dicts of `Row`; runs recorded before reading had a roof of its own get it here."""
+    """The rows of a run, as dicts of `Row`, red ones included."""
     timed = [dict(entry["extra_info"]["row"]) for entry in data["benchmarks"] if "row" in entry["extra_info"]]
-    for row in timed:
-        if row["op"] in READ_BOUND and row["roof_fraction"] is not None:
-            row["roof_fraction"] = roof_share(row, data["run"]["peaks"])
-    return [row for row in timed + data["run"]["red"] if row["op"] in data.get("ops", {row["op"]})]
-
-
-def newest(results: Path = RESULTS) -> list[dict[str, Any]]:
-    """For every device the latest complete run of each operator: the runs, newest first, each with the operators (`ops`) that
-    no later one has measured."""
-    latest = []
-    folders = sorted({path.parent for path in results.glob("*/[0-9][0-9][0-9][0-9]_*.json")})
-    for folder in folders:
-        seen: set[str] = set()
-        for path in sorted(folder.glob("[0-9][0-9][0-9][0-9]_*.json"), reverse=True):
-            data = load(path)
-            ops = set(data["run"]["options"]["ops"]) - seen
-            if data["run"]["complete"] and ops:
-                latest.append(data | {"ops": ops})
-                seen |= ops
-    return latest
+    return timed + data["run"]["red"]

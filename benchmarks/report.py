@@ -1,30 +1,25 @@
-"""What people read: the terminal's table, the Markdown and the README section, and the roofline plot, all from rows."""
+"""Tables of rows, for the terminal and as Markdown; pages.py puts them together."""
 
-import json
 import math
 import statistics
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from .gates import Verdict, judge, load
-from .peers import READ_BOUND
-from .record import RESULTS, ROOT, newest, rows_of
-from .suite import size_of
+from .names import size_of
+from .record import rows_of
 
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
 WAYS = {"forward": "fwd", "backward": "bwd", "both": "fwd+bwd", "call": "call", "call_grad": "call, grad"}
-NO_GPU = "No run on a GPU is recorded yet: `make gpu` makes one on a machine that has one."
-MEMORY = "memory_linear_cross_entropy.json"  # of benchmarks/memory.py, beside the runs
+CHANGED = "†"  # stands behind the operator's name in rows whose arithmetic has changed since they were timed
 Judged = tuple[dict[str, Any], list[Verdict]]
 
 
 def judged(rows: list[dict[str, Any]]) -> list[Judged]:
-    """Rows with their verdicts, worst first: red, then by margin to the gate, then by ratio to the nearest peer."""
+    """Rows with their verdicts, worst first: failed checks, then by margin to the gate, then by ratio to the fastest peer."""
     gates = load()
     pairs = [(row, judge(row, gates) if not row["red"] else []) for row in rows]
 
@@ -53,8 +48,35 @@ def against(row: dict[str, Any], family: str, spread: bool = True) -> str:
 
 
 def verdict_text(verdicts: list[Verdict]) -> str:
+    """A row's verdict in words: missed gates with numbers, "met", or "at the limit" where a ratio is met by the limit only."""
     missed = [f"{v.what} {'-' if v.got is None else f'{v.got:.2f}'} < {v.need:g}" for v in verdicts if not v.met]
-    return "" if not verdicts else "missed: " + ", ".join(missed) if missed else "met"
+    if missed or not verdicts:
+        return "missed: " + ", ".join(missed) if missed else ""
+    return "met" if all(v.reached for v in verdicts) else "at the limit"
+
+
+def percent(shares: list[float | None]) -> str:
+    known = [share for share in shares if share is not None]
+    if not known:
+        return "-"
+    low, high = f"{100 * min(known):.0f}", f"{100 * max(known):.0f}"
+    return f"{low} %" if low == high else f"{low} to {high} %"
+
+
+def mean(rows: list[dict[str, Any]], peer: str) -> str:
+    """Geometric mean of the ratios to a peer over the sizes that have one, with the worst where there are several."""
+    ratios = [row["against"][peer]["ratio"][0] for row in rows if peer in row["against"]]
+    if not ratios:
+        return "-"
+    worst = f" (worst {min(ratios):.2f})" if len(ratios) > 1 else ""
+    return f"{statistics.geometric_mean(ratios):.2f}{worst}"
+
+
+def name_of(row: dict[str, Any], *others: dict[str, Any]) -> str:
+    """The operator's name, with the backend where it is not the automatic choice, and marked where the arithmetic of this row
+    or of one of `others` has changed since."""
+    name = row["op"] + ("" if row["chosen"] else f" ({row['backend']})")
+    return name + (f" {CHANGED}" if any(r.get("changed") for r in (row, *others)) else "")
 
 
 def families(rows: list[dict[str, Any]]) -> list[str]:
@@ -63,46 +85,44 @@ def families(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def cells(row: dict[str, Any], verdicts: list[Verdict], peers: list[str]) -> list[str]:
-    """One row as text; the columns are `columns(peers)`."""
-    name = row["op"] + ("" if row["chosen"] else f" ({row['backend']})")
-    start = [name, size_of(row["dims"]), DTYPES[row["dtype"]], WAYS[row["direction"]]]
+    """One row as text, in the order of `columns(peers)`."""
+    start = [name_of(row), size_of(row["dims"]), DTYPES[row["dtype"]], WAYS[row["direction"]]]
     if row["red"]:
         return [*start, "RED", *["-"] * (2 + len(peers)), "checks fail: no number"]
     small = row["direction"] in ("call", "call_grad")
     return [*start, time_of(row["seconds"][0]), "-" if small else f"{row['bytes_per_s'] / 1e9:.1f}",
-            "-" if small else f"{100 * row['roof_fraction']:.0f} %", *[against(row, peer) for peer in peers],
+            percent([row.get("limit_fraction")]), *[against(row, peer) for peer in peers],
             verdict_text(verdicts)]
 
 
 def columns(peers: list[str]) -> list[str]:
-    return ["operator", "size", "dtype", "direction", "time", "GB/s", "% of roof", *[f"x {peer}" for peer in peers], "gate"]
+    return ["operator", "size", "dtype", "direction", "time", "GB/s", "% of limit", *[f"x {peer}" for peer in peers], "gate"]
 
 
-def geometric_means(rows: list[dict[str, Any]], readme: bool = False) -> list[list[str]]:
-    """By operator, backend, direction and dtype: sizes, geometric mean and worst ratio to each peer, gates; worst first.
-
-    `readme` leaves out rows without a gate that another row covers: backward alone and small calls.
-    """
+def geometric_means(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """One line for each operator, backend, direction and dtype: number of sizes, geometric mean and worst ratio to each peer,
+    gates. The worst come first."""
     groups, peers = defaultdict(list), families(rows)
     for row, verdicts in judged(rows):
-        if not row["red"] and (verdicts or row["direction"] in ("forward", "both") or not readme):
+        if not row["red"]:
             groups[row["op"], row["backend"], row["direction"], row["dtype"]].append((row, verdicts))
     lines = []
-    for (op, backend, direction, dtype), members in groups.items():
-        line = [op, backend, WAYS[direction], DTYPES[dtype], str(len(members))]
-        for peer in peers:
-            ratios = [row["against"][peer]["ratio"][0] for row, _ in members if peer in row["against"]]
-            line.append(f"{statistics.geometric_mean(ratios):.2f} (worst {min(ratios):.2f})" if ratios else "-")
-        shares = [row["roof_fraction"] for row, _ in members if row["roof_fraction"] is not None]
-        line.append(f"{100 * min(shares):.0f} to {100 * max(shares):.0f} %" if shares else "-")
-        gated = [all(v.met for v in verdicts) for _, verdicts in members if verdicts]
-        lines.append([*line, f"{sum(gated)} of {len(gated)} met" if gated else ""])
+    for (_, backend, direction, dtype), members in groups.items():
+        found = [row for row, _ in members]
+        lines.append([name_of(found[0] | {"chosen": True}, *found), backend, WAYS[direction], DTYPES[dtype], str(len(found)),
+                      *[mean(found, peer) for peer in peers], percent([row.get("limit_fraction") for row in found]),
+                      gates_of([verdicts for _, verdicts in members])])
     return lines
+
+
+def gates_of(verdicts: list[list[Verdict]]) -> str:
+    gated = [all(v.met for v in one) for one in verdicts if one]
+    return f"{sum(gated)} of {len(gated)} met" if gated else ""
 
 
 def mean_columns(peers: list[str]) -> list[str]:
     return ["operator", "backend", "direction", "dtype", "sizes", *[f"x {peer}: geometric mean" for peer in peers],
-            "% of roof", "gate"]
+            "% of limit", "gate"]
 
 
 def print_tables(console: Console, rows: list[dict[str, Any]]) -> None:
@@ -127,22 +147,38 @@ def print_tables(console: Console, rows: list[dict[str, Any]]) -> None:
 
 def gate_count(pairs: list[Judged]) -> str:
     gated = [verdicts for _, verdicts in pairs if verdicts]
-    met = sum(all(v.met for v in verdicts) for verdicts in gated)
-    return f"{met} of {len(gated)} gated rows meet their gate."
+    met = [verdicts for verdicts in gated if all(v.met for v in verdicts)]
+    limit = sum(verdict_text(verdicts) == "at the limit" for verdicts in met)
+    return f"{len(met)} of {len(gated)} gated rows meet their gate" + (f", {limit} of them at the limit." if limit else ".")
+
+
+def machine_of(data: dict[str, Any]) -> str:
+    """Device, threads, instruction set, versions and allocator of a run."""
+    m = data["machine_info"]
+    if m["device_type"] == "cuda":
+        return f"{m['device']}; torch {m['torch']}, triton {m['triton']}"
+    return f"{m['device']}, {m['threads']} threads, {m['cpu_isa']}; torch {m['torch']}; {m['allocator']}"
+
+
+def commit_of(data: dict[str, Any]) -> str:
+    info = data["commit_info"]
+    return f"{info['id'][:7]}{' (with uncommitted changes)' if info['dirty'] else ''}"
+
+
+def rates_of(data: dict[str, Any]) -> str:
+    """The rates of this machine that this run measured, in words."""
+    peaks, registers = data["run"]["peaks"], data["run"].get("registers") or {}
+    fresh = "" if "copy" in data["run"] else " (into fresh memory)"
+    said = [f"copy{fresh} {peaks['copy_bytes_per_s'] / 1e9:.1f} GB/s", f"read {peaks['read_bytes_per_s'] / 1e9:.1f} GB/s",
+            f"torch's bf16 matrix product {peaks['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s"]
+    said += [f"register peak {DTYPES[dtype]} {found['flops_per_s'] / 1e12:.2f} TFLOP/s ({found['isa']})"
+             for dtype, found in registers.items()]
+    return ", ".join(said)
 
 
 def describe(data: dict[str, Any]) -> str:
-    """Device, threads, allocator, versions, commit and date of a run, as a sentence or two."""
-    m, run, commit = data["machine_info"], data["run"], data["commit_info"]
-    peaks = run["peaks"]
-    where = f"{m['device']}, {m['threads']} threads, {m['cpu_isa']}" if m["device_type"] == "cpu" else m["device"]
-    memory = f"; {m['allocator']}" if m["device_type"] == "cpu" else ""
-    versions = f"torch {m['torch']}" + (f", triton {m['triton']}" if m["device_type"] == "cuda" else "")
-    return (f"{where}; {versions}{memory}; "
-            f"commit {commit['id'][:7]}{' (with uncommitted changes)' if commit['dirty'] else ''}, {data['datetime'][:10]}. "
-            f"This run's yardsticks: copy {peaks['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
-            f"read {peaks['read_bytes_per_s'] / 1e9:.1f} GB/s, bf16 matrix product "
-            f"{peaks['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s.")
+    """Device, threads, allocator, versions, commit and date of a run, as two sentences."""
+    return f"{machine_of(data)}; commit {commit_of(data)}, {data['datetime'][:10]}. This run's yardsticks: {rates_of(data)}."
 
 
 def markdown_table(head: list[str], lines: list[list[str]]) -> str:
@@ -150,66 +186,18 @@ def markdown_table(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def notes_of(data: dict[str, Any]) -> str:
+    """One line for each thing that the run left out, with the reason."""
+    return "\n".join(f"- {note.splitlines()[0]}" for note in data["run"]["notes"])
+
+
 def markdown(data: dict[str, Any]) -> str:
-    """The whole run, for the file beside its JSON."""
+    """The page of one run."""
     rows = rows_of(data)
     peers, pairs = families(rows), judged(rows)
-    notes = "\n".join(f"- {note.splitlines()[0]}" for note in data["run"]["notes"])
+    notes = notes_of(data)
     return "\n\n".join(filter(None, [
         f"# Benchmarks on {data['machine_info']['device']}", describe(data),
         "Paired ratio: the peer's time over ours in the same round, median [20 %-80 %]; the fastest form of each peer. "
         "Worst first.", gate_count(pairs), markdown_table(columns(peers), [cells(r, v, peers) for r, v in pairs]),
         markdown_table(mean_columns(peers), geometric_means(rows)), notes])) + "\n"
-
-
-def section(runs: list[dict[str, Any]]) -> str:
-    """The README's section: geometric means of each operator's newest complete run on each device, with links to the rest."""
-    if not runs:
-        return "No complete run is recorded yet: `python -m benchmarks` makes one."
-    parts = ["A ratio is the peer's time over ours, interleaved call by call in one run, against the fastest form of each "
-             "peer; % of roof is the larger of two shares of the time taken: what the bytes moved need at this machine's copy "
-             f"rate ({' and '.join(f'`{op}`' for op in READ_BOUND)}, which only read: at its read rate), and what the flops "
-             "need at torch's matrix rate. These are rates of other programs, not limits: more than 100 % is possible."]
-    for data in runs:
-        rows = rows_of(data)
-        stem = data["path"].relative_to(ROOT).with_suffix("").as_posix()
-        parts += [describe(data), markdown_table(mean_columns(families(rows)), geometric_means(rows, readme=True)),
-                  f"{gate_count(judged(rows))} [Every size]({stem}.md), [data]({stem}.json).",
-                  f"![Share of the roof that each row reaches]({stem}.png)"]
-    if all(data["machine_info"]["device_type"] == "cpu" for data in runs):
-        parts.append(NO_GPU)
-    parts += [memory(path) for path in sorted({data["path"].parent / MEMORY for data in runs}) if path.is_file()]
-    return "\n\n".join(parts)
-
-
-def memory(path: Path) -> str:
-    """Peak memory over the number of tokens, as `python -m benchmarks.memory` recorded it."""
-    data = json.loads(path.read_text())
-    tokens = sorted({row["tokens"] for row in data["rows"]})
-    found = {(row["form"], row["tokens"]): f"{row['extra_bytes'] / 2**30:.2f}" for row in data["rows"]}
-    found |= {(row["form"], row["tokens"]): row["why"] for row in data["left_out"]}
-    forms = list(dict.fromkeys(form for form, _ in found))
-    lines = [[f"`{form}`" if form != "ours" else form, *(found.get((form, n), "-") for n in tokens)] for form in forms]
-    stem = path.relative_to(ROOT).with_suffix("").as_posix()
-    return "\n\n".join([
-        f"Peak memory of the linear cross-entropy, forward and backward, D = {data['cols']:,}, V = {data['vocab']:,}, "
-        f"{data['dtype']}: GiB beyond inputs, gradients and one float32 accumulator of the weight's gradient. "
-        f"{data['machine_info']['device']}, torch {data['machine_info']['torch']}, commit {data['commit_info']['id'][:7]}.",
-        markdown_table(["form", *(f"{n:,} tokens" for n in tokens)], lines), f"![Memory over tokens]({stem}.png)"])
-
-
-def with_section(text: str, runs: list[dict[str, Any]]) -> str:
-    """`text` (a README) with what stands between the markers replaced."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"README.md: expected the lines {BEGIN} and {END}, once each and in this order")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{section(runs)}\n{END}{rest.split(END)[1]}"
-
-
-def rewrite_readme(path: Path = ROOT / "README.md", results: Path = RESULTS) -> bool:
-    """Bring the README's section up to date; whether it changed."""
-    old = path.read_text()
-    new = with_section(old, newest(results))
-    if new != old:
-        path.write_text(new)
-    return new != old

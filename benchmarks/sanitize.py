@@ -1,4 +1,4 @@
-"""`python -m benchmarks.sanitize`: kernels once on random inputs, to be run under compute-sanitizer or ncu."""
+"""`python -m benchmarks.sanitize`: runs every kernel once on random inputs, under compute-sanitizer or ncu."""
 
 import argparse
 import sys
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def cases_of(op, kinds: list[str]) -> list:
-    """All small cases, but one large one: a call of each kernel is enough for counters."""
+    """All small cases of `kinds`, and one large case, because counters need only one call of each kernel."""
     small = [case for case in op.workload.cases if case.kind in kinds and case.kind in ("smoke", "edge")]
     large = sorted((case for case in op.workload.cases if case.kind in kinds and case.kind in ("model", "gpu")),
                    key=lambda case: case.kind != "gpu")

@@ -1,10 +1,13 @@
-"""From the registry to rows: what to time, against whom, and what a timed pass says.
+"""From the registry to rows: what is timed, against which peers, and the rows that a timed pass gives.
 
-A pass is one operator at one size and dtype, all contenders interleaved: `forward` without gradients, `training`
-(forward and backward in turn, giving the rows backward and both), `call` and `call_grad` (host time of a small call).
+A pass is one operator at one size and dtype with all contenders interleaved: `forward` without gradients, `training`
+(forward and backward one after the other, which gives the rows backward and both), `call` and `call_grad` (host time of
+a small call). On the CPU the yardsticks are contenders too: copying into memory that is present, reading, and for what
+multiplies the loop of multiply-add instructions.
 """
 
 import gc
+import itertools
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,11 +22,16 @@ from internlm2_kernels.testing import Draw, draw_upstream, flat, ladder, ladder_
 from internlm2_kernels.workloads import Case, Sample
 from tools.timing import Contender, Paired, Peaks, cold_sets, interleave, quantiles
 
-from .peers import CHECKED, NOT_COMPILED, OURS, PEERS, READ_BOUND, peers_of
+from .gates import settings
+from .names import short, size_of
+from .peers import CHECKED, OURS, PEERS, peers_of
+from .registers import Loop
 
 PASSES = {"forward": ("forward",), "training": ("backward", "both"), "call": ("call",), "call_grad": ("call_grad",)}
-STAGES = {"call": "forward", "call_grad": "forward"}  # the stage of `Paired` a direction is read from, else its own name
+STAGES = {"call": "forward", "call_grad": "forward"}  # which stage of `Paired` holds a direction, where the names differ
 SEED = 20240326
+LARGEST_YARDSTICK = 2**28  # bytes that one call of a yardstick moves, at most
+FLOPS_A_BYTE = 4  # with fewer operations for each byte moved the register peak cannot be the limit
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,10 @@ class Row:
     """One line of the result: our backend's time at one size, dtype and direction, and the ratios to each peer.
 
     Times in seconds as [median, 20 % quantile, 80 % quantile]; `against` maps a family of peers to its fastest `form`
-    and the paired `ratio`. `copy_fraction` is bytes / time over the copy rate, `read_fraction` over the read rate,
-    `roof_fraction` what `roof_share` says.
+    and the paired `ratio`. `copy_fraction` is bytes / time over the rate of copying into memory that is present,
+    `read_fraction` over the read rate, `product_fraction` flops / time over the register peak (CUDA: over torch's matrix
+    rate), None where it was not measured. `limit_fraction` is the larger of the share of what the bytes need and
+    `product_fraction`: how close the row runs to what the machine allows for this work.
     """
 
     op: str
@@ -60,7 +70,7 @@ class Row:
     direction: str
     device: str
     backend: str
-    chosen: bool  # what the automatic choice takes
+    chosen: bool  # whether the automatic choice takes this backend
     method: str
     rounds: int
     seconds: tuple[float, float, float] | None = None
@@ -70,49 +80,29 @@ class Row:
     bytes_per_s: float = 0.0
     copy_fraction: float | None = None
     read_fraction: float | None = None
-    roof_fraction: float | None = None
+    product_fraction: float | None = None
+    limit_fraction: float | None = None
     red: str = ""
 
 
-def roof_share(row: dict[str, Any], peaks: dict[str, float]) -> float:
-    """The larger of two shares of the time that a row (a `Row` as a dict) took: of the bytes at the copy rate, at the read
-    rate for what only reads, and of the flops at torch's matrix rate. Neither rate is a limit: it may exceed 1."""
-    matrix = peaks["matmul_float32_flops_per_s" if row["dtype"] == "float32" else "matmul_flops_per_s"]
-    moved = row["read_fraction" if row["op"] in READ_BOUND else "copy_fraction"]
-    return max(moved, row["flops"] / row["seconds"][0] / matrix)
+def only_reads(op: str, direction: str) -> bool:
+    """Whether this row reads its bytes and writes almost none, so that the read rate is its limit."""
+    listed = settings()["only_reads"]
+    return op in listed or f"{op} {direction}" in listed
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure. `quick` is for looking whether it works: its numbers are noise and are not recorded."""
+    """How long to measure. `quick` shows whether everything works; its numbers are noise."""
 
     seconds: float = 1.0
     rounds: tuple[int, int] = (11, 101)
-    longest: float = 25.0  # seconds after which a pass whose calls take long ends with at least three rounds
+    longest: float = 25.0  # seconds after which a pass ends as soon as it has three rounds
     compiled: bool = True
     quick: bool = False
 
 
 QUICK = Settings(seconds=0.2, rounds=(3, 11), quick=True)
-
-
-def size_of(dims: dict[str, Any]) -> str:
-    """A size as people write it: lists by name, numbers with x between, true flags and words by name."""
-    lists = [f"{key} {_list(v)}" for key, v in dims.items() if isinstance(v, (tuple, list))]
-    numbers = [str(v) for v in dims.values() if isinstance(v, int) and not isinstance(v, bool)]
-    words = [str(k) if v is True else f"{k}={v}" for k, v in dims.items() if v and (v is True or isinstance(v, str))]
-    return " ".join([*lists, "x".join(numbers), *words])
-
-
-def _list(values: tuple[int, ...]) -> str:
-    """8x512 where all are equal, else 8 of 256-2816."""
-    if len(set(values)) == 1:
-        return f"{len(values)}x{values[0]}"
-    return f"{len(values)} of {min(values)}-{max(values)}" if values else "none"
-
-
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def plan(ops: list[str], directions: list[str], dtypes: list[torch.dtype], quick: bool, device: str = "cpu") -> list[Pass]:
@@ -134,17 +124,15 @@ def plan(ops: list[str], directions: list[str], dtypes: list[torch.dtype], quick
     return passes
 
 
-# Where the time is short: operators in the order in which a training step and a decoded token spend their time on them.
-FIRST = ("flash_attention", "rms_norm", "cross_entropy", "linear_cross_entropy", "swiglu", "qkv_rope", "paged_attention",
-         "adamw", "linear_logprobs", "apply_rope", "squared_norm", "gae", "ppo_policy_loss", "ppo_value_loss",
-         "reward_loss_from_last", "reward_loss")
+# Dimensions of InternLM2-7B: cases that have one of them come first where time is short.
 SHAPES_7B = ({"heads": 32, "head_dim": 128}, {"cols": 4096}, {"cols": 14336})
 LONGEST_FIRST = 2**16  # tokens; attention over more takes as long as everything else
 
 
 def by_importance(passes: list[Pass]) -> list[Pass]:
-    """bfloat16 before other dtypes, small calls last; in these the operators take turns, each with its 7B shapes first."""
-    places = {name: place for place, name in enumerate(FIRST)}
+    """bfloat16 before other dtypes, small calls last; within these the operators take turns in the order of gates.toml,
+    each with its 7B shapes first."""
+    places = {name: place for place, name in enumerate(settings()["order"])}
     seen: dict[tuple, int] = {}
 
     def tier(job: Pass) -> tuple[bool, bool, bool, bool]:
@@ -161,9 +149,9 @@ def by_importance(passes: list[Pass]) -> list[Pass]:
 
 
 def check(op: Op, dtype: torch.dtype, device: torch.device, implementations: dict[str, str | Callable]) -> dict[str, str]:
-    """The error ladder over the smoke cases; for each implementation that is red, its table.
+    """Run the error check over the smoke cases; for each implementation that fails, the reason or its table.
 
-    A peer may refuse sizes, but not all of them: what was never found right is not timed.
+    A peer may refuse sizes, but not all of them: an implementation that was never found right is not timed.
     """
     red: dict[str, str] = {}
     refused: dict[str, str] = {}
@@ -176,11 +164,11 @@ def check(op: Op, dtype: torch.dtype, device: torch.device, implementations: dic
             for name, implementation in implementations.items():
                 if name in red or (name in PEERS.get(op.name, {}) and op.name in CHECKED and case.kind == "smoke"):
                     continue
-                try:  # copies: some peers write into their inputs
+                try:  # on copies, because some peers write into their inputs
                     rungs = ladder(op, [Draw(sample, run(op, _copy(sample), implementation, _clones(upstream)), upstream)])
-                except NotImplementedError:  # not what this peer does
+                except NotImplementedError:  # the peer does not offer these options
                     continue
-                except Exception as error:  # whatever a peer raises, and the run says what
+                except Exception as error:  # a peer may raise anything; the run reports it
                     (red if name.startswith("ours ") else refused).setdefault(name, f"{type(error).__name__}: {error}")
                     continue
                 if all(rung.ok for rung in rungs):
@@ -200,17 +188,20 @@ def _copy(sample: Sample) -> Sample:
 
 
 def _call(function: Callable, inputs: dict[str, Any]) -> Callable[[], Any]:
-    """The call to time: a form that has to `prepare` does so beforehand."""
+    """The call to time. A form with a `prepare` gets its inputs prepared here, outside the timed part."""
     if getattr(function, "prepare", None) is None:
         return partial(function, **inputs)
     return partial(function.run, **function.prepare(**inputs))
 
 
 class Bench:
-    """Runs passes on one device; remembers which operators are green (checked once per dtype) and what was left out."""
+    """Runs passes on one device. It remembers which operators passed their checks (once for each dtype) and what was left
+    out."""
 
-    def __init__(self, device: torch.device, peaks: Peaks, settings: Settings) -> None:
+    def __init__(self, device: torch.device, peaks: Peaks, settings: Settings, loops: dict[str, Loop] | None = None) -> None:
         self.device, self.peaks, self.settings = device, peaks, settings
+        self.loops = loops or {}  # for each dtype the loop that shows the register peak, see registers.py
+        self.memory = torch.empty(0)  # which the yardsticks copy and read
         self.checked: dict[tuple[str, torch.dtype], dict[str, str]] = {}
         self.notes: list[str] = []
         self.lost = False  # after a kernel's fault CUDA refuses everything in this process
@@ -220,15 +211,15 @@ class Bench:
             self.notes.append(text)
 
     def backends(self, op: Op) -> list[str]:
-        """What is ours and worth timing: the reference only where there is nothing else."""
+        """The backends of ours to time: the reference only where there is no other."""
         usable = op.usable[self.device.type]
         interpreted = "triton" if self.device.type == "cpu" else None
         return [b for b in usable if b not in ("reference", interpreted)] or [usable[0]]
 
     def run(self, job: Pass) -> tuple[list[Row], Paired | None]:
-        """The rows of one pass; a red operator's rows carry the reason and no number.
+        """The rows of one pass. Rows of an operator that fails its checks are red: they carry the reason and no number.
 
-        On a GPU what fails (a fault, too little memory) makes the pass red and leaves the others alone.
+        On a GPU a fault or a lack of memory makes this pass red and leaves the others alone.
         """
         if self.device.type != "cuda":
             return self._run(job)
@@ -243,7 +234,7 @@ class Bench:
         return self._rows(job, {f"ours {b}": reason for b in self.backends(job.op)}), None
 
     def _free(self) -> None:
-        """Gives the pass's memory back, which graphs hold in pools of their own; sees whether the device still answers."""
+        """Free the memory of the pass, which CUDA graphs hold in their own pools, and note whether the device still answers."""
         gc.collect()
         try:
             torch.cuda.synchronize(self.device)
@@ -272,8 +263,9 @@ class Bench:
         if op.name in OURS and not job.small:
             functions = {name: value if value[0] else ("ours", OURS[op.name]) for name, value in functions.items()
                          if value[0] != "eager"}
-        torch._dynamo.reset()  # else the recompile limit turns later compiled rows into eager ones
-        if self.settings.compiled and not job.small and op.name not in NOT_COMPILED and op.name not in OURS:
+        torch._dynamo.reset()  # otherwise Dynamo's recompile limit makes later compiled rows run eagerly
+        if self.settings.compiled and not job.small and op.name not in settings()["not_compiled"] and (
+                op.name not in OURS):
             forms = list(op.workload.eager.items())[:1 if self.settings.quick else None]
             functions |= {f"compile {name}": ("compile", torch.compile(form, dynamic=False)) for name, form in forms}
         with torch.set_grad_enabled(job.training):
@@ -295,7 +287,7 @@ class Bench:
         generator = torch.Generator(self.device).manual_seed(SEED)
         sample = job.op.workload.sample(job.case, job.dtype, self.device, generator)
         upstream = draw_upstream(job.op, sample, 1.0, generator, job.op.public) if job.training else {}
-        # What `loss.backward()` sends to a loss; the checks draw other numbers.
+        # `loss.backward()` sends 1 to a loss, so that is what is timed; the checks use random upstream gradients.
         upstream = {name: torch.ones_like(v) if v.dim() == 0 else v for name, v in upstream.items()}
         tensors = [v for v in [*sample.inputs.values(), *upstream.values()] if isinstance(v, torch.Tensor)]
         sets = 1 if job.small else cold_sets(sum(v.numel() * v.element_size() for v in tensors), self.device)
@@ -309,9 +301,7 @@ class Bench:
                 contenders.append(contender)
         if job.small:
             return interleave(contenders, 1, self.device, seconds=0.3, rounds=(31, 101), repeat=100, host=True)
-        contenders.append(self._clone(job, sets))
-        if job.op.name in READ_BOUND:
-            contenders.append(self._read(job, sets))
+        contenders += self._yardsticks(job)
         return interleave(contenders, sets, self.device, seconds=self.settings.seconds, rounds=self.settings.rounds,
                           longest=self.settings.longest)
 
@@ -322,7 +312,7 @@ class Bench:
             return None
         leaves = [[sample.inputs[name] for name in sample.grad] for sample, _ in sets]
         upstreams = [list(upstream.values()) for _, upstream in sets]
-        retain = self.device.type == "cuda"  # a graph is captured from a backward that must be able to run again
+        retain = self.device.type == "cuda"  # a backward that is captured in a graph runs more than once
 
         def backward(i: int, outputs: Any) -> Any:
             outputs = [t for t in flat(outputs) if t.requires_grad]
@@ -334,23 +324,50 @@ class Bench:
                 outputs = contender.forward(0)
                 if contender.backward:
                     contender.backward(0, outputs)
-            except Exception as error:  # no compiler, an unsupported shape: the family is missing, and the run says so
+            except Exception as error:  # no compiler or an unsupported shape: the form is left out and the run says so
                 self.note(f"{job}: {name} cannot run: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
                 return None
         return contender
 
-    def _clone(self, job: Pass, sets: int) -> Contender:
-        """A copy that moves as many bytes as the forward: the bandwidth yardstick of this very row."""
+    def _bytes(self, job: Pass, direction: str) -> int:
         size = torch.empty((), dtype=job.dtype).element_size()
-        count = max(1, job.op.workload.bytes(job.case.dims, size, "forward") // 2 // size)
-        sources = [torch.randn(count, device=self.device).to(job.dtype) for _ in range(sets)]
-        return Contender("clone", lambda i: sources[i].clone())
+        ways = ("forward", "backward") if direction == "both" else (direction,)
+        return sum(job.op.workload.bytes(job.case.dims, size, way) for way in ways)
 
-    def _read(self, job: Pass, sets: int) -> Contender:
-        """A sum over as many bytes as the forward moves: the yardstick of what reads a cache and writes next to nothing."""
-        count = max(1, job.op.workload.bytes(job.case.dims, torch.empty((), dtype=job.dtype).element_size(), "forward") // 4)
-        sources = [torch.randn(count, device=self.device) for _ in range(sets)]
-        return Contender("read", lambda i: sources[i].sum())
+    def _flops(self, job: Pass, direction: str) -> int:
+        ways = ("forward", "backward") if direction == "both" else (direction,)
+        return sum(job.op.workload.flops(job.case.dims, way) for way in ways)
+
+    def _moved(self, job: Pass) -> int:
+        """What a call of the copy and of the read yardstick moves: as many bytes as the forward, up to a limit."""
+        return max(8, min(self._bytes(job, "forward"), LARGEST_YARDSTICK) // 8 * 8)
+
+    def _memory(self, moved: int) -> torch.Tensor:
+        """Memory for yardsticks that move so many bytes: as many parts as the operator has input sets of this size, and
+        written once, so that no call causes page faults."""
+        count = max(2, cold_sets(moved, self.device)) * moved // 4
+        if self.memory.numel() < count:
+            self.memory = torch.ones(count)
+        return self.memory[:count]
+
+    def _yardsticks(self, job: Pass) -> list[Contender]:
+        """Contenders that show what the machine allows, on the CPU: copy, read, and for what multiplies the register peak. A
+        GPU's speed does not drift, so its rows are compared with the rates from the start of the run."""
+        if self.device.type != "cpu":
+            return []
+        moved = self._moved(job)
+        # They rotate by themselves and not with the input sets, of which an operator with large inputs has only one.
+        reads, copies = (itertools.cycle(self._memory(moved).split(moved // 4)) for _ in range(2))
+
+        def copy(i: int) -> None:
+            source, target = next(copies).chunk(2)  # which moves as many bytes as reading both
+            target.copy_(source)
+
+        contenders = [Contender("copy", copy), Contender("read", lambda i: next(reads).sum())]
+        loop = self.loops.get(short(job.dtype))
+        if loop is not None and self._flops(job, "forward") >= FLOPS_A_BYTE * self._bytes(job, "forward"):
+            contenders.append(Contender("registers", lambda i: loop()))
+        return contenders
 
     def _row(self, row: Row, job: Pass, paired: Paired) -> Row:
         stage, ours = STAGES.get(row.direction, row.direction), f"ours {row.backend}"
@@ -366,24 +383,27 @@ class Bench:
                                    "seconds": quantiles(times[fastest])}
         done = asdict(row) | {"seconds": seconds, "against": against, "method": paired.method,
                               "rounds": len(times[ours])}
-        return Row(**done | ({} if job.small else self._roof(row, job, paired, stage, seconds[0])))
+        return Row(**done | ({} if job.small else self._limit(row, job, paired, stage, seconds[0])))
 
-    def _roof(self, row: Row, job: Pass, paired: Paired, stage: str, seconds: float) -> dict[str, Any]:
-        size = torch.empty((), dtype=job.dtype).element_size()
-        ways = ("forward", "backward") if row.direction == "both" else (row.direction,)
-        count = sum(job.op.workload.bytes(job.case.dims, size, way) for way in ways)
-        flops = sum(job.op.workload.flops(job.case.dims, way) for way in ways)
-        copied = paired.times["forward"]["clone"]
-        moved = 2 * (job.op.workload.bytes(job.case.dims, size, "forward") // 2 // size) * size
-        if self.device.type == "cpu" and moved:
-            pairs = zip(copied, paired.times[stage][f"ours {row.backend}"], strict=True)
-            copy_fraction = quantiles([count / ours / (moved / clone) for clone, ours in pairs])[0]
+    def _limit(self, row: Row, job: Pass, paired: Paired, stage: str, seconds: float) -> dict[str, Any]:
+        count, flops = self._bytes(job, row.direction), self._flops(job, row.direction)
+        ours, rates = paired.times[stage][f"ours {row.backend}"], paired.times["forward"]
+
+        def share(work: float, yardstick: str, done: float) -> float:
+            """This row's rate over the yardstick's, within a round."""
+            pairs = zip(rates[yardstick], ours, strict=True)
+            return quantiles([work / mine / (done / its) for its, mine in pairs])[0]
+
+        if self.device.type == "cpu":
+            moved = self._moved(job)
+            found = {"copy_fraction": share(count, "copy", moved), "read_fraction": share(count, "read", moved)}
+            if "registers" in rates:
+                found["product_fraction"] = share(flops, "registers", self.loops[row.dtype].flops)
         else:
-            copy_fraction = count / seconds / self.peaks.copy_bytes_per_s
-        read_fraction = count / seconds / self.peaks.read_bytes_per_s
-        if "read" in paired.times["forward"]:  # interleaved with the row, which a machine whose speed drifts needs
-            reads = zip(paired.times["forward"]["read"], paired.times[stage][f"ours {row.backend}"], strict=True)
-            read_fraction = quantiles([read / ours for read, ours in reads])[0]
-        found = {"bytes": count, "flops": flops, "bytes_per_s": count / seconds, "copy_fraction": copy_fraction,
-                 "read_fraction": read_fraction}
-        return found | {"roof_fraction": roof_share(asdict(row) | found | {"seconds": (seconds,)}, asdict(self.peaks))}
+            peaks, single = self.peaks, row.dtype == "float32"
+            matrix = peaks.matmul_float32_flops_per_s if single else peaks.matmul_flops_per_s
+            found = {"copy_fraction": count / seconds / peaks.copy_bytes_per_s,
+                     "read_fraction": count / seconds / peaks.read_bytes_per_s, "product_fraction": flops / seconds / matrix}
+        bytes_share = found["read_fraction" if only_reads(row.op, row.direction) else "copy_fraction"]
+        return found | {"bytes": count, "flops": flops, "bytes_per_s": count / seconds,
+                        "limit_fraction": max(bytes_share, found.get("product_fraction", 0.0))}

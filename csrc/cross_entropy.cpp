@@ -7,8 +7,9 @@ namespace internlm2 {
 namespace {
 
 using Pair = std::tuple<Tensor, Tensor>;
+using Triple = std::tuple<Tensor, Tensor, Tensor>;
 
-// What both directions share: the arguments of the kernels, and the label and factor of each row.
+// What both directions share: the kernels' argument, and each row's label and factor.
 class Call {
  public:
   CrossEntropy a{};
@@ -40,7 +41,7 @@ class Call {
     const double divided = loss_.factor();
     for (int64_t t = 0; t < rows(); ++t) {
       const double up = upstream == nullptr ? 1 : upstream->get(each() ? t : 0);
-      factor_[t] = loss_.weight(t) == 0 ? 0 : loss_.weight(t) * divided * up;  // 0 for an ignored row even where the upstream is NaN
+      factor_[t] = loss_.weight(t) == 0 ? 0 : loss_.weight(t) * divided * up;  // an ignored row's whatever the upstream is
     }
   }
   void write_to(const Tensor& dlogits) {
@@ -49,24 +50,23 @@ class Call {
   }
   int64_t grain() const { return grain_of(16384, a.cols); }
 
-  // Computes the loss and everything else that `a` asks the kernel for.
-  Tensor forward(const Tensor& lse) {
+  // Loss and z-loss; the kernel writes what else it was asked for.
+  Pair forward(const Tensor& lse, bool return_z_loss) {
     const Tensor logit = row_numbers(), total = row_numbers(loss_.label_smoothing != 0);
     a.lse = data(lse);
     a.label_logit = data(logit);
     a.total = loss_.label_smoothing != 0 ? data(total) : nullptr;
     for_rows(rows(), grain(), [&](int64_t b, int64_t e) { INTERNLM2_CPU(cross_entropy_fwd, a, b, e); });
-    Tensor loss = each() ? row_numbers() : torch::stable::new_empty(logits_, {}, accumulator_of(logits_));
-    const Numbers out(loss), lses(lse), labels(logit), totals(total);
-    double sum = 0;
+    const Numbers lses(lse), labels(logit), totals(total);
+    LossSum loss(logits_, loss_, true), z_loss(logits_, loss_, return_z_loss);
     for (int64_t t = 0; t < rows(); ++t) {
+      const bool counts = loss_.weight(t) != 0;
+      const double top = lses.get(2 * t), log_sum = lses.get(2 * t + 1);
       const double mean = a.total != nullptr ? totals.get(t) / static_cast<double>(a.cols) : 0;
-      const double row = loss_.weight(t) == 0 ? 0 : loss_.loss(lses.get(2 * t), lses.get(2 * t + 1), labels.get(t), mean);
-      if (each()) out.set(t, row);
-      else sum += row;
+      loss.add(t, counts ? loss_.loss(top, log_sum, labels.get(t), mean) : 0);
+      z_loss.add(t, counts ? loss_.z(top, log_sum) : 0);
     }
-    if (!each()) out.set(0, sum * loss_.factor());
-    return loss;
+    return {loss.done(loss_.factor()), z_loss.done(loss_.factor())};
   }
   void backward(const Tensor& dloss, const Tensor& lse) {
     INTERNLM2_CHECK_VALUE(lse.numel() == 2 * rows(), "cross_entropy", "lse", "shape [", rows(), ", 2], got ", lse.numel(),
@@ -84,22 +84,22 @@ class Call {
   LossRows loss_{};
 };
 
-Pair cross_entropy_fwd_cpp(const Tensor& logits, const Tensor& labels, int64_t ignore_index, double label_smoothing,
-                           double z_loss, double softcap, int64_t reduction) {
+Triple cross_entropy_fwd_cpp(const Tensor& logits, const Tensor& labels, int64_t ignore_index, double label_smoothing,
+                             double z_loss, double softcap, int64_t reduction, bool return_z_loss) {
   Call call(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction);
   Tensor lse = call.row_pairs();
-  Tensor loss = call.forward(lse);
-  return {loss, lse};
+  const auto [loss, z] = call.forward(lse, return_z_loss);
+  return {loss, z, lse};
 }
 
-Pair cross_entropy_grad_fwd_cpp(const Tensor& logits, const Tensor& labels, int64_t ignore_index, double label_smoothing,
-                                double z_loss, double softcap, int64_t reduction) {
+Triple cross_entropy_grad_fwd_cpp(const Tensor& logits, const Tensor& labels, int64_t ignore_index, double label_smoothing,
+                                  double z_loss, double softcap, int64_t reduction, bool return_z_loss) {
   Call call(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction);
   Tensor dlogits = empty_as(logits);
   call.set_factors(nullptr);
   call.write_to(dlogits);
-  Tensor loss = call.forward(call.row_pairs());
-  return {loss, dlogits};
+  const auto [loss, z] = call.forward(call.row_pairs(), return_z_loss);
+  return {loss, z, dlogits};
 }
 
 Tensor cross_entropy_bwd_cpp(const Tensor& dloss, const Tensor& logits, const Tensor& labels, const Tensor& lse,

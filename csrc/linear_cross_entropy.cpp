@@ -5,6 +5,7 @@ namespace {
 
 using Pair = std::tuple<Tensor, Tensor>;
 using Triple = std::tuple<Tensor, Tensor, Tensor>;
+using Quadruple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 struct Options {
   const Tensor& labels;
@@ -14,7 +15,7 @@ struct Options {
   int64_t reduction;
 };
 
-// A HeadCall that computes a loss for each row.
+// A HeadCall whose rows have losses.
 class LossCall : public HeadCall {
  public:
   LossCall(const Tensor& hidden, const Tensor& weight, const Options& o, HeadStore store)
@@ -26,7 +27,7 @@ class LossCall : public HeadCall {
     factor_ = rows_.factor();
   }
 
-  // Allocates also what the loss and its gradient need.
+  // What the gradient of the loss and its statistics need beyond HeadCall's.
   void prepare_loss() {
     prepare();
     if (a.store != HeadStore::gradient && rows_.label_smoothing != 0) {
@@ -38,10 +39,13 @@ class LossCall : public HeadCall {
   }
   void at(int64_t first) { a.label = label_ + first; }
 
-  // The weighted loss of the chunk's row t, 0 where it is ignored.
-  double loss(int64_t first, int64_t t) const {
+  LossSum losses(const Tensor& like, bool wanted) const { return LossSum(like, rows_, wanted); }
+  // Adds the weighted loss and z-loss of the chunk's row t, 0 where it is ignored.
+  void add_losses(int64_t first, int64_t t, LossSum& loss, LossSum& z_loss) const {
     const double weight = rows_.weight(first + t), mean = a.total ? number(a.total, t) / a.vocab : 0;
-    return weight == 0 ? 0 : weight * rows_.loss(number(a.top, t), number(a.log_sum, t), number(a.label_logit, t), mean);
+    const double top = number(a.top, t), log_sum = number(a.log_sum, t);
+    loss.add(first + t, weight == 0 ? 0 : weight * rows_.loss(top, log_sum, number(a.label_logit, t), mean));
+    z_loss.add(first + t, weight == 0 ? 0 : weight * rows_.z(top, log_sum));
   }
   void coefficients(int64_t first, int64_t t, double dloss) const {
     const double lse = number(a.top, t) + number(a.log_sum, t), weight = rows_.weight(first + t);
@@ -63,49 +67,41 @@ class LossCall : public HeadCall {
   double factor_ = 1;
 };
 
-Pair linear_cross_entropy_fwd_cpp(const Tensor& hidden, const Tensor& weight, const Tensor& labels,
-                                  const OptTensor& token_weights, int64_t ignore_index, double label_smoothing,
-                                  double z_loss, double softcap, int64_t reduction) {
+Triple linear_cross_entropy_fwd_cpp(const Tensor& hidden, const Tensor& weight, const Tensor& labels,
+                                    const OptTensor& token_weights, int64_t ignore_index, double label_smoothing,
+                                    double z_loss, double softcap, int64_t reduction, bool return_z_loss) {
   check_cpu();
   LossCall call(hidden, weight, {labels, token_weights, ignore_index, label_smoothing, z_loss, softcap, reduction},
                 HeadStore::none);
   call.prepare_loss();
-  const bool each = static_cast<Reduction>(reduction) == Reduction::none;
-  Tensor loss = each ? call.numbers({call.tokens()}) : call.numbers({}), lse = call.numbers({call.tokens(), 2});
-  const Numbers losses(loss), lses(lse);
-  double sum = 0;
+  Tensor lse = call.numbers({call.tokens(), 2});
+  const Numbers lses(lse);
+  LossSum loss = call.losses(hidden, true), z = call.losses(hidden, return_z_loss);
   call.run(
       [&](int64_t first) { call.at(first); },
       [&](int64_t first, int64_t rows) {
         call.put_lse(lses, first);
-        for (int64_t t = 0; t < rows; ++t) {
-          if (each) losses.set(first + t, call.loss(first, t));
-          else sum += call.loss(first, t);
-        }
+        for (int64_t t = 0; t < rows; ++t) call.add_losses(first, t, loss, z);
       });
-  if (!each) losses.set(0, sum * call.factor());
-  return {loss, lse};
+  return {loss.done(call.factor()), z.done(call.factor()), lse};
 }
 
-Triple linear_cross_entropy_grad_fwd_cpp(const Tensor& hidden, const Tensor& weight, const Tensor& labels,
-                                         const OptTensor& token_weights, int64_t ignore_index, double label_smoothing,
-                                         double z_loss, double softcap, int64_t reduction, bool needs_dhidden,
-                                         bool needs_dweight) {
+Quadruple linear_cross_entropy_grad_fwd_cpp(const Tensor& hidden, const Tensor& weight, const Tensor& labels,
+                                            const OptTensor& token_weights, int64_t ignore_index, double label_smoothing,
+                                            double z_loss, double softcap, int64_t reduction, bool return_z_loss,
+                                            bool needs_dhidden, bool needs_dweight) {
   check_cpu();
   const bool rounded = dtype_of(hidden) == Dtype::bf16 && softcap <= 0;
   LossCall call(hidden, weight, {labels, token_weights, ignore_index, label_smoothing, z_loss, softcap, reduction},
                 rounded ? HeadStore::exponentials : HeadStore::logits);
-  const auto acc = accumulator_of(hidden);
-  const bool half = dtype_of(hidden) == Dtype::f16;  // the gradients of a mean underflow its range
-  Tensor loss = call.numbers({});
-  Tensor dhidden = torch::stable::new_empty(hidden, {needs_dhidden ? call.tokens() : 0, call.a.d},
-                                            half ? acc : hidden.scalar_type());
+  LossSum loss = call.losses(hidden, true), z = call.losses(hidden, return_z_loss);
+  // In the accumulator's dtype, so that backward rounds them once, after the upstream gradient.
+  Tensor dhidden = call.numbers({needs_dhidden ? call.tokens() : 0, call.a.d});
   Tensor dweight = call.numbers({needs_dweight ? call.a.vocab : 0, call.a.d});
   call.a.dhidden_dtype = dtype_of(dhidden);
   call.a.dweight_sum = needs_dweight ? data(dweight) : nullptr;
   call.a.dhidden = needs_dhidden ? data(dhidden) : nullptr;
   call.prepare_loss();
-  double sum = 0;
   call.run(
       [&](int64_t first) {
         call.at(first);
@@ -115,13 +111,12 @@ Triple linear_cross_entropy_grad_fwd_cpp(const Tensor& hidden, const Tensor& wei
       },
       [&](int64_t first, int64_t rows) {
         for (int64_t t = 0; t < rows; ++t) {
-          sum += call.loss(first, t);
+          call.add_losses(first, t, loss, z);
           call.coefficients(first, t, 1);
         }
       });
-  Numbers(loss).set(0, sum * call.factor());
   if (call.tokens() == 0) clear(dweight);
-  return {loss, dhidden, dweight};
+  return {loss.done(call.factor()), z.done(call.factor()), dhidden, dweight};
 }
 
 Pair linear_cross_entropy_bwd_cpp(const Tensor& dloss, const Tensor& hidden, const Tensor& weight, const Tensor& labels,

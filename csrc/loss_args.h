@@ -60,13 +60,40 @@ struct LossRows {
   double loss(double top, double log_sum, double label_logit, double mean) const {
     double loss = (1 - label_smoothing) * ((top - label_logit) + log_sum);
     if (label_smoothing != 0) loss += label_smoothing * ((top - mean) + log_sum);
-    if (z_loss != 0) loss += z_loss * (top + log_sum) * (top + log_sum);
-    return loss;
+    return loss + z(top, log_sum);
   }
+  double z(double top, double log_sum) const { return z_loss == 0 ? 0 : z_loss * (top + log_sum) * (top + log_sum); }
   // dl_j = r (p_j a + s), and for the label r ((p_j - 1) a + k + s), so that a probability close to 1 loses no digits.
   double a(double lse) const { return 1 + 2 * z_loss * lse; }
   double k(double lse) const { return 2 * z_loss * lse + label_smoothing; }
   double s() const { return -label_smoothing / static_cast<double>(classes); }
+};
+
+// The losses of rows, as they are or reduced to one number.
+class LossSum {
+ public:
+  // An empty tensor unless `wanted`.
+  LossSum(const Tensor& like, const LossRows& rows, bool wanted)
+      : each_(rows.reduction == Reduction::none),
+        out_(each_ || !wanted ? torch::stable::new_empty(like, {wanted ? rows.rows : 0}, accumulator_of(like))
+                              : torch::stable::new_empty(like, {}, accumulator_of(like))),
+        wanted_(wanted),
+        numbers_(out_) {}
+  void add(int64_t t, double loss) {
+    if (each_ && wanted_) numbers_.set(t, loss);
+    sum_ += loss;
+  }
+  Tensor done(double factor) {
+    if (!each_ && wanted_) numbers_.set(0, sum_ * factor);
+    return out_;
+  }
+
+ private:
+  bool each_;
+  Tensor out_;
+  bool wanted_;
+  Numbers numbers_;
+  double sum_ = 0;
 };
 
 // out = gradient * dloss, rounded to the dtype of out (cross_entropy.cpp).

@@ -7,7 +7,7 @@ namespace internlm2 {
 
 constexpr int64_t kPpoChunk = 4096;  // elements summed into one row of `partial`: the order of sums depends on n alone
 constexpr int kPolicySums = 4;       // loss, clipped terms, approximate KL, count
-constexpr int kValueSums = 9;        // see ValueSums in cpu/ppo_value_loss.cpp
+constexpr int kValueSums = 7;        // see ValueSums in cpu/ppo_value_loss.cpp
 
 // The two losses call the tensors: x logprobs | values, old old_logprobs | old_values, target advantages | returns,
 // statistic approx_kl | explained_variance.

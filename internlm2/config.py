@@ -1,7 +1,7 @@
-"""Configuration: the sizes of InternLM2, and frozen dataclasses from TOML files with `a.b=c` overrides.
+"""Configuration: the sizes of InternLM2, and frozen dataclasses read from TOML files with `a.b=c` overrides.
 
 `load_config(TrainConfig, "run.toml", ["model.num_layers=4"])` builds any nested frozen dataclass; an unknown key, a missing
-one or a value of the wrong type is an error that names it. `dump_config` writes the same thing back.
+key or a value of the wrong type is an error that names the key. `dump_config` writes a dataclass back as TOML.
 """
 
 import dataclasses
@@ -18,6 +18,9 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
+from internlm2.storage import atomic_file
+from internlm2_kernels import rope_table
+
 ROPE_SCALINGS = ("linear", "dynamic", "yarn", "llama3")
 
 
@@ -28,16 +31,17 @@ class ModelConfig:
     vocab_size:               rows of the embedding and of the output matrix
     hidden_size, num_layers:  width of the residual stream, number of blocks
     num_heads, num_kv_heads:  query heads, and key/value heads that num_heads / num_kv_heads of them share
-    head_dim:                 width of one head
+    head_dim:                 width of one head, a multiple of 8 from 32 to 256
     intermediate_size:        width of the feed-forward layer
     rms_norm_eps:             added to the mean square
     rope_theta:               base of the rotary frequencies
-    rope_scaling:             None or Hugging Face's dictionary, e.g. {type = "dynamic", factor = 2.0}; differs from
-                              checkpoint to checkpoint of one size, so presets have none
+    rope_scaling:             None or Hugging Face's dictionary, for example {type = "dynamic", factor = 2.0}. Released
+                              checkpoints of one size differ in it, so presets have none
     rope_angles:              "float64", or "float32" for the angles that the released code computes
     max_position_embeddings:  length the model was trained for; dynamic scaling begins beyond it
     initializer_range:        standard deviation of fresh weights
     bos, eos, pad_token_id:   ids of the tokenizer; stop_token_ids are further ids that end a generation
+    reward_token_id:          the id that ends a conversation given to a reward model, which puts its reward there
     """
 
     hidden_size: int
@@ -57,6 +61,7 @@ class ModelConfig:
     eos_token_id: int = 2
     pad_token_id: int | None = 2
     stop_token_ids: tuple[int, ...] = ()
+    reward_token_id: int | None = None
 
     def __post_init__(self):
         counts = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size",
@@ -69,15 +74,36 @@ class ModelConfig:
                     raise ValueError(f"{name} must be a positive {noun}, got {value!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads must be a multiple of num_kv_heads = {self.num_kv_heads}, got {self.num_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even (rotary turns pairs), got {self.head_dim}")
+        if self.head_dim % 8 or not 32 <= self.head_dim <= 256:
+            raise ValueError(f"head_dim must be a multiple of 8 from 32 to 256, as flash_attention's, got {self.head_dim}")
         if self.rope_angles not in ("float64", "float32"):
             raise ValueError(f"rope_angles must be 'float64' or 'float32', got {self.rope_angles!r}")
-        for token in (self.bos_token_id, self.eos_token_id, *self.stop_token_ids):
-            if not 0 <= token < self.vocab_size:
-                raise ValueError(f"token ids must lie in [0, vocab_size = {self.vocab_size}), got {token}")
+        ids = dict(bos_token_id=self.bos_token_id, eos_token_id=self.eos_token_id, pad_token_id=self.pad_token_id,
+                   reward_token_id=self.reward_token_id)  # fmt: skip
+        ids |= {f"stop_token_ids[{i}]": token for i, token in enumerate(self.stop_token_ids)}
+        for name, token in ids.items():
+            if token is None and name in ("pad_token_id", "reward_token_id"):
+                continue
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                raise ValueError(f"{name} must be an id in [0, vocab_size = {self.vocab_size}), got {token!r}")
         if self.rope_scaling is not None:
-            object.__setattr__(self, "rope_scaling", _checked_scaling(self.rope_scaling))
+            object.__setattr__(self, "rope_scaling", _checked_scaling(self))
+        try:
+            rope_table(1, self.head_dim, base=self.rope_theta, scaling=self.rope_scaling_at(1), angles=self.rope_angles,
+                       device="cpu", backend="reference")  # fmt: skip
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"rope_scaling = {self.rope_scaling!r} gives no rotary table: {error}") from None
+
+    @property
+    def rope_scaling_type(self) -> str | None:
+        """ "linear", "dynamic", "yarn", "llama3", or None without scaling."""
+        return None if self.rope_scaling is None else self.rope_scaling.get("rope_type", self.rope_scaling.get("type"))
+
+    def rope_scaling_at(self, length: int) -> dict[str, Any] | None:
+        """The `scaling` argument of `rope_table` for a sequence of `length` tokens; the length matters to dynamic scaling."""
+        if self.rope_scaling is None:
+            return None
+        return {"max_position_embeddings": self.max_position_embeddings} | self.rope_scaling | {"seq_len": length}
 
     @property
     def qkv_size(self) -> int:
@@ -117,73 +143,25 @@ class ModelConfig:
             table = cls.preset(str(table.pop("preset"))).to_dict() | table
         return table
 
-    @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
-        """From the dictionary of a Hugging Face config.json, model_type "internlm2" or "llama".
 
-        A key that the file leaves out is an error and never the Hugging Face class's default, which fits no released
-        InternLM2 model. ValueError also for what this model does not have: biases, tied embeddings, other activations.
-        """
-        kind = _hf_value(hf, "model_type")
-        if kind not in ("internlm2", "llama"):
-            raise ValueError(f"model_type must be 'internlm2' or 'llama', got {kind!r}")
-        fixed = {"hidden_act": "silu", "tie_word_embeddings": False}
-        # A Llama file may leave these out; a bias in the weights would still be refused there, as an unexpected tensor.
-        fixed |= {"bias": False} if kind == "internlm2" else {k: False for k in ("attention_bias", "mlp_bias") if k in hf}
-        for key, expected in fixed.items():
-            if _hf_value(hf, key) != expected:
-                raise ValueError(f"{key} must be {expected!r} in config.json, got {hf[key]!r}")
-        rope = dict(hf.get("rope_parameters") or {})
-        theta = rope.pop("rope_theta") if "rope_theta" in rope else _hf_value(hf, "rope_theta")
-        scaling = rope if "rope_parameters" in hf else _hf_value(hf, "rope_scaling")
-        if scaling and scaling.get("rope_type", scaling.get("type")) == "default":
-            scaling = None
-        eos = _hf_value(hf, "eos_token_id")
-        eos = list(eos) if isinstance(eos, Sequence) else [eos]
-        heads, hidden = _hf_value(hf, "num_attention_heads"), _hf_value(hf, "hidden_size")
-        head_dim = hf.get("head_dim") or hidden // heads
-        names = ("vocab_size", "intermediate_size", "rms_norm_eps", "max_position_embeddings", "initializer_range",
-                 "bos_token_id", "pad_token_id")  # fmt: skip
-        return cls.from_dict(
-            {name: _hf_value(hf, name) for name in names}
-            | dict(hidden_size=hidden, num_heads=heads, head_dim=head_dim, rope_theta=theta, rope_scaling=scaling or None)
-            | dict(num_layers=_hf_value(hf, "num_hidden_layers"), num_kv_heads=_hf_value(hf, "num_key_value_heads"))
-            | dict(eos_token_id=eos[0], stop_token_ids=eos[1:], rope_angles=hf.get("rope_angles", "float64"))
-        )
-
-    def to_hf(self, layout: Literal["internlm2", "llama"] = "internlm2") -> dict[str, Any]:
-        """The dictionary of a Hugging Face config.json, and `rope_angles`, a key of ours, where it is not the default."""
-        if layout not in ("internlm2", "llama"):
-            raise ValueError(f"layout must be 'internlm2' or 'llama', got {layout!r}")
-        architecture = {"internlm2": "InternLM2ForCausalLM", "llama": "LlamaForCausalLM"}[layout]
-        return (
-            {"model_type": layout, "architectures": [architecture]}
-            | ({"bias": False} if layout == "internlm2" else {"attention_bias": False, "mlp_bias": False})
-            | dict(hidden_size=self.hidden_size, num_hidden_layers=self.num_layers, num_attention_heads=self.num_heads)
-            | dict(num_key_value_heads=self.num_kv_heads, head_dim=self.head_dim, vocab_size=self.vocab_size)
-            | dict(intermediate_size=self.intermediate_size, rms_norm_eps=self.rms_norm_eps, rope_theta=self.rope_theta)
-            | dict(rope_scaling=self.rope_scaling, max_position_embeddings=self.max_position_embeddings)
-            | dict(initializer_range=self.initializer_range, bos_token_id=self.bos_token_id, hidden_act="silu")
-            | dict(eos_token_id=[self.eos_token_id, *self.stop_token_ids] if self.stop_token_ids else self.eos_token_id)
-            | dict(pad_token_id=self.pad_token_id, tie_word_embeddings=False)
-            | ({} if self.rope_angles == "float64" else {"rope_angles": self.rope_angles})
-        )
-
-
-def _hf_value(hf: Mapping[str, Any], key: str) -> Any:
-    if key not in hf:
-        raise ValueError(f"{key} is missing in config.json (Hugging Face's class defaults are not used: they fit no release)")
-    return hf[key]
-
-
-def _checked_scaling(scaling: Mapping[str, Any]) -> dict[str, Any]:
+def _checked_scaling(config: ModelConfig) -> dict[str, Any]:
+    """rope_scaling as a plain dictionary; ValueError for a type, a factor or a length that the model cannot honour."""
+    scaling = dict(config.rope_scaling)
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind not in ROPE_SCALINGS:
-        raise ValueError(f"rope_scaling must have a type of {', '.join(ROPE_SCALINGS)}, got {dict(scaling)!r}")
+        raise ValueError(f"rope_scaling must have a type of {', '.join(ROPE_SCALINGS)}, got {scaling!r}")
     factor = scaling.get("factor")
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor >= 1:
-        raise ValueError(f"rope_scaling must have a factor of 1 or more, got {dict(scaling)!r}")
-    return dict(scaling)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 <= factor < float("inf"):
+        raise ValueError(f"rope_scaling must have a factor of 1 or more, got {scaling!r}")
+    if kind in ("linear", "dynamic"):
+        # Dynamic scaling begins beyond the length the model was trained for, which has one place: max_position_embeddings.
+        for key in ("max_position_embeddings", "original_max_position_embeddings"):
+            if key in scaling and scaling[key] != config.max_position_embeddings:
+                raise ValueError(
+                    f"rope_scaling[{key!r}] must be max_position_embeddings = {config.max_position_embeddings}, or left out,"
+                    f" got {scaling[key]!r}"
+                )
+    return scaling
 
 
 PRESETS: dict[str, ModelConfig] = {
@@ -195,7 +173,7 @@ PRESETS: dict[str, ModelConfig] = {
         vocab_size=4096, hidden_size=256, num_layers=8, num_heads=4, num_kv_heads=2, head_dim=64, intermediate_size=768
     ),
     "tiny": ModelConfig(
-        vocab_size=512, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, intermediate_size=128
+        vocab_size=512, hidden_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, intermediate_size=256
     ),
 }
 
@@ -313,8 +291,6 @@ def dump_config(config: Any, path: str | Path | None = None) -> str:
     lines = _dump(config, "")
     text = "\n".join(lines).strip() + "\n"
     if path is not None:
-        from internlm2.checkpoint import atomic_file  # it imports this module
-
         with atomic_file(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return text

@@ -1,8 +1,12 @@
 """InternLM2: a decoder of pre-norm blocks with grouped-query attention, rotary positions and SwiGLU (arXiv:2403.17297).
 
 Everything is packed: the tokens [T] of all sequences end to end, and cu_seqlens int32 [sequences + 1], which starts at 0
-and ends at T. A sequence sees nothing of its neighbours. Parameters carry the names of the released checkpoints. Every
-operator that is not a matrix product or an embedding comes from `operators`.
+and ends at T. A token attends only to tokens of its own sequence. Parameters carry the names of the released checkpoints.
+Every operator that is not a matrix product or an embedding comes from `operators`.
+
+Under torch.compile the checks and the packing, which read cu_seqlens on the host, run outside the graph; everything after
+them is one graph for all packings. Under torch.autocast the residual stream keeps the parameters' dtype, matrix products and
+attention run in autocast's, and losses, log-probabilities and rewards are float32.
 
 Sizes: T tokens, D hidden_size, H num_heads, G num_kv_heads, d head_dim, V vocab_size.
 """
@@ -21,12 +25,12 @@ import internlm2_kernels
 from internlm2.config import ModelConfig
 
 _TABLES_KEPT = 16
-_LARGEST_TABLE = 1 << 22  # rows: 2 GiB of cos and sin at a head size of 128; far beyond any trained length
+_LARGEST_TABLE = 1 << 22  # rows: 2 GiB of cos and sin at a head size of 128, and far beyond any trained length
 
 
 @dataclass(frozen=True)
 class Operators:
-    """The operators that a model calls, as functions: a model stays picklable, which a reference to a module would end."""
+    """The operators that a model calls. They are functions and not a module, since a module cannot be pickled."""
 
     rms_norm: Callable
     swiglu: Callable
@@ -46,7 +50,11 @@ class Operators:
 
 @dataclass(frozen=True)
 class Packing:
-    """What every block needs to know of a batch: where its sequences lie, the longest one, each token's rotation."""
+    """What every block needs to know of a batch.
+
+    cu_seqlens, max_seqlen: where its sequences lie, and the length of the longest
+    cos, sin:  rotary tables [rows, d/2]; token t takes row positions[t], or row t where positions is None
+    """
 
     cu_seqlens: Tensor
     max_seqlen: int
@@ -56,7 +64,7 @@ class Packing:
 
 
 class Linear(nn.Module):
-    """x @ weight^T with the weight [out, in] cast to x's dtype, so float32 parameters compute in bfloat16."""
+    """x @ weight^T. The weight [out, in] is cast to x's dtype, so float32 parameters can compute in bfloat16."""
 
     def __init__(self, in_features: int, out_features: int, **factory):
         super().__init__()
@@ -67,7 +75,8 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of weight [V, D]. No padding index: pad and end-of-sequence share an id, and the latter must learn."""
+    """Rows of weight [V, D]. There is no padding index: the padding token shares its id with the end-of-sequence token, whose
+    embedding must learn."""
 
     def __init__(self, config: ModelConfig, **factory):
         super().__init__()
@@ -78,7 +87,7 @@ class Embedding(nn.Module):
 
 
 class Norm(nn.Module):
-    """weight [D] of an rms_norm; called with a residual it adds first and returns the sum too."""
+    """RMSNorm with weight [D]. Called with a residual it normalises x + residual. Returns the result and that sum (or x)."""
 
     def __init__(self, config: ModelConfig, operators: Operators, **factory):
         super().__init__()
@@ -90,7 +99,8 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention of each sequence to itself. Each of the G groups of wqkv's rows: H/G queries, a key, a value."""
+    """Causal attention within each sequence. The rows of wqkv form G groups, each of H/G query heads, a key head and a value
+    head."""
 
     def __init__(self, config: ModelConfig, operators: Operators, **factory):
         super().__init__()
@@ -121,7 +131,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. The sum of the residual stream is left to the next norm, which adds and normalises in one pass."""
+    """One layer. It returns its last output and the residual stream apart: the next norm adds and normalises in one pass."""
 
     def __init__(self, config: ModelConfig, operators: Operators, **factory):
         super().__init__()
@@ -147,20 +157,22 @@ class Backbone(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything below a head of `outputs` rows, which is named `head`. For users: InternLM2, and RewardModel (reward.py).
+    """The network with a head of `outputs` rows. Users take one of its two kinds: InternLM2, or RewardModel (reward.py).
 
     config:            sizes
     operators:         a module with rms_norm, swiglu, rope_table, qkv_rope, flash_attention, linear_cross_entropy;
                        default internlm2_kernels
-    compute_dtype:     dtype of activations and matrix products; default the parameters'. Norms keep their weights' dtype
+    compute_dtype:     dtype of activations and matrix products; default the parameters'. Weights of norms are not cast
     device, dtype:     of the parameters; device "meta" allocates and initialises nothing
-    seed:              of the initial weights: normal, standard deviation initializer_range; wo and w2 of layer i divided
-                       by sqrt(2 (i + 1)); norms 1. Equal for equal seeds on one kind of device
-    checkpoint_layers: keep only each block's input for backward and compute the rest again
+    seed:              of the initial weights: normal with standard deviation initializer_range, divided by sqrt(2 (i + 1))
+                       for wo and w2 of layer i; 1 for norms. Equal seeds give equal weights on one kind of device
+    checkpoint_layers: keep only each block's input for backward, and compute the rest of the block again there
     """
 
+    head_name: str  # of the head's module, and so of its parameter; a subclass says which
+
     def __init__(
-        self, config: ModelConfig, head: str, outputs: int, *, operators: Any = None,
+        self, config: ModelConfig, outputs: int, *, operators: Any = None,
         compute_dtype: torch.dtype | None = None, device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32, seed: int = 0, checkpoint_layers: bool = False,
     ):  # fmt: skip
@@ -171,14 +183,14 @@ class Decoder(nn.Module):
         if self.compute_dtype != dtype and (dtype != torch.float32 or self.compute_dtype == torch.float64):
             raise ValueError(f"compute_dtype must be dtype, or narrower than float32, got {compute_dtype} with {dtype}")
         self.model = Backbone(config, self.operators, device=device, dtype=dtype)
-        self.add_module(head, Linear(config.hidden_size, outputs, device=device, dtype=dtype))
+        self.add_module(self.head_name, Linear(config.hidden_size, outputs, device=device, dtype=dtype))
         self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
         if self.model.norm.weight.device.type != "meta":
             self.init_weights(seed)
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Draws all parameters afresh, as the class says."""
+        """Draws all parameters anew, as the class's docstring says for `seed`."""
         generator = torch.Generator(self.model.norm.weight.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
@@ -193,13 +205,14 @@ class Decoder(nn.Module):
         """[T, D] after the final norm, in compute_dtype.
 
         tokens:     int64 or int32 [T], values in [0, V)
-        cu_seqlens: int32 [sequences + 1]; on the CPU it costs no synchronisation, on another device one
-        positions:  int [T], default 0, 1, ... in every sequence; given on a device, they must be below
-                    max_position_embeddings, since nothing is read back to look
-        Errors: TypeError, ValueError; values of tensors are looked at on the CPU only.
+        cu_seqlens: int32 [sequences + 1]. On the CPU it costs no synchronisation; on another device it costs one
+        positions:  int [T]; the default counts 0, 1, ... in every sequence. Positions on a GPU must be below
+                    max_position_embeddings: they are not read back for a check
+        Errors: TypeError, ValueError. Values of tensors are checked only where the tensors are on the CPU.
         """
-        lengths = _check_packing(tokens, cu_seqlens, positions, self.config.vocab_size)
-        packing = self._packing(lengths, cu_seqlens, positions, tokens.device)
+        return self._hidden_states(tokens, self._packing(tokens, cu_seqlens, positions))
+
+    def _hidden_states(self, tokens: Tensor, packing: Packing) -> Tensor:
         x, residual = self.model.tok_embeddings(tokens).to(self.compute_dtype), None
         for layer in self.model.layers:
             if self.checkpoint_layers and torch.is_grad_enabled():
@@ -208,9 +221,13 @@ class Decoder(nn.Module):
                 x, residual = layer(x, residual, packing)
         return self.model.norm(x, residual)[0]
 
-    def _packing(
-        self, lengths: list[int], cu_seqlens: Tensor, positions: Tensor | None, device: torch.device
-    ) -> Packing:  # fmt: skip
+    @torch.compiler.disable
+    def _packing(self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None) -> Packing:
+        """Checks the arguments of hidden_states and prepares what the blocks share.
+
+        Not compiled: the lengths of sequences are numbers on the host, so every new packing would be a new graph.
+        """
+        lengths, device = _check_packing(tokens, cu_seqlens, positions, self.config.vocab_size), tokens.device
         where = cu_seqlens.to(device, non_blocking=True), max(lengths, default=0)
         longest = self.config.max_position_embeddings
         if positions is None:
@@ -224,14 +241,14 @@ class Decoder(nn.Module):
                 raise ValueError(f"positions must be below {_LARGEST_TABLE}, got {max(ends) - 1}")
         else:
             ends = [longest] * len(lengths)
-        scaling = self.config.rope_scaling
-        dynamic = scaling is not None and scaling.get("rope_type", scaling.get("type")) == "dynamic"
+        dynamic = self.config.rope_scaling_type == "dynamic"
         if not dynamic or max(ends, default=0) <= longest:
-            # Powers of two: a few tables serve all lengths.
+            # The number of rows is rounded up to a power of two, so that a few tables serve all lengths.
             rows = 1 << (max(ends, default=1) - 1).bit_length() if ends else 1
             cos, sin = self._table(rows if not dynamic else min(rows, longest), device)
             return Packing(*where, cos, sin, positions.to(device, non_blocking=True))
-        # Dynamic NTK beyond the trained length: each sequence has the base of its own length, whatever is beside it.
+        # Dynamic NTK scaling beyond the trained length: each sequence gets the base that its own length calls for, whichever
+        # sequences are packed with it.
         tables = [self._table(max(end, 1) if end > longest else longest, device) for end in ends]
         rows = [p.to(device, torch.int64, non_blocking=True) for p in positions.split(lengths)]
         cos, sin = (torch.cat([table[i][p] for table, p in zip(tables, rows, strict=True)]) for i in (0, 1))
@@ -241,11 +258,8 @@ class Decoder(nn.Module):
         """cos and sin [rows, d/2], computed once for a length and never changed afterwards."""
         key = (rows, device)
         if key not in self._tables:
-            config, scaling = self.config, self.config.rope_scaling
-            if scaling is not None:
-                # For dynamic scaling, whose length is that of the table.
-                scaling = {"max_position_embeddings": config.max_position_embeddings} | scaling | {"seq_len": rows}
-            with torch.inference_mode(False):  # kept for later steps, which may save it for their backward
+            config, scaling = self.config, self.config.rope_scaling_at(rows)
+            with torch.inference_mode(False):  # the table is kept, and a later training step may save it for its backward
                 table = self.operators.rope_table(
                     rows, config.head_dim, base=config.rope_theta, scaling=scaling, angles=config.rope_angles
                 )
@@ -256,11 +270,13 @@ class Decoder(nn.Module):
 
 
 class InternLM2(Decoder):
-    """A causal language model; arguments as `Decoder`'s, without its head's."""
+    """A causal language model. Arguments as `Decoder`'s, without `outputs`."""
+
+    head_name = "output"
 
     def __init__(self, config: ModelConfig, **options: Any):
         _check_config(config)
-        super().__init__(config, "output", config.vocab_size, **options)
+        super().__init__(config, config.vocab_size, **options)
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Logits [T, V] in compute_dtype; arguments and errors as in hidden_states."""
@@ -270,20 +286,13 @@ class InternLM2(Decoder):
         self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None, *,
         reduction: str = "mean",
     ) -> Tensor:  # fmt: skip
-        """Cross-entropy in nats, float32, of labels int64 [T] (the next token of each; -100 does not count). On the kernels
-        the logits are never in memory.
+        """Cross-entropy in nats, float32 []; with the kernels the logits are never in memory.
 
-        reduction "mean" divides by the number of labels that count (0 if none does), "sum" does not.
+        labels:    int64 [T], the token that follows each token; -100 leaves the token out
+        reduction: "mean" divides the sum by the number of labels that count (the loss is 0 if none does); "sum" does not
         """
-        _check_integers("tokens", tokens)
-        _check_integers("labels", labels, tokens.shape[0], (torch.int64,))
-        if labels.device.type == "cpu":
-            wrong = labels[((labels < 0) & (labels != -100)) | (labels >= self.config.vocab_size)]
-            if wrong.numel():
-                raise ValueError(f"labels must be -100 or in [0, {self.config.vocab_size}), got {int(wrong[0])}")
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-        hidden = self.hidden_states(tokens, cu_seqlens, positions)
+        _check_labels(tokens, labels, self.config.vocab_size, reduction)
+        hidden = self._hidden_states(tokens, self._packing(tokens, cu_seqlens, positions))
         head = self.output.weight.to(hidden.dtype)
         return self.operators.linear_cross_entropy(hidden, head, labels, ignore_index=-100, reduction=reduction)
 
@@ -292,10 +301,12 @@ class InternLM2(Decoder):
         temperature: float = 1.0, return_entropy: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """Log-probability in nats, float32 [T], of targets int64 [T] after each token; with return_entropy also the entropy
-        [T] of each prediction. Logits are never in memory, forward or backward. Every target lies in [0, V): where there is
-        none, any token will do, and its result is for the caller to leave out."""
+        [T] of each prediction. Logits are never in memory, forward or backward.
+
+        Every target must lie in [0, V). For a token without a target pass any id and ignore its result.
+        """
         _check_integers("targets", targets, tokens.shape[0])
-        hidden = self.hidden_states(tokens, cu_seqlens, positions)
+        hidden = self._hidden_states(tokens, self._packing(tokens, cu_seqlens, positions))
         return internlm2_kernels.linear_logprobs(hidden, self.output.weight.to(hidden.dtype), targets,
                                                  temperature=temperature, return_entropy=return_entropy)
 
@@ -305,8 +316,20 @@ def _check_config(config: Any) -> None:
         raise TypeError(f"config must be a ModelConfig, got {type(config).__name__}")
 
 
+@torch.compiler.disable
+def _check_labels(tokens: Tensor, labels: Tensor, vocab_size: int, reduction: str) -> None:
+    _check_integers("tokens", tokens)
+    _check_integers("labels", labels, tokens.shape[0], (torch.int64,))
+    if labels.device.type == "cpu":
+        wrong = labels[((labels < 0) & (labels != -100)) | (labels >= vocab_size)]
+        if wrong.numel():
+            raise ValueError(f"labels must be -100 or in [0, {vocab_size}), got {int(wrong[0])}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+
+
 def _check_packing(tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None, vocab_size: int) -> list[int]:
-    """The sequences' lengths, after looking at everything that can be looked at without waiting for a device."""
+    """The lengths of the sequences, after every check that needs no value from a GPU."""
     _check_integers("tokens", tokens)
     _check_integers("cu_seqlens", cu_seqlens, dtypes=(torch.int32,))
     total, bounds = tokens.shape[0], cu_seqlens.tolist()
@@ -326,6 +349,7 @@ def _check_packing(tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None,
     return lengths
 
 
+@torch.compiler.disable
 def _check_integers(name: str, value: Any, length: int | None = None, dtypes: tuple = (torch.int64, torch.int32)) -> None:
     size = "one dimension" if length is None else f"shape [{length}]"
     expected = f"a tensor of {' or '.join(str(d).removeprefix('torch.') for d in dtypes)} with {size}"

@@ -1,4 +1,5 @@
-"""RewardModel: InternLM2's blocks under one number a token, as a reward model and as PPO's critic (arXiv:2403.17297 4.2)."""
+"""RewardModel: InternLM2 with one number a token in place of logits, as a reward model and as PPO's critic
+(arXiv:2403.17297 section 4.2)."""
 
 from typing import Any
 
@@ -12,14 +13,16 @@ from internlm2_kernels import reward_loss
 
 
 class RewardModel(Decoder):
-    """v_head [1, D] on the final norm's hidden states; parameters are named as in the released reward checkpoints.
+    """v_head [1, D] on the hidden states after the final norm. Parameters are named as in the released reward checkpoints.
 
-    Arguments as `Decoder`'s, without its head's. A sequence's reward is the number at its last token, which a conversation
-    ends with the config's reward token for. As a critic, the number at a token is the value of the state after it.
+    Arguments as `Decoder`'s, without `outputs`. The reward of a sequence is the number at its last token; a conversation
+    therefore ends with config.reward_token_id. As a critic, the number at a token is the value of the state after that token.
     """
 
+    head_name = "v_head"
+
     def __init__(self, config: ModelConfig, **options: Any):
-        super().__init__(config, "v_head", 1, **options)
+        super().__init__(config, 1, **options)
 
     def values(self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None) -> Tensor:
         """The number at every token, float32 [T] (float64 in float64); arguments and errors as in hidden_states."""
@@ -27,23 +30,31 @@ class RewardModel(Decoder):
 
     def rewards(self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None) -> Tensor:
         """[sequences], none of which is empty: each one's number at its last token."""
-        ends = cu_seqlens[1:].to(tokens.device, torch.int64) - 1
-        if bool((cu_seqlens[1:] == cu_seqlens[:-1]).any()):
-            raise ValueError("cu_seqlens must rise: an empty sequence has no reward")
-        return self._number(self.hidden_states(tokens, cu_seqlens, positions)[ends])
+        _check_no_empty_sequence(cu_seqlens)
+        packing = self._packing(tokens, cu_seqlens, positions)
+        ends = packing.cu_seqlens[1:].to(torch.int64) - 1
+        return self._number(self._hidden_states(tokens, packing)[ends])
 
     def _number(self, hidden: Tensor) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        return F.linear(hidden.to(wide), self.v_head.weight.to(wide))[:, 0]
+        with torch.autocast(hidden.device.type, enabled=False):  # which would round the number to its dtype
+            return F.linear(hidden.to(wide), self.v_head.weight.to(wide))[:, 0]
 
     def loss(
         self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None, *, gamma: float = 2.0,
         penalty_weight: float = 0.02, bound: float = 5.0,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Focal ranking loss and log barrier of pairs: sequences alternate chosen and rejected -> loss [], rewards [n].
+        """Focal ranking loss and log barrier of pairs; sequences alternate between chosen and rejected. Returns the loss [] and
+        the rewards [sequences].
 
         Formulas, options and errors: `internlm2_kernels.reward_loss`.
         """
-        hidden = self.hidden_states(tokens, cu_seqlens, positions)
-        on_device = cu_seqlens.to(tokens.device, non_blocking=True)
-        return reward_loss(hidden, self.v_head.weight, on_device, gamma=gamma, penalty_weight=penalty_weight, bound=bound)
+        packing = self._packing(tokens, cu_seqlens, positions)
+        return reward_loss(self._hidden_states(tokens, packing), self.v_head.weight, packing.cu_seqlens, gamma=gamma,
+                           penalty_weight=penalty_weight, bound=bound)
+
+
+@torch.compiler.disable
+def _check_no_empty_sequence(cu_seqlens: Tensor) -> None:
+    if bool((cu_seqlens[1:] == cu_seqlens[:-1]).any()):
+        raise ValueError("cu_seqlens must rise: an empty sequence has no reward")

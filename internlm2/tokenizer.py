@@ -13,6 +13,8 @@ from typing import Literal
 
 import sentencepiece
 
+from internlm2.storage import atomic_file
+
 CHAT_SPECIALS = ("<|im_start|>", "<|im_end|>", "<|action_start|>", "<|action_end|>", "<|interpreter|>", "<|plugin|>")
 # The released model has spare pieces, which its chat format gave these meanings.
 _RELEASED_NAMES = {
@@ -131,8 +133,6 @@ def train_bpe(
     is cut at line breaks that follow 4,000 characters, since training holds no merge across such a cut.
     ValueError where the texts have too little for vocab_size.
     """
-    from internlm2.checkpoint import atomic_file  # keeps a tokenizer usable without the model
-
     buffer = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

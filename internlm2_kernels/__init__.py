@@ -1,4 +1,8 @@
-"""Deterministic, batch-invariant operators for InternLM2-style language models, on CPU and GPU. See `OPS` and README."""
+"""Deterministic, batch-invariant operators for InternLM2-style language models, on CPU and GPU. See `OPS` and README.
+
+The backends cpp, triton and cuda keep the promises about bits that docstrings make. `reference` is plain PyTorch, and all
+that macOS, Windows and aarch64 have: its values are right, but its bits may depend on what else is in the batch.
+"""
 
 from . import nn
 from ._device_errors import check, validate

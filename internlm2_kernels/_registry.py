@@ -16,6 +16,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ OPS: dict[str, "Op"] = {}
 
 _library = torch.library.Library("internlm2", "FRAGMENT")
 _forced: str | None = None  # a plain module global: Dynamo guards it, which it cannot do with a ContextVar
+_entries: list[list[str | None]] = []  # of the `use_backend` blocks that are open, in the order in which they began
+_entries_lock = threading.Lock()
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -178,13 +181,32 @@ def use_backend(backend: str | None) -> Iterator[None]:
     An operator that cannot run there raises `ValueError` with the reason. The setting belongs to the process, not to
     the thread: `torch.compile` guards a module global and would silently keep a stale thread-local.
     """
-    global _forced
     _check_name("backend", backend)
-    previous, _forced = _forced, backend
+    entry = [backend]
+    _enter(entry)
     try:
         yield
     finally:
-        _forced = previous
+        _leave(entry)
+
+
+def _lock() -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _entries_lock  # Dynamo cannot trace a lock
+
+
+def _enter(entry: list[str | None]) -> None:
+    global _forced
+    with _lock():
+        _entries.append(entry)
+        _forced = entry[0]
+
+
+def _leave(entry: list[str | None]) -> None:
+    """Blocks of several threads end in any order: each removes its own entry, and the last one that is left counts."""
+    global _forced
+    with _lock():
+        _entries[:] = [other for other in _entries if other is not entry]
+        _forced = (_entries or [[_BY_ENVIRONMENT]])[-1][0]
 
 
 def _check_name(origin: str, backend: str | None) -> None:
@@ -192,5 +214,6 @@ def _check_name(origin: str, backend: str | None) -> None:
         raise ValueError(f"{origin}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-_check_name("INTERNLM2_KERNELS_BACKEND", os.environ.get("INTERNLM2_KERNELS_BACKEND"))
-_forced = os.environ.get("INTERNLM2_KERNELS_BACKEND")
+_BY_ENVIRONMENT = os.environ.get("INTERNLM2_KERNELS_BACKEND")
+_check_name("INTERNLM2_KERNELS_BACKEND", _BY_ENVIRONMENT)
+_forced = _BY_ENVIRONMENT

@@ -2,7 +2,7 @@
 
 import torch
 
-from ._checks import check_flag, fail
+from ._checks import check_flag, check_float, fail
 from .ops._attention import check_options
 from .ops.apply_rope import apply_rope
 from .ops.flash_attention import flash_attention
@@ -12,21 +12,47 @@ from .ops.swiglu import swiglu
 
 
 class RMSNorm(torch.nn.Module):
-    """`rms_norm` with its weight [hidden_size]: drop-in for `torch.nn.RMSNorm` and Hugging Face's RMSNorm classes.
+    """`rms_norm` as a module, with the arguments, defaults and parameter of `torch.nn.RMSNorm`.
 
-    `forward(x)` -> y; `forward(x, residual)` -> (y, x + residual). Options and errors: `internlm2_kernels.rms_norm`.
+    normalized_shape    the size of the last dimension, or the sizes of the last dimensions, over which the mean is taken
+    eps                 None: the machine epsilon of the dtype that is computed in, float32 (float64 for float64)
+    elementwise_affine  whether there is a weight, of the shape normalized_shape
+    rounding            "once", or "hf" for the order of rounding of Hugging Face's RMSNorm classes (see `rms_norm`)
+
+    `forward(x)` -> y; `forward(x, residual)` -> (y, x + residual). Errors: those of `internlm2_kernels.rms_norm`.
     """
 
-    def __init__(self, hidden_size, eps=1e-5, *, rounding="once", device=None, dtype=None):
+    def __init__(self, normalized_shape, eps=None, elementwise_affine=True, device=None, dtype=None, *, rounding="once"):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
-        self.eps, self.rounding = eps, rounding
+        sizes = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+        if not sizes:
+            fail(ValueError, "RMSNorm", "normalized_shape", "at least one dimension", list(sizes))
+        self.normalized_shape, self.eps, self.elementwise_affine, self.rounding = sizes, eps, elementwise_affine, rounding
+        weight = torch.nn.Parameter(torch.empty(sizes, device=device, dtype=dtype)) if elementwise_affine else None
+        self.register_parameter("weight", weight)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Sets the weight to 1."""
+        if self.weight is not None:
+            torch.nn.init.ones_(self.weight)
 
     def forward(self, x, residual=None):
-        return rms_norm(x, self.weight, self.eps, residual, rounding=self.rounding)
+        check_float("RMSNorm", "x", x)
+        sizes, count = self.normalized_shape, len(self.normalized_shape)
+        if tuple(x.shape[-count:]) != sizes:
+            fail(ValueError, "RMSNorm", "x", f"last dimensions {list(sizes)}", list(x.shape))
+        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if self.eps is None else self.eps
+        weight = x.new_ones(sizes) if self.weight is None else self.weight
+        if count == 1:
+            return rms_norm(x, weight, eps, residual, rounding=self.rounding)
+        one = lambda t: t.flatten(-count) if isinstance(t, torch.Tensor) and t.dim() >= count else t
+        result = rms_norm(one(x), weight.flatten(), eps, one(residual), rounding=self.rounding)
+        return result.view(x.shape) if residual is None else tuple(t.view(x.shape) for t in result)
 
     def extra_repr(self):
-        return f"{self.weight.shape[0]}, eps={self.eps}, rounding={self.rounding!r}"
+        return (f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}, "
+                f"rounding={self.rounding!r}")
 
 
 class SwiGLU(torch.nn.Module):
@@ -52,22 +78,21 @@ class RotaryEmbedding(torch.nn.Module):
 
     def __init__(self, head_dim, max_length, *, base=1e6, scaling=None, angles="float64", interleaved=False, device=None):
         super().__init__()
-        self.make = lambda device: self._tables(max_length, head_dim, device, base=base, scaling=scaling, angles=angles)
-        cos, sin = self.make(device)
+        self.max_length, self.head_dim, self.options = max_length, head_dim, dict(base=base, scaling=scaling, angles=angles)
+        cos, sin = self._tables(device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.interleaved = interleaved
 
-    @staticmethod
     @torch.inference_mode(False)  # tables made under inference mode could not be saved for a later backward
-    def _tables(max_length, head_dim, device, **options):
-        return rope_table(max_length, head_dim, device=device, **options)
+    def _tables(self, device):
+        return rope_table(self.max_length, self.head_dim, device=device, **self.options)
 
     def _apply(self, fn, recurse=True):
         tables = self.cos, self.sin
         super()._apply(fn, recurse)
-        device = self.cos.device  # moved, never rounded; made anew where there was nothing to move
-        self.cos, self.sin = self.make(device) if tables[0].is_meta else (table.to(device) for table in tables)
+        device = self.cos.device  # the tables are moved, never rounded; on a meta device there was nothing to move
+        self.cos, self.sin = self._tables(device) if tables[0].is_meta else (table.to(device) for table in tables)
         return self
 
     def forward(self, q, k, positions=None):

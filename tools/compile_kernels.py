@@ -1,7 +1,7 @@
-"""Compiles every kernel for GPUs that need not be here, and reads off the machine code what it will take to run.
+"""Compiles every kernel for GPU architectures without a GPU, and reads from the machine code which resources it needs.
 
-A Triton module's `audit(dtype, meta)` calls its own launchers on tensors without storage; the launches are recorded
-instead of run. So what is compiled is what is shipped, whatever the launchers decide.
+The function `audit(dtype, meta)` of a Triton module calls the module's own launchers on tensors without storage, and the
+launches are recorded instead of run. The audit therefore compiles exactly what the package launches.
 """
 
 import functools
@@ -20,6 +20,8 @@ import torch
 
 from internlm2_kernels._triton import common
 
+from . import sass
+
 TRITON_ARCHS = ("80", "90", "100")
 CUDA_ARCHS = ("80", "90a", "100a")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -33,8 +35,13 @@ _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", 
 
 @dataclass(frozen=True)
 class Facts:
-    """What one compiled kernel takes. `loads` and `stores` count global accesses by their width in bits; `mma`, `wgmma` and
-    `tcgen05` count the tensor cores' instructions, of which sm_100 has the first and the last, sm_90 the first two."""
+    """The resources of one compiled kernel.
+
+    `loads` and `stores` count global accesses by their width in bits. `mma`, `wgmma` and `tcgen05` count tensor-core
+    instructions; sm_90 has the first two and sm_100 the first and the last. `hot` counts the instructions of the hot loop for
+    one thread: "loop" (or "all", for a kernel without loops), then all instructions, tensor-core instructions, FFMA, FMUL and
+    FADD together, MUFU.
+    """
 
     registers: int
     stack_bytes: int
@@ -46,10 +53,11 @@ class Facts:
     tcgen05: int
     loads: str
     stores: str
+    hot: str
 
 
 def occupancy(arch: str, registers: int, shared_bytes: int, threads: int) -> float:
-    """The share of a multiprocessor's 64 warps that can be resident, by registers, shared memory and 32 blocks."""
+    """The fraction of a multiprocessor's 64 warps that can be resident, as registers, shared memory and 32 blocks limit it."""
     warps = -(-threads // 32)
     by_registers = 65_536 // (-(-max(registers, 1) * 32 // 256) * 256 * warps)
     by_shared = _SHARED_TOTAL[arch.rstrip("a")] // (-(-shared_bytes // 128) * 128 + 1024)
@@ -57,7 +65,7 @@ def occupancy(arch: str, registers: int, shared_bytes: int, threads: int) -> flo
 
 
 def read_ptx(text: str) -> dict[str, Any]:
-    """Matrix instructions and the widths of global accesses in one kernel's PTX."""
+    """Tensor-core instructions and the widths of global accesses in one kernel's PTX."""
     widths: dict[str, Counter] = {"loads": Counter(), "stores": Counter()}
     for kind, modifiers, bits in re.findall(r"\b(ld|st)\.global((?:\.[\w:]+)*?)\.[bfsu](\d+)\b", text):
         vector = re.search(r"\.v(\d)", modifiers)
@@ -81,18 +89,6 @@ def read_resources(cuobjdump: str, cubin: Path) -> dict[str, dict[str, int]]:
     return found
 
 
-def spills_in_loops(cuobjdump: str, cubin: Path) -> int:
-    """Stack accesses inside the innermost loops that multiply: what a spill costs is decided there, not around them."""
-    out = subprocess.run([cuobjdump, "-sass", str(cubin)], check=True, capture_output=True, text=True).stdout
-    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", out)]
-    branches = [(at, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for at, text in code]
-    loops = [(int(to.group(1), 16), at) for at, to in branches if to and int(to.group(1), 16) < at]
-    inside = lambda loop, pattern: sum(bool(re.search(pattern, text)) for at, text in code if loop[0] <= at <= loop[1])
-    loops = [loop for loop in loops if inside(loop, r"MMA|FFMA")]
-    innermost = [a for a in loops if not any(a[0] <= b[0] and b[1] <= a[1] and a != b for b in loops)]
-    return sum(inside(loop, r"\b(STL|LDL)\b") for loop in innermost)
-
-
 def digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -102,7 +98,7 @@ def digest(*parts: str) -> str:
 
 @dataclass(frozen=True)
 class Launch:
-    """One recorded launch: the operator, the kernel, which configuration, and all that decides its machine code."""
+    """One recorded launch: the operator, the kernel, the configuration, and everything that decides its machine code."""
 
     op: str
     label: str
@@ -123,13 +119,13 @@ class Launch:
 
     @property
     def source(self) -> str:
-        """A digest of all that the machine code is made from, but for compiler and architecture."""
+        """A digest of everything that decides the machine code except the compiler and the architecture."""
         return digest(self.kernel.cache_key, self.identity)
 
 
 def specialize(kernel: Any, arguments: dict) -> tuple[dict, dict, dict]:
-    """Types, constants and divisibilities that Triton's launcher gives these arguments: 1 and None become constants,
-    multiples of 16 (and all fresh tensors' addresses) are known as such."""
+    """The types, constants and attributes that Triton's launcher derives from arguments: 1 and None become constants, and
+    multiples of 16, such as the addresses of fresh tensors, are marked as divisible by 16."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments[parameter.name]
@@ -152,7 +148,7 @@ def specialize(kernel: Any, arguments: dict) -> tuple[dict, dict, dict]:
 
 @functools.cache
 def launches(op: str, dtype: str, arch: str = "90") -> tuple[Launch, ...]:
-    """The distinct launches of an operator's Triton module on an architecture, in its order."""
+    """The distinct launches of an operator's Triton module for an architecture, in the order of its `audit`."""
     module = importlib.import_module(f"internlm2_kernels._triton.{op}")
     found: dict[str, Launch] = {}
     calls: Counter = Counter()
@@ -189,10 +185,12 @@ def compile_triton(op: str, dtype: str, index: int, arch: str) -> dict[str, dict
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         (usage,) = read_resources(triton_tool("cuobjdump"), cubin).values()
-        spills = {"spills_in_loops": spills_in_loops(triton_tool("cuobjdump"), cubin)} if usage["stack"] else {}
+        (code,) = sass.disassemble(triton_tool("cuobjdump"), cubin).values()
+    spills = {"spills_in_loops": sass.spills_in_loops(code)} if usage["stack"] else {}
     threads, shared = 32 * launch.options["num_warps"], compiled.metadata.shared
     facts = Facts(usage["registers"], usage["stack"], shared, threads,
-                  occupancy(arch, usage["registers"], shared, threads), **read_ptx(compiled.asm["ptx"]))
+                  occupancy(arch, usage["registers"], shared, threads), **read_ptx(compiled.asm["ptx"]),
+                  hot=str(sass.hot_loop(code)))
     return {f"{launch.key}/sm_{arch}": asdict(facts) | spills | {"source": launch.source}}
 
 
@@ -207,7 +205,7 @@ def triton_tool(name: str) -> str:
 
 
 def nvcc_version() -> str | None:
-    """The version of the nvcc on the PATH, None without one."""
+    """The version of the nvcc on the PATH, or None if there is none."""
     if shutil.which("nvcc") is None:
         return None
     out = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
@@ -215,7 +213,7 @@ def nvcc_version() -> str | None:
 
 
 def cuda_digest(source: str) -> str:
-    """A digest of a .cu file and of our headers that it includes, and they."""
+    """A digest of a .cu file and of all headers of this repository that it includes directly or indirectly."""
     found: dict[Path, str] = {}
     waiting = [Path(source)]
     while waiting:
@@ -227,9 +225,9 @@ def cuda_digest(source: str) -> str:
 
 
 def compile_cuda(source: str, arch: str) -> dict[str, dict]:
-    """Compiles one .cu file; instances of one kernel template count as one row, its worst numbers.
+    """Compiles one .cu file. All instances of a kernel template form one row with the worst numbers among them.
 
-    Shared memory is the static part: what a launch asks for dynamically does not stand in the machine code.
+    Only static shared memory is counted: the machine code does not contain the dynamic amount that a launch requests.
     """
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernels.fatbin"
@@ -239,18 +237,20 @@ def compile_cuda(source: str, arch: str) -> dict[str, dict]:
             raise RuntimeError(f"nvcc cannot compile {source} for sm_{arch}:\n{built.stderr}")
         cuobjdump = triton_tool("cuobjdump")
         usage = read_resources(cuobjdump, binary)
+        code = sass.disassemble(cuobjdump, binary)
         ptx = subprocess.run([cuobjdump, "-ptx", str(binary)], check=True, capture_output=True, text=True).stdout
     bodies = {name: body for name, body in re.findall(r"\.entry (\S+?)\((.*?)(?=\.entry |\Z)", ptx, re.S)}
     rows: dict[str, list[Facts]] = {}
     for name, numbers in usage.items():
         if name not in bodies:
             continue
-        shared = max(0, numbers["shared"] - (0 if arch == "80" else 1024))  # from sm_90 on with the system's 1 KiB
+        shared = max(0, numbers["shared"] - (0 if arch == "80" else 1024))  # sm_90 and later reserve 1 KiB for the system
         bound = re.search(r"\.maxntid\s+(\d+)", bodies[name])
         threads = int(bound.group(1)) if bound else 1024
         rows.setdefault(_kernel_name(name), []).append(
             Facts(numbers["registers"], numbers["stack"], shared, threads,
-                  occupancy(arch, numbers["registers"], shared, threads), **read_ptx(bodies[name])))
+                  occupancy(arch, numbers["registers"], shared, threads), **read_ptx(bodies[name]),
+                  hot=str(sass.hot_loop(code[name]))))
     return {f"cuda/{Path(source).name}/{kernel}/sm_{arch}": {**_worst(all_facts), "instances": len(all_facts),
                                                               "source": cuda_digest(source)}
             for kernel, all_facts in rows.items()}
@@ -263,7 +263,8 @@ def _kernel_name(symbol: str) -> str:
 
 
 def _worst(rows: list[Facts]) -> dict:
-    """Highest use of every resource, lowest occupancy; access widths of the instance that uses most registers."""
+    """The highest use of every resource and the lowest occupancy; access widths and hot loop of the instance with the most
+    registers."""
     heaviest = max(rows, key=lambda facts: facts.registers)
     return {**asdict(heaviest), "stack_bytes": max(r.stack_bytes for r in rows),
             "shared_bytes": max(r.shared_bytes for r in rows), "occupancy": min(r.occupancy for r in rows),

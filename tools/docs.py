@@ -1,4 +1,4 @@
-"""The generated part of README.md that comes from the registry: the operator table, between its two markers."""
+"""The operator table of docs/operators.md, made from the registry and the docstrings, between its two markers."""
 
 import inspect
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 import internlm2_kernels
 from internlm2_kernels._registry import OPS, Op
 
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "operators.md"
 BEGIN, END = "<!-- operators: begin (python -m tools.docs --write) -->", "<!-- operators: end -->"
 
 
@@ -30,22 +31,21 @@ def operator_table() -> str:
     return "\n".join(rows)
 
 
-def with_table(readme: str) -> str:
-    """`readme` with the table between its markers replaced."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"README.md: expected the markers {BEGIN!r} and {END!r} once each")
-    head, rest = readme.split(BEGIN)
+def with_table(page: str) -> str:
+    """`page` with the table between its markers replaced."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"{PAGE.name}: expected the markers {BEGIN!r} and {END!r} once each")
+    head, rest = page.split(BEGIN)
     return f"{head}{BEGIN}\n{operator_table()}\n{END}{rest.split(END)[1]}"
 
 
 def main(argv: list[str]) -> int:
     if argv == ["--write"]:
-        path = Path("README.md")
-        path.write_text(with_table(path.read_text()))
+        PAGE.write_text(with_table(PAGE.read_text()))
     elif argv:
         print("usage: python -m tools.docs [--write]\n\n"
               "Prints the operator table, made from the registry and the docstrings. --write puts it between its markers in\n"
-              "./README.md. Example: python -m tools.docs --write && git diff README.md")
+              "docs/operators.md. Example: python -m tools.docs --write && git diff docs/operators.md")
         return 0 if argv in (["-h"], ["--help"]) else 2
     else:
         print(operator_table())

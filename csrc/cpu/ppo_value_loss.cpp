@@ -1,11 +1,12 @@
 #include <algorithm>
+#include <limits>
 
 #include "ppo_loss.h"
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
-// The clipped value. Near the old value it is v itself, so that the two forms of the loss have equal bits there.
+// The clipped value: v itself where it is near the old one, so that the two forms agree there to the bit.
 template <typename Acc> struct Clip {
   using V = Vec<Acc>;
   V most;
@@ -17,7 +18,7 @@ template <typename Acc> struct Clip {
   }
 };
 
-// Count, mean and sum of squared deviations of a set of numbers. Those of two sets are combined without cancellation.
+// Count, mean and sum of squared deviations of what has been seen so far; two of them add up without cancellation.
 struct Moments {
   double count = 0, mean = 0, squares = 0;
   void add(const Moments& other) {
@@ -29,26 +30,23 @@ struct Moments {
   }
 };
 
-// A row of `partial`: the sums of losses and clipped terms, the range and moments of the returns, the moments of the errors.
+// A row of `partial`: the sums of losses and clipped terms, the returns' moments, the errors' mean and squares.
 struct ValueSums {
-  double loss = 0, clipped = 0, least = kInfinity, most = -kInfinity;
+  double loss = 0, clipped = 0;
   Moments returns, errors;
   void save(double* p) const {
-    const double row[kValueSums] = {loss, clipped, least, most, returns.count, returns.mean, returns.squares, errors.mean,
-                                    errors.squares};
+    const double row[kValueSums] = {loss, clipped, returns.count, returns.mean, returns.squares, errors.mean, errors.squares};
     std::copy(row, row + kValueSums, p);
   }
   void add(const double* p) {
     loss += p[0];
     clipped += p[1];
-    least = std::min(least, p[2]);
-    most = std::max(most, p[3]);
-    returns.add({p[4], p[5], p[6]});
-    errors.add({p[4], p[7], p[8]});
+    returns.add({p[2], p[3], p[4]});
+    errors.add({p[2], p[5], p[6]});
   }
 };
 
-// The moments of x(j, lanes) over the unmasked elements of a block, by a second pass around the mean of the first one.
+// The moments of x(j, lanes) over the kept of a block, by a second pass over it around the first one's mean.
 template <typename Acc, typename F> VEC_INLINE Moments moments_of(int64_t n, const uint8_t* mask, double count, double sum,
                                                                   const F& x) {
   using V = Vec<Acc>;
@@ -65,21 +63,14 @@ template <typename Acc, typename F> VEC_INLINE Moments moments_of(int64_t n, con
           std::max(0.0, static_cast<double>(squares.sum()) - left * left / count)};
 }
 
-template <typename Acc> double least_of(Vec<Acc> x) {
-  Acc lanes[Vec<Acc>::size];
-  x.store(lanes);
-  return *std::min_element(lanes, lanes + Vec<Acc>::size);
-}
-
 template <typename Acc> void value_fwd(const PpoLoss& a, int64_t chunk) {
   using V = Vec<Acc>;
   const Clip<Acc> clip(a.clip);
   ValueSums sums;
   const auto add = [&](int64_t i, int64_t n, const Acc* values, const Acc* old, const Acc* returns) VEC_LAMBDA {
     const uint8_t* mask = a.mask + i;
-    const V infinity(static_cast<Acc>(kInfinity));
     WideSum loss;
-    V clipped_terms, count, return_sum, error_sum, least = infinity, most_negative = infinity;
+    V clipped_terms, count, return_sum, error_sum;
     for_vectors<V, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
       const auto keep = true_lanes<V>(mask + j, lanes);
       const V v = load<V>(values + j, lanes), r = load<V>(returns + j, lanes), error = r - v;
@@ -90,14 +81,10 @@ template <typename Acc> void value_fwd(const PpoLoss& a, int64_t chunk) {
       count = count + only(keep, V(1));
       return_sum = return_sum + only(keep, r);
       error_sum = error_sum + only(keep, error);
-      least = min(least, pick(keep, r, infinity));
-      most_negative = min(most_negative, pick(keep, V(0) - r, infinity));
     });
     const double kept = count.sum();
     sums.loss += loss.sum();
     sums.clipped += clipped_terms.sum();
-    sums.least = std::min(sums.least, least_of(least));
-    sums.most = std::max(sums.most, -least_of(most_negative));
     sums.returns.add(moments_of<Acc>(n, mask, kept, return_sum.sum(), [&](int64_t j, auto lanes) VEC_LAMBDA {
       return load<V>(returns + j, lanes);
     }));
@@ -113,7 +100,9 @@ template <typename Acc> void value_total(const PpoLoss& a) {
   ValueSums sums;
   for (int64_t chunk = 0; chunk * kPpoChunk < a.n; ++chunk) sums.add(a.partial + chunk * kValueSums);
   const double count = sums.returns.count, squares = sums.returns.squares;
-  const bool flat = count == 0 || (sums.least == sums.most && squares == squares);  // all returns are equal
+  // The variance of constant returns is the rounding error of their mean.
+  const double noise = 8 * std::numeric_limits<Acc>::epsilon() * sums.returns.mean;
+  const bool flat = count == 0 || squares <= count * noise * noise;
   put_results<Acc>(a, 0.5 * sums.loss, sums.clipped, flat ? 0 : 1 - sums.errors.squares / squares, count);
 }
 

@@ -1,13 +1,11 @@
 #include "../squared_norm.h"
 
-#include <cmath>
-
 #include "elementwise.h"
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
-VEC_INLINE void add_squares(Two<Vec<double>>& sum, Vec<float> x) {  // in double, where no square of a float overflows
+VEC_INLINE void add_squares(Two<Vec<double>>& sum, Vec<float> x) {  // in double: no square overflows
   const Vec<double> low = lower_half(x), high = upper_half(x);
   sum = {fma(low, low, sum.a), fma(high, high, sum.b)};
 }
@@ -22,7 +20,7 @@ template <typename T> double squares(const T* x, int64_t n) {
   Two<Vec<double>> sums[4];
   double first = 0;
   int64_t i = 0;
-  if constexpr (sizeof(T) == 2) {  // squares are exact in float: eight are added before they are widened
+  if constexpr (sizeof(T) == 2) {  // The squares are exact in float: eight are added before they are widened to double.
     WideSum eights[2];
     constexpr int64_t step = 16 * V::size;
     for (; i + step <= n; i += step) {
@@ -37,7 +35,6 @@ template <typename T> double squares(const T* x, int64_t n) {
       }
     }
     first = eights[0].sum() + eights[1].sum();
-    if (!std::isfinite(first)) first = 0, i = 0;  // beyond the range of float, which double may hold
   }
   x += i;
   for_unrolled<4, V, T>(n - i, [&](int64_t j, auto lanes, int u) VEC_LAMBDA {

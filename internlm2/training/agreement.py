@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from internlm2.checkpoint import atomic_file
 from internlm2.config import load_config
 from internlm2.data import PackedBatches
+from internlm2.storage import atomic_file
 from internlm2.training.config import TrainConfig
 from internlm2.training.display import RunDisplay
 from internlm2.training.learner import Learner

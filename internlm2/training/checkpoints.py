@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from internlm2.checkpoint import CONFIG, CheckpointError, atomic_directory, verify_manifest, write_manifest
-from internlm2.config import ModelConfig
+from internlm2.checkpoint import save_tensors, write_config
+from internlm2.layouts import config_to_hf
+from internlm2.model import Decoder
+from internlm2.storage import CheckpointError, atomic_directory, verify_manifest
 
 Tensors = dict[str, dict[str, torch.Tensor]]
 RECORD = "run.json"
@@ -36,24 +38,21 @@ class RunCheckpoints:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def save(self, step: int, tensors: Tensors, record: dict, config: ModelConfig) -> Path:
-        """Writes a checkpoint, then removes those beyond `keep`.
+    def save(self, step: int, tensors: Tensors, record: dict, model: Decoder) -> Path:
+        """Writes a checkpoint, then removes the oldest beyond `keep`.
 
         tensors: file name -> tensors; record: what JSON can hold, written as run.json
-        config:  of the model; written as config.json, so that the folder is a model that load_model reads
-        Errors:  OSError names the file; the checkpoints before it are untouched then
+        model:   its configuration and kind are written as config.json, so that load_model reads the folder as that model
+        Errors:  OSError names the file; the earlier checkpoints are untouched then
         """
         path = self.path(step)
         with atomic_directory(path) as temporary:
             for name, values in tensors.items():
-                try:
-                    save_file({k: v.contiguous() for k, v in values.items()}, temporary / name, {"format": "pt"})
-                except SafetensorError as error:
-                    raise OSError(f"{path / name} could not be written: {error}") from error
-            hf = config.to_hf() | {"torch_dtype": "float32"}
-            (temporary / CONFIG).write_text(json.dumps(hf, indent=1) + "\n")
+                save_tensors(values, temporary / name)
+            # A run may use what the released class refuses, such as another scaling; then only load_model reads the folder.
+            hf = config_to_hf(model.config, head=model.head_name, exact=False)
+            write_config(hf, temporary, model.model.norm.weight.dtype)
             (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-            write_manifest(temporary)
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.path(old), ignore_errors=True)
         return path

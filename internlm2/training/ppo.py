@@ -1,7 +1,8 @@
 """PPO's experience and its two losses, on packed sequences and the kernels (arXiv:2403.17297 section 4.2.3).
 
-Index t of all vectors [T] is the choice of the token after token t: its log-probability, its reward, the value of the state
-before it. `mask` marks the choices that the actor made: those whose next token is part of a response.
+Index t of every vector [T] stands for the choice of the token that follows token t: its log-probability, its reward, and the
+value of the state in which it was made. `mask` marks the choices that the actor made: those whose next token belongs to a
+response.
 """
 
 import math
@@ -20,8 +21,9 @@ class Experience:
     """Sequences that an actor wrote, and what PPO learns from them.
 
     tokens, next_tokens: int64 [T]; cu_seqlens: int32 [n + 1] on the CPU; mask: bool [T]
-    logprobs, values, advantages, returns: float32 [T], of the models that wrote and judged them
-    kl: [], the mean of log p_actor - log p_reference over the mask; 0 where that is empty
+    logprobs, values, advantages, returns: float32 [T], from the models as they were at the rollout
+    kl: [], the mean of log p_actor - log p_reference over the mask; 0 where the mask is empty
+    temperature: at which the actor drew the tokens; logprobs are those of the softmax of logits / temperature
     """
 
     tokens: Tensor
@@ -33,60 +35,75 @@ class Experience:
     advantages: Tensor
     returns: Tensor
     kl: Tensor
+    temperature: float = 1.0
 
 
 @torch.no_grad()
 def gather_experience(
     actor: InternLM2, reference: InternLM2, critic: RewardModel, tokens: Tensor, cu_seqlens: Tensor, mask: Tensor,
-    scores: Tensor, *, kl_coef: float = 0.01, gamma: float = 1.0, lam: float = 0.99,
+    scores: Tensor, *, temperature: float = 1.0, truncated: Tensor | None = None, kl_coef: float = 0.01, gamma: float = 1.0,
+    lam: float = 0.99,
 ) -> Experience:  # fmt: skip
     """What one rollout of the actor teaches.
 
-    tokens:     int64 [T], prompts and responses end to end; cu_seqlens int32 [n + 1] on the CPU
-    mask:       bool [T]: the token after this one was chosen by the actor; False at a sequence's last token
-    scores:     float [n], what the reward model gives each sequence; it counts at the sequence's last choice
-    kl_coef:    a choice's reward is -kl_coef (log p_actor - log p_reference), besides the score
-    gamma, lam: discount and decay of generalised advantage estimation. The report gives lam, not gamma
-    Errors: ValueError where a mask reaches over a sequence's end, a sequence has a score and no choice, or kl_coef, gamma or
-            lam is no finite number. No sequences: empty vectors and a kl of 0.
+    tokens:      int64 [T], prompts and responses end to end; cu_seqlens int32 [n + 1] on the CPU
+    mask:        bool [T]: the actor chose the token after this one; False at the last token of a sequence
+    scores:      float [n], the reward of each sequence from the reward model; it counts at the sequence's last choice
+    temperature: at which the tokens were drawn. All log-probabilities, also the reference's and those of `policy_loss`, are
+                 taken at it, since they must be those of the policy that drew the tokens
+    truncated:   bool [n], default none: the response was cut at a length limit and would have gone on. The value of the state
+                 after its last choice then stands for what would have followed; without it PPO would learn that a response
+                 is worth nothing beyond the limit
+    kl_coef:     the reward of a choice is -kl_coef (log p_actor - log p_reference), to which the last choice adds the score
+    gamma, lam:  discount and decay of generalised advantage estimation. The report gives lam, not gamma
+    Errors: ValueError where the mask holds the last token of a sequence, a sequence has no choice, or kl_coef, gamma, lam or
+            temperature is not a finite number. Without sequences the vectors are empty and kl is 0.
     """
     if isinstance(kl_coef, bool) or not isinstance(kl_coef, int | float) or not math.isfinite(kl_coef):
         raise ValueError(f"kl_coef must be a finite number, got {kl_coef!r}")
     ends = cu_seqlens[1:].to(torch.int64) - 1
-    _check_rollout(tokens, cu_seqlens, mask, scores)
-    next_tokens = torch.cat((tokens[1:], tokens[:1]))  # at a sequence's end its neighbour's first: not in the mask
-    logprobs = actor.logprobs(tokens, next_tokens, cu_seqlens)
-    kl = kl_penalty(logprobs, reference.logprobs(tokens, next_tokens, cu_seqlens), estimator="k1")
+    _check_rollout(tokens, cu_seqlens, mask, scores, truncated)
+    # At the last token of a sequence this is the first token of the next one, which the mask leaves out.
+    next_tokens = torch.cat((tokens[1:], tokens[:1]))
+    logprobs, ref_logprobs = (
+        model.logprobs(tokens, next_tokens, cu_seqlens, temperature=temperature) for model in (actor, reference)
+    )
+    kl = kl_penalty(logprobs, ref_logprobs, mask=mask, estimator="k1")  # 0 outside the mask
     values = critic.values(tokens, cu_seqlens)
-    rewards = torch.where(mask, -kl_coef * kl, 0)
-    # A sequence's last choice: the largest index in the mask up to its end.
+    rewards = -kl_coef * kl
+    # The last choice of a sequence is the largest index in the mask before the sequence's end.
     last = torch.where(mask, torch.arange(len(tokens), device=mask.device), -1).cummax(0).values[ends.to(mask.device)]
     rewards[last] += scores.to(rewards)
     on_device = cu_seqlens.to(tokens.device, non_blocking=True)
-    advantages, returns = gae(rewards, values, on_device, mask=mask, gamma=gamma, lam=lam)
-    mean_kl = torch.where(mask, kl, 0).sum() / mask.sum().clamp(min=1)
-    return Experience(tokens, next_tokens, cu_seqlens, mask, logprobs, values, advantages, returns, mean_kl)
+    bootstrap = None if truncated is None else torch.where(truncated.to(last.device), values[last + 1], 0)
+    advantages, returns = gae(rewards, values, on_device, mask=mask, bootstrap=bootstrap, gamma=gamma, lam=lam)
+    mean_kl = kl.sum() / mask.sum().clamp(min=1)
+    return Experience(tokens, next_tokens, cu_seqlens, mask, logprobs, values, advantages, returns, mean_kl, temperature)
 
 
 def policy_loss(actor: InternLM2, experience: Experience, *, clip: float = 0.2) -> tuple[Tensor, dict[str, Tensor]]:
-    """The actor's clipped loss and its statistics (clip_fraction, approx_kl)."""
+    """The actor's clipped loss, at the experience's temperature, and its statistics (clip_fraction, approx_kl)."""
     e = experience
-    logprobs = actor.logprobs(e.tokens, e.next_tokens, e.cu_seqlens)
+    logprobs = actor.logprobs(e.tokens, e.next_tokens, e.cu_seqlens, temperature=e.temperature)
     return ppo_policy_loss(logprobs, e.logprobs, e.advantages, e.mask, clip=clip)
 
 
 def value_loss(critic: RewardModel, experience: Experience, *, clip: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """The critic's squared error and its statistics (clip_fraction, explained_variance); the report clips nothing."""
+    """The critic's squared error and its statistics (clip_fraction, explained_variance). The report does not clip it."""
     e = experience
     return ppo_value_loss(critic.values(e.tokens, e.cu_seqlens), e.values, e.returns, e.mask, clip=clip)
 
 
-def _check_rollout(tokens: Tensor, cu_seqlens: Tensor, mask: Tensor, scores: Tensor) -> None:
+def _check_rollout(
+    tokens: Tensor, cu_seqlens: Tensor, mask: Tensor, scores: Tensor, truncated: Tensor | None
+) -> None:  # fmt: skip
     bounds = cu_seqlens.tolist()
     if mask.shape != tokens.shape or mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool {list(tokens.shape)}, got {mask.dtype} {list(mask.shape)}")
     if scores.shape != (len(bounds) - 1,):
         raise ValueError(f"scores must be [{len(bounds) - 1}], one a sequence, got {list(scores.shape)}")
+    if truncated is not None and (truncated.shape != scores.shape or truncated.dtype != torch.bool):
+        raise ValueError(f"truncated must be bool {list(scores.shape)}, got {truncated.dtype} {list(truncated.shape)}")
     here = mask.cpu()
     for i, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         if end > begin and here[end - 1]:

@@ -16,9 +16,9 @@ import torch
 
 import internlm2.plain
 import internlm2_kernels
-from internlm2.checkpoint import atomic_directory, verify_manifest, write_manifest
 from internlm2.data import PackedBatch, PackedBatches, TokenStore, read_documents, split_validation
 from internlm2.model import InternLM2
+from internlm2.storage import atomic_directory, verify_manifest
 from internlm2.tokenizer import Tokenizer, train_bpe
 from internlm2.training.config import TrainConfig
 from internlm2.training.learner import Learner
@@ -55,7 +55,6 @@ def prepare_corpus(config: TrainConfig, say: Callable[[str], None] = print) -> C
             for name, part in (("train", train), ("validation", validation)):
                 ids = (tokenizer.encode(d.text, bos=True, eos=True) for d in part)
                 TokenStore.from_documents(ids).save(temporary, name)
-            write_manifest(temporary)
     verify_manifest(folder)
     tokenizer = Tokenizer(folder / "tokenizer.model")
     corpus = Corpus(tokenizer, TokenStore.load(folder, "train"), TokenStore.load(folder, "validation"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from internlm2.checkpoint import atomic_file
+from internlm2.storage import atomic_file
 from internlm2.training.config import TrainConfig
 from internlm2.training.lengths import lengths_table, plot_lengths
 

@@ -170,7 +170,7 @@ class Trainer:
         it stay, and training goes on."""
         try:
             self.log.sync()
-            self.checkpoints.save(self.step, *self.state(), self.config.model)
+            self.checkpoints.save(self.step, *self.state(), self.learner.model)
         except OSError as error:
             self.display.warn(f"no checkpoint at step {self.step}: {error}")
             return False

@@ -1,19 +1,20 @@
-"""What flash_attention and paged_attention share: the arithmetic of one block of keys, the splits, the place of a tile.
+"""What flash_attention and paged_attention share: the arithmetic of one block of keys, splits, and the assignment of tiles.
 
-A token decoded against a cache gets bit for bit what one prefill gives it, because both do the same, in the same order:
-- keys stand in blocks of `Tile.keys` and splits of SPLIT keys, both counted from key 0 of the sequence. Inside a split runs
-  an online softmax over its blocks; the splits' results are merged in order. A block or split in which a row has no key
-  changes none of its bits, so it does not matter who skips it;
-- a score, a row sum and an element of the output come from the same instructions wherever the row stands in its tile: in 16
-  bits all tiles have 64 rows to 4 warps, or 128 to 8. So every warp owns whole rows (with fewer rows Triton would share a
-  row among warps and add in another order), and on sm_90 every product is a wgmma of 64 rows, whose sums are not
-  mma.sync's. Tiles of a decoded token are padded to that: idle products, while the time is that of reading the keys. In
-  float32 and on Blackwell, where layouts differ more, there is one tile for everything;
-- contraction is off (`common.launch`), and what is contracted is written as tl.fma.
+A token decoded against a cache has the same bits as the same token in a prefill, because both compute the same operations in
+the same order:
+- Keys are grouped into blocks of `Tile.keys` and splits of SPLIT keys, both counted from key 0 of the sequence. The blocks of
+  a split go through an online softmax, and the results of the splits are merged in order. A block or split in which a row
+  has no key does not change the row's bits, so it may be skipped or computed.
+- Every row of a tile uses the same instructions. In 16-bit dtypes a tile has 64 rows and 4 warps, or 128 rows and 8 warps, so
+  that every warp owns whole rows; with fewer rows Triton would distribute a row over warps and sum it in another order. On
+  sm_90 every product is a wgmma of 64 rows, because mma.sync accumulates in another order. Tiles of decoded tokens are padded
+  to these sizes, which costs little: decoding is bound by reading the keys. In float32 and on Blackwell there is one tile for
+  all numbers of rows.
+- The compiler does not contract multiplications and additions (`common.launch`); fused operations are written as tl.fma.
 
-Scores are kept in units of log2, so that the exponential is exp2. float32 inputs use precision "ieee", products of float32
-on the arithmetic units: tf32x3 drops the product of the low parts and the tensor cores truncate their sums, which together
-would cost the accuracy that PyTorch's own float32 has.
+Scores are in units of log2, so that the exponential is exp2. Products of float32 inputs use input_precision "ieee", which runs
+on the arithmetic units. tf32x3 would be less accurate than PyTorch's float32 attention: it drops the product of the low
+parts, and the tensor cores truncate their sums.
 """
 
 from typing import NamedTuple
@@ -24,16 +25,17 @@ import triton.language as tl
 
 from .._device_errors import error_word
 from .common import launch
+from .functions import _softmax_tanh, _tanh
 
-SPLIT = 512  # 256 would merge more often than it shares work better; at 1024 one sequence of 8k keeps 64 programs busy
+SPLIT = 512  # keys per split; fewer merge more often, more leave too few programs: 1024 gives 64 for one sequence of 8k
 LOG2E = 1.4426950408889634
 _LN2 = tl.constexpr(0.6931471805599453)
 LARGEST_WINDOW = 2**30
-CHECK_PROGRAMS = 64  # at most; they share the filling of results with NaN
+CHECK_PROGRAMS = 64  # the largest number of programs that fill the results with NaN after an error
 
 
 class Options(NamedTuple):
-    """Scores in units of log2: outer * x, or with a soft-cap outer * tanh(inner * x); a window side of None has no limit."""
+    """A score in units of log2 is outer * q.k, or with a soft-cap outer * tanh(inner * q.k). None: no limit of the window."""
 
     inner: float
     outer: float
@@ -41,18 +43,18 @@ class Options(NamedTuple):
     window_right: int | None
 
 
-SMALLEST = 1.1754943508222875e-38  # float32's smallest normal number: a factor of 0 would lose all scores
+SMALLEST = 1.1754943508222875e-38  # the smallest normal float32; a factor of 0 would make all scores equal
 
 
 def options(scale: float, softcap: float, left: int, right: int) -> Options:
-    """The settings as kernels take them: no window where it is wider than any sequence, no factor that float32 lacks."""
-    # an infinite factor would make a score of 0 NaN
-    inner, outer = (min(scale / softcap, 3e38), softcap * LOG2E) if softcap > 0 else (0.0, max(scale * LOG2E, SMALLEST))
+    """The settings as the kernels take them. A window wider than any sequence is None; every factor is a normal float32."""
+    # `_softmax_tanh` multiplies inner by 3; if the factor became infinite, a score of 0 would become NaN
+    inner, outer = (min(scale / softcap, 1e38), softcap * LOG2E) if softcap > 0 else (0.0, max(scale * LOG2E, SMALLEST))
     return Options(inner, outer, *(None if w < 0 or w > LARGEST_WINDOW else w for w in (left, right)))
 
 
 class Tile(NamedTuple):
-    """Query rows, keys of a block, columns of the output that one program computes, warps, stages of the loads."""
+    """Query rows of a program, keys of a block, output columns of a program, warps and pipeline stages."""
 
     rows: int
     keys: int
@@ -62,42 +64,43 @@ class Tile(NamedTuple):
 
 
 def tile_config(head_dim: int, element_size: int, arch: int, few_rows: bool) -> Tile:
-    """The tile for an architecture (80, 90, ...). Only rows and warps may depend on anything but it, head size and dtype.
+    """The tile for an architecture (80, 90, ...). Only the rows and the warps may depend on `few_rows`, or bits would change.
 
-    A split's result and the total stand in registers together, which bounds `values` and `keys`: a program takes 128 columns
-    at most (64 on Blackwell, where the products leave their results in tensor memory and a copy of each passes through
-    registers), so for larger heads two or four compute the same scores.
+    The accumulators of the current split and of all splits before it are both in registers, which limits `values` and `keys`.
+    A program computes at most 128 output columns, and 64 on Blackwell, where results are copied between tensor memory and
+    registers. For larger heads several programs compute the same scores.
     """
     width = triton.next_power_of_2(head_dim)
     if element_size == 4:
         return Tile(32, 16, min(width, 128), 8, 2)
     if arch // 10 == 10:
         return Tile(128, 64 if width <= 64 else 32, min(width, 64), 8, 3)
-    # mma.sync's rows are shared among warps, not dealt out whole, where a result has fewer rows than columns
+    # Where a result has fewer rows than columns, mma.sync would distribute a row over several warps.
     rows, num_warps = (64, 4) if few_rows and (arch == 90 or width <= 64) else (128, 8)
     if arch == 90:
         return Tile(rows, {32: 128, 64: 128, 128: 64, 256: 32}[width], min(width, 128), num_warps, 3)
-    # 99 KiB of shared memory, all but the server cards have, hold two stages of heads above 128
+    # GPUs other than the data-center ones have 99 KiB of shared memory: two stages of heads above 128
     return Tile(rows, 64 if width <= 64 else 32, min(width, 128), num_warps, 3 if arch == 80 or width <= 128 else 2)
 
 
 def strides(x: torch.Tensor, name: str) -> dict[str, int]:
-    """Kernel arguments: strides of [B, S, heads, d], or of packed [T, heads, d] as one batch."""
+    """The strides of [B, S, heads, d], or of packed [T, heads, d] as one batch, as kernel arguments."""
     batch, row, head = x.stride()[:3] if x.dim() == 4 else (0, *x.stride()[:2])
     return {f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
 
 
 def slots(tokens: int, sequences: int, rows_per_token: int, block: int) -> int:
-    """Tiles set aside for packed rows: sequence i has those from cu[i] * rows_per_token // block + i on (see `_tile`)."""
+    """The number of tiles for packed rows. The tiles of sequence i begin at cu[i] * rows_per_token // block + i (`_tile`)."""
     return tokens * rows_per_token // block + max(sequences, 1)
 
 
 @triton.jit(do_not_specialize=["sequences", "tokens_q", "tokens_k", "a_size", "b_size", "c_size"])
 def attention_check_kernel(cu_q_ptr, cu_k_ptr, valid_ptr, error_ptr, a_ptr, b_ptr, c_ptr, sequences, tokens_q, tokens_k,
                            a_size, b_size, c_size, ERROR_Q: tl.constexpr, ERROR_K: tl.constexpr, BLOCK: tl.constexpr):
-    """valid = 1 if cu_q rises from 0 to tokens_q and cu_k, if any, from 0 to tokens_k.
+    """valid = 1 if cu_q increases from 0 to tokens_q and cu_k, if given, from 0 to tokens_k.
 
-    Otherwise it sets the error's bit and fills the results a, b, c with NaN; the kernels that follow return at once.
+    Otherwise valid = 0, the bit of the error is set and the results a, b, c are filled with NaN. The kernels that follow return
+    at once if valid is 0.
     """
     bad_q = tl.zeros((BLOCK,), tl.int32)
     bad_k = tl.zeros((BLOCK,), tl.int32)
@@ -140,7 +143,7 @@ def _out_of_order(cu_ptr, index, sequences, tokens):
 
 
 def check_boundaries(cu_q, cu_k, tokens_q: int, tokens_k: int, error_q: int, error_k: int, *results) -> torch.Tensor:
-    """int32 [1] on the device: whether the boundaries can be used. If not, the (contiguous) results are NaN."""
+    """Whether the boundaries are valid, as int32 [1] on the device. If not, the (contiguous) results are filled with NaN."""
     valid = torch.empty(1, dtype=torch.int32, device=cu_q.device)
     a, b, c = (*results, None, None)[:3]
     programs = min(CHECK_PROGRAMS, max(1, triton.cdiv(max(x.numel() for x in results), 4096)))
@@ -154,9 +157,10 @@ def check_boundaries(cu_q, cu_k, tokens_q: int, tokens_k: int, error_q: int, err
 
 @triton.jit
 def _tile(cu_ptr, slot, sequences, length, rows_per_token, BLOCK: tl.constexpr):
-    """(sequence, its first token, its length, first row in it) of a tile; rows past the end belong to nobody.
+    """(sequence, its first token, its length, first row of the tile in it). Rows past the end of the sequence are unused.
 
-    Packed, a sequence begins at slot cu[i] * rows_per_token // BLOCK + i: as many as it can need, found by bisection.
+    The tiles of packed sequence i begin at slot cu[i] * rows_per_token // BLOCK + i, which leaves room for its partial tile.
+    The sequence of a slot is found by bisection.
     """
     if cu_ptr is None:
         tiles = (length * rows_per_token + BLOCK - 1) // BLOCK
@@ -176,8 +180,8 @@ def _tile(cu_ptr, slot, sequences, length, rows_per_token, BLOCK: tl.constexpr):
 
 @triton.jit
 def _edges(first, last, length, before, after, BLOCK: tl.constexpr):
-    """Four multiples of BLOCK along the other axis, for own positions first to last, each of which goes with the others from
-    its own less `before` to its own plus `after`: those needed lie in [a, d), those that no own one masks in [b, c)."""
+    """(a, b, c, d), multiples of BLOCK along the other axis, for a tile of positions first to last. A position p attends to the
+    others from p - before to p + after. The tile needs the others in [a, d), and those in [b, c) need no mask."""
     low = first * 0
     full_low = low
     high = length
@@ -196,54 +200,58 @@ def _edges(first, last, length, before, after, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _tanh(x):
-    """Odd polynomial below 0.5477, of error 1 ulp; beyond, 1 - 2 / (exp(2 |x|) + 1)."""
-    a = tl.abs(x)
-    s = x * x
-    small = tl.fma(tl.fma(tl.fma(tl.fma(s, -0.00663105, 0.02132081), s, -0.05391137), s, 0.13333124), s, -0.33333332)
-    small = tl.fma(a * s, small, a)
-    large = 1.0 - 2.0 / (tl.exp2(a * 2.8853900817779268) + 1.0)
-    t = tl.where(a < 0.5477, small, large)
-    return tl.where(x < 0, -t, t)
+def _cap(score, inner, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr):
+    """tanh(inner * score) with a soft-cap, score without one. Options.outer is the remaining factor of the score."""
+    if SOFTCAP:
+        # 16-bit inputs round the probabilities to 2^-9 or 2^-12, and do not need an accurate tanh
+        return _tanh(score * inner) if FLOAT32 else _softmax_tanh(score, inner)
+    else:
+        return score
 
 
 @triton.jit
-def _scores(q, k, k_scale, key, position, keys, left, right, inner, outer, SOFTCAP: tl.constexpr,
-            MASKED: tl.constexpr):
-    """Scores of a block, in units of log2 with a soft-cap, otherwise yet to be multiplied by `outer`."""
+def _allowed(inside, position, key, left, right):
+    """Which pairs of a query position and a key the window allows: one of them a column, the other a row. `inside` excludes
+    keys or queries past the end of the sequence."""
+    if left is not None:
+        inside = inside & (key >= position - left)
+    if right is not None:
+        inside = inside & (key <= position + right)
+    return inside
+
+
+@triton.jit
+def _sees_one_key(position, keys, left, right):
+    """Whether the query at a position sees exactly one key. Its softmax is constant, so out does not depend on its score."""
+    first = position * 0
+    last = first + keys - 1
+    if left is not None:
+        first = tl.maximum(first, position - left)
+    if right is not None:
+        last = tl.minimum(last, position + right)
+    return first == last
+
+
+@triton.jit
+def _scores(q, k, k_scale, key, position, keys, left, right, inner, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
+    """The scores of a block of keys, which are yet to be multiplied by Options.outer; -inf where the mask forbids the key."""
     score = tl.dot(q, tl.trans(k), input_precision="ieee")
     if k_scale is not None:
         score = score * k_scale[None, :]
-    if SOFTCAP:
-        score = _tanh(score * inner) * outer
+    score = _cap(score, inner, SOFTCAP, q.dtype == tl.float32)
     if MASKED:
-        allowed = (key < keys)[None, :]
-        if left is not None:
-            allowed = allowed & (key[None, :] >= (position - left)[:, None])
-        if right is not None:
-            allowed = allowed & (key[None, :] <= (position + right)[:, None])
+        allowed = _allowed((key < keys)[None, :], position[:, None], key[None, :], left, right)
         score = tl.where(allowed, score, float("-inf"))
     return score
 
 
 @triton.jit
-def _attend(acc, z, m, score, v, outer, SCALED: tl.constexpr, v_scale=None):
-    """The split's sum of p v, sum of p and largest score (acc, z, m) with one more block of keys; masked scores are -inf.
-
-    SCALED: the scores are in units of log2 already.
-    """
-    if SCALED:
-        m_new = tl.maximum(m, tl.max(score, axis=1))
-    else:
-        top = tl.max(score, axis=1) * outer  # rounded down: what is left of the largest score must not be negative
-        m_new = tl.maximum(m, top - tl.minimum(tl.abs(top) * 1.1920929e-07, 1e32))
+def _attend(acc, z, m, score, v, outer, v_scale=None):
+    """Adds a block of keys to the state of a split: acc = sum of p v, z = sum of p, m = the maximum of score * outer, where
+    p = exp2(score * outer - m). The argument of exp2 is one fused multiply-add per score."""
+    m_new = tl.maximum(m, tl.max(score, axis=1) * outer)
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    if SCALED:
-        p = tl.exp2(score - m_safe[:, None])
-    else:
-        shifted = tl.fma(score, outer, -m_safe[:, None])
-        # beyond 1e8 a unit in the last place of m is large
-        p = tl.exp2(tl.minimum(shifted, 14.0, propagate_nan=tl.PropagateNan.ALL))
+    p = tl.exp2(tl.fma(score, outer, -m_safe[:, None]))
     decay = tl.exp2(m - m_safe)
     z = tl.fma(z, decay, tl.sum(p, axis=1))
     if v_scale is not None:
@@ -253,8 +261,15 @@ def _attend(acc, z, m, score, v, outer, SCALED: tl.constexpr, v_scale=None):
 
 
 @triton.jit
+def _empty(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The state (acc, z, m) of rows that have seen no key."""
+    return (tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS,), tl.float32),
+            tl.full((ROWS,), float("-inf"), tl.float32))
+
+
+@triton.jit
 def _merge(total, total_z, total_m, acc, z, m):
-    """(acc, z, m) of a split joins the total: exact where the total is empty (0, 0, -inf), and where the split is."""
+    """Merges the state (acc, z, m) of a split into the total. Merging an empty state (0, 0, -inf) changes no bit."""
     m_new = tl.maximum(total_m, m)
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
     a = tl.exp2(total_m - m_safe)
@@ -265,7 +280,8 @@ def _merge(total, total_z, total_m, acc, z, m):
 
 @triton.jit
 def _finish(acc, z, m):
-    """(out, natural log-sum-exp); a row without a key gives (0, -inf) whatever acc holds, one with a NaN is NaN."""
-    some = tl.where(z == 0.0, 1.0, z)
-    lse = tl.where(z == 0.0, float("-inf"), (m + tl.log2(some)) * _LN2)
-    return tl.where(tl.expand_dims(z, -1) == 0.0, 0.0, acc * tl.expand_dims(tl.div_rn(1.0, some), -1)), lse
+    """(out, natural log-sum-exp). A row without keys, whose maximum is -inf, gives (0, -inf); a row with a NaN gives NaN."""
+    empty = (z == 0.0) & (m == float("-inf"))
+    some = tl.where(empty, 1.0, z)
+    lse = tl.where(empty, float("-inf"), (m + tl.log2(some)) * _LN2)
+    return tl.where(tl.expand_dims(empty, -1), 0.0, acc * tl.expand_dims(tl.div_rn(1.0, some), -1)), lse

@@ -1,10 +1,10 @@
 """Cross-entropy of given logits. Contract: ops/cross_entropy.py.
 
-A program takes a row: one sweep for its log-sum-exp and, where the gradient is wanted at once, a second that reads the row
-again, from the L2 cache as long as not many rows are under way: hence many warps to a row. Each thread keeps the maximum
-and the sum of its own columns (INNER of them at a time), so that the sweep needs no reduction across threads until its
-end and one exponential an element. A row's bits depend on its own values (and on whether rows begin on 16-byte
-boundaries, which decides the width of a load and with it the order of the sum).
+One program computes one row. It reads the row once for the log-sum-exp and, if the gradient is wanted in the same call, a
+second time for the gradient. The second read hits the L2 cache if few rows are in flight, so each row gets many warps. Each
+thread keeps the running maximum and sum of its own columns, so the first read needs no reduction across threads before its
+end and one exponential per element. A row's bits depend only on its own values and on whether the rows are aligned to 16
+bytes: the alignment decides the width of a load, and the width decides the order of the sum.
 """
 
 import torch
@@ -13,29 +13,29 @@ import triton.language as tl
 
 from .._device_errors import CODES, error_word
 from .common import check_dtype, launch
-from .functions import _expm1
+from .functions import _expm1, _softmax_exp
 from .losses import NONE, _cap_slope, _capped, _label, _load_lse, _share, _store_lse, count_rows, reduce_losses, scaled
 
-INNER = 8  # columns a thread takes from one load: 16 bytes of a 2-byte dtype
+INNER = 8  # columns that a thread gets from one load: 16 bytes of a 2-byte dtype
 LARGEST_BLOCK = 16384
-BLOCK = 4096  # columns a program of the two-pass backward writes
+BLOCK = 4096  # columns that one program of the separate backward writes
 
 
 def tile_config(vocab: int) -> tuple[int, int]:
-    """Lanes of INNER columns and warps: 16 columns a thread, two 16-byte loads in flight (2-byte dtypes)."""
+    """(lanes of INNER columns, warps): 16 columns per thread, which are two 16-byte loads of a 2-byte dtype."""
     block = min(triton.next_power_of_2(max(vocab, INNER)), LARGEST_BLOCK)
     return block // INNER, max(1, block // 512)
 
 
 @triton.jit
 def _entry(p_less_1, lse, smoothing, z_loss, vocab):
-    """d loss / d l_label of one row, from p_label - 1, which expm1 gives without cancellation."""
+    """The gradient with respect to the label's logit. Its argument p_label - 1 comes from expm1, without cancellation."""
     return p_less_1 * (1.0 + 2.0 * z_loss * lse) + 2.0 * z_loss * lse + smoothing - tl.div_rn(smoothing, vocab * 1.0)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
-def cross_entropy_fwd_kernel(logits_ptr, labels_ptr, count_ptr, loss_ptr, lse_ptr, dlogits_ptr, error_ptr, vocab, stride,
-                             ignore_index, smoothing, z_loss, softcap,
+def cross_entropy_fwd_kernel(logits_ptr, labels_ptr, count_ptr, loss_ptr, z_loss_ptr, lse_ptr, dlogits_ptr, error_ptr, vocab,
+                             stride, ignore_index, smoothing, z_loss, softcap,
                              SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, ERROR: tl.constexpr,
                              LANES: tl.constexpr, INNER: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -45,12 +45,14 @@ def cross_entropy_fwd_kernel(logits_ptr, labels_ptr, count_ptr, loss_ptr, lse_pt
     if dlogits_ptr is not None:
         dlogits_ptr += row * vocab
         if ignored | bad:
-            wrong = tl.where(bad, float("nan"), 0.0)
-            tl.store(loss_ptr + row, wrong)
+            value = tl.where(bad, float("nan"), 0.0)
+            tl.store(loss_ptr + row, value)
+            if z_loss_ptr is not None:
+                tl.store(z_loss_ptr + row, value)
             for start in range(0, vocab, LANES * INNER):
                 col = start + tile
-                nothing = tl.zeros((LANES, INNER), tl.float32) + wrong
-                tl.store(dlogits_ptr + col, nothing.to(dlogits_ptr.dtype.element_ty), mask=col < vocab)
+                d = tl.zeros((LANES, INNER), tl.float32) + value
+                tl.store(dlogits_ptr + col, d.to(dlogits_ptr.dtype.element_ty), mask=col < vocab)
             return
     m = tl.full((LANES,), float("-inf"), tl.float32)
     z = tl.zeros((LANES,), tl.float32)
@@ -63,19 +65,22 @@ def cross_entropy_fwd_kernel(logits_ptr, labels_ptr, count_ptr, loss_ptr, lse_pt
             logit = tl.where(col < vocab, logit, float("-inf"))
         m_new = tl.maximum(m, tl.max(logit, axis=1))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        z = z * tl.exp(m - m_safe) + tl.sum(tl.exp(logit - m_safe[:, None]), axis=1)
+        z = z * _softmax_exp(m - m_safe) + tl.sum(_softmax_exp(logit - m_safe[:, None]), axis=1)
         m = m_new
         if SMOOTHING:
             total += tl.sum(tl.where(col < vocab, logit, 0.0), axis=1)
     top = tl.max(m, axis=0)
-    log_z = tl.log(tl.sum(z * tl.exp(m - tl.where(top == float("-inf"), 0.0, top)), axis=0))
+    log_z = tl.log(tl.sum(z * _softmax_exp(m - tl.where(top == float("-inf"), 0.0, top)), axis=0))
     lse = top + log_z
     known = (ignored | bad) == 0
     own = _capped(tl.load(logits_ptr + label, mask=known, other=0.0).to(tl.float32), softcap, SOFTCAP)
-    loss = (1.0 - smoothing) * (top - own + log_z) + z_loss * lse * lse
+    z = z_loss * lse * lse
+    loss = (1.0 - smoothing) * (top - own + log_z) + z
     if SMOOTHING:
         loss += smoothing * (top - tl.div_rn(tl.sum(total, axis=0), vocab * 1.0) + log_z)
     tl.store(loss_ptr + row, tl.where(bad, float("nan"), tl.where(ignored, 0.0, loss)))
+    if z_loss_ptr is not None:
+        tl.store(z_loss_ptr + row, tl.where(bad, float("nan"), tl.where(ignored, 0.0, z)))
     if lse_ptr is not None:
         _store_lse(lse_ptr, row, top, log_z, True)
     if dlogits_ptr is not None:
@@ -89,7 +94,7 @@ def cross_entropy_fwd_kernel(logits_ptr, labels_ptr, count_ptr, loss_ptr, lse_pt
             col = start + tile
             x = tl.load(logits_ptr + col, mask=col < vocab, other=0.0, eviction_policy="evict_first").to(tl.float32)
             logit = _capped(x, softcap, SOFTCAP)
-            d = tl.where(col == label, entry, a * tl.exp(logit - top - log_z) - base)
+            d = tl.where(col == label, entry, tl.fma(_softmax_exp(logit - top - log_z), a, -base))
             if SOFTCAP:
                 d = d * _cap_slope(logit, softcap)
             tl.store(dlogits_ptr + col, d.to(dlogits_ptr.dtype.element_ty), mask=col < vocab)
@@ -99,7 +104,8 @@ def cross_entropy_fwd_kernel(logits_ptr, labels_ptr, count_ptr, loss_ptr, lse_pt
 def cross_entropy_bwd_kernel(dloss_ptr, logits_ptr, labels_ptr, lse_ptr, count_ptr, dlogits_ptr, error_ptr, vocab, stride,
                              dlogits_stride, dloss_step, ignore_index, smoothing, z_loss, softcap,
                              SOFTCAP: tl.constexpr, ERROR: tl.constexpr, BLOCK: tl.constexpr):
-    """A tile of columns of one row. dlogits may be logits: a program reads only what it writes itself."""
+    """A block of columns of one row. dlogits and logits may be the same tensor, because each program reads only the elements
+    that it writes."""
     blocks = tl.cdiv(vocab, BLOCK)
     row = tl.program_id(0).to(tl.int64) // blocks
     first = tl.program_id(0) % blocks * BLOCK
@@ -113,7 +119,9 @@ def cross_entropy_bwd_kernel(dloss_ptr, logits_ptr, labels_ptr, lse_ptr, count_p
     own = _capped(tl.load(logits_ptr + label, mask=here, other=0.0).to(tl.float32), softcap, SOFTCAP)
     entry = share * _entry(_expm1(own - top - log_z), lse, smoothing, z_loss, vocab)
     logit = _capped(tl.load(logits_ptr + col, mask=col < vocab, other=0.0).to(tl.float32), softcap, SOFTCAP)
-    d = share * (1.0 + 2.0 * z_loss * lse) * tl.exp(logit - top - log_z) - share * tl.div_rn(smoothing, vocab * 1.0)
+    a = share * (1.0 + 2.0 * z_loss * lse)
+    base = share * tl.div_rn(smoothing, vocab * 1.0)
+    d = tl.fma(_softmax_exp(logit - top - log_z), a, -base)
     d = tl.where(col == label, entry, d)
     if SOFTCAP:
         d = d * _cap_slope(logit, softcap)
@@ -121,35 +129,39 @@ def cross_entropy_bwd_kernel(dloss_ptr, logits_ptr, labels_ptr, lse_ptr, count_p
     tl.store(dlogits_ptr + row * dlogits_stride + col, d.to(dlogits_ptr.dtype.element_ty), mask=col < vocab)
 
 
-def _sweep(logits, labels, count, loss, lse, dlogits, ignore_index, label_smoothing, z_loss, softcap):
+def _sweep(logits, labels, count, losses, lse, dlogits, ignore_index, label_smoothing, z_loss, softcap):
     rows, vocab = logits.shape
     lanes, num_warps = tile_config(vocab)
     if rows:
         launch(cross_entropy_fwd_kernel, rows, logits.device,
-               dict(logits_ptr=logits, labels_ptr=labels, count_ptr=count, loss_ptr=loss, lse_ptr=lse, dlogits_ptr=dlogits,
-                    error_ptr=error_word(logits.device), vocab=vocab, stride=logits.stride(0), ignore_index=ignore_index,
-                    smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, SOFTCAP=softcap > 0,
-                    SMOOTHING=label_smoothing > 0, ERROR=CODES["cross_entropy", "labels"], LANES=lanes, INNER=INNER),
+               dict(logits_ptr=logits, labels_ptr=labels, count_ptr=count, loss_ptr=losses[0], z_loss_ptr=losses[1],
+                    lse_ptr=lse, dlogits_ptr=dlogits, error_ptr=error_word(logits.device), vocab=vocab,
+                    stride=logits.stride(0), ignore_index=ignore_index, smoothing=label_smoothing, z_loss=z_loss,
+                    softcap=softcap, SOFTCAP=softcap > 0, SMOOTHING=label_smoothing > 0,
+                    ERROR=CODES["cross_entropy", "labels"], LANES=lanes, INNER=INNER),
                num_warps=num_warps)
 
 
-def _rows(logits):
+def _losses(logits, return_z_loss):
+    """Memory for the rows' losses and, where wanted, their z-losses."""
     check_dtype("cross_entropy", "logits", logits)
-    return torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    new = lambda: torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    return new(), new() if return_z_loss else None
 
 
-def cross_entropy_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction):
-    loss, lse = _rows(logits), torch.empty((logits.shape[0], 2), dtype=torch.float32, device=logits.device)
-    _sweep(logits, labels, None, loss, lse, None, ignore_index, label_smoothing, z_loss, softcap)
-    return reduce_losses(loss, labels, None, ignore_index, reduction), lse
+def cross_entropy_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction, return_z_loss):
+    losses = _losses(logits, return_z_loss)
+    lse = torch.empty((logits.shape[0], 2), dtype=torch.float32, device=logits.device)
+    _sweep(logits, labels, None, losses, lse, None, ignore_index, label_smoothing, z_loss, softcap)
+    return *reduce_losses(*losses, labels, None, ignore_index, reduction), lse
 
 
-def cross_entropy_grad_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction):
-    loss = _rows(logits)
+def cross_entropy_grad_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction, return_z_loss):
+    losses = _losses(logits, return_z_loss)
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     count = count_rows(labels, None, ignore_index, reduction)
-    _sweep(logits, labels, count, loss, None, dlogits, ignore_index, label_smoothing, z_loss, softcap)
-    return reduce_losses(loss, labels, None, ignore_index, reduction), dlogits
+    _sweep(logits, labels, count, losses, None, dlogits, ignore_index, label_smoothing, z_loss, softcap)
+    return *reduce_losses(*losses, labels, None, ignore_index, reduction), dlogits
 
 
 def _backward(dloss, logits, labels, lse, dlogits, ignore_index, label_smoothing, z_loss, softcap, reduction):
@@ -181,15 +193,16 @@ def cross_entropy_scale_bwd(dloss, dlogits):
 
 
 def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: InternLM2's vocabulary and a small one, each option once."""
+    """Launches whose kernels the static audit compiles: InternLM2's vocabulary and a small one, with each option once."""
     one = meta(dtype=torch.float32)
     for vocab in (512, 92544):
         logits, labels = meta(4096, vocab, dtype=dtype), meta(4096, dtype=torch.int64)
         rows, lse = meta(4096, dtype=torch.float32), meta(4096, 2, dtype=torch.float32)
         for label, e, c in (("", 0.0, 0.0), (", smoothing", 0.1, 0.0), (", soft-cap", 0.0, 30.0)):
             o = -100, e, 0.0, c
-            yield f"vocabulary {vocab}{label}", lambda x=logits, y=labels, o=o: cross_entropy_fwd(x, y, *o, 1)
-            yield f"vocabulary {vocab}{label}, gradient", lambda x=logits, y=labels, o=o: cross_entropy_grad_fwd(x, y, *o, 1)
+            yield f"vocabulary {vocab}{label}", lambda x=logits, y=labels, o=o: cross_entropy_fwd(x, y, *o, 1, False)
+            yield f"vocabulary {vocab}{label}, gradient", (
+                lambda x=logits, y=labels, o=o: cross_entropy_grad_fwd(x, y, *o, 1, False))
             yield f"vocabulary {vocab}{label}", (
                 lambda x=logits, y=labels, r=rows, s=lse, o=o: cross_entropy_bwd(r, x, y, s, *o, 0))
         if vocab == 512:

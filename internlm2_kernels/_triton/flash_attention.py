@@ -1,7 +1,7 @@
 """Flash attention forward, and the launchers of both directions. Contract: ops/flash_attention.py; arithmetic: attention.py.
 
-A program computes one tile of query rows of one head. Of the key blocks it needs, only those at the edges of the mask are
-masked. The heads of a group run side by side, so that they find each other's keys in the L2 cache, the longest rows first.
+One program computes one tile of query rows of one head. Only key blocks at the edges of the mask are masked. The heads of a
+group run concurrently, so that they share keys in the L2 cache. The tiles with the most keys start first, for load balance.
 """
 
 import torch
@@ -13,6 +13,7 @@ from .attention import (
     SPLIT,
     _attend,
     _edges,
+    _empty,
     _finish,
     _merge,
     _scores,
@@ -31,9 +32,10 @@ from .flash_attention_bwd import backward
 def _walk(state, q, k_ptr, v_ptr, k_row, v_row, v_cols, position, start, end, keys, left, right, inner, outer,
           SOFTCAP: tl.constexpr, MASKED: tl.constexpr, MULTI_SPLIT: tl.constexpr, SPLIT: tl.constexpr,
           HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Key blocks from start to end. Where a split begins, the one before joins the total.
+    """Processes the key blocks from start to end. Where a split begins, the split before it is merged into the total.
 
-    One loop over blocks with a rare branch, not a loop over splits: the loads of the next blocks are under way throughout.
+    This is one loop over blocks with a rare branch, because nested loops over splits and blocks would drain the pipeline of
+    loads at the end of every split.
     """
     acc, z, m, total, total_z, total_m = state
     offset = tl.arange(0, BLOCK_N)
@@ -50,9 +52,7 @@ def _walk(state, q, k_ptr, v_ptr, k_row, v_row, v_cols, position, start, end, ke
         if MULTI_SPLIT:
             if block % SPLIT == 0:
                 total, total_z, total_m = _merge(total, total_z, total_m, acc, z, m)
-                acc = tl.zeros_like(acc)
-                z = tl.zeros_like(z)
-                m = tl.full(m.shape, float("-inf"), tl.float32)
+                acc, z, m = _empty(acc.shape[0], acc.shape[1])
         key = block + offset
         known = (key < keys)[:, None]
         k_block = k_ptr + k_offset
@@ -71,8 +71,8 @@ def _walk(state, q, k_ptr, v_ptr, k_row, v_row, v_cols, position, start, end, ke
                 v = tl.load(v_block)
             else:
                 v = tl.load(v_block, mask=dv < v_cols, other=0.0)
-        score = _scores(q, k, None, key, position, keys, left, right, inner, outer, SOFTCAP, MASKED)
-        acc, z, m = _attend(acc, z, m, score, v, outer, SOFTCAP)
+        score = _scores(q, k, None, key, position, keys, left, right, inner, SOFTCAP, MASKED)
+        acc, z, m = _attend(acc, z, m, score, v, outer)
     return acc, z, m, total, total_z, total_m
 
 
@@ -118,17 +118,13 @@ def flash_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q_ptr, 
     position = row + shift
     a, b, c, end = _edges(begin + shift, tl.minimum(begin + BLOCK_M, queries) - 1 + shift, keys, window_left,
                            window_right, BLOCK_N)
-    nothing = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    none = tl.zeros((BLOCK_M,), tl.float32)
-    lowest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    state = (nothing, none, lowest, nothing, none, lowest)
-    if window_left is not None:
-        state = _walk(state, q, k_ptr, v_ptr, k_row, v_row, v_cols, position, a, b, keys, window_left, window_right,
-                      inner, outer, SOFTCAP, True, MULTI_SPLIT, SPLIT, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_V)
-    state = _walk(state, q, k_ptr, v_ptr, k_row, v_row, v_cols, position, b, c, keys, window_left, window_right,
-                  inner, outer, SOFTCAP, False, MULTI_SPLIT, SPLIT, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_V)
-    state = _walk(state, q, k_ptr, v_ptr, k_row, v_row, v_cols, position, c, end, keys, window_left, window_right,
-                  inner, outer, SOFTCAP, True, MULTI_SPLIT, SPLIT, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_V)
+    edges = (a, b, c, end)
+    acc, z, m = _empty(BLOCK_M, BLOCK_V)
+    state = (acc, z, m, acc, z, m)
+    for part_of_mask in tl.static_range(0 if window_left is not None else 1, 3):
+        state = _walk(state, q, k_ptr, v_ptr, k_row, v_row, v_cols, position, edges[part_of_mask], edges[part_of_mask + 1],
+                      keys, window_left, window_right, inner, outer, SOFTCAP, part_of_mask != 1, MULTI_SPLIT, SPLIT,
+                      HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_V)
     acc, z, m, total, total_z, total_m = state
     if MULTI_SPLIT:
         acc, z, m = _merge(total, total_z, total_m, acc, z, m)
@@ -189,7 +185,7 @@ def _check(q, k, cu_q, cu_k, *results):
 
 
 def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: every tile of the tables, each option at one size or more."""
+    """Launches whose kernels the static audit compiles: every tile, and each option for at least one size."""
     cu, length = meta(9, dtype=torch.int32), 8192
     for label, head_dim, packed, left, softcap, longest in (
             ("d 128", 128, False, -1, 0.0, length), ("d 128, packed", 128, True, -1, 0.0, length),

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import _edges, _tanh, _tile, options, slots, strides
+from .attention import _allowed, _cap, _edges, _sees_one_key, _tile, options, slots, strides
 from .common import architecture, launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -97,12 +97,10 @@ def flash_attention_bwd_delta_kernel(dout_ptr, out_ptr, lse_ptr, dlse_ptr, rows_
 
 
 @triton.jit
-def _probabilities(score, lse, allowed, inner, outer, SOFTCAP: tl.constexpr):
-    """(p, tanh of the soft-cap, without one the scores); lse in units of log2, infinite where there is no row."""
-    if SOFTCAP:
-        score = _tanh(score * inner)
-    shifted = tl.fma(score, outer, -lse)
-    p = tl.exp2(tl.minimum(shifted, 0.0, propagate_nan=tl.PropagateNan.ALL))  # the lse is rounded: not above 1
+def _probabilities(score, lse, allowed, inner, outer, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr):
+    """(p, tanh of the soft-cap, or the scores without one). lse is in units of log2, and infinite for a row without keys."""
+    score = _cap(score, inner, SOFTCAP, FLOAT32)
+    p = tl.exp2(tl.fma(score, outer, -lse))
     if allowed is not None:
         p = tl.where(allowed, p, 0.0)
     return p, score
@@ -113,7 +111,7 @@ def _score_gradient(p, dp, delta, tanh, allowed, SOFTCAP: tl.constexpr):
     """Of the product q.k times scale."""
     ds = p * (dp - delta)
     if SOFTCAP:
-        ds = ds * (1.0 - tanh * tanh)
+        ds = ds * tl.fma(-tanh, tanh, 1.0)
     if allowed is not None:  # p is 0 there, but dp may be NaN: of a value that is NaN, or an upstream gradient
         ds = tl.where(allowed, ds, 0.0)
     return ds
@@ -140,9 +138,10 @@ def _load(ptr, first, col, stride, length, cols, MASKED: tl.constexpr, FULL: tl.
 
 
 @triton.jit
-def _dkdv_walk(dk, dv, k, v, q_ptr, dout_ptr, rows_ptr, q_row, dout_row, key, start, end, queries, shift, left,
-               right, inner, outer, column, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-               WIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
+def _dkdv_walk(dk, dv, k, v, q_ptr, dout_ptr, rows_ptr, q_row, dout_row, key, start, end, keys, queries, shift, left,
+               right, inner, outer, column, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, OUT_ONLY: tl.constexpr,
+               DK: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+               BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
     """Query rows from start to end of one head join dk and dv of the columns from `column` on.
 
     Scores are transposed, so that their rows stay in the registers in which dk and dv are summed.
@@ -163,12 +162,8 @@ def _dkdv_walk(dk, dv, k, v, q_ptr, dout_ptr, rows_ptr, q_row, dout_row, key, st
         allowed = None
         if MASKED:
             position = row + shift
-            allowed = (row < queries)[None, :]
-            if left is not None:
-                allowed = allowed & (key[:, None] >= (position - left)[None, :])
-            if right is not None:
-                allowed = allowed & (key[:, None] <= (position + right)[None, :])
-        p, tanh = _probabilities(score, lse[None, :], allowed, inner, outer, SOFTCAP)
+            allowed = _allowed((row < queries)[None, :], position[None, :], key[:, None], left, right)
+        p, tanh = _probabilities(score, lse[None, :], allowed, inner, outer, SOFTCAP, k.dtype == tl.float32)
         if DK or WHOLE:
             dout = _load(dout_ptr, begin, d, dout_row, queries, HEAD_DIM, True, HEAD_DIM == BLOCK_D, BLOCK_M, WIDE)
         if DV:
@@ -179,7 +174,10 @@ def _dkdv_walk(dk, dv, k, v, q_ptr, dout_ptr, rows_ptr, q_row, dout_row, key, st
                 dv = tl.dot(p.to(values.dtype), values, dv, input_precision="ieee")
         if DK:
             dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
-            ds = _score_gradient(p, dp, delta[None, :], tanh, allowed, SOFTCAP).to(q.dtype)
+            ds = _score_gradient(p, dp, delta[None, :], tanh, allowed, SOFTCAP)
+            if MASKED and OUT_ONLY:  # a factor of 0, so that a NaN of the upstream gradient stays one
+                ds = ds * tl.where(_sees_one_key(position, keys, left, right), 0.0, 1.0)[None, :]
+            ds = ds.to(q.dtype)
             if WHOLE:
                 dk = tl.dot(ds, q, dk, input_precision="ieee")
             else:
@@ -193,9 +191,10 @@ def flash_attention_bwd_dkdv_kernel(dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, dk_
                                     valid_ptr, sequences, length_q, length_k, tiles, group, window_left, window_right,
                                     scale, inner, outer, dout_batch, dout_row, dout_head, q_batch, q_row, q_head,
                                     k_batch, k_row, k_head, v_batch, v_row, v_head, dk_batch, dk_row, dk_head,
-                                    lse_batch, lse_head, SOFTCAP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-                                    WIDE: tl.constexpr, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-                                    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
+                                    lse_batch, lse_head, SOFTCAP: tl.constexpr, OUT_ONLY: tl.constexpr, DK: tl.constexpr,
+                                    DV: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr,
+                                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                                    BLOCK_V: tl.constexpr):
     column = tl.program_id(0) % PARTS * BLOCK_V
     slot = tl.program_id(0) // PARTS % tiles
     kv_head = (tl.program_id(0) // PARTS // tiles).to(tl.int64)
@@ -237,23 +236,26 @@ def flash_attention_bwd_dkdv_kernel(dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, dk_
         dout_rows = dout_ptr + sequence * dout_batch + head * dout_head + first * dout_row
         rows = rows_ptr + (sequence * lse_batch + head * lse_head + first) * 4
         if window_left is not None:  # one loop: three would not leave the registers for the sums
-            dk, dv = _dkdv_walk(dk, dv, k, v, q_rows, dout_rows, rows, q_row, dout_row, key, a, end, queries, shift,
-                                window_left, window_right, inner, outer, column, SOFTCAP, True, DK, DV, WIDE,
+            dk, dv = _dkdv_walk(dk, dv, k, v, q_rows, dout_rows, rows, q_row, dout_row, key, a, end, keys, queries, shift,
+                                window_left, window_right, inner, outer, column, SOFTCAP, True, OUT_ONLY, DK, DV, WIDE,
                                 HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_V)
         else:
             if window_right is not None:
-                dk, dv = _dkdv_walk(dk, dv, k, v, q_rows, dout_rows, rows, q_row, dout_row, key, a, b, queries, shift,
-                                    window_left, window_right, inner, outer, column, SOFTCAP, True, DK, DV, WIDE,
+                dk, dv = _dkdv_walk(dk, dv, k, v, q_rows, dout_rows, rows, q_row, dout_row, key, a, b, keys, queries, shift,
+                                    window_left, window_right, inner, outer, column, SOFTCAP, True, OUT_ONLY, DK, DV, WIDE,
                                     HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_V)
             # rows past the last need no mask
-            dk, dv = _dkdv_walk(dk, dv, k, v, q_rows, dout_rows, rows, q_row, dout_row, key, b, end, queries, shift,
-                                window_left, window_right, inner, outer, column, SOFTCAP, False, DK, DV, WIDE,
+            dk, dv = _dkdv_walk(dk, dv, k, v, q_rows, dout_rows, rows, q_row, dout_row, key, b, end, keys, queries, shift,
+                                window_left, window_right, inner, outer, column, SOFTCAP, False, OUT_ONLY, DK, DV, WIDE,
                                 HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_V)
     col = column + tl.arange(0, BLOCK_V)
     place = sequence * dk_batch + (first_key + key)[:, None] * dk_row + kv_head * dk_head + col[None, :]
     mask = (key < keys)[:, None] & (col < HEAD_DIM)[None, :]
     if DK:
-        tl.store(dk_ptr + place, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
+        factor = scale
+        if OUT_ONLY:
+            factor = tl.where(keys == 1, 0.0, scale)  # every query sees only this key
+        tl.store(dk_ptr + place, (dk * factor).to(dk_ptr.dtype.element_ty), mask=mask)
     if DV:
         tl.store(dv_ptr + place, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
@@ -272,13 +274,9 @@ def _dq_walk(dq, q, dout, lse, delta, k_ptr, v_ptr, k_row, v_row, position, star
         v = _load(v_ptr, begin, d, v_row, keys, HEAD_DIM, MASKED, HEAD_DIM == BLOCK_D, BLOCK_N, WIDE)
         allowed = None
         if MASKED:
-            allowed = (key < keys)[None, :]
-            if left is not None:
-                allowed = allowed & (key[None, :] >= (position - left)[:, None])
-            if right is not None:
-                allowed = allowed & (key[None, :] <= (position + right)[:, None])
+            allowed = _allowed((key < keys)[None, :], position[:, None], key[None, :], left, right)
         score = tl.dot(q, tl.trans(k), input_precision="ieee")
-        p, tanh = _probabilities(score, lse[:, None], allowed, inner, outer, SOFTCAP)
+        p, tanh = _probabilities(score, lse[:, None], allowed, inner, outer, SOFTCAP, q.dtype == tl.float32)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         ds = _score_gradient(p, dp, delta[:, None], tanh, allowed, SOFTCAP)
         if BLOCK_V != BLOCK_D:
@@ -292,9 +290,9 @@ def flash_attention_bwd_dq_kernel(dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, dq_pt
                                   sequences, length_q, length_k, tiles, group, window_left, window_right, scale, inner,
                                   outer, dout_batch, dout_row, dout_head, q_batch, q_row, q_head, k_batch, k_row, k_head,
                                   v_batch, v_row, v_head, dq_batch, dq_row, dq_head, lse_batch, lse_head,
-                                  SOFTCAP: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, HEAD_DIM: tl.constexpr,
-                                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                                  BLOCK_V: tl.constexpr):
+                                  SOFTCAP: tl.constexpr, OUT_ONLY: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
+                                  HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                                  BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
     column = tl.program_id(0) % PARTS * BLOCK_V
     member = tl.program_id(0) // PARTS % group
     slot = tiles - 1 - tl.program_id(0) // PARTS // group % tiles  # the longest rows first
@@ -342,6 +340,8 @@ def flash_attention_bwd_dq_kernel(dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, dq_pt
         dq = tl.where((position + window_right < 0)[:, None], 0.0, dq)
     col = column + tl.arange(0, BLOCK_V)
     place = sequence * dq_batch + (first + row)[:, None] * dq_row + head * dq_head + col[None, :]
+    if OUT_ONLY:
+        dq = dq * tl.where(_sees_one_key(position, keys, window_left, window_right), 0.0, 1.0)[:, None]
     tl.store(dq_ptr + place, (dq * scale).to(dq_ptr.dtype.element_ty),
              mask=(row < queries)[:, None] & (col < HEAD_DIM)[None, :])
 
@@ -361,7 +361,7 @@ def backward(dout, q, k, v, out, lse, dlse, cu_q, cu_k, valid, window_left, wind
                   valid_ptr=valid, sequences=sequences, length_q=q.shape[-3], length_k=k.shape[-3], group=heads // kv_heads,
                   scale=scale, **options(scale, softcap, window_left, window_right)._asdict(), **strides(dout, "dout"),
                   **strides(q, "q"), **strides(k, "k"), **strides(v, "v"), lse_batch=lse.stride(0) if dense else 0,
-                  lse_head=lse.stride(-2), SOFTCAP=softcap > 0,
+                  lse_head=lse.stride(-2), SOFTCAP=softcap > 0, OUT_ONLY=dlse is None,
                   WIDE=max(x.stride(-3) for x in (dout, q, k, v)) >= 2**24, HEAD_DIM=head_dim, BLOCK_D=width)
 
     def run(kernel, tile, x, programs, names, **results):

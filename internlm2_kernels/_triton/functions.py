@@ -1,12 +1,43 @@
-"""Elementary functions of float32 with errors of about 2 ulp, which give the same results compiled and interpreted.
+"""Elementary functions of float32, which give the same results compiled and interpreted.
 
-The hardware's exp2(x * log2(e)) has an error of about |x| / 2 ulp. Softmax tolerates it, because there a large |x| means a
-small result; a probability ratio exp(x) does not. libdevice's functions are no alternative: they do not run in Triton's
-interpreter.
+`_softmax_exp` and `_softmax_tanh` take few instructions and are accurate enough for softmax. The other functions have errors of
+about 2 ulp. libdevice's functions are no alternative: they do not run in Triton's interpreter.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _softmax_exp(x):
+    """exp(x) where x is a logit minus a maximum or a log-sum-exp.
+
+    The error of exp2(x * log2(e)) is about |x| / 2 ulp, which softmax tolerates: a large |x| means a small result. It takes two
+    instructions, and tl.exp, which gives subnormal results too, takes five.
+    """
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def _softmax_tanh(x, scale):
+    """tanh(scale * x) with an absolute error of 2^-22, as 1 - 2 / (exp(2 * scale * x) + 1).
+
+    The reciprocal is the square of rsqrt, two instructions; Triton's division takes seven.
+    """
+    root = tl.rsqrt(tl.exp2(x * (scale * 2.8853900817779268)) + 1.0)
+    return tl.fma(root * root, -2.0, 1.0)
+
+
+@triton.jit
+def _tanh(x):
+    """tanh(x) with an error of 1 ulp: an odd polynomial for |x| < 0.5477, and 1 - 2 / (exp(2 |x|) + 1) beyond."""
+    a = tl.abs(x)
+    s = x * x
+    small = tl.fma(tl.fma(tl.fma(tl.fma(s, -0.00663105, 0.02132081), s, -0.05391137), s, 0.13333124), s, -0.33333332)
+    small = tl.fma(a * s, small, a)
+    large = 1.0 - 2.0 / (tl.exp2(a * 2.8853900817779268) + 1.0)
+    t = tl.where(a < 0.5477, small, large)
+    return tl.where(x < 0, -t, t)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Cross-entropy of hidden times vocabulary. Contract: ops/linear_cross_entropy.py; products: linear_head*.py."""
+"""Cross-entropy of hidden @ weight.T. Contract: ops/linear_cross_entropy.py; products: linear_head.py, linear_head_bwd.py."""
 
 import torch
 import triton
@@ -16,9 +16,10 @@ MERGE_TILES, MERGE_ROWS = 32, 32
 
 @triton.jit
 def _write_coefficients(coefficients_ptr, row, stride, mask, share, lse, ignored, bad, smoothing, z_loss, vocab):
-    """The loss's d / d logit_j = share (p_j (1 + 2 z lse) - (1 - e) [j = label] - e / V) in linear_head_bwd's coefficients."""
+    """Writes d loss / d logit_j = share (p_j (1 + 2 z lse) - (1 - e) [j = label] - e / V) as the four coefficients that
+    linear_head_bwd.py describes; e is the label smoothing, z the factor of the z-loss and V the size of the vocabulary."""
     share = tl.where(bad, float("nan"), tl.where(ignored, 0.0, share))
-    drift = tl.where(share == 0.0, 0.0, 2.0 * z_loss * lse)  # an ignored row's lse may be infinite
+    drift = tl.where(share == 0.0, 0.0, 2.0 * z_loss * lse)  # the lse of an ignored row may be infinite
     tl.store(coefficients_ptr + row, share * (1.0 + drift), mask=mask)
     tl.store(coefficients_ptr + stride + row, share * 0.0, mask=mask)
     tl.store(coefficients_ptr + 2 * stride + row, -share * tl.div_rn(smoothing, vocab * 1.0), mask=mask)
@@ -27,8 +28,8 @@ def _write_coefficients(coefficients_ptr, row, stride, mask, share, lse, ignored
 
 @triton.jit(do_not_specialize=["rows", "ignore_index", "coefficient_stride"])
 def linear_cross_entropy_merge_kernel(top_ptr, sum_ptr, total_ptr, label_ptr, labels_ptr, weights_ptr, count_ptr, loss_ptr,
-                                      lse_ptr, coefficients_ptr, error_ptr, rows, tiles, vocab, stride, coefficient_stride,
-                                      ignore_index, smoothing, z_loss,
+                                      z_loss_ptr, lse_ptr, coefficients_ptr, error_ptr, rows, tiles, vocab, stride,
+                                      coefficient_stride, ignore_index, smoothing, z_loss,
                                       ERROR: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = row < rows
@@ -36,13 +37,17 @@ def linear_cross_entropy_merge_kernel(top_ptr, sum_ptr, total_ptr, label_ptr, la
     lse = top + log_z
     label, ignored, bad = _label(labels_ptr, row, mask, ignore_index, vocab, error_ptr, ERROR)
     own = tl.load(label_ptr + row, mask=mask & ((ignored | bad) == 0), other=0.0)
-    loss = (1.0 - smoothing) * (top - own + log_z) + z_loss * lse * lse
+    z = z_loss * lse * lse
+    loss = (1.0 - smoothing) * (top - own + log_z) + z
     if total_ptr is not None:
         loss += smoothing * (top - tl.div_rn(total, vocab * 1.0) + log_z)
     if weights_ptr is not None:
         weight = tl.load(weights_ptr + row, mask=mask, other=0.0)
-        loss = tl.where(weight == 0.0, 0.0, loss * weight)  # an infinite loss of no weight counts as none
+        loss = tl.where(weight == 0.0, 0.0, loss * weight)  # weight 0 removes an infinite loss as well
+        z = tl.where(weight == 0.0, 0.0, z * weight)
     tl.store(loss_ptr + row, tl.where(bad, float("nan"), tl.where(ignored, 0.0, loss)), mask=mask)
+    if z_loss_ptr is not None:
+        tl.store(z_loss_ptr + row, tl.where(bad, float("nan"), tl.where(ignored, 0.0, z)), mask=mask)
     _store_lse(lse_ptr, row, top, log_z, mask)
     if coefficients_ptr is not None:
         share = _share(None, row, 0, weights_ptr, count_ptr, mask)
@@ -63,14 +68,14 @@ def linear_cross_entropy_coefficients_kernel(dloss_ptr, labels_ptr, lse_ptr, wei
                         vocab)
 
 
-def _merge(blocks, labels, weights, count, loss, lse, coefficients, vocab, ignore_index, smoothing, z_loss):
+def _merge(blocks, labels, weights, count, losses, lse, coefficients, vocab, ignore_index, smoothing, z_loss):
     rows = labels.shape[0]
     launch(linear_cross_entropy_merge_kernel, triton.cdiv(rows, MERGE_ROWS), labels.device,
            dict(top_ptr=blocks.top, sum_ptr=blocks.sum, total_ptr=blocks.total, label_ptr=blocks.label, labels_ptr=labels,
-                weights_ptr=weights, count_ptr=count, loss_ptr=loss, lse_ptr=lse, coefficients_ptr=coefficients,
-                error_ptr=error_word(labels.device), rows=rows, tiles=blocks.top.shape[0], vocab=vocab,
-                stride=blocks.top.shape[1], coefficient_stride=0 if coefficients is None else coefficients.stride(0),
-                ignore_index=ignore_index, smoothing=smoothing, z_loss=z_loss,
+                weights_ptr=weights, count_ptr=count, loss_ptr=losses[0], z_loss_ptr=losses[1], lse_ptr=lse,
+                coefficients_ptr=coefficients, error_ptr=error_word(labels.device), rows=rows, tiles=blocks.top.shape[0],
+                vocab=vocab, stride=blocks.top.shape[1], ignore_index=ignore_index, smoothing=smoothing, z_loss=z_loss,
+                coefficient_stride=0 if coefficients is None else coefficients.stride(0),
                 ERROR=CODES["linear_cross_entropy", "labels"], TILES=MERGE_TILES, BLOCK=MERGE_ROWS), num_warps=4)
 
 
@@ -78,19 +83,26 @@ def _part(x, begin, end):
     return None if x is None else x[begin:end]
 
 
-def linear_cross_entropy_fwd(hidden, weight, labels, token_weights, ignore_index, label_smoothing, z_loss, softcap, reduction):
+def _losses(rows, device, return_z_loss):
+    """Memory for the rows' losses, their z-losses where wanted, and their lse."""
+    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=device)
+    return new(rows), new(rows) if return_z_loss else None, new(rows, 2)
+
+
+def linear_cross_entropy_fwd(hidden, weight, labels, token_weights, ignore_index, label_smoothing, z_loss, softcap, reduction,
+                             return_z_loss):
     check_dtype("linear_cross_entropy", "hidden", hidden)
     rows, vocab = hidden.shape[0], weight.shape[0]
-    loss, lse = (torch.empty(shape, dtype=torch.float32, device=hidden.device) for shape in (rows, (rows, 2)))
+    *losses, lse = _losses(rows, hidden.device, return_z_loss)
     for begin, end in head.chunks(rows, head.FORWARD_ROWS):
         blocks = head.forward(hidden[begin:end], weight, labels[begin:end], None, softcap, needs_sum=label_smoothing > 0)
-        _merge(blocks, labels[begin:end], _part(token_weights, begin, end), None, loss[begin:end], lse[begin:end], None,
-               vocab, ignore_index, label_smoothing, z_loss)
-    return reduce_losses(loss, labels, token_weights, ignore_index, reduction), lse
+        _merge(blocks, labels[begin:end], _part(token_weights, begin, end), None, [_part(x, begin, end) for x in losses],
+               lse[begin:end], None, vocab, ignore_index, label_smoothing, z_loss)
+    return *reduce_losses(*losses, labels, token_weights, ignore_index, reduction), lse
 
 
 def _gradients(hidden, weight, needs_dhidden, needs_dweight, dhidden_dtype, dweight_dtype):
-    """(dhidden, dweight) to be filled; of size 0 where not wanted, 0 where there are no rows."""
+    """(dhidden, dweight), not yet filled. A gradient that is not wanted has no rows; without tokens dweight is zero."""
     depth, device, rows = hidden.shape[1], hidden.device, hidden.shape[0]
     dhidden = torch.empty((rows if needs_dhidden else 0, depth), dtype=dhidden_dtype, device=device)
     make = torch.empty if rows else torch.zeros
@@ -98,12 +110,11 @@ def _gradients(hidden, weight, needs_dhidden, needs_dweight, dhidden_dtype, dwei
 
 
 def linear_cross_entropy_grad_fwd(hidden, weight, labels, token_weights, ignore_index, label_smoothing, z_loss, softcap,
-                                  reduction, needs_dhidden, needs_dweight):
+                                  reduction, return_z_loss, needs_dhidden, needs_dweight):
     check_dtype("linear_cross_entropy", "hidden", hidden)
-    (rows, _), vocab, half = hidden.shape, weight.shape[0], hidden.dtype == torch.float16
-    dhidden, dweight = _gradients(hidden, weight, needs_dhidden, needs_dweight, torch.float32 if half else hidden.dtype,
-                                  torch.float32)
-    loss, lse = (torch.empty(shape, dtype=torch.float32, device=hidden.device) for shape in (rows, (rows, 2)))
+    (rows, _), vocab = hidden.shape, weight.shape[0]
+    dhidden, dweight = _gradients(hidden, weight, needs_dhidden, needs_dweight, torch.float32, torch.float32)
+    *losses, lse = _losses(rows, hidden.device, return_z_loss)
     count = count_rows(labels, token_weights, ignore_index, reduction)
     ranges = head.gradient_chunks(rows, vocab, hidden.element_size())
     if ranges:
@@ -113,12 +124,12 @@ def linear_cross_entropy_grad_fwd(hidden, weight, labels, token_weights, ignore_
         own, stored = labels[begin:end], buffer[: end - begin, :vocab]
         coefficients = torch.empty((COEFFICIENTS, end - begin), dtype=torch.float32, device=hidden.device)
         blocks = head.forward(hidden[begin:end], weight, own, None, softcap, stored=stored, needs_sum=label_smoothing > 0)
-        _merge(blocks, own, _part(token_weights, begin, end), count, loss[begin:end], lse[begin:end], coefficients, vocab,
-               ignore_index, label_smoothing, z_loss)
+        _merge(blocks, own, _part(token_weights, begin, end), count, [_part(x, begin, end) for x in losses], lse[begin:end],
+               coefficients, vocab, ignore_index, label_smoothing, z_loss)
         peak = peak_of(coefficients, hidden.dtype)
         gradient_of_stored(stored, own, blocks, lse[begin:end], coefficients, peak, vocab, softcap)
         gradients.add(begin, end, stored, peak)
-    return reduce_losses(loss, labels, token_weights, ignore_index, reduction), dhidden, dweight
+    return *reduce_losses(*losses, labels, token_weights, ignore_index, reduction), dhidden, dweight
 
 
 def linear_cross_entropy_bwd(dloss, hidden, weight, labels, token_weights, lse, ignore_index, label_smoothing, z_loss, softcap,
@@ -145,7 +156,7 @@ def linear_cross_entropy_scale_bwd(dloss, dhidden, dweight, hidden, weight):
 
 
 def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: InternLM2-7B's head, each option once, an odd vocabulary."""
+    """Launches whose kernels the static audit compiles: InternLM2-7B's head with each option, and an odd vocabulary."""
     one = meta(dtype=torch.float32)
     for vocab, depth, label in ((92544, 4096, "7B"), (1003, 96, "odd")):
         hidden, weight = meta(8192, depth, dtype=dtype), meta(vocab, depth, dtype=dtype)
@@ -154,14 +165,14 @@ def audit(dtype, meta):
         plain, rich = (None, -100, 0.0, 0.0, 0.0), (rows, -100, 0.1, 1e-4, 30.0)
         for name, o in (("", plain), (", all options", rich))[: 2 if label == "7B" else 1]:
             x = hidden, weight, labels
-            yield f"{label}{name}", lambda x=x, o=o: linear_cross_entropy_fwd(*x, *o, 1)
-            yield f"{label}{name}, gradient", lambda x=x, o=o: linear_cross_entropy_grad_fwd(*x, *o, 1, True, True)
+            yield f"{label}{name}", lambda x=x, o=o: linear_cross_entropy_fwd(*x, *o, 1, False)
+            yield f"{label}{name}, gradient", lambda x=x, o=o: linear_cross_entropy_grad_fwd(*x, *o, 1, False, True, True)
             yield f"{label}{name}", (
                 lambda x=x, o=o, rows=rows, lse=lse: linear_cross_entropy_bwd(rows, *x, o[0], lse, *o[1:], 0, True, True))
         if label == "odd":
             yield "mean", (
                 lambda x=x, lse=lse, o=plain: linear_cross_entropy_bwd(one, *x, None, lse, *o[1:], 1, True, True))
-            if dtype == torch.bfloat16:  # beside it, because only float16 divides by the largest coefficient
+            if dtype == torch.bfloat16:  # only float16 divides by the largest coefficient
                 halves = meta(8192, depth, dtype=torch.float16), meta(vocab, depth, dtype=torch.float16), labels
                 yield "odd, float16", (
                     lambda x=halves, rows=rows, lse=lse, o=plain[1:]: linear_cross_entropy_bwd(

@@ -1,10 +1,9 @@
-"""Hidden times vocabulary for linear_cross_entropy and linear_logprobs, logits never in memory as a whole: the forward, and
-the product's parts. Backward: linear_head_bwd.py.
+"""The forward of linear_cross_entropy and linear_logprobs, and the tiled matrix product. Backward: linear_head_bwd.py.
 
-A program multiplies a block of rows with a block of the vocabulary and leaves of its tile of logits what the row's softmax
-needs (largest, sum of exponentials, ...), one float32 of each per row and block. A second kernel merges the blocks in order.
-One tile for all numbers of rows, padded, and one chain of sums along the hidden size: a row's bits depend on nothing but the
-row.
+The logits = hidden @ weight.T are never stored as a whole. One program computes a tile of logits, for a block of rows and a
+block of the vocabulary, and stores what the softmax of each row needs from it: the maximum, the sum of exponentials and so
+on, one float32 value each. A second kernel merges the blocks of the vocabulary in order. The tile does not depend on the
+number of rows, and each logit is accumulated along the hidden size in one order, so a row's bits depend only on that row.
 """
 
 from typing import NamedTuple
@@ -14,15 +13,16 @@ import triton
 import triton.language as tl
 
 from .common import architecture, launch
+from .functions import _softmax_exp
 from .losses import _capped
 
-CHUNK_BYTES = 384 * 2**20  # of the gradient by logits: 2048 tokens of InternLM2's vocabulary in 16 bits
-FORWARD_ROWS = 16384  # rows at a time without gradients: bounds the blocks' results
-GROUP = 16  # blocks of rows that share the vocabulary's blocks in the L2 cache
+CHUNK_BYTES = 384 * 2**20  # memory for d loss / d logits: 2048 tokens of InternLM2's vocabulary in 16 bits
+FORWARD_ROWS = 16384  # rows per launch without gradients; bounds the memory of the per-block results
+GROUP = 16  # row blocks that are computed together, so that they share blocks of the weight in the L2 cache
 
 
 class Tile(NamedTuple):
-    """Rows, columns and depth of a step of one program, warps, stages of the loads."""
+    """The rows and columns of one program's tile, its step along the inner dimension, warps and pipeline stages."""
 
     rows: int
     cols: int
@@ -32,8 +32,8 @@ class Tile(NamedTuple):
 
 
 def tile_config(element_size: int, arch: int, narrow: bool = False) -> Tile:
-    """The tile of a product for an architecture (80, 90, ...); the number of rows must not change it. `narrow` where what
-    follows the product needs registers of its own."""
+    """The tile for an architecture (80, 90, ...). It must not depend on the number of rows, or a row's bits would.
+    `narrow`: half the columns, for an epilogue that needs many registers."""
     if element_size == 4:
         return Tile(64, 64, 32, 4, 2)
     if arch < 90:
@@ -42,13 +42,13 @@ def tile_config(element_size: int, arch: int, narrow: bool = False) -> Tile:
 
 
 def scores_tile(x: torch.Tensor, softcap: float) -> Tile:
-    """The tile of logits of what lies where `x` does."""
+    """The tile of logits for the device and the dtype of `x`."""
     return tile_config(x.element_size(), architecture(x.device), softcap > 0)
 
 
 @triton.jit
 def _place(blocks_m, blocks_n, GROUP: tl.constexpr):
-    """(row block, column block) of this program: GROUP row blocks walk along the columns together."""
+    """(row block, column block) of this program. Consecutive programs cover GROUP row blocks of one column block."""
     program = tl.program_id(0)
     group = program // (GROUP * blocks_n)
     size = tl.minimum(blocks_m - group * GROUP, GROUP)
@@ -59,9 +59,9 @@ def _place(blocks_m, blocks_n, GROUP: tl.constexpr):
 @triton.jit
 def _product(acc, a_ptr, b_ptr, row, col, rows, cols, inner, a_row, a_inner, b_inner, b_col,
              EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """acc + sum over k of a[row, k] b[k, col] in float32, k in order; EVEN: `inner` is a multiple of BLOCK_K.
+    """acc + sum over k of a[row, k] * b[k, col], accumulated in float32 in the order of k. EVEN: BLOCK_K divides `inner`.
 
-    Rows and columns are counted in 32 bits, which the results' epilogues keep in registers; offsets are 64 bits.
+    Row and column indices have 32 bits, because the epilogues keep them in registers; offsets have 64 bits.
     """
     k = tl.arange(0, BLOCK_K)
     a_at = a_ptr + row.to(tl.int64)[:, None] * a_row + k.to(tl.int64)[None, :] * a_inner
@@ -87,7 +87,7 @@ def _product(acc, a_ptr, b_ptr, row, col, rows, cols, inner, a_row, a_inner, b_i
 def _logits(hidden_ptr, weight_ptr, rows, vocab, depth, hidden_stride, weight_stride, scale, softcap,
             SOFTCAP: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,
             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(column block, rows, columns, logits) of this program's tile; logits of columns past the vocabulary mean nothing."""
+    """(column block, rows, columns, logits) of this program's tile. Logits of columns past the vocabulary are undefined."""
     block_m, block_n = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(vocab, BLOCK_N), GROUP)
     row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     col = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -101,7 +101,7 @@ def _logits(hidden_ptr, weight_ptr, rows, vocab, depth, hidden_stride, weight_st
 
 @triton.jit
 def _labels_in(block_n, labels_ptr, row, col, mask, first_token, vocab, BLOCK_N: tl.constexpr):
-    """(rows whose label is in this column block, which of the tile's logits are a row's label's)."""
+    """(whether the label of each row is in this column block, which logits of the tile belong to labels)."""
     label = tl.load(labels_ptr + row, mask=mask, other=-1).to(tl.int64) - first_token
     here = (label < vocab) & (label >= block_n * BLOCK_N) & (label < (block_n + 1) * BLOCK_N)
     return here, col[None, :] == tl.where(here, label, -1).to(tl.int32)[:, None]
@@ -113,8 +113,9 @@ def linear_head_fwd_kernel(hidden_ptr, weight_ptr, labels_ptr, stored_ptr, top_p
                            first_token, scale, softcap,
                            SOFTCAP: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,
                            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Of a tile of logits, by row: the largest, the sum of e = exp(logit - largest), and where wanted the sum of logits, of
-    e (logit - largest), and the first column of the largest. The label's logit comes from the program that has it."""
+    """For each row of a tile of logits: the maximum and the sum of e = exp(logit - maximum); if wanted, the sum of the logits,
+    the sum of e * (logit - maximum), and the first column of the maximum. The program whose block holds the label stores the
+    label's logit."""
     block_n, row, col, logit = _logits(hidden_ptr, weight_ptr, rows, vocab, depth, hidden_stride, weight_stride, scale, softcap,
                                        SOFTCAP, EVEN, GROUP, BLOCK_M, BLOCK_N, BLOCK_K)
     logit = tl.where((col < vocab)[None, :], logit, float("-inf"))
@@ -130,7 +131,7 @@ def linear_head_fwd_kernel(hidden_ptr, weight_ptr, labels_ptr, stored_ptr, top_p
         first = tl.where(logit == top[:, None], col[None, :], 2147483647)
         tl.store(index_ptr + at, tl.min(first, axis=1), mask=mask)
     less = logit - tl.where(top == float("-inf"), 0.0, top)[:, None]
-    e = tl.exp(less)
+    e = _softmax_exp(less)
     tl.store(sum_ptr + at, tl.sum(e, axis=1), mask=mask)
     if moment_ptr is not None:
         tl.store(moment_ptr + at, tl.sum(tl.where(less == float("-inf"), 0.0, e * less), axis=1), mask=mask)
@@ -143,8 +144,9 @@ def linear_head_fwd_kernel(hidden_ptr, weight_ptr, labels_ptr, stored_ptr, top_p
 @triton.jit
 def _merged(top_ptr, sum_ptr, total_ptr, moment_ptr, index_ptr, row, mask, tiles, stride, TILES: tl.constexpr,
             BLOCK: tl.constexpr):
-    """The blocks of `linear_head_fwd_kernel` as one, by row: (largest, log of the sum of exp(logit - largest), sum of
-    logits, mean of logit - largest under the softmax, index of the largest); what is not there is 0."""
+    """Merges the results of `linear_head_fwd_kernel` along the vocabulary. For each row: (maximum, log of the sum of
+    exp(logit - maximum), sum of the logits, mean of logit - maximum under the softmax, first column of the maximum). Results
+    that the forward did not store have no meaning here."""
     at = tl.arange(0, TILES).to(tl.int64)[:, None] * stride + row[None, :]
     step = tl.cast(stride, tl.int64) * TILES
     top = tl.full((TILES, BLOCK), float("-inf"), tl.float32)
@@ -161,13 +163,13 @@ def _merged(top_ptr, sum_ptr, total_ptr, moment_ptr, index_ptr, row, mask, tiles
         there = (start + tl.arange(0, TILES) < tiles)[:, None] & mask[None, :]
         here = at + start // TILES * step
         m = tl.load(top_ptr + here, mask=there, other=float("-inf"))
-        w = tl.exp(m - safe[None, :])
+        w = _softmax_exp(m - safe[None, :])
         part = tl.load(sum_ptr + here, mask=there, other=0.0)
-        z += part * w
+        z = tl.fma(part, w, z)
         if total_ptr is not None:
             total += tl.load(total_ptr + here, mask=there, other=0.0)
         if moment_ptr is not None:
-            shifted = tl.load(moment_ptr + here, mask=there, other=0.0) + (m - safe[None, :]) * part
+            shifted = tl.fma(m - safe[None, :], part, tl.load(moment_ptr + here, mask=there, other=0.0))
             moment += tl.where(m == float("-inf"), 0.0, shifted * w)
         if index_ptr is not None:
             first = tl.load(index_ptr + here, mask=there & (m == top[None, :]), other=2147483647)
@@ -180,12 +182,12 @@ def _merged(top_ptr, sum_ptr, total_ptr, moment_ptr, index_ptr, row, mask, tiles
 
 
 def block_sizes(tile, inner):
-    """The kernels' constants for a product along `inner`."""
+    """The constants of a kernel whose product has the inner dimension `inner`."""
     return dict(EVEN=inner % tile.inner == 0, GROUP=GROUP, BLOCK_M=tile.rows, BLOCK_N=tile.cols, BLOCK_K=tile.inner)
 
 
 class Blocks(NamedTuple):
-    """What the forward leaves of each block of the vocabulary, [blocks, padded rows], and each row's label's logit."""
+    """The forward's results for each block of the vocabulary, [blocks, padded rows], and the label's logit of each row."""
 
     top: torch.Tensor
     sum: torch.Tensor
@@ -196,7 +198,7 @@ class Blocks(NamedTuple):
 
 
 def chunks(rows: int, largest: int) -> list[tuple[int, int]]:
-    """Ranges of at most `largest` rows (a multiple of 128), as equal as multiples of 128 can be."""
+    """Ranges of at most `largest` rows. Their sizes are multiples of 128, except the last, and as equal as possible."""
     count = max(1, -(-rows // largest))
     size = -(-rows // (128 * count)) * 128
     return [(begin, min(begin + size, rows)) for begin in range(0, rows, max(size, 1))]
@@ -208,10 +210,10 @@ def gradient_chunks(rows: int, vocab: int, element_size: int) -> list[tuple[int,
 
 def forward(hidden, weight, labels, scale, softcap, *, first_token=0, stored=None, needs_sum=False, needs_moment=False,
             needs_index=False) -> Blocks:
-    """Launches the forward on some rows. `scale` None: 1."""
+    """Launches the forward. `scale` multiplies the logits; None stands for 1."""
     (rows, depth), vocab = hidden.shape, weight.shape[0]
     tile = scores_tile(hidden, softcap)
-    shape = triton.cdiv(vocab, tile.cols), triton.cdiv(rows, 128) * 128  # one alignment for every number of rows
+    shape = triton.cdiv(vocab, tile.cols), triton.cdiv(rows, 128) * 128  # the same alignment for every number of rows
     new = lambda wanted, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=hidden.device) if wanted else None
     blocks = Blocks(new(True), new(True), torch.empty(shape[1], dtype=torch.float32, device=hidden.device), new(needs_sum),
                     new(needs_moment), new(needs_index, torch.int32))

@@ -1,18 +1,21 @@
-"""Gradients of hidden times vocabulary, as linear_cross_entropy and linear_logprobs need them; forward: linear_head.py.
+"""The backward of linear_cross_entropy and linear_logprobs. Forward: linear_head.py.
 
-- With the log-sum-exp at hand: the forward's product again, but the tile leaves d loss / d logits, rounded to the inputs'
-  dtype, in a chunk of rows. Where loss and gradient are wanted at once, the forward leaves exp(logit - largest of the tile)
-  in the chunk instead, and a kernel bound by memory turns it into the gradient: three products in all. (With a soft-cap it
-  leaves logit - largest, because the slope of the cap needs the logit.)
-- The chunk's gradient times weight, and its transpose times hidden. cuBLAS (torch.mm) does the first for float32 and
-  bfloat16, and both for float32; the kernel here does the rest, because it adds chunks in float32. Chunks are as large as
-  CHUNK_BYTES allows, equal to within 128 rows, and the same for the same number of rows.
+The backward works on chunks of rows and has two steps:
+1. d loss / d logits of the chunk, rounded to the dtype of the inputs. `gradient_of_logits` computes the logits again from
+   the saved log-sum-exp. If loss and gradient are wanted in one call, the forward stores exp(logit - maximum of the tile)
+   instead, and the memory-bound kernel of `gradient_of_stored` converts it in place; this saves one of four matrix products.
+   With a soft-cap the forward stores logit - maximum, because the derivative of the cap needs the logit.
+2. The products with weight, for dhidden, and with hidden, for dweight. cuBLAS (torch.mm) computes both for float32, and
+   dhidden for bfloat16. The kernel here computes the others: it accumulates the chunks of dweight in float32, and it scales
+   the products of float16.
 
-float16 holds no gradient that is divided by thousands of tokens: there the chunk is divided by its largest coefficient,
-and the products are multiplied by it, in float32.
+The chunk size follows from CHUNK_BYTES and the number of rows alone. float16 cannot represent a gradient that has been divided
+by thousands of tokens; there the coefficients of a chunk are divided by the largest of them, the peak, and the products are
+multiplied by it again in float32.
 
-d loss / d logit_j = p_j (a - b (logit_j - lse)) + c, at the label a (p - 1) instead of a p, plus s: four coefficients a row,
-which the two operators fill. All four 0: the gradient is 0 whatever the logits are.
+d loss / d logit_j = p_j (a - b (logit_j - lse)) + c for all columns but the label's, where a p_j becomes a (p_j - 1) and s is
+added. Each operator computes the four coefficients a, b, c, s of every row. If all four are 0, the gradient is 0 for any
+logits.
 """
 
 import torch
@@ -20,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .common import architecture, launch
-from .functions import _expm1
+from .functions import _expm1, _softmax_exp
 from .linear_head import _labels_in, _logits, _place, _product, block_sizes, gradient_chunks, scores_tile, tile_config
 from .losses import _cap_slope, _load_lse
 
@@ -29,7 +32,7 @@ COEFFICIENTS = 4
 
 @triton.jit
 def _coefficients(coefficients_ptr, peak_ptr, row, stride, mask):
-    """a, b, c, s of rows, divided by the peak where there is one, and whether all are 0."""
+    """(a, b, c, s, whether all four are 0) of each row; with a peak, the coefficients are divided by it."""
     a = tl.load(coefficients_ptr + row, mask=mask, other=0.0)
     b = tl.load(coefficients_ptr + stride + row, mask=mask, other=0.0)
     c = tl.load(coefficients_ptr + 2 * stride + row, mask=mask, other=0.0)
@@ -50,7 +53,7 @@ def linear_head_gradient_kernel(hidden_ptr, weight_ptr, labels_ptr, lse_ptr, coe
                                 first_token, scale, softcap,
                                 SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,
                                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """d loss / d (hidden . weight) of a tile, its logits computed again."""
+    """d loss / d (hidden . weight) of a tile, whose logits are computed again."""
     block_n, row, col, logit = _logits(hidden_ptr, weight_ptr, rows, vocab, depth, hidden_stride, weight_stride, scale, softcap,
                                        SOFTCAP, EVEN, GROUP, BLOCK_M, BLOCK_N, BLOCK_K)
     mask = row < rows
@@ -60,12 +63,13 @@ def linear_head_gradient_kernel(hidden_ptr, weight_ptr, labels_ptr, lse_ptr, coe
     y = (tl.sum(tl.where(own, logit, 0.0), axis=1) - top) - log_z
     entry = a * _expm1(y) + (c + s)
     x = (logit - top[:, None]) - log_z[:, None]
-    p = tl.exp(x)
+    p = _softmax_exp(x)
     if ENTROPY:
-        entry -= b * tl.where(y == float("-inf"), 0.0, tl.exp(y) * y)
-        d = p * a[:, None] - b[:, None] * tl.where(x == float("-inf"), 0.0, p * x) + c[:, None]
+        entry -= b * tl.where(y == float("-inf"), 0.0, _softmax_exp(y) * y)
+        px = tl.where(x == float("-inf"), 0.0, p * x)
+        d = tl.fma(px, -b[:, None], tl.fma(p, a[:, None], c[:, None]))
     else:
-        d = p * a[:, None] + c[:, None]
+        d = tl.fma(p, a[:, None], c[:, None])
     d = tl.where(own, entry[:, None], d)
     if SOFTCAP:
         d = d * _cap_slope(logit, softcap)
@@ -80,7 +84,7 @@ def linear_head_gradient_kernel(hidden_ptr, weight_ptr, labels_ptr, lse_ptr, coe
 def linear_head_stored_kernel(stored_ptr, labels_ptr, top_ptr, label_ptr, lse_ptr, coefficients_ptr, peak_ptr, vocab,
                               stored_stride, stride, coefficient_stride, softcap,
                               SOFTCAP: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of one row, TILES blocks of what the forward stored become d loss / d logit, in place (without b)."""
+    """Converts TILES blocks of one row from what the forward stored to d loss / d logit, in place; b is taken as 0."""
     blocks = tl.cdiv(vocab, TILES * BLOCK_N)
     row = tl.program_id(0).to(tl.int64) // blocks
     tile = tl.program_id(0) % blocks * TILES + tl.arange(0, TILES)
@@ -96,17 +100,18 @@ def linear_head_stored_kernel(stored_ptr, labels_ptr, top_ptr, label_ptr, lse_pt
     entry = a * _expm1(x) + (c + s)
     if SOFTCAP:
         logit = stored + tl.where(block_top == float("-inf"), 0.0, block_top)[:, None]
-        d = tl.where(col == label, entry, a * tl.exp((logit - top) - log_z) + c)
+        d = tl.where(col == label, entry, tl.fma(_softmax_exp((logit - top) - log_z), a, c))
         d = d * _cap_slope(logit, softcap)
     else:
-        d = tl.where(col == label, entry, a * (stored * tl.exp((block_top - top) - log_z)[:, None]) + c)
+        factor = a * _softmax_exp((block_top - top) - log_z)
+        d = tl.where(col == label, entry, tl.fma(stored, factor[:, None], c))
     d = tl.where(nothing, 0.0, d)
     tl.store(at, d.to(stored_ptr.dtype.element_ty), mask=col < vocab)
 
 
 @triton.jit(do_not_specialize=["size"])
 def linear_head_peak_kernel(x_ptr, peak_ptr, size, BLOCK: tl.constexpr):
-    """The largest finite |x|, 1 where that is 0."""
+    """peak = the largest finite |x|, or 1 if that is 0."""
     peak = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
         index = start + tl.arange(0, BLOCK).to(tl.int64)
@@ -120,14 +125,14 @@ def linear_head_peak_kernel(x_ptr, peak_ptr, size, BLOCK: tl.constexpr):
 def linear_head_product_kernel(a_ptr, b_ptr, add_ptr, out_ptr, peak_ptr, rows, cols, inner, a_row, a_inner, b_inner, out_row,
                                EVEN: tl.constexpr, GROUP: tl.constexpr,
                                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """out = add + peak * a b, rounded once; add and out share their layout and may be one."""
+    """out = add + peak * (a @ b), rounded once. add and out have the same layout and may be the same tensor."""
     block_m, block_n = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(cols, BLOCK_N), GROUP)
     row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     col = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     at = row.to(tl.int64)[:, None] * out_row + col[None, :]
     mask = (row < rows)[:, None] & (col < cols)[None, :]
     x = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if add_ptr is not None:  # before the products, where their accumulator takes it up
+    if add_ptr is not None:  # the accumulator starts with it, divided by the factor that the sum is multiplied by
         x = tl.load(add_ptr + at, mask=mask, other=0.0)
         if peak_ptr is not None:
             x = x / tl.load(peak_ptr)
@@ -141,13 +146,13 @@ def linear_head_product_kernel(a_ptr, b_ptr, add_ptr, out_ptr, peak_ptr, rows, c
 
 
 def chunk_buffer(ranges: list[tuple[int, int]], weight: torch.Tensor) -> torch.Tensor:
-    """[rows of a chunk, V rounded up to 16, so that rows begin on 16-byte boundaries]; the last columns are never read."""
+    """Memory for one chunk of d loss / d logits: [rows, V rounded up to 16], so that rows are aligned to 16 bytes."""
     longest = max(end - begin for begin, end in ranges)
     return torch.empty((longest, -(-weight.shape[0] // 16) * 16), dtype=weight.dtype, device=weight.device)
 
 
 def peak_of(coefficients, dtype):
-    """float32 [1], the largest coefficient, for float16; None for the others."""
+    """The largest coefficient, float32 [1], if the dtype is float16; None otherwise."""
     if dtype != torch.float16:
         return None
     peak = torch.empty(1, dtype=torch.float32, device=coefficients.device)
@@ -157,7 +162,7 @@ def peak_of(coefficients, dtype):
 
 
 def gradient_of_logits(hidden, weight, labels, lse, coefficients, peak, gradient, scale, softcap, first_token, entropy):
-    """Fills `gradient` [rows, V]; `coefficients` [4, rows] may be columns of a wider tensor."""
+    """Fills `gradient` [rows, V]. `coefficients` [4, rows] may be a slice of a wider tensor."""
     (rows, depth), vocab = hidden.shape, weight.shape[0]
     tile = scores_tile(hidden, softcap)
     launch(linear_head_gradient_kernel, triton.cdiv(rows, tile.rows) * triton.cdiv(vocab, tile.cols), hidden.device,
@@ -170,7 +175,7 @@ def gradient_of_logits(hidden, weight, labels, lse, coefficients, peak, gradient
 
 
 def gradient_of_stored(stored, labels, blocks, lse, coefficients, peak, vocab, softcap):
-    """What `forward` left in `stored` becomes the gradient of the logits, in place."""
+    """Converts what `forward` stored in `stored` to the gradient of the logits, in place."""
     rows = labels.shape[0]
     cols = scores_tile(stored, softcap).cols
     tiles = 4096 // cols
@@ -192,9 +197,9 @@ def _multiply(a, b, add, out, peak):
 
 
 class Gradients:
-    """The gradients of hidden and weight, filled chunk by chunk from the gradient of the logits; None: not wanted.
+    """Accumulates dhidden and dweight (None: not wanted) over the chunks of the gradient of the logits.
 
-    dweight of a 16-bit dtype is rounded once, from a float32 sum of the chunks.
+    dweight of a 16-bit dtype is rounded once, from a float32 sum over the chunks.
     """
 
     def __init__(self, hidden, weight, dhidden, dweight, ranges):
@@ -204,10 +209,10 @@ class Gradients:
             self.total = torch.empty(dweight.shape, dtype=torch.float32, device=dweight.device)
 
     def add(self, begin, end, gradient, peak):
-        """`gradient` [end - begin, V] of the logits of rows begin to end, divided by `peak` if there is one."""
+        """Adds the gradient [end - begin, V] of the logits of rows begin to end; with `peak`, it was divided by it."""
         hidden, is_float32 = self.hidden[begin:end], gradient.dtype == torch.float32
         if self.dhidden is not None:
-            if peak is None:
+            if self.dhidden.dtype == gradient.dtype and peak is None:
                 torch.mm(gradient, self.weight, out=self.dhidden[begin:end])
             else:
                 _multiply(gradient, self.weight, None, self.dhidden[begin:end], peak)
@@ -223,8 +228,7 @@ class Gradients:
 
 
 def backward(hidden, weight, labels, lse, coefficients, dhidden, dweight, scale, softcap, first_token, entropy):
-    """Fills dhidden and dweight (None: not wanted) from the coefficients [4, T]: scores, gradient of the logits and the two
-    products chunk by chunk."""
+    """Fills dhidden and dweight (None: not wanted) from the coefficients [4, T], chunk by chunk."""
     vocab, ranges = weight.shape[0], gradient_chunks(hidden.shape[0], weight.shape[0], hidden.element_size())
     buffer, gradients = chunk_buffer(ranges, weight), Gradients(hidden, weight, dhidden, dweight, ranges)
     peak = peak_of(coefficients, hidden.dtype)

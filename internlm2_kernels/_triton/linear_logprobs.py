@@ -1,4 +1,5 @@
-"""Log-probabilities of tokens under hidden times vocabulary. Contract: ops/linear_logprobs.py; products: linear_head*.py."""
+"""Log-probabilities of tokens under the softmax of hidden @ weight.T. Contract: ops/linear_logprobs.py; matrix products:
+linear_head.py, linear_head_bwd.py."""
 
 import torch
 import triton
@@ -12,7 +13,7 @@ from .linear_head_bwd import COEFFICIENTS, backward
 from .losses import _label, _store_lse
 
 MERGE_TILES, MERGE_ROWS = 32, 32
-NO_TOKEN = -(2**62)  # the ignore_index that no token has
+NO_TOKEN = -(2**62)  # an ignore_index that no token can equal
 
 
 @triton.jit(do_not_specialize=["rows", "first_token", "vocab_size"])
@@ -42,8 +43,8 @@ def linear_logprobs_merge_kernel(top_ptr, sum_ptr, total_ptr, moment_ptr, index_
 def linear_logprobs_coefficients_kernel(dlogprobs_ptr, dentropy_ptr, dlse_ptr, dsum_ptr, tokens_ptr, entropy_ptr,
                                         coefficients_ptr, error_ptr, rows, vocab_size, stride,
                                         NO_TOKEN: tl.constexpr, ERROR: tl.constexpr, BLOCK: tl.constexpr):
-    """d logit_j = dlogprob ([j = token] - p) - dentropy p (x + entropy) + dlse p + dsum, x = logit_j - lse, as
-    p (a - b x) + c, and s more at the token beside a (p - 1)."""
+    """Writes d logit_j = dlogprob ([j = token] - p_j) - dentropy p_j (x_j + entropy) + dlse p_j + dsum, x_j = logit_j - lse, as
+    the four coefficients that linear_head_bwd.py describes."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = row < rows
     a = tl.zeros((BLOCK,), tl.float32)

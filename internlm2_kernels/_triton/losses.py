@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import _tanh
 from .common import launch, launch_elements
+from .functions import _tanh
 
 NONE, MEAN = 0, 1  # values of `reduction`; 2 is the sum
 
@@ -90,13 +90,16 @@ def count_rows(labels, weights, ignore_index, reduction):
     return count
 
 
-def reduce_losses(loss, labels, weights, ignore_index, reduction):
-    """The rows' losses unchanged, or their mean or sum as a 0-dimensional tensor."""
-    if reduction == NONE:
-        return loss
-    result = torch.empty((), dtype=torch.float32, device=labels.device)
-    _reduce_rows(loss, labels, weights, result, None, ignore_index, reduction)
-    return result
+def reduce_losses(loss, z_loss, labels, weights, ignore_index, reduction):
+    """(loss, z-loss): the rows' unchanged, or their mean or sum as 0-dimensional tensors. z_loss None gives an empty one."""
+    def reduced(rows):
+        if reduction == NONE:
+            return rows
+        result = torch.empty((), dtype=torch.float32, device=labels.device)
+        _reduce_rows(rows, labels, weights, result, None, ignore_index, reduction)
+        return result
+
+    return reduced(loss), loss.new_empty(0) if z_loss is None else reduced(z_loss)
 
 
 @triton.jit

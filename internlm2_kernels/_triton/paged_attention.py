@@ -16,6 +16,7 @@ from .attention import (
     SPLIT,
     _attend,
     _edges,
+    _empty,
     _finish,
     _merge,
     _scores,
@@ -55,9 +56,7 @@ def _paged_walk(state, bad, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr
         if MULTI_SPLIT:
             if block % SPLIT == 0:
                 total, total_z, total_m = _merge(total, total_z, total_m, acc, z, m)
-                acc = tl.zeros_like(acc)
-                z = tl.zeros_like(z)
-                m = tl.full(m.shape, float("-inf"), tl.float32)
+                acc, z, m = _empty(acc.shape[0], acc.shape[1])
         key = block + offset
         known = key < keys
         if left is not None:
@@ -76,8 +75,8 @@ def _paged_walk(state, bad, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr
             v = v.to(tl.float32).to(q.dtype)
             k_scale = _load_scale(k_scale_ptr, place, inside)
             v_scale = _load_scale(v_scale_ptr, place, inside)
-        score = _scores(q, k, k_scale, key, position, keys, left, 0, inner, outer, SOFTCAP, True)
-        acc, z, m = _attend(acc, z, m, score, v, outer, SOFTCAP, v_scale)
+        score = _scores(q, k, k_scale, key, position, keys, left, 0, inner, SOFTCAP, True)
+        acc, z, m = _attend(acc, z, m, score, v, outer, v_scale)
     return acc, z, m, total, total_z, total_m, bad
 
 

@@ -11,9 +11,8 @@ import triton.language as tl
 from .ppo import _counted, _mean, _store_results, _sum_of, arguments_of, backward, forward
 
 BLOCK = 2048  # tokens at a time
-OWN = tl.constexpr(4)  # of these a thread has, side by side
-# Of a program: terms of the loss, clipped ones, count, mean and squares of the errors, of the returns, their least and largest.
-SUMS = tl.constexpr(9)
+# Of a program: loss, clipped terms, count, mean and sum of squares of the errors, mean and sum of squares of the returns.
+SUMS = tl.constexpr(7)
 
 
 @triton.jit
@@ -51,12 +50,11 @@ def _join(n, mean, squares, n_more, mean_more, squares_more):
 
 
 @triton.jit
-def _finish(loss, clipped, errors, squares, least, most, count, loss_ptr, clip_fraction_ptr, statistic_ptr, count_ptr):
-    """The results from the sums; `errors` and `squares` are those of R - v and of R about their means.
-
-    Returns that are all the same have no variance, though their mean is rounded.
-    """
-    flat = (least >= most) & (squares == squares)  # or there are none
+def _finish(loss, clipped, errors, mean, squares, count, loss_ptr, clip_fraction_ptr, statistic_ptr, count_ptr):
+    """The results from the sums. `errors` and `squares` are the sums of squares of R - v and of R about their means; `mean`
+    is that of R. The variance of constant returns is the rounding error of their mean."""
+    noise = 8 * 1.1920929e-07 * mean
+    flat = squares <= count * noise * noise
     explained = tl.where(flat, 0.0, 1.0 - tl.div_rn(errors, tl.where(flat, 1.0, squares)))
     _store_results(0.5 * _mean(loss, count), clipped, explained, count, loss_ptr, clip_fraction_ptr, statistic_ptr, count_ptr)
 
@@ -71,8 +69,6 @@ def ppo_value_loss_fwd_kernel(values_ptr, old_values_ptr, returns_ptr, mask_ptr,
     errors = 0.0
     return_mean = 0.0
     squares = 0.0
-    least = tl.full((BLOCK // OWN,), float("inf"), tl.float32)  # of a thread's tokens: registers are few
-    most = tl.full((BLOCK // OWN,), float("-inf"), tl.float32)
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0).to(tl.int64) * BLOCK):
         index = start + tl.arange(0, BLOCK)
         counts, value, target, free, clipped = _terms(values_ptr, old_values_ptr, returns_ptr, mask_ptr, index, size, clip,
@@ -85,14 +81,10 @@ def ppo_value_loss_fwd_kernel(values_ptr, old_values_ptr, returns_ptr, mask_ptr,
         mean_more, more = _moments(target, counts, n_more)
         return_mean, squares = _join(n, return_mean, squares, n_more, mean_more, more)
         n += n_more
-        least = tl.minimum(least, tl.min(tl.reshape(tl.where(counts, target, float("inf")), (BLOCK // OWN, OWN)), axis=1))
-        most = tl.maximum(most, tl.max(tl.reshape(tl.where(counts, target, float("-inf")), (BLOCK // OWN, OWN)), axis=1))
     loss_sum = tl.sum(loss, axis=0)
     clip_sum = tl.sum(clips, axis=0).to(tl.float32)
-    lowest = tl.min(least, axis=0)
-    highest = tl.max(most, axis=0)
     if partial_ptr is None:
-        _finish(loss_sum, clip_sum, errors, squares, lowest, highest, n, loss_ptr, clip_fraction_ptr, statistic_ptr, count_ptr)
+        _finish(loss_sum, clip_sum, errors, return_mean, squares, n, loss_ptr, clip_fraction_ptr, statistic_ptr, count_ptr)
     else:
         partial_ptr += tl.program_id(0) * SUMS
         tl.store(partial_ptr, loss_sum)
@@ -102,17 +94,15 @@ def ppo_value_loss_fwd_kernel(values_ptr, old_values_ptr, returns_ptr, mask_ptr,
         tl.store(partial_ptr + 4, errors)
         tl.store(partial_ptr + 5, return_mean)
         tl.store(partial_ptr + 6, squares)
-        tl.store(partial_ptr + 7, lowest)
-        tl.store(partial_ptr + 8, highest)
 
 
 @triton.jit
 def _pooled(partial_ptr, program, known, count, total):
-    """Sum of squares about the common mean, from the programs' means and sums of squares about theirs."""
+    """(common mean, sum of squares about it), from the programs' means and their sums of squares."""
     mean = tl.load(partial_ptr + program * SUMS, mask=known, other=0.0)
     squares = tl.load(partial_ptr + program * SUMS + 1, mask=known, other=0.0)
     middle = _mean(tl.sum(mean * count, axis=0), total)
-    return tl.sum(squares + count * (mean - middle) * (mean - middle), axis=0)
+    return middle, tl.sum(squares + count * (mean - middle) * (mean - middle), axis=0)
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -123,11 +113,10 @@ def ppo_value_loss_merge_kernel(partial_ptr, loss_ptr, clip_fraction_ptr, statis
     at = partial_ptr + program * SUMS
     count = tl.load(at + 2, mask=known, other=0.0)
     total = tl.sum(count, axis=0)
-    _finish(_sum_of(at, known), _sum_of(at + 1, known),
-            _pooled(partial_ptr + 3, program, known, count, total), _pooled(partial_ptr + 5, program, known, count, total),
-            tl.min(tl.load(at + 7, mask=known, other=float("inf")), axis=0),
-            tl.max(tl.load(at + 8, mask=known, other=float("-inf")), axis=0),
-            total, loss_ptr, clip_fraction_ptr, statistic_ptr, count_ptr)
+    _, errors = _pooled(partial_ptr + 3, program, known, count, total)
+    mean, squares = _pooled(partial_ptr + 5, program, known, count, total)
+    _finish(_sum_of(at, known), _sum_of(at + 1, known), errors, mean, squares, total, loss_ptr, clip_fraction_ptr,
+            statistic_ptr, count_ptr)
 
 
 @triton.jit

@@ -4,11 +4,11 @@ import torch
 import torch.distributed as dist
 
 from .._autograd import once_differentiable
-from .._checks import check_labels, check_values, fail, last_stride_1
+from .._checks import check_flag, check_labels, check_values, fail, last_stride_1
 from .._device_errors import CODES, Index, declare, error_word
 from .._native import native
 from ..ops._head import as_matrix, check_head, check_weights
-from ..ops._losses import check_ignore_index, check_loss_options, check_reduction, reduced
+from ..ops._losses import check_ignore_index, check_loss_options, check_reduction, reduced_losses
 from ..ops.linear_logprobs import BWD, FWD, LINEAR_LOGPROBS
 
 NAME = "vocab_parallel_linear_cross_entropy"
@@ -31,24 +31,25 @@ def _global_lse(lse, group):
 
 
 def _marks(begin, end):
-    """Two numbers whose sums over ranks are those of [0, V) if the ranks' [begin, end) follow each other from 0 to V.
+    """Two checksums of a rank's rows [begin, end). Their sums over the ranks equal those of [0, V) if the shards cover [0, V).
 
-    f(end) - f(begin) for f(x) = x and x^2, modulo a prime so small that float32 sums of 4,096 ranks are exact: shards with a
-    gap or an overlap pass by chance once in 16 million.
+    They are f(end) - f(begin) for f(x) = x and x^2, modulo a prime that is small enough for exact float32 sums over 4,096
+    ranks. Shards with a gap or an overlap are missed once in 16 million cases.
     """
     prime = 4093
     return end % prime - begin % prime, end * end % prime - begin * begin % prime
 
 
 def _check_cover(found, start, rows, vocab_size):
-    """bool [1]: the shards of all ranks cover the vocabulary once. Where that costs no wait for a device, an error if not."""
+    """bool [1]: whether the shards of all ranks cover the vocabulary once. On the CPU, and outside compiled code, an error
+    if they do not; on CUDA it sets the device's error word instead, because the host must not wait."""
     first, second = _marks(0, vocab_size)
     covered = (found[:1] == first) & (found[1:] == second)
     if torch.compiler.is_compiling():
         return covered
     if found.device.type == "cuda":
         error_word(found.device).bitwise_or_((~covered).int() * CODES[NAME, "vocab_start"])
-    elif not covered:  # the sums are every rank's: all raise
+    elif not covered:  # every rank has the same sums, so all ranks raise
         fail(ValueError, NAME, "vocab_start", f"the ranks' rows to follow each other from 0 to {vocab_size}",
              f"[{start}, {start + rows}) on this rank, and on others what leaves a gap or an overlap")
     return covered
@@ -66,27 +67,29 @@ class _Losses(torch.autograd.Function):
         most, log_sum = lse.unbind(-1)
         # The rank that has the label: lse - logit = (lse - the rank's own lse) - the rank's log-probability of the label.
         loss = torch.where((labels >= start) & (labels < end), ((most - own[:, 0]) - own[:, 1]) + (log_sum - logprobs), 0)
-        marks = [lse.new_full((1,), mark) for mark in _marks(start, end)]  # filled on the device: CUDA graphs record no copy
-        parts = torch.cat((loss, total, *marks))  # one message; total is empty unless wanted
+        marks = [lse.new_full((1,), mark) for mark in _marks(start, end)]  # on the device: CUDA graphs capture no host copy
+        parts = torch.cat((loss, total, *marks))  # one message; total is empty without label smoothing
         dist.all_reduce(parts, group=group)
         loss, total, found = parts.split((loss.shape[0], total.shape[0], 2))
         right = (labels >= 0) & (labels < vocab_size) & _check_cover(found, start, weight.shape[0], vocab_size)
         lse = lse.masked_fill(~right[:, None], float("nan"))  # so that the gradients of these tokens are NaN too
-        loss = (1 - smoothing) * loss + z_loss * (most + log_sum).square()
+        z_losses = z_loss * (most + log_sum).square()
+        loss = (1 - smoothing) * loss + z_losses
         if smoothing > 0:
             loss = loss + smoothing * ((most - total / vocab_size) + log_sum)
         loss = torch.where(right, loss, float("nan"))
         ctx.save_for_backward(hidden, weight, labels, lse)
         ctx.options, ctx.coefficients, ctx.group, ctx.backend = options, (smoothing, z_loss), group, backend
-        return loss
+        ctx.mark_non_differentiable(z_losses)
+        return loss, z_losses
 
     @staticmethod
     @once_differentiable(NAME)
-    def backward(ctx, dloss):
+    def backward(ctx, dloss, _):
         hidden, weight, labels, lse = ctx.saved_tensors
         (smoothing, z_loss), vocab_size, needs = ctx.coefficients, ctx.options[-1], ctx.needs_input_grad
         dlse = None
-        if smoothing or z_loss:  # an ignored token's lse may be anything
+        if smoothing or z_loss:  # the lse of an ignored token may be infinite or NaN
             dlse = torch.where(dloss == 0, 0, dloss * (smoothing + 2 * z_loss * lse.sum(-1)))
         dsum = (-smoothing / vocab_size * dloss).contiguous() if smoothing else None
         dhidden, dweight = BWD[ctx.backend](((smoothing - 1) * dloss).contiguous(), None, dlse, dsum, hidden, weight, labels,
@@ -98,19 +101,20 @@ class _Losses(torch.autograd.Function):
 
 def vocab_parallel_linear_cross_entropy(hidden, weight, labels, *, vocab_start, vocab_size, group=None, ignore_index=-100,
                                         label_smoothing=0.0, z_loss=0.0, softcap=0.0, token_weights=None, reduction="mean",
-                                        backend=None):
+                                        return_z_loss=False, backend=None):
     """`linear_cross_entropy` with rows [vocab_start, vocab_start + V_local) of the head's weight on this rank.
 
     Shapes:   hidden [..., D] and labels [...], the same on all ranks of `group` (default: all); weight [V_local, D]; shards of
-              any sizes that together cover vocab_size rows -> loss [] or [...], the same on all ranks
+              any sizes that together cover vocab_size rows -> loss [] or [...], the same on all ranks; with return_z_loss
+              (loss, z_loss)
     Dtypes:   as `linear_cross_entropy`; float32 (float64) statistics travel: two or three numbers a token forward, and
               dhidden [T, D] in hidden's dtype backward
     Backward: saves hidden, weight, labels and lse (8 bytes a token); dhidden is summed over the ranks, dweight stays local.
               Deterministic as far as the group's all-reduce is
-    Errors:   ValueError, TypeError as `linear_cross_entropy`, and for a shard outside the vocabulary; every rank must raise or
-              none, so the values of labels are looked at before anything is sent. Shards that leave a gap or overlap raise on
-              every CPU rank; on CUDA all results are NaN and `internlm2_kernels.check()` reports it, as it does a label
-              outside [0, vocab_size), whose own loss and gradient are NaN
+    Errors:   ValueError, TypeError as `linear_cross_entropy`, and for a shard outside the vocabulary. The values of labels are
+              checked before anything is sent, so that all ranks raise or none. Shards with a gap or an overlap raise on every
+              rank on the CPU; on CUDA all results are NaN. A label outside [0, vocab_size) makes its own loss and gradient NaN
+              on CUDA. `internlm2_kernels.check()` reports both
     Cost:     four products of this rank's share of the flops.   Source: arXiv:1909.08053 section 3
     """
     hidden, weight = check_head(NAME, hidden, weight)
@@ -124,12 +128,13 @@ def vocab_parallel_linear_cross_entropy(hidden, weight, labels, *, vocab_start, 
     ignore_index = check_ignore_index(NAME, ignore_index)
     smoothing, z_loss, softcap = check_loss_options(NAME, label_smoothing, z_loss, softcap)
     check_reduction(NAME, reduction)
+    check_flag(NAME, "return_z_loss", return_z_loss)
     check_values(NAME, "labels", labels, 0, vocab_size, ignore_index)
     token_weights = check_weights(NAME, token_weights, labels, hidden)
     chosen = LINEAR_LOGPROBS.select(hidden, backend)
     if chosen == "reference":
         fail(ValueError, NAME, "backend", "a compiled one", "'reference'")
     valid = labels != ignore_index
-    losses = _Losses.apply(as_matrix(hidden), last_stride_1(weight), labels.masked_fill(~valid, 0).view(-1), smoothing, z_loss,
-                           softcap, vocab_start, vocab_size, group, chosen)
-    return reduced(losses.view(shape), valid, reduction, token_weights)
+    losses, z_losses = _Losses.apply(as_matrix(hidden), last_stride_1(weight), labels.masked_fill(~valid, 0).view(-1),
+                                     smoothing, z_loss, softcap, vocab_start, vocab_size, group, chosen)
+    return reduced_losses(losses.view(shape), z_losses.view(shape), valid, reduction, token_weights, return_z_loss)

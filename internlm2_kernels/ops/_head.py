@@ -12,7 +12,7 @@ def gradient_shapes(hidden, weight, needs_dhidden, needs_dweight):
 
 
 def check_head(op, hidden, weight):
-    """hidden [..., D] and weight [V, D], under autocast in its dtype, of one dtype and device."""
+    """hidden [..., D] and weight [V, D] of the same dtype and device. Under autocast they are cast to its dtype."""
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         check_float(op, name, tensor)
     hidden, weight = autocast(hidden, weight)
@@ -29,7 +29,7 @@ def as_matrix(x):
 
 
 def check_weights(op, token_weights, labels, hidden):
-    """None, or the weights in the accumulator's dtype; no gradient reaches them."""
+    """None, or the weights in the accumulator's dtype. They receive no gradient."""
     if token_weights is None:
         return None
     check_float(op, "token_weights", token_weights)

@@ -1,4 +1,4 @@
-"""What the loss operators share: reductions, labels, masks, and the log-probability statistics of the references."""
+"""What the losses share: the checks of their options, reductions, masked means, and the reference of the loss over labels."""
 
 import torch
 
@@ -16,7 +16,7 @@ def soft_capped(logits, softcap):
 
 
 def losses_of(logits, labels, ignore_index, label_smoothing, z_loss, softcap):
-    """The loss of every row of float32 or float64 logits [T, V]; 0 where it is ignored.
+    """(losses, their z-loss terms, valid rows) of float32 or float64 logits [T, V]; ignored rows have loss 0.
 
     lse = top + log_z is kept as two numbers: the rounding of their sum would be a relative error of exp(l - lse).
     """
@@ -26,20 +26,40 @@ def losses_of(logits, labels, ignore_index, label_smoothing, z_loss, softcap):
     logits = logits - top.masked_fill(top.isinf(), 0)
     log_z = logits.logsumexp(-1)
     label = logits.gather(-1, labels.masked_fill(~valid, 0).long()[..., None])[..., 0]
-    loss = (1 - label_smoothing) * (log_z - label) + z_loss * (top[..., 0] + log_z).square()
+    z_losses = z_loss * (top[..., 0] + log_z).square()
+    loss = (1 - label_smoothing) * (log_z - label) + z_losses
     if label_smoothing:
         loss = loss + label_smoothing * (log_z - logits.mean(-1))
-    return torch.where(valid, loss, 0), valid
+    return torch.where(valid, loss, 0), torch.where(valid, z_losses, 0).detach(), valid
+
+
+def reduced_losses(losses, z_losses, valid, reduction, token_weights=None, return_z_loss=False):
+    """What a loss over labels returns, from `losses_of`."""
+    loss = reduced(losses, valid, reduction, token_weights)
+    return (loss, reduced(z_losses, valid, reduction, token_weights)) if return_z_loss else loss
+
+
+def shaped_losses(loss, z_loss, rows, reduction, return_z_loss):
+    """The same from the results of a raw operator, which are flat. `rows` is the shape of the labels."""
+    if reduction == REDUCTIONS["none"]:
+        loss, z_loss = loss.view(rows), z_loss.view(rows) if return_z_loss else z_loss
+    return (loss, z_loss) if return_z_loss else loss
 
 
 def reduced(losses, valid, reduction, token_weights=None):
-    """`losses`, their sum or their mean; weights count in numerator and denominator; nothing over nothing is 0."""
+    """The weighted losses, their sum, or their sum divided by the sum of the valid rows' weights (by 1 where that is 0)."""
     weights = valid.to(losses.dtype) if token_weights is None else torch.where(valid, token_weights.to(losses.dtype), 0)
     losses = torch.where(weights != 0, losses, 0) * weights
     if reduction == "none":
         return losses
     total = weights.sum()
     return losses.sum() if reduction == "sum" else losses.sum() / torch.where(total == 0, 1, total)
+
+
+def fake_losses(x, labels, reduction, return_z_loss):
+    """Fake tensors for the loss and the z-loss that a raw operator returns."""
+    acc, shape = accumulator(x.dtype), labels.shape if reduction == 0 else ()
+    return x.new_empty(shape, dtype=acc), x.new_empty(shape if return_z_loss else (0,), dtype=acc)
 
 
 def check_reduction(op, reduction):
@@ -61,16 +81,16 @@ def check_ignore_index(op, ignore_index):
 
 
 def flattened(tensor):
-    """[n], contiguous."""
+    """The tensor with one dimension, contiguous."""
     return tensor if tensor.dim() == 1 and tensor.is_contiguous() else tensor.contiguous().view(-1)
 
 
 def target(tensor):
-    """`flattened`, and no part of a gradient's way."""
+    """`flattened`, for an input to which no gradient is propagated."""
     return flattened(tensor.detach() if tensor.requires_grad else tensor)
 
 
 def masked_mean(values, mask):
-    """Over the mask; 0 where nothing counts. What is masked may be NaN."""
+    """The mean of the unmasked values, 0 where all are masked. Masked values may be NaN."""
     count = mask.sum()
     return torch.where(mask, values, 0).sum() / torch.where(count == 0, 1, count)

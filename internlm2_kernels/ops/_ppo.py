@@ -1,7 +1,8 @@
-"""What PPO's two losses share: three vectors under a mask, a clip, a loss and two statistics that take no gradient."""
+"""What PPO's two losses share: inputs are three vectors, a mask and a clip; results are a loss and two statistics."""
 
 import torch
 
+from .._autocast import promoted
 from .._autograd import distinct, once_differentiable
 from .._checks import check_float, check_mask, check_vector
 from .._registry import Op
@@ -9,10 +10,7 @@ from ._losses import accumulator, flattened, target
 
 
 def masked_loss(vectors, statistic, **own):
-    """The operator on the named `vectors`, of which the first takes a gradient: loss, clip_fraction and `statistic`.
-
-    `own`: the other fields of `Op`.
-    """
+    """The `Op` of a loss over the named `vectors`; the gradient is that of the first. `own` are the other fields of `Op`."""
     tensors = ", ".join(f"Tensor {name}" for name in (*vectors, "mask"))
     return Op(
         schemas={"fwd": f"({tensors}, float clip) -> (Tensor loss, Tensor clip_fraction, Tensor {statistic}, Tensor count)",
@@ -39,22 +37,22 @@ def passes(op):
     @once_differentiable(op.name)
     def backward(ctx, dloss, *_):
         if dloss is None:
-            return None, None, None, None, None, None
-        return bwd[ctx.backend](dloss, *ctx.saved_tensors, ctx.clip), None, None, None, None, None
+            return (None,) * 6
+        return bwd[ctx.backend](dloss, *ctx.saved_tensors, ctx.clip), *[None] * 5
 
     return staticmethod(forward), staticmethod(backward)
 
 
 def checked(op, vectors, mask):
-    """The vectors, given by name, and the mask, all flat; no gradient goes to any vector but the first."""
-    (name, x), *others = vectors.items()
+    """The vectors, given by name, and the mask, all flat. Vectors but the first are targets and receive no gradient."""
+    (name, x), *others = zip(vectors, promoted(*vectors.values()), strict=True)
     check_float(op.name, name, x)
     targets = [target(check_vector(op.name, other, tensor, x.shape, x, name)) for other, tensor in others]
     return flattened(x), *targets, flattened(check_mask(op.name, mask, x, name))
 
 
 def run(op, function, tensors, clip, backend):
-    """(loss, statistics by name) of `checked` tensors; clip None: nothing is clipped, which the raw operators know as -1."""
+    """(loss, statistics by name) of `checked` tensors. The raw operators take -1 for clip None."""
     x, old, other, mask = tensors
     chosen, limit = op.select(x, backend), -1.0 if clip is None else clip
     if chosen == "reference":

@@ -2,6 +2,7 @@
 
 import torch
 
+from .._autocast import promoted
 from .._autograd import once_differentiable
 from .._checks import check_device, check_float, check_number, check_same, fail, last_stride_1
 from .._native import native
@@ -73,6 +74,7 @@ def checked(op, name, hidden, head_weight, gamma, penalty_weight, bound):
         fail(ValueError, op, name, "shape [rows, D]", list(hidden.shape))
     check_float(op, "head_weight", head_weight)
     if head_weight.dtype != torch.float32 or hidden.dtype == torch.float64:
+        hidden, head_weight = promoted(hidden, head_weight)
         check_same(op, "head_weight", head_weight, hidden, name)
     check_device(op, "head_weight", head_weight, hidden, name)
     if head_weight.dim() not in (1, 2) or head_weight.numel() != hidden.shape[1] or head_weight.shape[-1] != hidden.shape[1]:

@@ -2,6 +2,7 @@
 
 import torch
 
+from .._autocast import promoted
 from .._autograd import distinct, once_differentiable
 from .._checks import check_choice, check_float, check_same, check_values, fail, last_stride_1
 from .._device_errors import Index
@@ -71,6 +72,7 @@ def apply_rope(q, k, cos, sin, positions=None, *, interleaved=False, backend=Non
               reported by `internlm2_kernels.check()`
     Cost:     memory-bound: reads and writes q and k once.   Source: arXiv:2104.09864 eq. 34
     """
+    q, k = promoted(q, k)
     check_float("apply_rope", "q", q)
     check_same("apply_rope", "k", k, q, "q")
     if q.dim() < 2 or q.shape[-1] % 2 or q.shape[-1] == 0:

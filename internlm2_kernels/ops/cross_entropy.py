@@ -7,23 +7,32 @@ from .._checks import check_flag, check_float, check_labels, check_values, fail,
 from .._device_errors import Index
 from .._native import native
 from .._registry import Op
-from ._losses import REDUCTIONS, accumulator, check_ignore_index, check_loss_options, check_reduction, losses_of, reduced
+from ._losses import (
+    REDUCTIONS,
+    accumulator,
+    check_ignore_index,
+    check_loss_options,
+    check_reduction,
+    fake_losses,
+    losses_of,
+    reduced_losses,
+    shaped_losses,
+)
 
 
 def reference(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean",
-              inplace_backward=False):
-    losses, valid = losses_of(logits.to(accumulator(logits.dtype)), labels, ignore_index, label_smoothing, z_loss, softcap)
-    return reduced(losses, valid, reduction)
+              return_z_loss=False, inplace_backward=False):
+    parts = losses_of(logits.to(accumulator(logits.dtype)), labels, ignore_index, label_smoothing, z_loss, softcap)
+    return reduced_losses(*parts, reduction, None, return_z_loss)
 
 
-def _fake_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction):
-    acc = accumulator(logits.dtype)
-    loss = logits.new_empty(labels.shape if reduction == 0 else (), dtype=acc)
-    return loss, logits.new_empty((*labels.shape, 2), dtype=acc)  # lse: the maximum, and the log of the sum
+def _fake_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction, return_z_loss):
+    lse = logits.new_empty((*labels.shape, 2), dtype=accumulator(logits.dtype))  # the maximum, and the log of the sum
+    return *fake_losses(logits, labels, reduction, return_z_loss), lse
 
 
-def _fake_grad_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction):
-    return logits.new_empty((), dtype=accumulator(logits.dtype)), logits.new_empty(logits.shape)
+def _fake_grad_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction, return_z_loss):
+    return *fake_losses(logits, labels, reduction, return_z_loss), logits.new_empty(logits.shape)
 
 
 CROSS_ENTROPY = Op(
@@ -33,9 +42,9 @@ CROSS_ENTROPY = Op(
     reference=reference,
     schemas={
         "fwd": "(Tensor logits, Tensor labels, int ignore_index, float label_smoothing, float z_loss, float softcap,"
-               " int reduction) -> (Tensor loss, Tensor lse)",
+               " int reduction, bool return_z_loss) -> (Tensor loss, Tensor z_loss, Tensor lse)",
         "grad_fwd": "(Tensor logits, Tensor labels, int ignore_index, float label_smoothing, float z_loss, float softcap,"
-                    " int reduction) -> (Tensor loss, Tensor dlogits)",
+                    " int reduction, bool return_z_loss) -> (Tensor loss, Tensor z_loss, Tensor dlogits)",
         "bwd": "(Tensor dloss, Tensor logits, Tensor labels, Tensor lse, int ignore_index, float label_smoothing,"
                " float z_loss, float softcap, int reduction) -> Tensor",
         "bwd_": "(Tensor dloss, Tensor(a!) logits, Tensor labels, Tensor lse, int ignore_index, float label_smoothing,"
@@ -45,7 +54,7 @@ CROSS_ENTROPY = Op(
     fakes={"fwd": _fake_fwd, "grad_fwd": _fake_grad_fwd, "bwd_": lambda *args: None,
            "bwd": lambda dloss, logits, *rest: logits.new_empty(logits.shape),
            "scale_bwd": lambda dloss, dlogits: dlogits.new_empty(dlogits.shape)},
-    outputs=("loss",),
+    outputs=("loss", "z_loss"),
     indices={"labels": Index(1 << 8, "values from 0 to V - 1 or ignore_index",
                              "the losses and gradients of those tokens are NaN")},
 )
@@ -53,24 +62,25 @@ _FWD, _GRAD, _BWD, _BWD_, _SCALE = (CROSS_ENTROPY.overloads[name] for name in ("
 
 
 class _OneSweep(torch.autograd.Function):
-    """mean and sum: the gradient is made with the loss, up to the upstream's factor."""
+    """For mean and sum: the forward computes the gradient too, for an upstream gradient of 1."""
 
     @staticmethod
-    def forward(ctx, logits, labels, options, backend):
-        loss, dlogits = native(_GRAD[backend], logits, labels, *options)
-        link = logits.new_empty(0)  # an empty result: what ties the saved gradient to logits without keeping them
+    def forward(ctx, logits, labels, options, return_z_loss, backend):
+        loss, z_loss, dlogits = native(_GRAD[backend], logits, labels, *options, return_z_loss)
+        link = logits.new_empty(0)  # an empty result that ties the saved gradient to the graph without keeping the logits
         ctx.save_for_backward(dlogits, link)
         ctx.backend = backend
+        ctx.mark_non_differentiable(z_loss)
         ctx.set_materialize_grads(False)
-        return loss, link
+        return loss, z_loss, link
 
     @staticmethod
     @once_differentiable("cross_entropy")
-    def backward(ctx, dloss, _):
+    def backward(ctx, dloss, *_):
         if dloss is None:
-            return (None,) * 4
+            return (None,) * 5
         dlogits, _ = ctx.saved_tensors
-        return dlogits if is_one(dloss) and may_return_saved() else _SCALE[ctx.backend](dloss, dlogits), None, None, None
+        return dlogits if is_one(dloss) and may_return_saved() else _SCALE[ctx.backend](dloss, dlogits), *[None] * 4
 
 
 class _TwoSweeps(torch.autograd.Function):
@@ -81,37 +91,42 @@ class _TwoSweeps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, labels, options, inplace, backend):
-        loss, lse = native(_FWD[backend], logits, labels, *options)
+    def forward(ctx, logits, labels, options, return_z_loss, inplace, backend):
+        loss, z_loss, lse = native(_FWD[backend], logits, labels, *options, return_z_loss)
         ctx.save_for_backward(logits, labels, lse)
         ctx.options, ctx.inplace, ctx.backend = options, inplace, backend
-        return loss
+        ctx.mark_non_differentiable(z_loss)
+        ctx.set_materialize_grads(False)
+        return loss, z_loss
 
     @staticmethod
     @once_differentiable("cross_entropy")
-    def backward(ctx, dloss):
+    def backward(ctx, dloss, _):
+        if dloss is None:
+            return (None,) * 6
         logits, labels, lse = ctx.saved_tensors
         dloss = dloss.contiguous()
         if ctx.inplace and not torch.compiler.is_compiling():
             _BWD_[ctx.backend](dloss, logits, labels, lse, *ctx.options)
             torch.autograd.graph.increment_version(logits)
-            return logits, None, None, None, None
-        return _BWD[ctx.backend](dloss, logits, labels, lse, *ctx.options), None, None, None, None
+            return logits, *[None] * 5
+        return _BWD[ctx.backend](dloss, logits, labels, lse, *ctx.options), *[None] * 5
 
 
 def cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean",
-                  inplace_backward=False, backend=None):
+                  return_z_loss=False, inplace_backward=False, backend=None):
     """Cross-entropy: loss_t = (1 - e) (lse_t - l_ty) + e (lse_t - mean_j l_tj) + z lse_t^2, lse_t = log sum_j exp(l_tj).
 
-    Shapes:   logits [..., V], labels [...] int64 or int32 -> loss [] ("mean", "sum") or [...] ("none")
+    Shapes:   logits [..., V], labels [...] int64 or int32 -> loss [] ("mean", "sum") or [...] ("none"); with return_z_loss
+              (loss, z_loss): the term z lse_t^2 that the loss contains, weighted by z and reduced like the loss, detached, for
+              logging (Liger's and flash-attention's convention)
     Options:  e = label_smoothing, z = z_loss; softcap c > 0: l = c tanh(logits / c). Rows whose label is ignore_index have
               loss 0 and gradient 0 and do not count in the mean; if none counts, the loss is 0. inplace_backward: the
-              gradient is written over the logits, whose later use by another backward autograd then refuses; compiled
-              code plans its own memory and does not
+              gradient overwrites the logits, and autograd then refuses a backward that needs them; ignored in compiled code
     Dtypes:   logits float32 | bfloat16 | float16 | float64; computed in float32 (float64), which is the loss's dtype
     Backward: mean and sum make the gradient in the forward (one read, one write) and save it: the bytes of logits. An
-              upstream other than 1 multiplies it, into memory of its own: one pass and the bytes of logits more (none on
-              CPU for 1, unless the graph is kept), in which inf or NaN reaches ignored rows too. "none", float16 and
+              upstream other than 1 (on CUDA any) multiplies it into new memory, one more pass; an infinite or NaN upstream
+              then reaches ignored rows too. "none", float16 and
               inplace_backward save logits and lse (8 bytes a row; float64: 16) and read the logits again.
               Deterministic: yes, and batch-invariant
     Errors:   ValueError, TypeError; a label outside [0, V) that is not ignore_index raises on CPU before memory is touched;
@@ -126,23 +141,24 @@ def cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_l
     labels = check_labels("cross_entropy", "labels", labels, shape, logits, "logits")
     ignore_index = check_ignore_index("cross_entropy", ignore_index)
     smoothing, z_loss, softcap = check_loss_options("cross_entropy", label_smoothing, z_loss, softcap)
+    check_flag("cross_entropy", "return_z_loss", return_z_loss)
     check_flag("cross_entropy", "inplace_backward", inplace_backward)
     code = check_reduction("cross_entropy", reduction)
     chosen = CROSS_ENTROPY.select(logits, backend)
     if chosen == "reference":
         check_values("cross_entropy", "labels", labels, 0, classes, ignore_index)
         return reference(logits, labels, ignore_index=ignore_index, label_smoothing=smoothing, z_loss=z_loss, softcap=softcap,
-                         reduction=reduction)
+                         reduction=reduction, return_z_loss=return_z_loss)
     flat = last_stride_1(logits if logits.dim() == 2 else logits.reshape(-1, classes))
     labels = labels.view(-1)
     options = ignore_index, smoothing, z_loss, softcap, code
     if torch.is_grad_enabled() and logits.requires_grad:
         if inplace_backward and flat.shape[0] > 1 and flat.stride(0) < classes:
-            flat = flat.contiguous()  # rows that share memory cannot each be given their gradient
+            flat = flat.contiguous()  # rows that share memory cannot hold a gradient each
         if code == REDUCTIONS["none"] or inplace_backward or logits.dtype == torch.float16:
-            loss = _TwoSweeps.apply(flat, labels, options, inplace_backward, chosen)
+            loss, z = _TwoSweeps.apply(flat, labels, options, return_z_loss, inplace_backward, chosen)
         else:
-            loss, _ = _OneSweep.apply(flat, labels, options, chosen)
+            loss, z, _ = _OneSweep.apply(flat, labels, options, return_z_loss, chosen)
     else:
-        loss = native(_FWD[chosen], flat, labels, *options)[0]
-    return loss.view(shape) if code == REDUCTIONS["none"] else loss
+        loss, z, _ = native(_FWD[chosen], flat, labels, *options, return_z_loss)
+    return shaped_losses(loss, z, shape, code, return_z_loss)

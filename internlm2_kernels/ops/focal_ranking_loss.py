@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .._autocast import promoted
 from .._autograd import once_differentiable
 from .._checks import check_float, check_number, check_vector
 from .._registry import Op
@@ -14,8 +15,8 @@ from ._losses import accumulator
 def reference(chosen, rejected, *, gamma=2.0):
     acc = accumulator(chosen.dtype)
     d = chosen.to(acc) - rejected.to(acc)
-    # where() keeps the weight's derivative 0 up to and including d = 0, where a head that starts at zero stands;
-    # (2 sigmoid(-d))^gamma by its logarithm, whose derivative stays finite where the sigmoid underflows
+    # At d = 0, where a head initialised to zero starts, where() makes the weight's derivative 0. (2 sigmoid(-d))^gamma is
+    # computed from its logarithm, whose derivative stays finite where the sigmoid underflows.
     weight = torch.where(d > 0, torch.exp(gamma * (math.log(2) - F.softplus(d))), 1.0)
     return weight * F.softplus(-d)
 
@@ -64,6 +65,7 @@ def focal_ranking_loss(chosen, rejected, *, gamma=2.0, backend=None):
     Errors:   ValueError for a shape, a device or gamma; TypeError for a dtype
     Cost:     one launch each way.   Source: arXiv:2403.17297 section 4.2.1 eq. 1
     """
+    chosen, rejected = promoted(chosen, rejected)
     check_float("focal_ranking_loss", "chosen", chosen)
     shape = chosen.shape
     flat_rejected = check_vector("focal_ranking_loss", "rejected", rejected, shape, chosen, "chosen").view(-1)

@@ -2,6 +2,7 @@
 
 import torch
 
+from .._autocast import promoted
 from .._checks import (
     FLOAT_DTYPES,
     check_boundaries,
@@ -60,14 +61,15 @@ def gae(rewards, values, cu_seqlens, *, mask=None, bootstrap=None, gamma=1.0, la
 
     Shapes:   rewards, values [T] of n sequences laid end to end, cu_seqlens int32 [n + 1], mask [T], bootstrap [n]
               -> advantages, returns [T]. V past a sequence's end is its bootstrap, or 0
-    Options:  mask: positions that count (bool; of numbers, all but 0). The others pass A and V of their successor on, get the
-              A that they pass, and their rewards and values have no influence
+    Options:  mask: bool, or numbers of which all but 0 count. A masked position has the A of its successor, passes A and V of
+              its successor on, and its own reward and value have no influence
     Dtypes:   float32 | bfloat16 | float16 | float64, all equal; computed and returned in float32 (float64)
     Backward: none: advantages and returns are targets. Deterministic: yes; a sequence's bits do not change with the others
     Errors:   ValueError, TypeError; cu_seqlens that do not rise from 0 to T raise on CPU before memory is touched; on CUDA
               results are NaN and `internlm2_kernels.check()` reports it
     Cost:     one launch; reads two, writes two.   Source: arXiv:1506.02438 eq. 16
     """
+    rewards, values = promoted(rewards, values)
     check_float("gae", "rewards", rewards)
     if rewards.dim() != 1:
         fail(ValueError, "gae", "rewards", "shape [T]", list(rewards.shape))

@@ -2,6 +2,7 @@
 
 import torch
 
+from .._autocast import promoted
 from .._autograd import once_differentiable
 from .._checks import check_choice, check_float, check_mask, check_vector
 from .._registry import Op
@@ -62,6 +63,7 @@ def kl_penalty(logprobs, ref_logprobs, *, mask=None, estimator="k1", backend=Non
     Errors:   ValueError for a shape, a device or estimator; TypeError for a dtype
     Cost:     one launch each way; reads two (and a byte of mask), writes one.   Source: joschu.net/blog/kl-approx.html
     """
+    logprobs, ref_logprobs = promoted(logprobs, ref_logprobs)
     check_float("kl_penalty", "logprobs", logprobs)
     other = check_vector("kl_penalty", "ref_logprobs", ref_logprobs, logprobs.shape, logprobs, "logprobs").view(-1)
     mask = None if mask is None else check_mask("kl_penalty", mask, logprobs, "logprobs")

@@ -4,35 +4,46 @@ import torch
 
 from .._autocast import without_autocast
 from .._autograd import distinct, is_one, may_return_saved, once_differentiable
-from .._checks import check_labels, check_values, last_stride_1
+from .._checks import check_flag, check_labels, check_values, last_stride_1
 from .._device_errors import Index
 from .._native import native
 from .._registry import Op
 from ._head import as_matrix, check_head, check_weights, gradient_shapes
-from ._losses import REDUCTIONS, accumulator, check_ignore_index, check_loss_options, check_reduction, losses_of, reduced
+from ._losses import (
+    REDUCTIONS,
+    accumulator,
+    check_ignore_index,
+    check_loss_options,
+    check_reduction,
+    fake_losses,
+    losses_of,
+    reduced_losses,
+    shaped_losses,
+)
 
 
 @without_autocast
 def reference(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0,
-              token_weights=None, reduction="mean"):
+              token_weights=None, reduction="mean", return_z_loss=False):
     acc = accumulator(hidden.dtype)
     logits = hidden.to(acc) @ weight.to(acc).T
-    losses, valid = losses_of(logits, labels, ignore_index, label_smoothing, z_loss, softcap)
-    return reduced(losses, valid, reduction, token_weights)
+    if token_weights is not None:  # a token of weight 0 has no influence, whatever its logits are
+        labels = labels.masked_fill(token_weights == 0, ignore_index)
+    parts = losses_of(logits, labels, ignore_index, label_smoothing, z_loss, softcap)
+    return reduced_losses(*parts, reduction, token_weights, return_z_loss)
 
 
-def _fake_fwd(hidden, weight, labels, token_weights, ignore_index, label_smoothing, z_loss, softcap, reduction):
-    acc = accumulator(hidden.dtype)
-    loss = hidden.new_empty(labels.shape if reduction == 0 else (), dtype=acc)
-    return loss, hidden.new_empty((*labels.shape, 2), dtype=acc)  # lse: the maximum, and the log of the sum
+def _fake_fwd(hidden, weight, labels, token_weights, ignore_index, label_smoothing, z_loss, softcap, reduction, return_z_loss):
+    lse = hidden.new_empty((*labels.shape, 2), dtype=accumulator(hidden.dtype))  # the maximum, and the log of the sum
+    return *fake_losses(hidden, labels, reduction, return_z_loss), lse
 
 
 def _fake_grad_fwd(hidden, weight, labels, token_weights, ignore_index, label_smoothing, z_loss, softcap, reduction,
-                   needs_dhidden, needs_dweight):
+                   return_z_loss, needs_dhidden, needs_dweight):
     acc = accumulator(hidden.dtype)
     shape_h, shape_w = gradient_shapes(hidden, weight, needs_dhidden, needs_dweight)
-    wide = acc if hidden.dtype == torch.float16 else hidden.dtype
-    return hidden.new_empty((), dtype=acc), hidden.new_empty(shape_h, dtype=wide), weight.new_empty(shape_w, dtype=acc)
+    losses = fake_losses(hidden, labels, reduction, return_z_loss)
+    return *losses, hidden.new_empty(shape_h, dtype=acc), weight.new_empty(shape_w, dtype=acc)
 
 
 def _fake_bwd(dloss, hidden, weight, labels, token_weights, lse, ignore_index, label_smoothing, z_loss, softcap, reduction,
@@ -52,10 +63,11 @@ LINEAR_CROSS_ENTROPY = Op(
     reference=reference,
     schemas={
         "fwd": "(Tensor hidden, Tensor weight, Tensor labels, Tensor? token_weights, int ignore_index, float label_smoothing,"
-               " float z_loss, float softcap, int reduction) -> (Tensor loss, Tensor lse)",
+               " float z_loss, float softcap, int reduction, bool return_z_loss) -> (Tensor loss, Tensor z_loss, Tensor lse)",
         "grad_fwd": "(Tensor hidden, Tensor weight, Tensor labels, Tensor? token_weights, int ignore_index,"
-                    " float label_smoothing, float z_loss, float softcap, int reduction, bool needs_dhidden,"
-                    " bool needs_dweight) -> (Tensor loss, Tensor dhidden, Tensor dweight)",
+                    " float label_smoothing, float z_loss, float softcap, int reduction, bool return_z_loss,"
+                    " bool needs_dhidden, bool needs_dweight)"
+                    " -> (Tensor loss, Tensor z_loss, Tensor dhidden, Tensor dweight)",
         "bwd": "(Tensor dloss, Tensor hidden, Tensor weight, Tensor labels, Tensor? token_weights, Tensor lse,"
                " int ignore_index, float label_smoothing, float z_loss, float softcap, int reduction, bool needs_dhidden,"
                " bool needs_dweight) -> (Tensor dhidden, Tensor dweight)",
@@ -63,7 +75,7 @@ LINEAR_CROSS_ENTROPY = Op(
                      " -> (Tensor dhidden, Tensor dweight)",
     },
     fakes={"fwd": _fake_fwd, "grad_fwd": _fake_grad_fwd, "bwd": _fake_bwd, "scale_bwd": _fake_scale_bwd},
-    outputs=("loss",),
+    outputs=("loss", "z_loss"),
     autocast=True,
     isas=("avx2", "avx512", "avx512_bf16", "amx"),
     indices={"labels": Index(1 << 9, "values from 0 to V - 1 or ignore_index",
@@ -73,72 +85,71 @@ _FWD, _GRAD, _BWD, _SCALE = (LINEAR_CROSS_ENTROPY.overloads[name] for name in ("
 
 
 class _OneSweep(torch.autograd.Function):
-    """mean and sum: both gradients are made with the loss, up to the upstream's factor; three products in all."""
+    """For mean and sum: the forward computes both gradients too, for an upstream gradient of 1; three products in all."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, token_weights, options, backend):
-        loss, dhidden, dweight = native(_GRAD[backend], hidden, weight, labels, token_weights, *options,
-                                        ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        link = hidden.new_empty((0, 1))  # an empty result: what ties the saved gradients to the inputs without keeping them
+    def forward(ctx, hidden, weight, labels, token_weights, options, return_z_loss, backend):
+        loss, z_loss, dhidden, dweight = native(_GRAD[backend], hidden, weight, labels, token_weights, *options, return_z_loss,
+                                                ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        link = hidden.new_empty((0, 1))  # an empty result that ties the gradients to the graph without keeping the inputs
         ctx.save_for_backward(dhidden, dweight, link)
         ctx.backend = backend
+        ctx.mark_non_differentiable(z_loss)
         ctx.set_materialize_grads(False)
-        return loss, link
+        return loss, z_loss, link
+
+    @staticmethod
+    @once_differentiable("linear_cross_entropy")
+    def backward(ctx, dloss, *_):
+        if dloss is None:
+            return (None,) * 7
+        dhidden, dweight, like = ctx.saved_tensors
+        if like.dtype != dhidden.dtype or not is_one(dloss) or not may_return_saved():
+            dhidden, dweight = _SCALE[ctx.backend](dloss, dhidden, dweight, like, like)
+        needs = ctx.needs_input_grad
+        return dhidden if needs[0] else None, dweight if needs[1] else None, *[None] * 5
+
+
+class _TwoSweeps(torch.autograd.Function):
+    """For reduction none: each token has its own upstream gradient, so the backward computes the scores again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, token_weights, options, return_z_loss, backend):
+        loss, z_loss, lse = native(_FWD[backend], hidden, weight, labels, token_weights, *options, return_z_loss)
+        ctx.save_for_backward(hidden, weight, labels, token_weights, lse)
+        ctx.options, ctx.backend = options, backend
+        ctx.mark_non_differentiable(z_loss)
+        ctx.set_materialize_grads(False)
+        return loss, z_loss
 
     @staticmethod
     @once_differentiable("linear_cross_entropy")
     def backward(ctx, dloss, _):
         if dloss is None:
-            return (None,) * 6
-        dhidden, dweight, like = ctx.saved_tensors
-        final = is_one(dloss) and may_return_saved()
-        ready = [final and (t.dtype == like.dtype or not t.numel()) for t in (dhidden, dweight)]
-        if not all(ready):
-            scaled = _SCALE[ctx.backend](dloss, dhidden[:0] if ready[0] else dhidden, dweight[:0] if ready[1] else dweight,
-                                         like, like)
-            dhidden, dweight = dhidden if ready[0] else scaled[0], dweight if ready[1] else scaled[1]
-        needs = ctx.needs_input_grad
-        return dhidden if needs[0] else None, dweight if needs[1] else None, None, None, None, None
-
-
-class _TwoSweeps(torch.autograd.Function):
-    """none: an upstream for every token; the scores are computed again."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, token_weights, options, backend):
-        loss, lse = native(_FWD[backend], hidden, weight, labels, token_weights, *options)
-        ctx.save_for_backward(hidden, weight, labels, token_weights, lse)
-        ctx.options, ctx.backend = options, backend
-        return loss
-
-    @staticmethod
-    @once_differentiable("linear_cross_entropy")
-    def backward(ctx, dloss):
+            return (None,) * 7
         hidden, weight, labels, token_weights, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad
         dhidden, dweight = _BWD[ctx.backend](dloss.contiguous(), hidden, weight, labels, token_weights, lse, *ctx.options,
                                              needs[0], needs[1])
-        return dhidden if needs[0] else None, dweight if needs[1] else None, None, None, None, None
+        return dhidden if needs[0] else None, dweight if needs[1] else None, *[None] * 5
 
 
 def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0,
-                         token_weights=None, reduction="mean", backend=None):
+                         token_weights=None, reduction="mean", return_z_loss=False, backend=None):
     """Cross-entropy of the logits hidden weight^T, which are never in memory; the loss is `cross_entropy`'s.
 
     Shapes:   hidden [..., D], weight [V, D], labels [...] int64 or int32, token_weights [...] -> loss [] ("mean", "sum") or
-              [...] ("none")
+              [...] ("none"); with return_z_loss (loss, z_loss)
     Options:  those of `cross_entropy`; token_weights multiply each token's loss, and "mean" divides by the sum of the weights
               of the tokens that count (without weights: by their number); nothing counted gives 0. No gradient reaches
               token_weights
     Dtypes:   hidden, weight float32 | bfloat16 | float16 | float64, both equal; under autocast its dtype. Logits, loss and the
               weight's gradient are summed in float32 (float64), the loss stays so
-    Backward: mean and sum make both gradients in the forward, three products in all, and hold them: dhidden in hidden's dtype
-              (float32 for float16), dweight in float32: 4 V D bytes, the one accumulator. Backward rounds them to the inputs'
-              dtypes, times the upstream (dhidden of bfloat16 is rounded a second time where the upstream is not 1; inf or
-              NaN reaches ignored rows too). A hidden that is not finite reaches dweight also where its label is ignored.
-              "none" saves hidden, weight, labels and lse (8 bytes a token) and computes the logits again: four products. A
-              frozen hidden or weight costs no product and no memory. Deterministic: yes; forward is batch-invariant: a token's
-              loss has the same bits whatever else is in the batch
+    Backward: mean and sum make both gradients in the forward, three products in all, and hold them in float32: 4 T D and 4 V D
+              bytes. Backward multiplies them by the upstream gradient and rounds them once (an infinite or NaN upstream
+              reaches ignored rows too). A hidden that is not finite reaches dweight also where its label is ignored. "none"
+              saves hidden, weight, labels and lse (8 bytes a token) and computes the logits again: four products. A frozen
+              hidden or weight costs no product and no memory. Deterministic: yes, and forward is batch-invariant
     Errors:   ValueError, TypeError; a label outside [0, V) that is not ignore_index raises on CPU before memory is touched;
               on CUDA its loss and gradients are NaN and `internlm2_kernels.check()` reports it
     Cost:     2 T D V flops a product. Extra memory beyond gradients and accumulator: one chunk of scores, independent of T.
@@ -150,20 +161,21 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, label_smo
     ignore_index = check_ignore_index("linear_cross_entropy", ignore_index)
     smoothing, z_loss, softcap = check_loss_options("linear_cross_entropy", label_smoothing, z_loss, softcap)
     code = check_reduction("linear_cross_entropy", reduction)
+    check_flag("linear_cross_entropy", "return_z_loss", return_z_loss)
     token_weights = check_weights("linear_cross_entropy", token_weights, labels, hidden)
     chosen = LINEAR_CROSS_ENTROPY.select(hidden, backend)
     if chosen == "reference":
         check_values("linear_cross_entropy", "labels", labels, 0, weight.shape[0], ignore_index)
         return reference(hidden, weight, labels, ignore_index=ignore_index, label_smoothing=smoothing, z_loss=z_loss,
-                         softcap=softcap, token_weights=token_weights, reduction=reduction)
+                         softcap=softcap, token_weights=token_weights, reduction=reduction, return_z_loss=return_z_loss)
     flat, weight, labels = as_matrix(hidden), last_stride_1(weight), labels.view(-1)
     token_weights = None if token_weights is None else token_weights.view(-1)
     options = ignore_index, smoothing, z_loss, softcap, code
     if torch.is_grad_enabled() and (flat.requires_grad or weight.requires_grad):
         if code == REDUCTIONS["none"]:
-            loss = _TwoSweeps.apply(*distinct(flat, weight), labels, token_weights, options, chosen)
+            loss, z = _TwoSweeps.apply(*distinct(flat, weight), labels, token_weights, options, return_z_loss, chosen)
         else:
-            loss, _ = _OneSweep.apply(*distinct(flat, weight), labels, token_weights, options, chosen)
+            loss, z, _ = _OneSweep.apply(*distinct(flat, weight), labels, token_weights, options, return_z_loss, chosen)
     else:
-        loss = native(_FWD[chosen], flat, weight, labels, token_weights, *options)[0]
-    return loss.view(shape) if code == REDUCTIONS["none"] else loss
+        loss, z, _ = native(_FWD[chosen], flat, weight, labels, token_weights, *options, return_z_loss)
+    return shaped_losses(loss, z, shape, code, return_z_loss)

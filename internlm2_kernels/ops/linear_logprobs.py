@@ -92,8 +92,8 @@ def linear_logprobs(hidden, weight, tokens, *, temperature=1.0, return_entropy=F
     """log p_t(token_t), p_t = softmax(hidden_t weight^T / temperature); entropy_t = -sum_j p_tj log p_tj.
 
     Shapes:   hidden [..., D], weight [V, D], tokens [...] int64 or int32 -> logprobs [...], with return_entropy also
-              entropy [...] (nats), with return_hits, last, hits [...] (bool: the token is the arg-max; of equally large
-              logits the first counts; False where logits are NaN). No gradient passes hits
+              entropy [...] (nats), with return_hits, last, hits [...] (bool: the token is the arg-max, the first
+              one of equally large logits; False where logits are NaN). hits has no gradient
     Dtypes:   hidden, weight float32 | bfloat16 | float16 | float64, both equal; under autocast its dtype. Results float32
               (float64), as are all sums
     Backward: saves hidden, weight, tokens, lse and entropy (12 bytes a token) and computes the logits again: four products

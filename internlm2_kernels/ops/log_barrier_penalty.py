@@ -1,5 +1,4 @@
-"""The penalty that keeps rewards inside a bound, finite outside it."""
-
+"""The penalty that keeps rewards inside a bound; it is finite outside the bound too."""
 
 import torch
 
@@ -61,8 +60,8 @@ def log_barrier_penalty(rewards, *, bound=5.0, margin=1e-3, outside="linear", ba
     Options:  margin is absolute. Beyond the edge, "linear" continues with the value and the slope at the edge, so that a
               reward beyond the bound has a finite loss and is drawn back; "clamp" keeps the value at the edge and has no
               gradient there, as in XTuner
-    Dtypes:   float32 | bfloat16 | float16 | float64; computed in float32 (float64), the penalty stays so. At 0 it is
-              -2 log(bound): a total loss may be negative
+    Dtypes:   float32 | bfloat16 | float16 | float64; computed and returned in float32 (float64). At 0 the penalty is
+              -2 log(bound), so a total loss may be negative
     Backward: saves rewards; slope 1 / (bound - x) - 1 / (bound + x). Deterministic: yes
     Errors:   ValueError for bound, margin or outside; TypeError for a dtype
     Cost:     one launch each way.   Source: arXiv:2403.17297 section 4.2.1 eq. 2

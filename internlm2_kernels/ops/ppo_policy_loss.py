@@ -6,7 +6,7 @@ from .._checks import check_number
 from ._losses import accumulator, masked_mean
 from ._ppo import checked, masked_loss, passes, run
 
-LOG_RATIO = 20.0  # beyond, exp would say nothing but how far
+LOG_RATIO = 20.0  # the bound of the log-ratio, so that exp stays finite
 
 
 def terms(logprobs, old_logprobs, advantages, mask, clip):
@@ -40,13 +40,13 @@ class _PPOPolicyLoss(torch.autograd.Function):
 def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip=0.2, backend=None):
     """loss = -mean over the mask of min(r A, clamp(r, 1 - clip, 1 + clip) A), r = exp(clamp(logp - old_logp, -20, 20)).
 
-    Shapes:   logprobs, old_logprobs, advantages, mask [...] -> loss [], stats: clip_fraction [] (of the tokens that count, how
-              many take the clipped term), approx_kl [] (mean of r - 1 - log r)
+    Shapes:   logprobs, old_logprobs, advantages, mask [...] -> loss [], stats: clip_fraction [] (the share of unmasked
+              tokens that take the clipped term), approx_kl [] (mean of r - 1 - log r)
     Dtypes:   float32 | bfloat16 | float16 | float64, all equal; mask bool, or numbers of which all but 0 count; computed in
               float32 (float64), in which loss and statistics are
-    Backward: saves its inputs and the count. To logprobs only: advantages and old_logprobs are targets. No gradient where the
-              clipped term is the smaller or the log-ratio beyond 20. What is masked may be NaN and has no influence; if nothing
-              counts, loss and gradients are 0. Deterministic: yes
+    Backward: saves its inputs and the count. The gradient is that of logprobs; old_logprobs and advantages are targets. It is
+              0 where the clipped term is the smaller one or the log-ratio is beyond 20. Masked tokens may be NaN and have no
+              influence; if all are masked, loss and gradients are 0. Deterministic: yes
     Errors:   ValueError for a shape, a device or clip; TypeError for a dtype
     Cost:     one registered call each way, statistics included.   Source: arXiv:1707.06347 eq. 7
     """

@@ -1,9 +1,6 @@
 """PPO's value loss, clipped or not, with the statistics that a trainer logs."""
 
-import math
-
 import torch
-import torch.nn.functional as F
 
 from .._checks import check_number
 from ._losses import accumulator, masked_mean
@@ -14,21 +11,17 @@ def reference(values, old_values, returns, mask, *, clip=None):
     acc = accumulator(values.dtype)
     v, old, r = (t.to(acc).masked_fill(~mask, 0) for t in (values, old_values, returns))
     free = (v - r).square()
-    # clamp of the difference, so that clipped equals free to the bit where nothing is clipped
+    # The difference is clamped and not v, so that both terms have the same bits where nothing is clipped.
     clipped = free if clip is None else torch.where((v - old).abs() <= clip, free,
                                                     (old + (v - old).clamp(-clip, clip) - r).square())
     loss = 0.5 * masked_mean(torch.where(clipped > free, clipped, free), mask)
     with torch.no_grad():
-        spread = lambda x: masked_mean((x - masked_mean(x, mask)).square(), mask)
-        explained = torch.where(_all_the_same(r, mask), 0, 1 - spread(r - v) / spread(r))
+        mean = masked_mean(r, mask)
+        spread = lambda x, mean: masked_mean((x - mean).square(), mask)
+        variance, noise = spread(r, mean), 8 * torch.finfo(acc).eps * mean
+        unexplained = spread(r - v, masked_mean(r - v, mask))
+        explained = torch.where(variance <= noise.square(), 0, 1 - unexplained / variance)
         return loss, masked_mean((clipped > free).to(acc), mask), explained
-
-
-def _all_the_same(x, mask):
-    """Whether what counts is: its mean is rounded, so that its variance need not come out as 0. Infinities are never."""
-    ends = ((torch.amin, math.inf), (torch.amax, -math.inf))
-    least, most = (end(F.pad(x.masked_fill(~mask, none).flatten(), (0, 1), value=none)) for end, none in ends)
-    return (least > most) | (least == most) & least.isfinite()
 
 
 PPO_VALUE_LOSS = masked_loss(
@@ -48,13 +41,14 @@ class _PPOValueLoss(torch.autograd.Function):
 def ppo_value_loss(values, old_values, returns, mask, *, clip=None, backend=None):
     """loss = 0.5 mean over the mask of (v - R)^2; with clip c, of max((v - R)^2, (old + clamp(v - old, -c, c) - R)^2).
 
-    Shapes:   values, old_values, returns, mask [...] -> loss [], stats: clip_fraction [] (of the tokens that count, how many
-              take the clipped term), explained_variance [] (1 - Var(R - v) / Var(R) over the mask, 0 where all R are the same)
+    Shapes:   values, old_values, returns, mask [...] -> loss [], stats: clip_fraction [] (the share of unmasked tokens
+              that take the clipped term), explained_variance [] (1 - Var(R - v) / Var(R) over the mask, 0 where Var(R) is
+              0 or within the rounding of the mean of R)
     Dtypes:   float32 | bfloat16 | float16 | float64, all equal; mask bool, or numbers of which all but 0 count; computed in
               float32 (float64), in which loss and statistics are
-    Backward: saves its inputs and the count. To values only: old_values and returns are targets. No gradient where the clipped
-              term is the larger. What is masked may be NaN and has no influence; if nothing counts, loss and gradients are 0.
-              Deterministic: yes
+    Backward: saves its inputs and the count. The gradient is that of values; old_values and returns are targets. It is 0
+              where the clipped term is the larger one. Masked tokens may be NaN and have no influence; if all are masked, loss
+              and gradients are 0. Deterministic: yes
     Errors:   ValueError for a shape, a device or clip; TypeError for a dtype
     Cost:     one registered call each way, statistics included.   Source: arXiv:1707.06347 eq. 9, arXiv:2005.12729 section 3
     """

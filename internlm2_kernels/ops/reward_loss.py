@@ -53,10 +53,11 @@ def reward_loss(hidden, head_weight, cu_seqlens, *, gamma=2.0, penalty_weight=0.
               Deterministic: yes
     Errors:   ValueError for shapes, an odd number of sequences, an empty sequence, cu_seqlens that do not rise from 0 to T
               (on CPU before memory is touched; on CUDA loss, rewards and gradients are NaN, and `internlm2_kernels.check()`
-              says so); TypeError for a dtype. No sequences: loss 0
+              reports it); TypeError for a dtype. Without sequences the loss is 0
     Cost:     one registered call each way; reads n rows of hidden. The loss may be negative: the barrier is -2 log(bound) at
-              0. With n / 2 pairs this is XTuner's 0.01 times the sum over all rewards divided by the pairs. Several ranks: sum,
-              then divide by the all-reduced count.   Source: arXiv:2403.17297 section 4.2.1 eq. 1 to 3
+              0. The penalty term is XTuner's 0.01 times the sum over all rewards, divided by the number of pairs. On several
+              ranks, divide the sum of the losses by the all-reduced number of pairs.
+              Source: arXiv:2403.17297 section 4.2.1 eq. 1 to 3
     """
     hidden, head_weight, options = checked("reward_loss", "hidden", hidden, head_weight, gamma, penalty_weight, bound)
     cu = check_cu_seqlens("reward_loss", "cu_seqlens", cu_seqlens, hidden, "hidden")

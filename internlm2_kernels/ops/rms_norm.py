@@ -2,6 +2,7 @@
 
 import torch
 
+from .._autocast import promoted, weight_under_autocast
 from .._autograd import distinct, once_differentiable
 from .._checks import as_rows, check_choice, check_device, check_float, check_same, check_shape, fail
 from .._registry import Op
@@ -94,12 +95,15 @@ def rms_norm(x, weight, eps=1e-5, residual=None, *, rounding="once", backend=Non
     Cost:     memory-bound. Forward reads x, writes y (with residual reads two, writes two); backward reads dy, h
               (and d new_residual), writes dx.   Source: arXiv:1910.07467 eq. 4
     """
+    if residual is not None:
+        x, residual = promoted(x, residual)
     check_float("rms_norm", "x", x)
     if not isinstance(weight, torch.Tensor):
         fail(TypeError, "rms_norm", "weight", "a tensor", type(weight).__name__)
     cols = x.shape[-1:]
     if not cols or cols[0] == 0:
         fail(ValueError, "rms_norm", "x", "a last dimension of at least 1", list(x.shape))
+    weight = weight_under_autocast(weight, x)
     if weight.dtype != x.dtype and (weight.dtype != torch.float32 or x.dtype == torch.float64):
         fail(TypeError, "rms_norm", "weight", f"float32 or the dtype of x, {x.dtype}", weight.dtype)
     if weight.shape != cols:

@@ -18,7 +18,7 @@ def reference(tensors):
 
 
 def dense(tensor):
-    """Whether the tensor's elements fill its memory, in whatever order: what is done element by element needs no more."""
+    """Whether the elements fill the tensor's memory without gaps, in any order, which is all that elementwise kernels need."""
     if tensor.is_contiguous():
         return True
     expected = 1

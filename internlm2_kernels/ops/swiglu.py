@@ -2,6 +2,7 @@
 
 import torch
 
+from .._autocast import promoted
 from .._autograd import distinct, once_differentiable
 from .._checks import as_rows, check_float, check_same, check_shape, fail
 from .._registry import Op
@@ -88,6 +89,8 @@ def swiglu(gate, up=None, *, backend=None):
     Cost:     memory-bound: forward reads two, writes one; backward reads three, writes two.
               Source: arXiv:2002.05202 section 2
     """
+    if up is not None:
+        gate, up = promoted(gate, up)
     check_float("swiglu", "gate", gate)
     if gate.dim() == 0:
         fail(ValueError, "swiglu", "gate", "at least one dimension", list(gate.shape))

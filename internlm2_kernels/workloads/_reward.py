@@ -22,8 +22,8 @@ def sample_of(packed):
 
 
 def _magnitude(sample, upstream):
-    """Rewards are sums over D with terms of both signs, whose errors the losses' curvatures multiply: the barrier's is large
-    near the bound."""
+    """Rewards are sums over D with terms of both signs. The curvature of the losses multiplies their errors, most of all that
+    of the barrier near the bound."""
     hidden = next(iter(sample.inputs.values()))
     weight, cu = sample.inputs["head_weight"], sample.inputs.get("cu_seqlens")
     if not hidden.numel():

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from ..ops._losses import accumulator, reduced
+from ..ops._losses import accumulator, reduced_losses
 from ..ops.cross_entropy import reference
 from . import Case, Sample, Workload
 
@@ -11,11 +11,11 @@ from . import Case, Sample, Workload
 def _eager(wide):
     """F.cross_entropy on logits converted to float32, or as they are."""
     def composition(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean",
-                    inplace_backward=False):
+                    return_z_loss=False, inplace_backward=False):
         acc = accumulator(logits.dtype)
         if not labels.numel() or not wide and (z_loss or softcap):
             return reference(logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
-                             softcap=softcap, reduction=reduction)
+                             softcap=softcap, reduction=reduction, return_z_loss=return_z_loss)
         x = logits.to(acc) if wide else logits
         x = softcap * torch.tanh(x / softcap) if softcap else x
         flat, flat_labels = x.reshape(-1, x.shape[-1]), labels.reshape(-1).long()
@@ -24,8 +24,9 @@ def _eager(wide):
         if not z_loss:
             return losses.view(labels.shape if reduction == "none" else ()).to(acc).nan_to_num(0.0)
         valid = flat_labels != ignore_index
-        losses = (losses + z_loss * flat.logsumexp(-1).square()) * valid
-        return reduced(losses.view(labels.shape), valid.view(labels.shape), reduction)
+        z_losses = z_loss * flat.logsumexp(-1).square() * valid
+        each, valid = (losses + z_losses).view(labels.shape), valid.view(labels.shape)
+        return reduced_losses(each, z_losses.detach().view(labels.shape), valid, reduction, None, return_z_loss)
 
     return composition
 
@@ -37,13 +38,13 @@ def _sample(case, dtype, device, generator):
     labels = torch.randint(cols, (rows,), generator=generator, device=device)
     if dims.get("ignored"):
         labels[:: 3] = -100
-    options = {key: dims[key] for key in ("label_smoothing", "z_loss", "softcap") if dims.get(key)}
+    options = {key: dims[key] for key in ("label_smoothing", "z_loss", "return_z_loss", "softcap") if dims.get(key)}
     reduction = dims.get("reduction", "mean" if "targets" in dims else "none")
     return Sample({"logits": logits, "labels": labels, "reduction": reduction, **options}, ("logits",))
 
 
 def _magnitude(sample, upstream):
-    """The loss is a difference of log-sum-exp and logit; a gradient near p = 1 is one of probabilities."""
+    """The loss is the difference of lse and a logit; where p is close to 1 the gradient is a difference of probabilities."""
     logits = sample.inputs["logits"]
     if not logits.numel():
         return {}
@@ -55,7 +56,7 @@ def _magnitude(sample, upstream):
 
 
 def _bytes(dims, size, direction):
-    """Forward reads the logits; both ways together read them once and write the gradient once."""
+    """The forward reads the logits; forward and backward together read them once and write the gradient once."""
     return dims.get("rows", dims.get("targets")) * dims["cols"] * size
 
 
@@ -63,8 +64,10 @@ WORKLOAD = Workload(
     sample=_sample,
     cases=(
         Case("smoke", {"rows": 5, "cols": 64}),
-        Case("smoke", {"rows": 33, "cols": 129, "ignored": True, "label_smoothing": 0.1, "z_loss": 1e-3}),
-        Case("smoke", {"targets": 17, "cols": 1000, "ignored": True, "label_smoothing": 0.1, "z_loss": 1e-3}),
+        Case("smoke", {"rows": 33, "cols": 129, "ignored": True, "label_smoothing": 0.1, "z_loss": 1e-3,
+                       "return_z_loss": True}),
+        Case("smoke", {"targets": 17, "cols": 1000, "ignored": True, "label_smoothing": 0.1, "z_loss": 1e-3,
+                       "return_z_loss": True}),
         Case("smoke", {"targets": 9, "cols": 257, "softcap": 5.0, "reduction": "sum"}),
         Case("edge", {"rows": 0, "cols": 64}),
         Case("edge", {"targets": 0, "cols": 64}),

@@ -65,7 +65,7 @@ WORKLOAD = Workload(
     batched=("rewards", "values", "mask"),
     bytes=lambda dims, size, direction: _tokens(dims) * (2 * size + 8),
     flops=lambda dims, direction: 6 * _tokens(dims),
-    # Sums of as many terms as a sequence has tokens, of both signs.
+    # Advantages are sums over a sequence's tokens, with terms of both signs.
     magnitude=lambda sample, upstream: {name: 10.0 * (1 + float(sample.inputs["values"].abs().max()))
                                         for name in ("advantages", "returns") if sample.inputs["values"].numel()},
     rowwise=False,

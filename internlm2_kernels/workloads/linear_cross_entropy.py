@@ -3,27 +3,27 @@
 import torch
 import torch.nn.functional as F
 
-from ..ops._losses import accumulator, losses_of, reduced
+from ..ops._losses import accumulator, losses_of, reduced_losses
 from . import Case, Sample, Workload
 
 
 def _eager(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, token_weights=None,
-           reduction="mean"):
+           reduction="mean", return_z_loss=False):
     logits = F.linear(hidden, weight).to(accumulator(hidden.dtype))
     if token_weights is None and not z_loss and not softcap and labels.numel():
         loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1).long(), ignore_index=ignore_index,
                                label_smoothing=label_smoothing, reduction=reduction)
         return loss.view(labels.shape if reduction == "none" else ()).nan_to_num(0.0)
-    losses, valid = losses_of(logits, labels, ignore_index, label_smoothing, z_loss, softcap)
-    return reduced(losses, valid, reduction, token_weights)
+    parts = losses_of(logits, labels, ignore_index, label_smoothing, z_loss, softcap)
+    return reduced_losses(*parts, reduction, token_weights, return_z_loss)
 
 
 def _torch_linear(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0,
-                  token_weights=None, reduction="mean"):
+                  token_weights=None, reduction="mean", return_z_loss=False):
     """PyTorch's own chunked form (torch 2.13 on)."""
     if not hasattr(F, "linear_cross_entropy") or token_weights is not None or z_loss or softcap or not labels.numel():
         return _eager(hidden, weight, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
-                      softcap=softcap, token_weights=token_weights, reduction=reduction)
+                      softcap=softcap, token_weights=token_weights, reduction=reduction, return_z_loss=return_z_loss)
     loss = F.linear_cross_entropy(hidden.view(-1, hidden.shape[-1]), weight, labels.view(-1).long(), ignore_index=ignore_index,
                                   label_smoothing=label_smoothing, reduction=reduction)
     return loss.view(labels.shape if reduction == "none" else ()).to(accumulator(hidden.dtype)).nan_to_num(0.0)
@@ -36,7 +36,7 @@ def head_sample(case, dtype, device, generator):
     draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)
     hidden, weight = draw(rows, cols).to(dtype), (2 * draw(vocab, cols) * cols**-0.5).to(dtype)
     labels = torch.randint(vocab, (rows,), generator=generator, device=device)
-    if rows > 2:  # a label's row has the large gradients: the first and the last one must not be missed
+    if rows > 2:  # the largest gradients are those of the labels' rows; the first and last row of weight must be among them
         labels[0], labels[2] = vocab - 1, 0
     return hidden, weight, labels
 
@@ -44,7 +44,7 @@ def head_sample(case, dtype, device, generator):
 def _sample(case, dtype, device, generator):
     dims = case.dims
     hidden, weight, labels = head_sample(case, dtype, device, generator)
-    options = {key: dims[key] for key in ("label_smoothing", "z_loss", "softcap") if dims.get(key)}
+    options = {key: dims[key] for key in ("label_smoothing", "z_loss", "return_z_loss", "softcap") if dims.get(key)}
     if dims.get("ignored"):
         labels[1:: 3] = -100
     if dims.get("weighted"):
@@ -56,12 +56,12 @@ def _sample(case, dtype, device, generator):
 
 
 def logit_error(hidden, weight):
-    """How many roundings a logit is off, typically: what the probabilities in a gradient are off by, relatively."""
+    """The typical error of a logit in units of rounding, which is the relative error of the probabilities in a gradient."""
     return float((hidden.square() @ weight.square().T).max().sqrt())
 
 
 def _magnitude(sample, upstream):
-    """Logits are sums over D, gradients sums over the vocabulary or the tokens, with terms of both signs."""
+    """Logits are sums over D and gradients are sums over the vocabulary or the tokens; their terms have both signs."""
     hidden, weight, labels = (sample.inputs[name] for name in ("hidden", "weight", "labels"))
     if not labels.numel():
         return {}
@@ -98,8 +98,10 @@ WORKLOAD = Workload(
     sample=_sample,
     cases=(
         Case("smoke", {"rows": 5, "cols": 64, "vocab": 100}),
-        Case("smoke", {"targets": 33, "cols": 48, "vocab": 517, "ignored": True, "label_smoothing": 0.1, "z_loss": 1e-3}),
-        Case("smoke", {"rows": 20, "cols": 32, "vocab": 129, "softcap": 3.0, "ignored": True, "weighted": True}),
+        Case("smoke", {"targets": 33, "cols": 48, "vocab": 517, "ignored": True, "label_smoothing": 0.1, "z_loss": 1e-3,
+                       "return_z_loss": True}),
+        Case("smoke", {"rows": 20, "cols": 32, "vocab": 129, "softcap": 3.0, "ignored": True, "weighted": True, "z_loss": 1e-3,
+                       "return_z_loss": True}),
         Case("smoke", {"targets": 9, "cols": 40, "vocab": 257, "weighted": True, "softcap": 20.0}),
         *HEAD_CASES,
         Case("edge", {"targets": 1, "cols": 5, "vocab": 9, "weighted": True, "reduction": "sum"}),

@@ -28,7 +28,7 @@ def _sample(case, dtype, device, generator):
 
 
 def _magnitude(sample, upstream):
-    """Logits are sums over D, gradients sums over the vocabulary or the tokens, with terms of both signs."""
+    """Logits are sums over D and gradients are sums over the vocabulary or the tokens; their terms have both signs."""
     hidden, weight = sample.inputs["hidden"], sample.inputs["weight"]
     if not sample.inputs["tokens"].numel():
         return {}

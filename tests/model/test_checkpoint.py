@@ -1,5 +1,6 @@
 """Checkpoints: layouts, shards, damage of every kind named, and no save that can lose the one before it."""
 
+import dataclasses
 import json
 import os
 import random
@@ -12,22 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from internlm2.checkpoint import (
-    CheckpointError,
-    atomic_directory,
-    atomic_file,
-    load_model,
-    load_tensors,
-    merge_qkv,
-    present,
-    rotary_halves_from_pairs,
-    save_model,
-    save_tensors,
-    split_qkv,
-    verify_manifest,
-)  # fmt: skip
+from internlm2.checkpoint import load_model, load_tensors, save_model, save_tensors
 from internlm2.config import PRESETS
+from internlm2.layouts import merge_qkv, rotary_halves_from_pairs, split_qkv
 from internlm2.model import InternLM2
+from internlm2.reward import RewardModel
+from internlm2.storage import CheckpointError, atomic_directory, atomic_file, present, verify_manifest
 
 TINY = PRESETS["tiny"]
 posix = pytest.mark.skipif(os.name != "posix", reason="needs fork and POSIX limits")
@@ -44,7 +35,7 @@ def assert_equal(ours, theirs):
 
 
 @pytest.mark.parametrize("layout", ["internlm2", "llama"])
-@pytest.mark.parametrize("max_shard_bytes", [1, 100_000, 10**9])
+@pytest.mark.parametrize("max_shard_bytes", [1, 200_000, 10**9])
 def test_round_trip(model, tmp_path, layout, max_shard_bytes):
     save_model(model, tmp_path / "a", layout=layout, max_shard_bytes=max_shard_bytes)
     loaded = load_model(tmp_path / "a")
@@ -52,12 +43,12 @@ def test_round_trip(model, tmp_path, layout, max_shard_bytes):
     assert loaded.config == TINY
     files = sorted(p.name for p in (tmp_path / "a").glob("*.safetensors"))
     tensors = len(model.state_dict())
-    assert len(files) == {1: tensors, 100_000: len(files), 10**9: 1}[max_shard_bytes]
-    if max_shard_bytes == 100_000:
+    assert len(files) == {1: tensors, 200_000: len(files), 10**9: 1}[max_shard_bytes]
+    if max_shard_bytes == 200_000:
         assert 1 < len(files) < tensors
         # The embedding alone is larger; every other file keeps to the limit.
         sizes = [sum(t.nbytes for t in load_file(tmp_path / "a" / f).values()) for f in files]
-        assert all(size <= 100_000 or size == TINY.vocab_size * TINY.hidden_size * 4 for size in sizes)
+        assert all(size <= 200_000 or size == TINY.vocab_size * TINY.hidden_size * 4 for size in sizes)
     index = tmp_path / "a" / "model.safetensors.index.json"
     assert index.exists() == (len(files) > 1)
     if index.exists():
@@ -67,13 +58,63 @@ def test_round_trip(model, tmp_path, layout, max_shard_bytes):
 def test_llama_layout_has_llamas_tensors(model, tmp_path):
     save_model(model, tmp_path / "a", layout="llama")
     tensors = load_file(tmp_path / "a" / "model.safetensors")
-    wqkv = model.state_dict()["model.layers.1.attention.wqkv.weight"].view(2, 4, 32, 64)
-    assert torch.equal(tensors["model.layers.1.self_attn.q_proj.weight"].view(2, 2, 32, 64), wqkv[:, :2])
-    assert torch.equal(tensors["model.layers.1.self_attn.k_proj.weight"].view(2, 32, 64), wqkv[:, 2])
-    assert torch.equal(tensors["model.layers.1.self_attn.v_proj.weight"].view(2, 32, 64), wqkv[:, 3])
+    wqkv = model.state_dict()["model.layers.1.attention.wqkv.weight"].view(2, 4, 32, 128)
+    assert torch.equal(tensors["model.layers.1.self_attn.q_proj.weight"].view(2, 2, 32, 128), wqkv[:, :2])
+    assert torch.equal(tensors["model.layers.1.self_attn.k_proj.weight"].view(2, 32, 128), wqkv[:, 2])
+    assert torch.equal(tensors["model.layers.1.self_attn.v_proj.weight"].view(2, 32, 128), wqkv[:, 3])
     for ours, theirs in {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.items():
         weight = model.state_dict()[f"model.layers.0.feed_forward.{ours}.weight"]
         assert torch.equal(tensors[f"model.layers.0.mlp.{theirs}.weight"], weight)
+
+
+@pytest.fixture(scope="module")
+def reward_model():
+    return RewardModel(dataclasses.replace(TINY, reward_token_id=9), seed=2)
+
+
+@pytest.mark.parametrize("layout", ["internlm2", "llama"])
+@pytest.mark.parametrize("max_shard_bytes", [100_000, 10**9])
+def test_reward_models_round_trip(reward_model, tmp_path, layout, max_shard_bytes):
+    save_model(reward_model, tmp_path / "a", layout=layout, max_shard_bytes=max_shard_bytes, dtype=torch.float32)
+    loaded = load_model(tmp_path / "a", compute_dtype=torch.bfloat16)
+    assert type(loaded) is RewardModel and loaded.compute_dtype == torch.bfloat16
+    assert_equal(loaded, reward_model)
+    assert loaded.config == reward_model.config and loaded.config.reward_token_id == 9
+
+
+def test_a_reward_folder_is_as_the_released_ones(reward_model, tmp_path):
+    save_model(reward_model, tmp_path / "a", dtype=torch.float16)
+    hf = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert hf["architectures"] == ["InternLM2ForRewardModel"] and hf["reward_token_id"] == 9
+    assert hf["torch_dtype"] == "float16"
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    assert tensors["v_head.weight"].shape == (1, 128) and "output.weight" not in tensors
+    # A language model's weights beside a reward model's configuration are not taken for one.
+    hf["architectures"] = ["InternLM2ForCausalLM"]
+    (tmp_path / "a" / "manifest.json").unlink()
+    (tmp_path / "a" / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(CheckpointError, match=r"the tensor output.weight \[512, 128\] is in none of its files"):
+        load_model(tmp_path / "a")
+
+
+def test_a_critic_without_a_reward_token_is_saved_too(tmp_path):
+    critic = RewardModel(TINY, seed=3)
+    save_model(critic, tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["reward_token_id"] is None
+    loaded = load_model(tmp_path / "a")
+    assert_equal(loaded, critic)
+    assert loaded.config == TINY
+
+
+def test_a_scaling_that_the_layout_cannot_hold_leaves_the_folder_as_it_was(model, tmp_path):
+    save_model(model, tmp_path / "a")
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
+    scaled = InternLM2(dataclasses.replace(TINY, rope_scaling=yarn))
+    with pytest.raises(ValueError, match="the 'internlm2' layout cannot hold rope_scaling of type 'yarn'"):
+        save_model(scaled, tmp_path / "a")
+    assert_equal(load_model(tmp_path / "a"), model)
+    save_model(scaled, tmp_path / "a", layout="llama")
+    assert load_model(tmp_path / "a").config == scaled.config
 
 
 def test_dtypes(model, tmp_path):
@@ -143,9 +184,9 @@ W1 = "model.layers.1.feed_forward.w1.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(W1), rf"the tensor {W1} \[128, 64\] is in none of its files"),
+        (lambda t: t.pop(W1), rf"the tensor {W1} \[256, 128\] is in none of its files"),
         (lambda t: t.update(extra=torch.ones(1)), r"model.safetensors: unexpected tensor extra"),
-        (lambda t: t.update({W1: torch.ones(64, 128)}), rf"model.safetensors: {W1} must be \[128, 64\], got \[64, 128\]"),
+        (lambda t: t.update({W1: torch.ones(128, 256)}), rf"model.safetensors: {W1} must be \[256, 128\], got \[128, 256\]"),
         (lambda t: t.update({W1: t[W1].to(torch.int8)}), rf"model.safetensors: {W1} must be of a floating-point type, got I8"),
     ],
 )
@@ -163,7 +204,7 @@ def test_llama_biases_and_missing_parts_are_named(model, tmp_path):
         load_model(tmp_path / "a")
     save_model(model, tmp_path / "b", layout="llama")
     rewritten(tmp_path / "b", lambda t: t.pop("model.layers.0.self_attn.k_proj.weight"))
-    with pytest.raises(CheckpointError, match=r"the tensor model.layers.0.self_attn.k_proj.weight \[64, 64\] is in none"):
+    with pytest.raises(CheckpointError, match=r"the tensor model.layers.0.self_attn.k_proj.weight \[64, 128\] is in none"):
         load_model(tmp_path / "b")
 
 

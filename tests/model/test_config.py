@@ -5,9 +5,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
+import torch
 
 from internlm2.config import PRESETS, ModelConfig, dump_config, load_config, load_toml
+from internlm2.layouts import config_from_hf, config_to_hf, head_of
 from internlm2.model import InternLM2
+from internlm2_kernels import flash_attention
 
 TINY = PRESETS["tiny"]
 # config.json of the released chat 7B model, the keys that matter.
@@ -17,6 +20,14 @@ RELEASED_7B = {
     "model_type": "internlm2", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
     "pad_token_id": 2, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 2.0, "type": "dynamic"}, "rope_theta": 1000000,
     "tie_word_embeddings": False, "torch_dtype": "float16", "use_cache": True, "vocab_size": 92544,
+}  # fmt: skip
+
+
+# And of the released reward model.
+RELEASED_REWARD = RELEASED_7B | {
+    "architectures": ["InternLM2ForRewardModel"], "attn_implementation": "eager", "hidden_size": 2048,
+    "intermediate_size": 8192, "num_attention_heads": 16, "num_hidden_layers": 24, "reward_token_id": 92527,
+    "rope_scaling": None,
 }  # fmt: skip
 
 
@@ -64,19 +75,47 @@ def test_small_presets():
     ("change", "message"),
     [
         ({"num_heads": 3}, "num_heads must be a multiple of num_kv_heads = 2, got 3"),
-        ({"head_dim": 15}, "head_dim must be even"),
+        ({"head_dim": 15}, "head_dim must be a multiple of 8 from 32 to 256, as flash_attention's, got 15"),
+        ({"head_dim": 16}, "head_dim must be a multiple of 8 from 32 to 256, as flash_attention's, got 16"),
         ({"hidden_size": 0}, "hidden_size must be a positive int, got 0"),
         ({"hidden_size": 64.0}, "hidden_size must be a positive int, got 64.0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number, got nan"),
-        ({"eos_token_id": 512}, r"token ids must lie in \[0, vocab_size = 512\), got 512"),
+        ({"eos_token_id": 512}, r"eos_token_id must be an id in \[0, vocab_size = 512\), got 512"),
+        ({"pad_token_id": 512}, r"pad_token_id must be an id in \[0, vocab_size = 512\), got 512"),
+        ({"reward_token_id": -1}, r"reward_token_id must be an id in \[0, vocab_size = 512\), got -1"),
+        ({"stop_token_ids": (3, 2.0)}, r"stop_token_ids\[1\] must be an id in \[0, vocab_size = 512\), got 2.0"),
         ({"rope_scaling": {"type": "magic", "factor": 2.0}}, "rope_scaling must have a type of linear"),
         ({"rope_scaling": {"type": "dynamic", "factor": 0.5}}, "rope_scaling must have a factor of 1 or more"),
+        ({"rope_scaling": {"type": "linear", "factor": float("inf")}}, "rope_scaling must have a factor of 1 or more"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"scaling\['original_max_position_embeddings'\].*got None"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}},
+            r"scaling\['low_freq_factor'\].*got None",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "gives no rotary table: .*'beta'"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 4096}},
+            "must be max_position_embeddings = 32768, or left out, got 4096",
+        ),
         ({"rope_angles": "float16"}, "rope_angles must be 'float64' or 'float32', got 'float16'"),
     ],
 )
 def test_impossible_models_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **change)
+
+
+def test_every_head_size_of_the_kernels_is_a_model_and_no_other():
+    """The limits are written in ModelConfig, since a configuration should be refused before any tensor exists."""
+    for head_dim in range(1, 300):
+        q = torch.zeros(1, 1, 1, head_dim)
+        try:
+            flash_attention(q, q, q, backend="reference")
+        except ValueError:
+            with pytest.raises(ValueError, match="head_dim must be"):
+                dataclasses.replace(TINY, head_dim=head_dim)
+        else:
+            dataclasses.replace(TINY, head_dim=head_dim)
 
 
 def test_config_is_frozen_and_hashable():
@@ -87,9 +126,10 @@ def test_config_is_frozen_and_hashable():
 
 
 def test_released_config_json():
-    config = ModelConfig.from_hf(RELEASED_7B)
+    config = config_from_hf(RELEASED_7B)
     assert config == ModelConfig.preset("7b", rope_scaling={"factor": 2.0, "type": "dynamic"})
-    assert {k: v for k, v in RELEASED_7B.items() if k not in ("torch_dtype", "use_cache")}.items() <= config.to_hf().items()
+    ignored = ("torch_dtype", "use_cache")
+    assert {k: v for k, v in RELEASED_7B.items() if k not in ignored}.items() <= config_to_hf(config).items()
 
 
 NEEDED = sorted(set(RELEASED_7B) - {"architectures", "torch_dtype", "use_cache"})
@@ -98,7 +138,7 @@ NEEDED = sorted(set(RELEASED_7B) - {"architectures", "torch_dtype", "use_cache"}
 @pytest.mark.parametrize("key", NEEDED)
 def test_a_missing_key_is_an_error_not_a_class_default(key):
     with pytest.raises(ValueError, match=f"^{key} is missing in config.json"):
-        ModelConfig.from_hf({k: v for k, v in RELEASED_7B.items() if k != key})
+        config_from_hf({k: v for k, v in RELEASED_7B.items() if k != key})
 
 
 @pytest.mark.parametrize(
@@ -107,26 +147,78 @@ def test_a_missing_key_is_an_error_not_a_class_default(key):
 )
 def test_models_of_another_kind_are_refused(key, value):
     with pytest.raises(ValueError, match=f"{key} must be .*, got {value!r}"):
-        ModelConfig.from_hf(RELEASED_7B | {key: value})
+        config_from_hf(RELEASED_7B | {key: value})
+
+
+def test_the_architecture_says_which_model_it_is():
+    assert head_of(RELEASED_7B) == "output" and head_of(RELEASED_REWARD) == "v_head"
+    for named in (["InternLM2ForSequenceClassification"], ["InternLM2ForCausalLM", "InternLM2ForRewardModel"], "InternLM2"):
+        with pytest.raises(ValueError, match=r"architectures must be one of \['InternLM2ForCausalLM'\], .*, got"):
+            head_of(RELEASED_7B | {"architectures": named})
+
+
+def test_the_released_reward_config_json():
+    config = config_from_hf(RELEASED_REWARD)
+    assert config == ModelConfig.preset("1.8b", reward_token_id=92527)
+    ignored = ("torch_dtype", "use_cache", "attn_implementation")
+    assert {k: v for k, v in RELEASED_REWARD.items() if k not in ignored}.items() <= config_to_hf(config, head="v_head").items()
+    with pytest.raises(ValueError, match="^reward_token_id is missing in config.json"):
+        config_from_hf({k: v for k, v in RELEASED_REWARD.items() if k != "reward_token_id"})
 
 
 @pytest.mark.parametrize("layout", ["internlm2", "llama"])
 def test_hf_round_trip(layout):
     config = dataclasses.replace(
-        TINY, rope_scaling={"type": "linear", "factor": 4.0}, stop_token_ids=(7, 9), rope_angles="float32", head_dim=48
+        TINY, rope_scaling={"type": "linear", "factor": 4.0}, stop_token_ids=(7, 9), rope_angles="float32", reward_token_id=5
     )
-    assert ModelConfig.from_hf(config.to_hf(layout)) == config
-    assert ModelConfig.from_hf(TINY.to_hf(layout)) == TINY
+    assert config_from_hf(config_to_hf(config, layout)) == config
+    assert config_from_hf(config_to_hf(TINY, layout)) == TINY
+
+
+@pytest.mark.parametrize("scaling", [
+    {"type": "linear", "factor": 4},
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "dynamic", "type": "dynamic", "factor": 4, "rope_theta": 1e6, "original_max_position_embeddings": 32768},
+])  # fmt: skip
+def test_linear_and_dynamic_scaling_are_written_as_the_released_class_demands(scaling):
+    """It accepts a dictionary of exactly the two keys `type` and `factor`, and only a float as the factor."""
+    written = config_to_hf(dataclasses.replace(TINY, rope_scaling=scaling))["rope_scaling"]
+    assert list(written) == ["type", "factor"] and written["type"] == scaling.get("rope_type", scaling.get("type"))
+    assert written["factor"] == 4.0 and type(written["factor"]) is float
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rope_scaling": YARN}, "rope_scaling of type 'yarn'"),
+        ({"rope_scaling": LLAMA3}, "rope_scaling of type 'llama3'"),
+        ({"head_dim": 64}, "head_dim = 64, where hidden_size / num_heads is 32"),
+    ],
+)
+def test_what_the_released_class_refuses_is_not_written(change, named):
+    config = dataclasses.replace(TINY, **change)
+    with pytest.raises(ValueError, match=f"^the 'internlm2' layout cannot hold {named}: .* use layout='llama'"):
+        config_to_hf(config)
+    assert config_from_hf(config_to_hf(config, "llama")) == config
+    # What a run saves for itself may hold it.
+    assert config_from_hf(config_to_hf(config, exact=False)) == config
 
 
 def test_llama_config_of_transformers():
     transformers = pytest.importorskip("transformers", reason="transformers, a test extra, is not installed")
     hf = transformers.LlamaConfig(
-        vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        intermediate_size=128, rms_norm_eps=1e-5, max_position_embeddings=32768, tie_word_embeddings=False, pad_token_id=2,
+        vocab_size=512, hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        intermediate_size=256, rms_norm_eps=1e-5, max_position_embeddings=32768, tie_word_embeddings=False, pad_token_id=2,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )  # fmt: skip
-    assert ModelConfig.from_hf(hf.to_dict()) == TINY
+    assert config_from_hf(hf.to_dict()) == TINY
 
 
 def test_toml_round_trip(tmp_path):

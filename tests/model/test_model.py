@@ -10,6 +10,7 @@ import torch
 import internlm2.plain
 from internlm2.config import PRESETS
 from internlm2.model import InternLM2
+from internlm2.reward import RewardModel
 
 TINY = PRESETS["tiny"]
 LENGTHS = [7, 1, 0, 19, 12]
@@ -34,8 +35,8 @@ def test_parameter_names_are_the_released_ones():
     expected |= {"model.tok_embeddings.weight", "model.norm.weight", "output.weight"}
     state = InternLM2(TINY).state_dict()
     assert set(state) == expected
-    assert state["model.layers.0.attention.wqkv.weight"].shape == ((4 + 2 * 2) * 32, 64)
-    assert state["model.layers.1.feed_forward.w2.weight"].shape == (64, 128)
+    assert state["model.layers.0.attention.wqkv.weight"].shape == ((4 + 2 * 2) * 32, 128)
+    assert state["model.layers.1.feed_forward.w2.weight"].shape == (128, 256)
 
 
 @pytest.mark.parametrize("operators", [None, internlm2.plain], ids=["kernels", "plain"])
@@ -205,6 +206,42 @@ def test_attention_is_written_for_any_group_size(generator):
             for head in range(12):
                 p = (k[start : t + 1, head // 6] @ q[t, head] / 8**0.5).softmax(0)
                 torch.testing.assert_close(got[t, head], p @ v[start : t + 1, head // 6])
+
+
+PACKINGS = ([7, 1, 19, 12], [5, 9], [20, 4], [3, 3, 3, 3, 5, 3], [40, 2, 17, 2], [31, 31], [64, 1])
+
+
+@pytest.mark.parametrize(("kind", "backend"), [
+    ("loss", "aot_eager"),
+    ("logprobs", "aot_eager"),
+    ("reward", "aot_eager"),
+    pytest.param("loss", "inductor", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_one_graph_serves_all_packings(kind, backend, generator):
+    """Two graphs in all: one for the sizes of the first packing, one for any sizes. aot_eager keeps every bit."""
+    config = dataclasses.replace(TINY, num_layers=1, vocab_size=64)
+    model = RewardModel(config) if kind == "reward" else InternLM2(config)
+
+    def step(tokens, labels, cu_seqlens):
+        if kind == "reward":
+            return model.loss(tokens, cu_seqlens)[0]
+        return model.loss(tokens, labels, cu_seqlens) if kind == "loss" else model.logprobs(tokens, labels, cu_seqlens).sum()
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(step, backend=backend)
+    for lengths in PACKINGS:
+        tokens, cu_seqlens = packed(lengths, generator, config.vocab_size)
+        labels = torch.randint(0, config.vocab_size, tokens.shape, generator=generator)
+        results = []
+        for run in (step, compiled):
+            model.zero_grad()
+            value = run(tokens, labels, cu_seqlens)
+            value.backward()
+            results.append([value.detach(), *(p.grad.clone() for p in model.parameters())])
+        tolerance = dict(rtol=0, atol=0) if backend == "aot_eager" else dict(rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(*results, **tolerance)
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 GOOD = dict(tokens=torch.arange(6), cu_seqlens=torch.tensor([0, 2, 6], dtype=torch.int32), labels=torch.arange(6))

@@ -7,9 +7,11 @@ import torch
 
 import internlm2.plain
 import internlm2_kernels
-from internlm2.checkpoint import load_model, names_in_layout, save_model, split_qkv
+from internlm2.checkpoint import load_model, save_model
 from internlm2.config import ModelConfig
+from internlm2.layouts import names_in_layout, split_qkv
 from internlm2.model import InternLM2
+from internlm2.reward import RewardModel
 
 transformers = pytest.importorskip("transformers", reason="transformers, a test extra, is not installed")
 
@@ -148,3 +150,16 @@ def test_the_exported_configuration_is_complete(tmp_path):
     assert config.rope_parameters["rope_type"] == "dynamic" and config.rope_parameters["factor"] == 2.0
     assert config.eos_token_id == [2, 5] and config.head_dim == 32
     assert load_model(tmp_path / "llama").config.rope_scaling["factor"] == 2.0
+
+
+def test_a_reward_model_is_llamas_classifier_of_one_class(tmp_path, generator):
+    """transformers loads the exported reward model and gives the same reward at the last token, the reward token."""
+    model = RewardModel(ModelConfig.preset("tiny", reward_token_id=5), seed=7)
+    save_model(model, tmp_path, layout="llama")
+    theirs = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)
+    tokens = torch.randint(10, 512, (LENGTH,), generator=generator)
+    tokens[-1] = model.config.reward_token_id
+    with torch.no_grad():
+        ours = model.rewards(tokens, torch.tensor([0, LENGTH], dtype=torch.int32))
+        assert theirs(tokens[None]).logits.shape == (1, 1)
+        torch.testing.assert_close(ours, theirs(tokens[None]).logits[0], rtol=1e-4, atol=1e-6)

@@ -62,20 +62,31 @@ def test_one_registered_call_each_way(backend, generator):
     assert [name for name, _ in raw_calls(recorder)] == ["linear_logprobs_fwd", "linear_logprobs_bwd"]
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_an_upstream_of_1_copies_no_hidden_gradient(dtype, generator):
-    """On CPU: the weight's gradient is rounded to its dtype, hidden's, whose dtype it has, is handed out as it is."""
+def test_an_upstream_of_1_copies_no_gradient(generator):
+    """On CPU, where the upstream can be looked at: float32 gradients are handed out as they are."""
     hidden, weight, labels = head(generator)
-    hidden, weight = (t.detach().to(dtype).requires_grad_() for t in (hidden, weight))
     with Recorder() as recorder:
         ik.linear_cross_entropy(hidden, weight, labels, backend="cpp").backward()
-    scaled = [args[1:3] for name, args in raw_calls(recorder) if name == "linear_cross_entropy_scale_bwd"]
-    assert [[t.shape[0] for t in pair] for pair in scaled] == ([] if dtype == torch.float32 else [[0, weight.shape[0]]])
+    assert [name for name, _ in raw_calls(recorder)] == ["linear_cross_entropy_grad_fwd"]
     got = {"hidden": hidden.grad, "weight": weight.grad}
     hidden.grad = weight.grad = None
     loss = ik.linear_cross_entropy(hidden, weight, labels, backend="cpp")
     loss.backward(torch.ones(()), retain_graph=True)  # nothing leaves that a second walk needs
     assert_bitwise({"hidden": hidden.grad, "weight": weight.grad}, got)
+
+
+@pytest.mark.parametrize("upstream", (1.0, 1 / 3))
+@pytest.mark.parametrize("backend", NATIVE)
+def test_16_bit_gradients_are_rounded_once(backend, upstream, generator):
+    """Under a loss scale too: the float32 gradients times the upstream, and then one rounding."""
+    hidden, weight, labels = head(generator)
+    hidden, weight = (t.detach().to(torch.bfloat16).requires_grad_() for t in (hidden, weight))
+    with Recorder() as recorder:
+        loss = ik.linear_cross_entropy(hidden, weight, labels, backend=backend)
+        loss.backward(torch.tensor(upstream))
+    (made,) = (args[1:3] for name, args in raw_calls(recorder) if name == "linear_cross_entropy_scale_bwd")
+    for exact, got in zip(made, (hidden.grad, weight.grad), strict=True):
+        assert exact.dtype == torch.float32 and torch.equal((exact * upstream).bfloat16(), got)
 
 
 @pytest.mark.parametrize("backend", NATIVE)
@@ -206,7 +217,7 @@ def test_opcheck_of_the_form_in_place(backend, generator):
     logits, labels = draw(generator, 5, 33), torch.tensor([1, -100, 32, 0, 7])
     overloads = {name: OPS["cross_entropy"].overloads[name][backend] for name in ("fwd", "bwd", "bwd_")}
     options = -100, 0.1, 1e-3, 4.0, 1
-    loss, lse = overloads["fwd"](logits, labels, *options)
+    loss, _, lse = overloads["fwd"](logits, labels, *options, False)
     args = torch.ones_like(loss), logits, labels, lse, *options
     torch.library.opcheck(overloads["bwd_"], args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
     want, over = overloads["bwd"](*args), logits.clone()

@@ -29,7 +29,7 @@ def test_a_token_has_its_bits_across_chunks(dtype, generator):
 
     def both(chosen):
         h, y = hidden[chosen], labels[chosen]
-        loss, lse = ops("linear_cross_entropy_fwd")(h, weight, y, None, *OPTIONS, NONE)
+        loss, _, lse = ops("linear_cross_entropy_fwd")(h, weight, y, None, *OPTIONS, NONE, False)
         ones = torch.ones_like(loss)
         dhidden, _ = ops("linear_cross_entropy_bwd")(ones, h, weight, y, None, lse, *OPTIONS, NONE, True, False)
         return {"loss": loss, "lse": lse, "dhidden": dhidden}
@@ -51,13 +51,13 @@ def test_gradients_across_chunks(dtype, generator):
     wide = [t.double().requires_grad_() for t in (hidden, weight)]
     want = ik.linear_cross_entropy(*wide, labels, label_smoothing=0.1, z_loss=1e-3, backend="reference")
     want.backward()
-    one = ops("linear_cross_entropy_grad_fwd")(hidden, weight, labels, None, *OPTIONS, MEAN, True, True)
-    _, lse = ops("linear_cross_entropy_fwd")(hidden, weight, labels, None, *OPTIONS, MEAN)
+    one = ops("linear_cross_entropy_grad_fwd")(hidden, weight, labels, None, *OPTIONS, MEAN, False, True, True)
+    _, _, lse = ops("linear_cross_entropy_fwd")(hidden, weight, labels, None, *OPTIONS, MEAN, False)
     unit = torch.full((), 64.0, dtype=lse.dtype)
     two = ops("linear_cross_entropy_bwd")(unit, hidden, weight, labels, None, lse, *OPTIONS, MEAN, True, True)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
     torch.testing.assert_close(one[0].double(), want.detach(), rtol=tolerance, atol=0)
-    for got, factor in ((one[1:], 1), (two, 64)):
+    for got, factor in ((one[2:], 1), (two, 64)):
         for value, leaf in zip(got, wide, strict=True):
             worst = (value.double() / factor - leaf.grad).abs().max() / leaf.grad.abs().max()
             assert worst < tolerance, (dtype, factor, float(worst))
@@ -68,7 +68,7 @@ def test_memory_does_not_grow_with_tokens(generator):
     vocab, cols, growth = 16384, 32, {}
     for tokens in (1056, 4224):
         hidden, weight, labels = head(generator, tokens, cols, vocab, torch.bfloat16)
-        call = lambda: ops("linear_cross_entropy_grad_fwd")(hidden, weight, labels, None, *OPTIONS, MEAN, True, True)  # noqa: B023
+        call = lambda: ops("linear_cross_entropy_grad_fwd")(hidden, weight, labels, None, *OPTIONS, MEAN, False, True, True)  # noqa: B023
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(False)  # or fresh memory would be filled, also what the call never touches
         try:
@@ -84,7 +84,7 @@ def test_memory_does_not_grow_with_tokens(generator):
 def test_labels_are_refused_before_anything_is_written(bad, generator):
     logits, labels = torch.randn(6, 40, generator=generator), torch.tensor([1, 2, 3, 4, bad, 5])
     before, lse = logits.clone(), torch.zeros(6)
-    with pytest.raises(RuntimeError, match=f"ValueError: labels: expected values from 0 to 39 or ignore_index, got {bad}"):
+    with pytest.raises(RuntimeError, match=f"ValueError: cross_entropy: labels: expected values from 0 to 39 or ignore_index, got {bad}"):
         ops("cross_entropy_bwd_")(torch.ones(()), logits, labels, lse, *OPTIONS, MEAN)
     assert_bitwise({"logits": logits}, {"logits": before})
     hidden, weight, _ = head(generator, 6, 8, 40, torch.float32)

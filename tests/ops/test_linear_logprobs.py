@@ -97,7 +97,7 @@ def test_a_token_has_its_bits_in_any_batch(dtype, counts, device, generator, hea
 
     def both(chosen):
         x = hidden[chosen], weight, labels[chosen]
-        loss, lse = CROSS.overloads["fwd"]["triton"](*x, None, -100, 0.1, 1e-3, 0.0, 0)
+        loss, _, lse = CROSS.overloads["fwd"]["triton"](*x, None, -100, 0.1, 1e-3, 0.0, 0, False)
         rest = LOGPROBS.overloads["fwd"]["triton"](*x, 1.25, 0.0, 0, 70, True, True, True)
         return dict(zip(("loss", "lse", "logprobs", "its lse", "entropy", "hits", "sum"), (loss, lse, *rest), strict=True))
 

@@ -199,8 +199,8 @@ def test_explained_variance_of_constant_returns(tokens, backend, generator):
             got = explained(returns)
             assert got < -1 if other == 0.2 else math.isnan(got), (other, got)
         tiny = torch.full((tokens,), 1e-30)
-        tiny[last] = 2e-30  # whose square float32 does not have
-        assert explained(tiny) == -math.inf
+        tiny[last] = 2e-30
+        assert explained(tiny) in (-math.inf, 0)  # its variance is below float32's range, but not below that of double
     assert math.isnan(explained(torch.full((tokens,), math.inf)))
     mask.zero_()
     assert explained(values) == 0

@@ -15,9 +15,9 @@ from internlm2_kernels.workloads import Sample
 
 VOCAB = 131
 ROWS = ((0, 50), (50, 131))  # uneven shards
-OPTIONS = ({}, {"label_smoothing": 0.1}, {"z_loss": 1e-2}, {"softcap": 3.0, "reduction": "sum"}, {"reduction": "none"},
-           {"label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 5.0, "weighted": True},
-           {"reduction": "none", "weighted": True, "z_loss": 1e-3}, {"all ignored": True}, {"tokens": 0})
+OPTIONS = ({}, {"label_smoothing": 0.1}, {"z_loss": 1e-2, "return_z_loss": True}, {"softcap": 3.0, "reduction": "sum"},
+           {"reduction": "none"}, {"label_smoothing": 0.2, "z_loss": 1e-3, "softcap": 5.0, "weighted": True},
+           {"reduction": "none", "weighted": True, "z_loss": 1e-3, "return_z_loss": True}, {"all ignored": True}, {"tokens": 0})
 
 
 def draw(options, dtype):
@@ -30,7 +30,7 @@ def draw(options, dtype):
     labels[1::4] = -100
     if "all ignored" in options:
         labels[:] = -100
-    keywords = {key: options[key] for key in ("label_smoothing", "z_loss", "softcap") if key in options}
+    keywords = {key: options[key] for key in ("label_smoothing", "z_loss", "return_z_loss", "softcap") if key in options}
     keywords["reduction"] = options.get("reduction", "mean")
     if "weighted" in options:
         keywords["token_weights"] = torch.rand(tokens, generator=generator)
@@ -39,16 +39,19 @@ def draw(options, dtype):
 
 
 def sharded(rank, inputs, upstream):
-    """What the ladder looks at: the loss, dhidden and the whole dweight."""
+    """What the ladder looks at: the loss, where wanted the z-loss, dhidden and the whole dweight."""
     begin, end = ROWS[rank]
     hidden, shard = inputs["hidden"].clone().requires_grad_(), inputs["weight"][begin:end].clone().requires_grad_()
     rest = {key: value for key, value in inputs.items() if key not in ("hidden", "weight")}
-    loss = vocab_parallel_linear_cross_entropy(hidden, shard, vocab_start=begin, vocab_size=VOCAB, **rest)
+    result = vocab_parallel_linear_cross_entropy(hidden, shard, vocab_start=begin, vocab_size=VOCAB, **rest)
+    loss, *z_loss = result if rest.get("return_z_loss") else (result,)
+    assert not any(z.requires_grad for z in z_loss)
     loss.backward(upstream)
     dweight = torch.zeros(VOCAB, shard.shape[1], dtype=torch.float32)
     dweight[begin:end] = shard.grad.float()
     dist.all_reduce(dweight)
-    return {"loss": loss.detach(), "d_hidden": hidden.grad, "d_weight": dweight.to(shard.dtype)}
+    losses = dict(zip(("loss", "z_loss"), (loss.detach(), *z_loss), strict=False))
+    return losses | {"d_hidden": hidden.grad, "d_weight": dweight.to(shard.dtype)}
 
 
 def _bad_label(rank):
@@ -60,7 +63,7 @@ def _bad_label(rank):
     labels, nans = torch.tensor([1, VOCAB + 400, 100, -3]), {}
     for smoothing in (0.0, 0.1):
         hidden, shard = inputs["hidden"].clone().requires_grad_(), inputs["weight"][begin:end].clone().requires_grad_()
-        losses = vocab_parallel._Losses.apply(hidden, shard, labels, smoothing, 0.0, 0.0, begin, VOCAB, None, "triton")
+        losses, _ = vocab_parallel._Losses.apply(hidden, shard, labels, smoothing, 0.0, 0.0, begin, VOCAB, None, "triton")
         losses.sum().backward()
         nans[smoothing] = losses.isnan().tolist(), hidden.grad.isnan().all(1).tolist(), hidden.grad.isnan().any(1).tolist()
     return nans

@@ -1,36 +1,44 @@
 """The shared checks: every operator x backend x dtype x direction keeps the contract. Nothing here lists operators."""
 
+import itertools
+
+import gold
 import parameters
 import pytest
 import torch
 from cells import name as cell_name
+from cells import variants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shared import DTYPES, Recorder, assert_bitwise, row_count, sample_of, small_cases, smoke_cases, strided_copies
+from shared import (
+    DTYPES,
+    Recorder,
+    assert_bitwise,
+    instruction_set,
+    row_count,
+    sample_of,
+    small_cases,
+    smoke_cases,
+    strided_copies,
+)
 
-from internlm2_kernels.testing import Draw, assert_ladder, draw_upstream, flat, ladder, run, with_leaves
+from internlm2_kernels.testing import Draw, assert_ladder, draw_upstream, flat, ladder, run, standard, with_leaves
 from internlm2_kernels.workloads import Case
 
 backend, native, pytest_generate_tests = parameters.backend, parameters.native, parameters.pytest_generate_tests
-
-
-DRAWS = 3  # of the inputs, whose errors the ladder pools
+INTERPRETED_EXAMPLES = 3  # of test_property; Triton's interpreter takes up to seconds for each
 
 
 # --------------------------------------------------------------------------------------------------- right values
 @pytest.mark.parametrize("direction", ("forward", "backward"))
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-def test_ladder(op, variant, backend, dtype, direction, device, generator, record_property):
+def test_ladder(op, variant, backend, dtype, direction, device, seed, record_property):
     if dtype not in op.dtypes or direction not in op.directions:
         pytest.skip(f"{op.name} has no {direction} in {dtype}")
-    for case in small_cases(op):
-        for scale in (1.0, 1e-4) if direction == "backward" else (0.0,):
-            draws = []
-            for _ in range(DRAWS):
-                sample = sample_of(op, case, dtype, device, generator)
-                upstream = draw_upstream(op, sample, scale, generator) if scale else {}
-                draws.append(Draw(sample, run(op, sample, backend, upstream), upstream))
-            assert_ladder(op, draws, f"{case} upstream {scale} {backend}")
+    found = gold.problems(op.name, dtype, direction, device, seed)
+    for problem in gold.interpreted(found, dtype) if variant[1] == "interpreted" else found:
+        draws = [Draw(x.sample, run(op, x.sample, backend, x.upstream), x.upstream, x.by) for x in problem.inputs]
+        assert_ladder(op, draws, f"{problem.case} upstream {problem.scale} {backend}")
     record_property("cell", cell_name(op, backend, direction, dtype, variant[1]))
 
 
@@ -66,12 +74,12 @@ def test_the_ladder_turns_red(op, dtype, scale, device, generator):
     case = max(smoke_cases(op), key=row_count)
     sample = sample_of(op, case, dtype, device, generator)
     upstream = draw_upstream(op, sample, scale, generator)
-    right = run(op, sample, "reference", upstream)
-    assert all(rung.ok for rung in ladder(op, [Draw(sample, right, upstream)]))
+    right, by = run(op, sample, "reference", upstream), standard(op, sample, upstream)
+    red = lambda got: [rung.name for rung in ladder(op, [Draw(sample, got, upstream, by)]) if not rung.ok]
+    assert not red(right)
     for tensor, value in right.items():
         for what, wrong in _spoilt(value):
-            red = [rung.name for rung in ladder(op, [Draw(sample, {**right, tensor: wrong}, upstream)]) if not rung.ok]
-            assert red == [tensor], f"{op.name} {tensor} {what}: red {red}"
+            assert red({**right, tensor: wrong}) == [tensor], f"{op.name} {tensor} {what}"
 
 
 def test_gradcheck(op, variant, backend, device, generator):
@@ -111,32 +119,42 @@ def _dims(op):
         lambda d: {**d, "heads": d["heads"] * d["kv_heads"]} if "kv_heads" in d else d)
 
 
-def test_property(op, variant, backend, device, request):
-    """Any shape that Hypothesis can think of keeps the ladder, forward and backward."""
-    examples = 6 if variant[1] == "interpreted" else request.config.getoption("--examples")
+def test_property(op, device, request, monkeypatch):
+    """Any shape that Hypothesis can think of keeps the ladder, forward and backward, on every backend."""
+    parameters.small_tiles(monkeypatch)
+    count = itertools.count()
 
-    @settings(max_examples=examples, deadline=None, derandomize=True, database=None,
+    @settings(max_examples=request.config.getoption("--examples"), deadline=None, derandomize=True, database=None,
               suppress_health_check=list(HealthCheck))
     @given(dims=_dims(op), dtype=st.sampled_from(op.dtypes), seed=st.integers(0, 2**31))
     def check(dims, dtype, seed):
         generator = torch.Generator(device=device).manual_seed(seed)
         sample = sample_of(op, Case("drawn", {k: v for k, v in dims.items() if v is not None}), dtype, device, generator)
         upstream = draw_upstream(op, sample, 1.0, generator)
-        assert_ladder(op, [Draw(sample, run(op, sample, backend, upstream), upstream)], f"{dims} {dtype}")
+        by = standard(op, sample, upstream)
+        early = next(count) < INTERPRETED_EXAMPLES
+        for backend, isa in variants(device.type, op):
+            if backend in op.backends and (isa != "interpreted" or early):
+                with instruction_set(isa):
+                    got = run(op, sample, backend, upstream)
+                assert_ladder(op, [Draw(sample, got, upstream, by)], f"{dims} {dtype} {backend} {isa}")
 
     check()
 
 
 # ------------------------------------------------------------------------------- registered, compiled, exported
-def test_opcheck(op, variant, backend, native, device, generator):
+def _passes(op, sample, backend, generator):
+    """The calls of the operator's passes that a forward and backward of the public function make."""
+    with Recorder() as recorder:
+        run(op, sample, backend, draw_upstream(op, sample, 1.0, generator))
+    return [call for call in recorder.calls if call[0].namespace == "internlm2"]
+
+
+def test_opcheck(op, backend, native, device, generator):
     """Schema, fakes and strides of every pass, on the arguments that the public function itself hands over."""
     seen = set()
     for case in smoke_cases(op):
-        sample = sample_of(op, case, torch.float32, device, generator)
-        upstream = draw_upstream(op, sample, 1.0, generator)
-        with Recorder() as recorder:
-            run(op, sample, backend, upstream)
-        for overload, args in [c for c in recorder.calls if c[0].namespace == "internlm2"]:
+        for overload, args in _passes(op, sample_of(op, case, torch.float32, device, generator), backend, generator):
             seen.add(overload._schema.name.removeprefix(f"internlm2::{op.name}_"))
             torch.library.opcheck(overload, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
             plain = isinstance(args[0], list) or args[0].dim() < 2 or not args[0].is_floating_point()
@@ -145,24 +163,31 @@ def test_opcheck(op, variant, backend, native, device, generator):
     assert seen >= set(op.schemas) - {"cache_fwd", "bwd_"}, seen
 
 
+def test_fakes_of_triton(op, device, generator, monkeypatch):
+    """Its launchers allocate what the fakes say; all else that opcheck looks at is the same code for every backend."""
+    if "triton" not in op.backends or "triton" not in op.usable[device.type]:
+        pytest.skip("no Triton here")
+    parameters.small_tiles(monkeypatch)
+    for overload, args in _passes(op, sample_of(op, smoke_cases(op)[0], torch.float32, device, generator), "triton", generator):
+        torch.library.opcheck(overload, args, test_utils="test_faketensor")
+
+
 def _compiled_equals_eager(op, sample, backend, upstream, compiler):
     torch._dynamo.reset()
     compiled = torch.compile(lambda **inputs: op.public(**inputs, backend=backend), fullgraph=True, backend=compiler)
     assert_bitwise(run(op, sample, lambda **inputs: compiled(**inputs), upstream), run(op, sample, backend, upstream), compiler)
 
 
-def test_fullgraph(op, variant, backend, native, device, generator):
+def test_fullgraph(op, backend, native, device, generator):
     """Without a graph break, equal to the bit; the grid under aot_eager, one case under inductor."""
-    cases = smoke_cases(op)
-    for case in cases[:1] if variant[1] == "interpreted" else cases:
+    for case in smoke_cases(op):
         sample = sample_of(op, case, torch.bfloat16 if torch.bfloat16 in op.dtypes else torch.float32, device, generator)
         upstream = draw_upstream(op, sample, 1.0, generator)
         _compiled_equals_eager(op, sample, backend, upstream, "aot_eager")
-    if variant[1] != "avx2":
-        _compiled_equals_eager(op, sample, backend, upstream, "inductor")
+    _compiled_equals_eager(op, sample, backend, upstream, "inductor")
 
 
-def test_export(op, variant, backend, native, device, generator):
+def test_export(op, backend, native, device, generator):
     """torch.export gives a program with our operator in it and the same bits."""
     sample = sample_of(op, smoke_cases(op)[0], torch.float32, device, generator)
     tensors = {n: v for n, v in sample.inputs.items() if isinstance(v, torch.Tensor)}

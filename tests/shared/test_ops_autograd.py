@@ -14,7 +14,7 @@ def _first(op, device, generator):
     return sample_of(op, smoke_cases(op)[0], torch.float32, device, generator)
 
 
-def test_activation_checkpointing(op, variant, backend, native, device, generator):
+def test_activation_checkpointing(op, backend, native, device, generator):
     if "backward" not in op.directions:
         pytest.skip("no backward")
     sample = _first(op, device, generator)
@@ -24,7 +24,7 @@ def test_activation_checkpointing(op, variant, backend, native, device, generato
     assert_bitwise(run(op, sample, again, upstream), run(op, sample, backend, upstream))
 
 
-def test_only_wanted_gradients(op, variant, backend, native, device, generator):
+def test_only_wanted_gradients(op, backend, native, device, generator):
     """Each differentiable argument alone gets the gradient that it gets among all."""
     if "backward" not in op.directions:
         pytest.skip("no backward")
@@ -37,7 +37,7 @@ def test_only_wanted_gradients(op, variant, backend, native, device, generator):
             assert_bitwise({f"d_{argument}": got[f"d_{argument}"]}, {f"d_{argument}": want[f"d_{argument}"]}, argument)
 
 
-def test_each_output_alone(op, variant, backend, native, device, generator):
+def test_each_output_alone(op, backend, native, device, generator):
     """A loss that uses one output only: the others' gradients are absent, not garbage."""
     if "backward" not in op.directions:
         pytest.skip("no backward")
@@ -65,7 +65,7 @@ def _upstream(op, sample, scale, generator):
     return [drawn[name] for name, one in zip(op.outputs, takes, strict=False) if one]
 
 
-def test_double_backward_says_no(op, variant, backend, native, device, generator):
+def test_double_backward_says_no(op, backend, native, device, generator):
     """Whichever way a gradient's own gradient is asked for: a missing part would be a wrong derivative without a word."""
     if "backward" not in op.directions:
         pytest.skip("no backward")
@@ -101,7 +101,7 @@ def test_double_backward_says_no(op, variant, backend, native, device, generator
                 torch.autograd.grad(leaf.square().sum() + mine.square().sum(), leaf, retain_graph=True)
 
 
-def test_functorch_transforms_say_no(op, variant, backend, native, device, generator):
+def test_functorch_transforms_say_no(op, backend, native, device, generator):
     """Inside them an operator does not see that its input takes a gradient: chosen or automatic, kernels refuse."""
     sample = _first(op, device, generator)
     name = (*sample.grad, next(n for n, v in sample.inputs.items() if isinstance(v, torch.Tensor)))[0]
@@ -127,10 +127,10 @@ def test_functorch_transforms_say_no(op, variant, backend, native, device, gener
     _outputs(op, sample, backend)  # and outside all is as before
 
 
-def test_batched_upstream_gradients(op, variant, backend, native, device, generator):
+def test_batched_upstream_gradients(op, backend, native, device, generator):
     """vmap over the backward alone (vectorised Jacobians) is right: each upstream gradient gives its own gradient."""
-    if "backward" not in op.directions or variant[1] == "interpreted":
-        pytest.skip("no backward, or nothing that vmap does not do alike for all kernels")
+    if "backward" not in op.directions:
+        pytest.skip("no backward")
     sample = with_leaves(_first(op, device, generator))
     leaves = [sample.inputs[name] for name in sample.grad]
     upstream = [_upstream(op, sample, scale, generator) for scale in (1.0, 2.0)]
@@ -151,7 +151,7 @@ def test_functorch_transforms_inside_a_compiled_function(device):
         torch.compile(gradient, backend="aot_eager")(torch.randn(4, 8, device=device))
 
 
-def test_forward_mode_says_no(op, variant, backend, native, device, generator):
+def test_forward_mode_says_no(op, backend, native, device, generator):
     """A dropped tangent would be a wrong derivative without a word."""
     if not (sample := _first(op, device, generator)).grad:
         pytest.skip("nothing to differentiate")
@@ -165,7 +165,7 @@ def test_forward_mode_says_no(op, variant, backend, native, device, generator):
     assert tangent[0].any()
 
 
-def test_autocast_keeps_the_dtype(op, variant, backend, device, generator):
+def test_autocast_keeps_the_dtype(op, backend, device, generator):
     """Operators keep their inputs' dtype; those that cast, compute in autocast's: nothing else differs, on any backend."""
     sample = _first(op, device, generator)
     low = sample.to(torch.bfloat16) if op.autocast else sample

@@ -1,8 +1,9 @@
-"""Triton's interpreter, repaired for the tests: bfloat16 as the hardware does it, loop bounds under every numpy.
+"""Triton's interpreter, repaired for the tests: bfloat16 and fused multiply-add as the hardware does them, loop bounds under
+every numpy.
 
 Unrepaired (Triton 3.6) it truncates float32 to bfloat16 where hardware rounds to nearest even, multiplies and adds the raw
-bits of bfloat16, and from numpy 2.4 on cannot loop to a bound that is known at run time only. test_triton_interpreter.py
-shows each of them, with and without `install()`.
+bits of bfloat16, rounds the product in tl.fma before it adds, and from numpy 2.4 on cannot loop to a bound that is known at
+run time only. test_triton_interpreter.py shows each of them, with and without `install()`.
 """
 
 import numpy as np
@@ -35,7 +36,7 @@ def install() -> None:
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     is_bf16 = lambda operand: operand.dtype.scalar == tl.bfloat16
     cast, fp_to_fp, dot = builder.cast_impl, builder.create_fp_to_fp, builder.create_dot
-    binary, unary, fma = builder.binary_op, builder.unary_op, builder.create_fma
+    binary, unary = builder.binary_op, builder.unary_op
     patch_tensor = interpreter._patch_lang_tensor
 
     def convert(original):
@@ -62,10 +63,18 @@ def install() -> None:
             return original(self, operand, *rest)
         return checked
 
+    def fused(self, x, y, z):
+        """float32 through float64, where the product is exact. Other dtypes are not used by the kernels."""
+        if z.dtype.scalar != tl.float32:
+            raise TypeError(f"the interpreter's fma of {z.dtype.scalar} is not repaired: use float32")
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+            return handle(total.astype(np.float32), z.dtype.scalar)
+
     def patch_tensor_with_index(tensor, scope):
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = convert(cast), convert(fp_to_fp), repaired_dot
-    builder.binary_op, builder.unary_op, builder.create_fma = refusing(binary), refusing(unary), refusing(fma)
+    builder.binary_op, builder.unary_op, builder.create_fma = refusing(binary), refusing(unary), fused
     interpreter._patch_lang_tensor = patch_tensor_with_index

@@ -1,4 +1,4 @@
-"""Prints what the interpreter makes of three small kernels, as JSON. `python interpreter_probe.py bare | repaired`."""
+"""Prints what the interpreter makes of five small kernels, as JSON. `python interpreter_probe.py bare | repaired`."""
 
 import json
 import os
@@ -43,6 +43,12 @@ def add_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + at, tl.load(x_ptr + at) + tl.load(x_ptr + at))
 
 
+@triton.jit
+def fma_kernel(x_ptr, y_ptr, z_ptr, out_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, tl.fma(tl.load(x_ptr + at), tl.load(y_ptr + at), tl.load(z_ptr + at)))
+
+
 def attempt(probe) -> object:
     try:
         return probe()
@@ -81,5 +87,12 @@ def add():
     return float((y.double() - 2 * x.double()).abs().max().nan_to_num(float("inf")))
 
 
+def fma():
+    """Largest error of x * y - round(x * y), which a fused multiply-add computes exactly."""
+    x, y, out = torch.randn(1024), torch.randn(1024), torch.zeros(1024)
+    fma_kernel[(1,)](x, y, -(x * y), out, BLOCK=1024)
+    return float((out.double() - (x.double() * y.double() - (x * y).double())).abs().max())
+
+
 torch.manual_seed(0)
-print(json.dumps({probe.__name__: attempt(probe) for probe in (cast, dot, loop, add)}))
+print(json.dumps({probe.__name__: attempt(probe) for probe in (cast, dot, loop, add, fma)}))

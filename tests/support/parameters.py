@@ -1,26 +1,63 @@
-"""Parameters and fixtures of the shared checks; a module that imports them has its tests run over the registry."""
+"""Parameters and fixtures of the shared checks; a module that imports them has its tests run over the registry.
+
+What a test takes decides how often it runs:
+
+- `op, variant, backend`: for every backend, `cpp` once for each instruction set: properties of kernels;
+- `op, backend`: for every backend once, `cpp` with the instruction set that the processor chooses by itself, Triton not in
+  its interpreter: properties of what lies above the kernels (dispatch, autograd, fakes), which is the same code for all;
+- `op`: once.
+
+Tests that take `native` leave out `reference`, which is PyTorch's own composition.
+"""
+
+import inspect
+from importlib import import_module
 
 import pytest
 from cells import variants
 from shared import OPS, instruction_set
 
+# Tiles in which the interpreter takes as long for a few rows as for many: smaller ones, so that short sequences fill several.
+INTERPRETED_TILES = {"gae": {"BLOCK": 32}}
+
 
 def pytest_generate_tests(metafunc):
-    """`op` and `variant` (backend, instruction set) from the registry; tests that take `native` see cpp and triton only."""
-    if "variant" in metafunc.fixturenames:
-        pairs = [(op, variant) for op in OPS.values() for variant in variants(metafunc.config.getoption("--device"), op)
-                 if variant[0] in op.backends and (variant[0] != "reference" or "native" not in metafunc.fixturenames)]
+    takes = inspect.signature(metafunc.function).parameters
+    device = metafunc.config.getoption("--device")
+    kept = lambda op, backend: backend in op.backends and (backend != "reference" or "native" not in takes)
+    if "variant" in takes:
+        pairs = [(op, variant) for op in OPS.values() for variant in variants(device, op) if kept(op, variant[0])]
         metafunc.parametrize("op,variant", pairs, ids=[f"{op.name}-{'-'.join(filter(None, v))}" for op, v in pairs])
-    elif "op" in metafunc.fixturenames:
+    elif "backend" in takes:
+        pairs = [(op, backend) for op in OPS.values() for backend in above_the_kernels(op, device) if kept(op, backend)]
+        metafunc.parametrize("op,backend", pairs, ids=[f"{op.name}-{backend}" for op, backend in pairs])
+    elif "op" in takes:
         metafunc.parametrize("op", OPS.values(), ids=list(OPS))
+
+
+def above_the_kernels(op, device):
+    """The backends, without repetition; under the interpreter Triton only where no compiled library is to be had."""
+    backends = dict.fromkeys(backend for backend, _ in variants(device, op))
+    if "cpp" in backends:
+        backends.pop("triton", None)
+    return list(backends)
 
 
 @pytest.fixture
 def native():
-    """Marks a test as one of compiled backends: `reference` is PyTorch's own composition."""
+    """Marks a test as one of compiled backends."""
 
 
 @pytest.fixture
-def backend(variant):
+def backend(variant, monkeypatch):
+    if variant[1] == "interpreted":
+        small_tiles(monkeypatch)
     with instruction_set(variant[1]):
         yield variant[0]
+
+
+def small_tiles(monkeypatch):
+    for name, constants in INTERPRETED_TILES.items():
+        module = import_module(f"internlm2_kernels._triton.{name}")
+        for constant, value in constants.items():
+            monkeypatch.setattr(module, constant, value)

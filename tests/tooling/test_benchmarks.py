@@ -3,6 +3,8 @@
 import fnmatch
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +23,13 @@ from tools.timing import Peaks
 for needed in ("pytest_benchmark", "matplotlib", "rich"):
     pytest.importorskip(needed, reason="the benchmark suite needs the extra `bench`")
 
-from benchmarks import gates, plot, record, report, suite  # noqa: E402 (skipped above where pytest-benchmark is missing)
+from benchmarks import current, gates, pages, plot, record, registers, report, suite  # noqa: E402 (skipped above where pytest-benchmark is missing)
+
+
+def registers_offered():
+    from internlm2_kernels import _registry
+    return bool(_registry._C and _registry._C.best_cpu_isa())
+
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -66,7 +74,7 @@ def bench():
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """A small real run, recorded: rms_norm forward and training, two dtypes, and a small call."""
-    run = record.Record(tmp_path_factory.mktemp("results"), CPU, PEAKS, {"ops": ["rms_norm"], "quick": True})
+    run = record.Record(tmp_path_factory.mktemp("results"), CPU, PEAKS, {"ops": ["rms_norm"], "quick": False})
     timer, rows = bench(), []
     for kind in ("forward", "training", "call"):
         for dtype in (torch.bfloat16, torch.float32):
@@ -77,7 +85,6 @@ def measured(tmp_path_factory):
             on_disk = record.rows_of(record.load(run.path))
             assert len(on_disk) == len(rows), "a pass must be on disk as soon as it is measured"
     assert not record.load(run.path)["run"]["complete"]
-    assert record.newest(run.path.parents[1]) == []
     run.finish(complete=True)
     return run, rows
 
@@ -118,9 +125,10 @@ def test_record_is_a_pytest_benchmark_file(measured):
 def test_plot_and_markdown_of_a_run(measured, tmp_path):
     run, _ = measured
     data = record.load(run.path)
-    plot.roofline(data, tmp_path / "roof.png")
-    png = (tmp_path / "roof.png").read_bytes()
-    assert png[:8] == b"\x89PNG\r\n\x1a\n" and len(png) > 10_000
+    for draw in (plot.limits, plot.speed):
+        draw(record.rows_of(data), tmp_path / "plot.png", report.machine_of(data))
+        png = (tmp_path / "plot.png").read_bytes()
+        assert png[:8] == b"\x89PNG\r\n\x1a\n" and len(png) > 10_000
     text = report.markdown(data)
     assert text.count("| rms_norm | 64x64 |") == 8 and "gated rows meet their gate" in text
 
@@ -150,7 +158,8 @@ def test_a_form_that_cannot_run_is_named_and_left_out(monkeypatch):
 def row(**changes):
     base = suite.Row("rms_norm", {"rows": 8, "cols": 4}, "bfloat16", "forward", "cpu", "cpp", True, "perf_counter", 11,
                      (1e-3, 1e-3, 1e-3), {"eager": {"form": "f", "ratio": (7.0, 6.0, 8.0)},
-                                          "compile": {"form": "f", "ratio": (1.0, 0.9, 1.1)}}, 100, 100, 1e5, 0.8, 0.8)
+                                          "compile": {"form": "f", "ratio": (1.0, 0.9, 1.1)}}, 100, 100, 1e5, 0.8, 0.8,
+                     limit_fraction=0.8)
     return asdict(replace(base, **changes))
 
 
@@ -166,17 +175,77 @@ def test_verdicts():
     assert gates.judge(row(dtype="float32"), table) == [] == gates.judge(row(direction="both"), table)
 
 
-def test_what_only_reads_is_held_against_the_read_rate():
-    """Also in runs that were recorded when its bytes counted at the copy rate; flops at the matrix rate of the dtype."""
-    peaks = asdict(PEAKS)
-    share = lambda **changes: suite.roof_share(row(flops=0, copy_fraction=1.7, read_fraction=0.9, **changes), peaks)
-    assert (share(), share(op="squared_norm"), share(op="paged_attention")) == (1.7, 0.9, 0.9)
-    for dtype, rate in (("bfloat16", PEAKS.matmul_flops_per_s), ("float32", PEAKS.matmul_float32_flops_per_s)):
-        assert suite.roof_share(row(flops=2e-3 * rate, dtype=dtype), peaks) == pytest.approx(2)  # in a millisecond
-    old = row(op="squared_norm", flops=0, copy_fraction=1.7, read_fraction=0.9, roof_fraction=1.7)
-    call = row(op="squared_norm", direction="call")
-    data = {"benchmarks": [{"extra_info": {"row": r}} for r in (old, call)], "run": {"peaks": peaks, "red": []}}
-    assert [r["roof_fraction"] for r in record.rows_of(data)] == [0.9, None] and old["roof_fraction"] == 1.7
+def test_a_ratio_is_met_at_the_machines_limit():
+    """From 0.85 of it on, or from what the gate names; a share that the gate demands is a demand of its own."""
+    gate = {"device": "cpu", "op": "rms_norm", "direction": "forward", "eager": 6.0, "compile": 1.05}
+    text = lambda measured, **more: report.verdict_text(gates.judge(measured, [gate | more]))
+    assert text(row(limit_fraction=0.84)) == "missed: compile 1.00 < 1.05"
+    assert text(row(limit_fraction=0.85)) == "at the limit"
+    assert text(row(limit_fraction=0.9), limit=0.95) == "missed: compile 1.00 < 1.05"
+    assert text(row(limit_fraction=0.9, copy_fraction=0.9), bw=0.95) == "missed: bw 0.90 < 0.95"
+    assert text(row(limit_fraction=0.9), compile=1.0) == "met"
+    pairs = report.judged([row(limit_fraction=0.9), row(dtype="float32"), row(op="rope_table")])
+    assert report.gate_count(pairs).endswith("gated rows meet their gate, 1 of them at the limit.")
+
+
+def test_rows_older_than_the_yardsticks_are_judged_by_ratio_and_read_rate():
+    old = row(copy_fraction=0.2, read_fraction=0.6)
+    del old["limit_fraction"]
+    gate = {"device": "cpu", "op": "rms_norm", "direction": "forward", "eager": 6.0, "bw": 0.75, "roof": 0.9, "read": 0.7}
+    assert [v.what for v in gates.judge(old, [gate])] == ["eager", "read"]
+    assert report.percent([old.get("limit_fraction")]) == "-"
+
+
+def yardsticks(seconds, op="rms_norm", direction="forward", loops=None, **stages):
+    """The row that `Bench` makes of these seconds of ours, of a copy, a read and the loop of multiply-adds."""
+    timer, case = suite.Bench(CPU, PEAKS, suite.Settings(), loops), next(c for c in OPS[op].workload.cases if c.kind == "model")
+    times = {"forward": {"ours cpp": [seconds] * 3} | {name: [took] * 3 for name, took in stages.items()}}
+    times["both"] = {"ours cpp": [seconds] * 3}
+    kind = "forward" if direction == "forward" else "training"
+    blank = suite.Row(op, case.dims, "bfloat16", direction, "cpu", "cpp", True, "", 0)
+    job = suite.Pass(OPS[op], case, torch.bfloat16, kind)
+    return timer._row(blank, job, suite.Paired(times, {}, "perf_counter")), timer._moved(job), job
+
+
+def test_the_limit_is_the_copy_the_read_or_the_register_rate():
+    found, moved, _ = yardsticks(1.0, copy=1.0, read=0.5)
+    assert found.copy_fraction == pytest.approx(found.bytes / moved) and found.limit_fraction == found.copy_fraction
+    assert found.read_fraction == pytest.approx(found.copy_fraction / 2) and found.product_fraction is None
+    found, moved, _ = yardsticks(1.0, op="paged_attention", copy=1.0, read=0.5)
+    assert found.limit_fraction == found.read_fraction == pytest.approx(found.bytes / moved / 2)
+    loop = registers.Loop(None, "avx512", 2, 1, 1e9)
+    found, _, job = yardsticks(1.0, op="flash_attention", loops={"bfloat16": loop}, copy=1.0, read=0.5, registers=0.001)
+    assert found.product_fraction == pytest.approx(found.flops / 1e12)
+    assert found.limit_fraction == max(found.product_fraction, found.copy_fraction)
+
+
+def test_yardsticks_copy_into_memory_that_is_present_and_take_turns_beyond_the_cache():
+    timer, calls = suite.Bench(CPU, PEAKS, suite.Settings()), []
+    loop = registers.Loop(SimpleNamespace(run=lambda *a: calls.append(a)), "avx512", 2, 7, 1e9)
+    timer.loops = {"float32": loop}
+    job = suite.Pass(OPS["rms_norm"], Case("model", {"rows": 8, "cols": 16}), torch.float32, "forward")
+    copy, read = timer._yardsticks(job)
+    place, sets = timer.memory.data_ptr(), timer.memory.numel() * 4 // timer._moved(job)
+    assert sets >= 2 and float(read.forward(0)) == timer._moved(job) / 4
+    first = timer.memory.view(sets, 2, -1)
+    first[:, 0] = 7
+    for i in range(sets):
+        copy.forward(i)
+    assert timer.memory.data_ptr() == place and (first == 7).all()  # each part was copied once, into the same memory
+    case = next(c for c in OPS["flash_attention"].workload.cases if c.kind == "model")
+    *_, products = timer._yardsticks(suite.Pass(OPS["flash_attention"], case, torch.float32, "forward"))
+    products.forward(0)
+    assert products.name == "registers" and calls == [(b"avx512", 7, 2)]
+
+
+@pytest.mark.skipif(not registers_offered(), reason="the loops are for x86-64 with AVX2")
+def test_register_peak_exceeds_every_product_of_torch(tmp_path):
+    """Loops of multiply-adds that touch no memory: faster than a product of matrices can be, on as many threads."""
+    library = registers.compiled(tmp_path)
+    peak = registers.loop(library, "avx2", 1)
+    assert peak.flops == 192 * peak.count and registers.rate(peak) > 1e9
+    assert library.run(b"no such instructions", 1, 1) == -1
+    assert registers.loops("", 1) == {}
 
 
 def test_unknown_gate_key_is_an_error(tmp_path):
@@ -194,25 +263,44 @@ def test_worst_comes_first():
     assert order[0] is not ungated and order[0]["red"] and order[1] == slow and order[-1] == ungated
 
 
-def test_readme_section_is_rewritten_between_its_markers(measured, monkeypatch):
+@pytest.fixture
+def everything_planned(monkeypatch):
+    """Tests measure sizes of their own, which no benchmark run would."""
+    class Every:
+        def __contains__(self, key):
+            return True
+    monkeypatch.setattr(current, "planned", lambda device_type: Every())
+
+
+README = "\n".join(["# head", *(f"<!-- {name}: begin (python -m benchmarks report) -->\nstale\n<!-- {name}: end -->"
+                                for name in ("status", "benchmarks")), "tail\n"])
+
+
+def test_pages_are_written_from_the_records(measured, everything_planned, tmp_path):
+    """A copy of the run as it lies in benchmarks/results: the README between its markers, the results' page, the plots."""
     run, _ = measured
-    monkeypatch.setattr(report, "ROOT", run.path.parents[1])
-    runs = record.newest(run.path.parents[1])
-    old = f"# head\n\n{report.BEGIN}\nstale\n{report.END}\n\ntail\n"
-    new = report.with_section(old, runs)
+    results = tmp_path / "benchmarks" / "results"
+    shutil.copytree(run.path.parents[1], results)
+    (tmp_path / "README.md").write_text(README)
+    assert pages.write(results, tmp_path) == [tmp_path / "README.md", results / "README.md"]
+    new, page = (tmp_path / "README.md").read_text(), (results / "README.md").read_text()
     assert new.startswith("# head\n") and new.endswith("tail\n") and "stale" not in new
-    assert "| rms_norm | " in new and f"{run.path.stem}.png" in new
-    assert report.with_section(new, runs) == new
+    assert "| `rms_norm` | fwd+bwd | 1 | " in new and "**not yet run on hardware**" in new
+    assert page.count("| rms_norm | 64x64 |") == 8 and f"[{run.path.stem}](" in page
+    for text, folder in ((new, tmp_path), (page, results)):
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            assert (folder / target).exists() or "docs/" in target, target
+    assert pages.write(results, tmp_path) == []
     with pytest.raises(ValueError, match="expected the lines"):
-        report.with_section("# no markers\n", runs)
+        pages.with_parts("# no markers\n", [])
 
 
-def test_readme_has_the_memory_that_was_measured(measured, monkeypatch, tmp_path):
+def test_the_results_page_has_the_memory_that_was_measured(tmp_path):
     """`python -m benchmarks.memory` on a small head, then its table: what took too long is named with the reason."""
-    form, runs = "F.linear_cross_entropy chunked", record.newest(measured[0].path.parents[1])
+    form = "F.linear_cross_entropy chunked"
     command = [sys.executable, "-m", "benchmarks.memory", "--tokens", "64", "--cols", "32", "--vocab", "300"]
     subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, check=True, capture_output=True, timeout=300)
-    path = tmp_path / report.MEMORY
+    path = tmp_path / pages.MEMORY
     data = json.loads(path.read_text())
     assert {row["tokens"] for row in data["rows"]} == {64} and path.with_suffix(".png").exists()
     ours = [row for row in data["rows"] if row["form"] == "ours"]
@@ -220,35 +308,84 @@ def test_readme_has_the_memory_that_was_measured(measured, monkeypatch, tmp_path
     data["rows"] = [row for row in data["rows"] if row["form"] != form]
     data["left_out"] = [{"form": form, "tokens": 64, "why": "took longer than 1 s"}]
     path.write_text(json.dumps(data))
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    table = report.memory(path)
+    table = pages.memory(path, tmp_path)
     assert f"| `{form}` | took longer than 1 s |" in table and "| ours | 0.00 |" in table
-    monkeypatch.setattr(report, "ROOT", Path("/"))
-    runs[0] |= {"path": tmp_path / runs[0]["path"].name}
-    assert table.splitlines()[2] in report.section(runs[:1])
 
 
-def test_an_operator_measured_again_replaces_only_its_own_rows(tmp_path):
-    for number, ops, complete in ((1, ["swiglu", "rms_norm"], True), (2, ["swiglu"], True), (3, ["rms_norm"], False)):
-        entries = [{"extra_info": {"row": {"op": op, "run": number}}} for op in ops]
-        (tmp_path / "cpu").mkdir(exist_ok=True)
-        (tmp_path / "cpu" / f"{number:04d}_abc.json").write_text(json.dumps(
-            {"run": {"complete": complete, "options": {"ops": ops}, "red": []}, "benchmarks": entries}))
-    runs = record.newest(tmp_path)
-    assert [record.rows_of(data) for data in runs] == [[{"op": "swiglu", "run": 2}], [{"op": "rms_norm", "run": 1}]]
+def store(folder, number, rows, day=1, complete=True, **options):
+    """A record as far as `current` reads it."""
+    (folder / "cpu").mkdir(exist_ok=True)
+    at = f"2026-01-{day:02d}T00:00:00+00:00"
+    path = folder / "cpu" / f"{number:04d}_abc.json"
+    path.write_text(json.dumps({
+        "run": {"complete": complete, "options": {"ops": ["rms_norm"]} | options, "red": []}, "datetime": at,
+        "commit_info": {"time": at}, "machine_info": {"device_type": "cpu"},
+        "benchmarks": [{"extra_info": {"row": row(**changes)}} for changes in rows]}))
+    return path
 
 
-def test_readme_is_up_to_date():
-    """`python -m benchmarks report` rewrites it from the newest complete run of each operator on each device."""
+def test_the_newest_row_counts_wherever_it_stands(tmp_path, everything_planned):
+    """A partial run replaces its own rows only; quick runs and runs without torch.compile replace nothing."""
+    both, one = [{"direction": "forward"}, {"direction": "both"}], [{"direction": "both"}]
+    oldest = store(tmp_path, 1, both)
+    older, partial = store(tmp_path, 2, both), store(tmp_path, 3, one, complete=False)
+    store(tmp_path, 4, both, quick=True)
+    store(tmp_path, 5, both, compile=False)
+    (device,) = current.current(tmp_path)
+    assert [(r["direction"], r["record"]) for r in device.rows] == [("both", "0003_abc"), ("forward", "0002_abc")]
+    assert [run["path"] for run in device.runs] == [partial, older]
+    assert oldest in current.prune(tmp_path) and not oldest.exists() and older.exists() and partial.exists()
+    assert current.superseded(tmp_path) == []
+
+
+def test_sizes_that_are_measured_no_more_do_not_count(tmp_path):
+    store(tmp_path, 1, [{"dims": {"rows": 3, "cols": 5}}])
+    assert current.current(tmp_path) == []
+    dims = next(c.dims for c in OPS["rms_norm"].workload.cases if c.kind == "model")
+    store(tmp_path, 2, [{"dims": dims}])
+    assert [r["record"] for r in current.current(tmp_path)[0].rows] == ["0002_abc"]
+
+
+def test_rows_older_than_a_change_of_their_arithmetic_are_marked(tmp_path, everything_planned):
+    store(tmp_path, 1, [{}, {"dtype": "float32"}, {"op": "swiglu"}], day=1)
+    store(tmp_path, 2, [{"direction": "both"}], day=20)
+    (tmp_path / current.CHANGED).write_text('[[changed]]\nops = ["rms_norm"]\ncommit = "abc1234"\n'
+                                            'date = 2026-01-10T00:00:00Z\nwhat = "sums"\ndtype = ["bfloat16"]\n')
+    rows = current.current(tmp_path)[0].rows
+    assert {(r["op"], r["dtype"], r["direction"]): r["changed"] for r in rows} == {
+        ("rms_norm", "bfloat16", "forward"): "sums (abc1234)", ("rms_norm", "float32", "forward"): "",
+        ("swiglu", "bfloat16", "forward"): "", ("rms_norm", "bfloat16", "both"): ""}
+    marked = [r for r in rows if r["changed"]]
+    assert report.cells(marked[0], [], [])[0] == f"rms_norm {report.CHANGED}"
+    (tmp_path / current.CHANGED).write_text('[[changed]]\nops = ["rms"]\ncommit = "a"\ndate = 2026-01-10T00:00:00Z\n'
+                                            'what = "sums"\n')
+    with pytest.raises(ValueError, match="unknown operators"):
+        current.changes(tmp_path)
+
+
+def test_a_recorded_gpu_run_changes_the_status():
+    held = lambda backend, device: current.Device(Path("x"), [{"machine_info": {"device": device}, "datetime": "2026-02-03T"}],
+                                                  [row(backend=backend)])
+    before, after = pages.status([held("cpp", "EPYC")]), pages.status([held("cpp", "EPYC"), held("triton", "NVIDIA Test")])
+    line = lambda text, backend: next(x for x in text.splitlines() if x.startswith(f"| `{backend}`"))
+    assert "measured (EPYC, 2026-02-03)" in line(before, "cpp") and "not yet run on hardware" in line(before, "triton")
+    assert "measured (NVIDIA Test, 2026-02-03)" in line(after, "triton") and "not yet" in line(after, "cuda")
+
+
+def test_generated_pages_are_up_to_date():
+    """`python -m benchmarks report` writes them from the newest rows; a superseded record is to be removed."""
+    devices = current.current()
     text = (ROOT / "README.md").read_text()
-    assert report.with_section(text, record.newest()) == text, "stale: run `python -m benchmarks report`"
+    assert pages.with_parts(text, devices) == text, "stale: run `python -m benchmarks report`"
+    assert pages.page(devices) == (record.RESULTS / "README.md").read_text(), "stale: run `python -m benchmarks report`"
+    assert all((device.folder / plot.SPEED).exists() for device in devices)
+    assert current.superseded() == [], "run `python -m benchmarks prune`"
 
 
-def test_recorded_runs_are_readable_and_complete_with_their_files():
+def test_recorded_runs_are_readable():
     for path in record.RESULTS.glob("*/[0-9]*.json"):
         data = record.load(path)
         assert record.rows_of(data) and not data["run"]["red"], path
-        assert path.with_suffix(".png").exists() and path.with_suffix(".md").exists(), path
 
 
 def command(*args, **options):

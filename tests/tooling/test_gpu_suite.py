@@ -13,7 +13,7 @@ for needed in ("pytest_benchmark", "matplotlib", "rich"):
     pytest.importorskip(needed, reason="the benchmark suite needs the extra `bench`")
 
 from benchmarks import __main__ as command  # noqa: E402 (skipped above where pytest-benchmark is missing)
-from benchmarks import gates, plot, record, report, suite  # noqa: E402
+from benchmarks import current, gates, pages, plot, record, suite  # noqa: E402
 from internlm2_kernels import OPS  # noqa: E402
 from internlm2_kernels.workloads import Case  # noqa: E402
 from tools.timing import Paired, Peaks  # noqa: E402
@@ -98,7 +98,7 @@ def test_a_run_that_was_killed_is_continued_where_it_ended(tmp_path):
         again.start(job)
         again.add(job, *timer.run(job))
     again.finish(complete=True)
-    (data,) = record.newest(tmp_path)
+    data = record.load(again.path)
     assert len(record.rows_of(data)) == 6 and again.without_recorded(passes) == [] and "running" not in data["run"]
     assert [p.name for p in tmp_path.glob("*/*")] == [again.path.name]
     assert record.Record(tmp_path, CPU, PEAKS, OPTIONS, resume=True).path != again.path, "a complete run stays as it is"
@@ -184,8 +184,8 @@ def synthetic(folder, monkeypatch):
     case = next(c for c in OPS["flash_attention"].workload.cases if c.kind == "gpu")
     for kind, stages in (("forward", ["forward"]), ("training", ["backward", "both"])):
         job = suite.Pass(OPS["flash_attention"], case, torch.bfloat16, kind)
-        names = {"ours triton": 1.0, "eager SDPA": 1.2, "cudnn": 0.9, "flash": 1.6, "efficient": 2.5, "flex": 1.4, "clone": 0.1}
-        times = {stage: {name: [t * 1e-3] * 5 for name, t in names.items()} for stage in (*stages, "forward")}
+        names = {"ours triton": 1.0, "eager SDPA": 1.2, "cudnn": 0.9, "flash": 1.6, "efficient": 2.5, "flex": 1.4}
+        times = {stage: {name: [t * 1e-2] * 5 for name, t in names.items()} for stage in (*stages, "forward")}
         paired = Paired(times, {}, "cuda graph replay")
         rows = [suite.Row("flash_attention", case.dims, "bfloat16", d, "cuda", "triton", True, "", 0) for d in stages]
         run.start(job)
@@ -197,18 +197,16 @@ def synthetic(folder, monkeypatch):
 
 def test_report_of_a_gpu_run(tmp_path, monkeypatch):
     run = synthetic(tmp_path, monkeypatch)
-    monkeypatch.setattr(report, "ROOT", tmp_path)
     command.render(run.path)
     text = run.path.with_suffix(".md").read_text()
     for part in ("NVIDIA Test; torch", "triton", "ccccccc", "x cudnn", "x flash", "x efficient", "x flex", "cudnn 0.90 < 1",
-                 "bf16 matrix product 800.00 TFLOP/s", "efficient cannot run"):
+                 "torch's bf16 matrix product 800.00 TFLOP/s", "efficient cannot run"):
         assert part in text, part
     assert run.path.with_suffix(".png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    readme = report.with_section(f"{report.BEGIN}\n{report.END}\n", record.newest(tmp_path))
-    assert "NVIDIA Test" in readme and "| flash_attention | triton | fwd | bf16 | 1 | 1.20" in readme
-    assert f"nvidia-test/{run.path.stem}.png" in readme
-    assert report.NO_GPU not in readme and report.NO_GPU in report.section(
-        [data | {"machine_info": data["machine_info"] | {"device_type": "cpu"}} for data in record.newest(tmp_path)])
+    (device,) = current.current(tmp_path)
+    assert device.on_gpu and "| flash_attention | triton | fwd | bf16 | 1 | 1.20" in (page := pages.page([device], tmp_path))
+    assert "## NVIDIA Test" in page and f"nvidia-test/{run.path.name}" in page and "No run on a GPU" not in page
+    assert "NVIDIA Test" in pages.status([device]) and "NVIDIA Test" in pages.speed([device], tmp_path)
 
 
 def test_every_peer_has_a_look_of_its_own():

@@ -10,9 +10,13 @@ import signal
 
 import pytest
 import torch
-from runs import assert_same_bits, deterministic_part, small_config, small_trainer, weights
+from runs import MODEL, assert_same_bits, deterministic_part, small_config, small_trainer, weights
 
-from internlm2.checkpoint import CheckpointError, load_model
+from internlm2.checkpoint import load_model
+from internlm2.model import InternLM2
+from internlm2.reward import RewardModel
+from internlm2.storage import CheckpointError
+from internlm2.training.checkpoints import RunCheckpoints
 from internlm2.training.metrics import read_log
 from internlm2.training.paired import PairedTrainer
 from internlm2.training.pretrain import build_learner
@@ -64,6 +68,17 @@ def test_the_newest_two_checkpoints_stay(whole):
 def test_a_checkpoint_is_a_model(whole):
     model = load_model(whole.checkpoints.path(20))
     assert_same_bits({n: p.detach() for n, p in model.named_parameters()}, weights(whole))
+
+
+def test_a_checkpoint_says_which_model_it_is(tmp_path):
+    """Also of a reward model, and with a scaling that the released class does not know."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
+    for model in (RewardModel(dataclasses.replace(MODEL, reward_token_id=3)),
+                  InternLM2(dataclasses.replace(MODEL, rope_scaling=yarn))):
+        path = RunCheckpoints(tmp_path, keep=1).save(1, {"model.safetensors": model.state_dict()}, {}, model)
+        loaded = load_model(path)
+        assert type(loaded) is type(model) and loaded.config == model.config
+        assert_same_bits(*({n: p.detach() for n, p in m.named_parameters()} for m in (loaded, model)))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

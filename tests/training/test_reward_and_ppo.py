@@ -105,22 +105,44 @@ def test_an_actor_learns_what_it_is_paid_for(generator):
     assert stats["explained_variance"] > 0  # of the critic's last step
 
 
-def test_experience_is_the_definition(generator):
-    """Rewards, advantages and returns of one rollout by a loop in float64."""
+@pytest.mark.parametrize("temperature", (1.0, 0.6))
+def test_experience_is_the_definition(temperature, generator):
+    """Rewards, advantages and returns of one rollout by a loop in float64; every third response is truncated."""
     actor, reference = (InternLM2(TINY, dtype=torch.float64, seed=seed) for seed in (0, 1))
     critic = RewardModel(TINY, dtype=torch.float64)
     tokens, cu, mask, scores = rollout(actor, generator)
-    found = gather_experience(actor, reference, critic, tokens, cu, mask, scores, kl_coef=0.1, gamma=0.9, lam=0.8)
-    logits = [model(tokens, cu).log_softmax(-1).detach() for model in (actor, reference)]
+    truncated = torch.arange(SEQUENCES) % 3 == 0
+    found = gather_experience(actor, reference, critic, tokens, cu, mask, scores, temperature=temperature, truncated=truncated,
+                              kl_coef=0.1, gamma=0.9, lam=0.8)
+    logits = [(model(tokens, cu) / temperature).log_softmax(-1).detach() for model in (actor, reference)]
     values = critic.values(tokens, cu).detach()
     for i in range(SEQUENCES):
-        begin, end, after, advantage = int(cu[i]), int(cu[i + 1]), 0.0, 0.0
+        begin, end = int(cu[i]), int(cu[i + 1])
+        after, advantage = values[end - 1] if truncated[i] else 0.0, 0.0  # the value of the state after the last choice
         for t in range(end - 2, begin + PROMPT - 2, -1):
             reward = -0.1 * (logits[0][t, tokens[t + 1]] - logits[1][t, tokens[t + 1]]) + (scores[i] if t == end - 2 else 0)
             advantage = reward + 0.9 * after - values[t] + 0.9 * 0.8 * advantage
             after = values[t]
             torch.testing.assert_close(found.advantages[t], advantage, rtol=1e-9, atol=1e-9)
             torch.testing.assert_close(found.returns[t], advantage + values[t], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(found.logprobs[t], logits[0][t, tokens[t + 1]], rtol=1e-9, atol=1e-9)
+    # The loss asks for the policy at the same temperature: an actor that has not moved has ratios of exactly 1.
+    _, statistics = policy_loss(actor, found)
+    assert statistics["approx_kl"] == 0 and statistics["clip_fraction"] == 0
+
+
+def test_a_truncated_response_ends_before_the_sequence_does(generator):
+    """Tokens may follow the last choice, such as a reward token: the state after the choice is not the sequence's last."""
+    actor, critic = InternLM2(TINY, dtype=torch.float64), RewardModel(TINY, dtype=torch.float64)
+    tokens, cu, mask, scores = rollout(actor, generator)
+    mask = mask.clone()
+    mask[cu[1:].long() - 2] = False
+    options = dict(kl_coef=0.0, gamma=0.9, lam=0.8)
+    values = critic.values(tokens, cu).detach()
+    last = cu[1:].long() - 3
+    for truncated, follows in ((torch.ones(SEQUENCES, dtype=torch.bool), values[last + 1]), (None, torch.zeros(SEQUENCES))):
+        found = gather_experience(actor, actor, critic, tokens, cu, mask, scores, truncated=truncated, **options)
+        torch.testing.assert_close(found.advantages[last], scores + 0.9 * follows.double() - values[last], rtol=1e-9, atol=1e-9)
 
 
 def test_experience_of_no_sequence(generator):
@@ -140,11 +162,14 @@ def test_a_coefficient_that_is_no_number_is_refused(kl_coef, generator):
 
 @pytest.mark.parametrize("spoil,message", (
     (lambda r: (r[0], r[1], r[2].int(), r[3]), "mask must be bool"),
+    (lambda r: (*r, torch.ones(3, dtype=torch.bool)), r"truncated must be bool \[24\], got torch.bool \[3\]"),
+    (lambda r: (*r, torch.ones(SEQUENCES)), r"truncated must be bool \[24\], got torch.float32 \[24\]"),
     (lambda r: (r[0], r[1], r[2], r[3][:-1]), "scores must be .*one a sequence"),
     (lambda r: (r[0], r[1], torch.ones_like(r[2]), r[3]), "no choice follows"),
     (lambda r: (r[0], r[1], torch.zeros_like(r[2]), r[3]), "got none in sequence 0"),
 ))
 def test_a_wrong_rollout_is_refused(spoil, message, generator):
     actor, critic = InternLM2(TINY), RewardModel(TINY)
+    *sound, truncated = (*spoil(rollout(actor, generator)), None)[:5]
     with pytest.raises(ValueError, match=message):
-        gather_experience(actor, actor, critic, *spoil(rollout(actor, generator)))
+        gather_experience(actor, actor, critic, *sound, truncated=truncated)

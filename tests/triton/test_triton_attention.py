@@ -311,3 +311,22 @@ def test_int8_scale_of_zero_counts_as_one_and_nan_stays_nan(device, generator):
     inputs["k_scale"][last, 1] = math.nan
     got, _ = paged_call(inputs)
     assert got[1].isnan().all() and torch.equal(got[0], want[0])
+
+
+# ------------------------------------------------------------------------------------------------------ rows with one key
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths,options", (((1, 1, 1), {}), ((1, 40, 1), {"causal": True}), ((40,), {"window": (0, 0)}),
+                                             ((3, 20), {"causal": True, "softcap": 5.0})), ids=str)
+def test_a_row_that_sees_one_key_has_no_gradient_of_the_score(lengths, options, dtype, device, randn):
+    """The softmax of one score is 1 whatever the score is, so dq is exactly 0, and so is what the row adds to dk."""
+    q, k, v = 8 * randn(sum(lengths), 2, 64), 8 * randn(sum(lengths), 1, 64), randn(sum(lengths), 1, 64)
+    leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+    cu = ends(lengths, device)
+    out = ik.flash_attention(*leaves, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=max(lengths), backend="triton", **options)
+    alone = torch.zeros(sum(lengths), dtype=torch.bool, device=device)
+    alone[cu[:-1].long()] = "causal" in options or max(lengths) == 1
+    alone |= options.get("window") == (0, 0)
+    upstream = torch.where(alone[:, None, None], randn(*out.shape), torch.zeros_like(out, dtype=torch.float32)).to(dtype)
+    dq, dk, dv = torch.autograd.grad(out, leaves, upstream)
+    assert alone.any() and (dtype == torch.float32 or torch.equal(out[alone], leaves[2][alone].expand(-1, 2, -1)))
+    assert not dq.any() and not dk.any() and dv.any()

@@ -35,6 +35,7 @@ def test_repaired():
     assert found["dot"] < 1e-6
     assert found["loop"] == 5.0
     assert "arithmetic on bfloat16 operands" in found["add"]
+    assert found["fma"] == 0.0
 
 
 def test_bare_is_wrong():
@@ -44,6 +45,7 @@ def test_bare_is_wrong():
     assert found["dot"] > 1.0, "dot understands bfloat16 now"
     assert "DeprecationWarning" in str(found["loop"]) or "TypeError" in str(found["loop"]), "loops to a run-time bound work"
     assert found["add"] > 1.0, "bfloat16 arithmetic works now"
+    assert found["fma"] > 1e-9, "fma rounds once now"
 
 
 def test_rounding_against_torch(generator, device):

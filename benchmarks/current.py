@@ -1,0 +1,136 @@
+"""Which rows of the recorded runs count today: for every device, size, dtype and direction the newest, wherever it stands.
+
+A run that was stopped half-way counts for the rows it holds. A row whose arithmetic has changed since is marked, by
+results/changed.toml, until it is timed again. A run of which no row counts any more is superseded and leaves the tree.
+"""
+
+import sys
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from internlm2_kernels import OPS
+
+from .names import key_of, short
+from .record import RESULTS, load, rows_of
+from .suite import PASSES, plan
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CHANGED = "changed.toml"
+DIRECTIONS = ["forward", "backward", "both", "call"]
+DTYPES = [torch.bfloat16, torch.float32, torch.float16]
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device: the runs that hold rows that count, newest first, and these rows.
+
+    A row is a `Row` as a dict, with the name of its record in `record` and with what has changed since it was measured in
+    `changed`, which is empty where nothing has.
+    """
+
+    folder: Path
+    runs: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """Of the newest run: device, threads, versions."""
+        return self.runs[0]["machine_info"]
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.info["device_type"] == "cuda"
+
+
+def planned(device_type: str) -> set[str]:
+    """The keys of the rows that a run would measure today. A size that the registry no longer has leaves the tables."""
+    passes = plan(list(OPS), DIRECTIONS, DTYPES, False, device_type)
+    return {key_of(job.op.name, job.case.dims, short(job.dtype), direction)
+            for job in passes for direction in PASSES[job.kind]}
+
+
+def changes(results: Path = RESULTS) -> list[dict[str, Any]]:
+    """The entries of changed.toml. An entry that could not mark any row raises ValueError."""
+    path = results / CHANGED
+    entries = tomllib.loads(path.read_text()).get("changed", []) if path.exists() else []
+    for entry in entries:
+        missing = {"ops", "commit", "date", "what"} - set(entry)
+        unknown = set(entry) - {"ops", "commit", "date", "what", "backend", "dtype", "direction"}
+        others = set(entry.get("ops", ())) - set(OPS)
+        if missing or unknown or others or not isinstance(entry["date"], datetime):
+            raise ValueError(f"{CHANGED}: {entry}: missing keys {sorted(missing)}, unknown keys {sorted(unknown)}, unknown "
+                             f"operators {sorted(others)}; date must be a date with time and offset")
+    return entries
+
+
+def measured_at(data: dict[str, Any]) -> datetime:
+    """The time of the commit that was measured, or of the run where the commit's is not known."""
+    return datetime.fromisoformat(data["commit_info"].get("time") or data["datetime"])
+
+
+def changed_since(row: dict[str, Any], data: dict[str, Any], entries: list[dict[str, Any]]) -> str:
+    """The changes of this row's arithmetic since it was measured, separated by semicolons."""
+    return "; ".join(f"{entry['what']} ({entry['commit']})" for entry in entries
+                     if row["op"] in entry["ops"] and measured_at(data) < entry["date"]
+                     and row["backend"] == entry.get("backend", "cpp")
+                     and row["dtype"] in entry.get("dtype", [row["dtype"]])
+                     and row["direction"] in entry.get("direction", [row["direction"]]))
+
+
+def counts(data: dict[str, Any]) -> bool:
+    """Whether the rows of a run count. Quick runs are noise, and runs without torch.compile would hide a peer."""
+    options = data["run"]["options"]
+    return not options.get("quick") and options.get("compile", True)
+
+
+def recorded(results: Path = RESULTS) -> dict[Path, list[Path]]:
+    """The records in each device's folder, newest first."""
+    folders = sorted({path.parent for path in results.glob("*/[0-9][0-9][0-9][0-9]_*.json")})
+    return {folder: sorted(folder.glob("[0-9][0-9][0-9][0-9]_*.json"), reverse=True) for folder in folders}
+
+
+def current(results: Path = RESULTS) -> list[Device]:
+    """Every device with the rows that count. The device with the newest run comes first."""
+    entries, devices = changes(results), []
+    for folder, paths in recorded(results).items():
+        runs, rows, seen, wanted = [], [], set(), None
+        for path in paths:
+            data = load(path)
+            if not counts(data):
+                continue
+            wanted = planned(data["machine_info"]["device_type"]) if wanted is None else wanted
+            found = []
+            for row in rows_of(data):
+                key = key_of(row["op"], row["dims"], row["dtype"], row["direction"])
+                if key in wanted and (key, row["backend"]) not in seen:
+                    seen.add((key, row["backend"]))
+                    found.append(row | {"record": path.stem, "changed": changed_since(row, data, entries)})
+            if found:
+                runs.append(data)
+                rows += found
+        if runs:
+            devices.append(Device(folder, runs, rows))
+    return sorted(devices, key=lambda device: device.runs[0]["datetime"], reverse=True)
+
+
+def superseded(results: Path = RESULTS) -> list[Path]:
+    """The records of which no row counts."""
+    kept = {run["path"] for device in current(results) for run in device.runs}
+    return [path for paths in recorded(results).values() for path in paths if path not in kept]
+
+
+def prune(results: Path = RESULTS) -> list[Path]:
+    """Remove the superseded records with their tables and plots, and return their paths."""
+    gone = superseded(results)
+    for path in gone:
+        for suffix in (".json", ".md", ".png"):
+            path.with_suffix(suffix).unlink(missing_ok=True)
+    return gone

@@ -1,0 +1,70 @@
+"""Inputs of the error ladder and what it judges them by, computed once for all backends and instruction sets.
+
+The inputs depend on operator, case and dtype alone. conftest.py orders the tests so that those of one operator and dtype
+follow each other in one process, which computes the float64 reference and the eager baseline for the first of them.
+"""
+
+import functools
+import zlib
+from dataclasses import dataclass
+
+import torch
+from shared import OPS, sample_of, small_cases
+
+from internlm2_kernels.testing import Standard, draw_upstream, standard
+from internlm2_kernels.workloads import Case, Sample
+
+DRAWS = 3  # of the inputs, whose errors the ladder pools
+
+
+@dataclass(frozen=True)
+class Input:
+    """One draw: arguments, upstream gradients (none: forward), and what the results are judged by."""
+
+    sample: Sample
+    upstream: dict[str, torch.Tensor]
+    by: Standard
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The draws of one case and one size of the upstream gradients (0: forward), whose errors are pooled."""
+
+    case: Case
+    scale: float
+    inputs: tuple[Input, ...]
+
+
+@functools.lru_cache(maxsize=4)
+def problems(op_name: str, dtype: torch.dtype, direction: str, device: torch.device, seed: int) -> tuple[Problem, ...]:
+    """All problems of the operator's smoke and edge cases."""
+    op, found = OPS[op_name], []
+    for case in small_cases(op):
+        for scale in (1.0, 1e-4) if direction == "backward" else (0.0,):
+            name = f"{op_name} {case} {dtype} {scale}"
+            generator = torch.Generator(device=device).manual_seed(zlib.crc32(name.encode()) ^ seed)
+            inputs = []
+            for _ in range(DRAWS):
+                sample = sample_of(op, case, dtype, device, generator)
+                upstream = draw_upstream(op, sample, scale, generator) if scale else {}
+                inputs.append(Input(sample, upstream, standard(op, sample, upstream)))
+            found.append(Problem(case, scale, tuple(inputs)))
+    return tuple(found)
+
+
+def interpreted(found: tuple[Problem, ...], dtype: torch.dtype) -> tuple[Problem, ...]:
+    """What Triton's interpreter, which takes up to seconds a call, runs of them.
+
+    Every smoke case in every dtype, the first of them with all draws; odd sizes in float32, where the kernels' arithmetic is
+    the same; small upstream gradients in float16, where they could be rounded to 0.
+    """
+    kept = []
+    for problem in found:
+        first = problem.case == found[0].case
+        if problem.scale == 1e-4 and (dtype != torch.float16 or not first):
+            continue
+        if problem.case.kind != "smoke" and dtype != torch.float32:
+            continue
+        kept.append(problem if first and problem.scale != 1e-4 else
+                    Problem(problem.case, problem.scale, problem.inputs[:1]))
+    return tuple(kept)

@@ -1,0 +1,54 @@
+"""README.md and docs/: the examples run as written, the links lead somewhere, what is generated is up to date."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/NOTES.md",
+         ROOT / "benchmarks/results/README.md"]
+EXAMPLES = re.findall(r"## (\w+)\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+def test_the_readme_has_an_example_of_each_part():
+    assert [title for title, _ in EXAMPLES] == ["Kernels", "Model", "Training"]
+
+
+@pytest.mark.parametrize("code", [code for _, code in EXAMPLES], ids=[title for title, _ in EXAMPLES])
+def test_the_examples_run_as_they_are_written(code, tmp_path):
+    pytest.importorskip("sentencepiece", reason="model and training need the extra `model`")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_modes_and_commands_that_the_readme_names_exist():
+    text, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"\bmake (\w+)", text)):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_paths_that_the_pages_name_exist():
+    """A path in backticks that begins with one of the project's folders."""
+    folders = "|".join(("csrc", "internlm2_kernels", "internlm2", "benchmarks", "tools", "tests", "docs"))
+    for page in PAGES:
+        for path in re.findall(rf"`((?:{folders})/[\w./-]*)`", page.read_text()):
+            if not re.search("NAME|DEVICE", path):
+                assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+def test_the_operator_table_is_up_to_date():
+    from tools.docs import PAGE, with_table
+
+    assert with_table(PAGE.read_text()) == PAGE.read_text(), "stale: run `make docs`"

@@ -1,0 +1,119 @@
+"""Reads the machine code (SASS) of a compiled kernel: its loops, and the arithmetic instructions of the hot one.
+
+A loop is the range of addresses between a backward branch and its target. The hot loop of a kernel is the innermost loop with
+the most matrix arithmetic for its length: tensor-core instructions, or fused multiply-adds where a kernel has none. A branch
+inside it that jumps over code without tensor-core instructions is taken to be taken, because such code is rare work: the merge
+of two splits of keys, for example. A kernel without loops is counted as a whole. All counts are static, for one thread.
+"""
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+TENSOR = r"[HIQ]G?MMA|UTC\w*MMA"  # mma.sync, wgmma, tcgen05
+KINDS = {"tensor": TENSOR, "ffma": r"U?FFMA2?", "fmul_fadd": r"U?F(?:MUL|ADD)2?", "mufu": r"MUFU"}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    name: str  # without its modifiers: FFMA of FFMA.FTZ
+    text: str
+
+    def is_a(self, pattern: str) -> bool:
+        return re.fullmatch(pattern, self.name) is not None
+
+    @property
+    def lanes(self) -> int:
+        """Float operations of one kind: Blackwell's FFMA2, FMUL2 and FADD2 compute two elements."""
+        return 2 if self.name.endswith("2") and self.name.startswith("F") else 1
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Instructions of the hot path of a loop, or of the whole kernel if it has no loop."""
+
+    path: list[Instruction]
+    is_loop: bool
+
+    def count(self, pattern: str) -> int:
+        return sum(instruction.lanes for instruction in self.path if instruction.is_a(pattern))
+
+    def counts(self) -> dict[str, int]:
+        return {"instructions": len(self.path), **{kind: self.count(pattern) for kind, pattern in KINDS.items()}}
+
+    def __str__(self) -> str:
+        return " ".join(("loop" if self.is_loop else "all", *map(str, self.counts().values())))
+
+    def bytes_loaded(self) -> int:
+        """Bytes that one thread loads from global memory."""
+        loads = [i for i in self.path if i.is_a(r"LDG|LDGSTS")]
+        return sum(int(found.group(1)) // 8 if (found := re.search(r"\.(64|128)\b", i.text)) else
+                   2 if ".U16" in i.text or ".S16" in i.text else 4 for i in loads)
+
+
+def disassemble(cuobjdump: str, binary: Path) -> dict[str, list[Instruction]]:
+    """The instructions of every function of a cubin or fat binary, by function name."""
+    out = subprocess.run([cuobjdump, "-sass", str(binary)], check=True, capture_output=True, text=True).stdout
+    return parse(out)
+
+
+def parse(listing: str) -> dict[str, list[Instruction]]:
+    functions = re.split(r"Function\s*:\s*(\S+)", listing)
+    if len(functions) == 1:
+        functions = ["", "kernel", listing]
+    return {name: [Instruction(int(at, 16), _name(text), text)
+                   for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", body)]
+            for name, body in zip(functions[1::2], functions[2::2], strict=True)}
+
+
+def _name(text: str) -> str:
+    return re.sub(r"^@!?U?P\w+\s+", "", text.strip()).split(".")[0].split()[0]
+
+
+def _target(instruction: Instruction) -> int | None:
+    found = re.search(r"\b0x([0-9a-f]+)\s*$", instruction.text) if instruction.name == "BRA" else None
+    return int(found.group(1), 16) if found else None
+
+
+def innermost_loops(code: list[Instruction]) -> list[list[Instruction]]:
+    """The innermost loops with tensor-core instructions; if there are none, those with FFMA; if none, all innermost."""
+    ranges = {(target, i.address) for i in code if (target := _target(i)) is not None and target < i.address}
+    for pattern in (TENSOR, KINDS["ffma"], ".*"):
+        chosen = [r for r in ranges if any(i.is_a(pattern) for i in code if r[0] <= i.address <= r[1])]
+        if chosen:
+            break
+    else:
+        return []
+    inner = [a for a in chosen if not any(a[0] <= b[0] and b[1] <= a[1] and a != b for b in chosen)]
+    return [[i for i in code if first <= i.address <= last] for first, last in sorted(inner)]
+
+
+def _hot_path(loop: list[Instruction]) -> list[Instruction]:
+    """The loop without what its forward branches jump over, unless that has tensor-core instructions."""
+    if not any(i.is_a(TENSOR) for i in loop):
+        return loop
+    skipped_to, path = 0, []
+    for instruction in loop:
+        if instruction.address < skipped_to:
+            continue
+        path.append(instruction)
+        target = _target(instruction)
+        if target is not None and instruction.address < target <= loop[-1].address and not any(
+                i.is_a(TENSOR) for i in loop if instruction.address < i.address < target):
+            skipped_to = target
+    return path
+
+
+def hot_loop(code: list[Instruction]) -> Loop:
+    loops = [Loop(_hot_path(loop), True) for loop in innermost_loops(code)]
+    if not loops:
+        return Loop(code, False)
+    work = lambda loop: loop.count(TENSOR) or loop.count(KINDS["ffma"])
+    return max(loops, key=lambda loop: (work(loop) / len(loop.path), len(loop.path)))
+
+
+def spills_in_loops(code: list[Instruction]) -> int:
+    """Stack accesses in the innermost loops: the cost of a spill is decided there."""
+    return sum(i.is_a("STL|LDL") for loop in innermost_loops(code) for i in loop)

@@ -29,10 +29,11 @@ install: build  ## environment, dependencies, the package with its compiled libr
 build: $(ENVIRONMENT)  ## the compiled library alone, incrementally
 	@$(PY) setup.py -q build_ext --inplace
 
-test: build  ## every fast check; ends with the number of operator cells
-	$(PY) -m pytest -n 2 --require-cells $(ARGS)
+# --dist worksteal: tests that follow each other stay in one process, which computes their gold once.
+test: build  ## every fast check; ends with the ten slowest and the number of operator cells
+	$(PY) -m pytest -n 2 --dist worksteal --durations=10 --require-cells $(ARGS)
 
-test-slow: build  ## the long tail: tensors beyond 2^31 elements, the kill test, training curves
+test-slow: build  ## the slow tests: tensors beyond 2^31 elements, emulated AMX and CUDA, the kill test, training curves
 	$(PY) -m pytest -m slow $(ARGS)
 
 demo: build  ## train a small InternLM2 on the standard library's source, kernels beside plain PyTorch

@@ -1,5 +1,6 @@
-"""The benchmark suite: every registered operator against PyTorch eager, torch.compile and, where installed, Liger.
+"""The benchmark suite: every registered operator against eager PyTorch, torch.compile and other libraries' kernels.
 
-`python -m benchmarks --help` says how to run it. Nothing here lists operators: sizes, inputs, eager forms, bytes and
-flops come from the registry, what counts as done from gates.toml.
+`python -m benchmarks --help` says how to run it, docs/benchmarks.md how it measures. Sizes, inputs, eager forms, bytes and
+flops come from the registry. Operators are named in two places only: gates.toml, which says what counts as done, and peers.py,
+which holds other libraries' kernels.
 """

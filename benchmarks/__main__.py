@@ -154,8 +154,8 @@ def register_peaks(console) -> tuple[dict, dict]:
     except (OSError, subprocess.SubprocessError) as error:
         console.print(f"note: no register peak: {error}; products are judged by their ratios", markup=False)
         return {}, {}
-    rates = {isa: registers.rate(loop) for isa, loop in {loop.isa: loop for loop in loops.values()}.items()}
-    return loops, {dtype: {"isa": loop.isa, "flops_per_s": rates[loop.isa]} for dtype, loop in loops.items()}
+    return loops, {dtype: {"isa": loops[dtype].isa, "flops_per_s": registers.rate(loops[dtype])}
+                   for dtype in ("bfloat16", "float32") if dtype in loops}
 
 
 class Clock:

@@ -107,7 +107,7 @@ def speed(devices: list[Device], base: Path = ROOT) -> str:
     commits = ", ".join(dict.fromkeys(commit_of(run) for run in used))
     dates = sorted({run["datetime"][:10] for run in used})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    head = ["operator", "direction", "sizes", "x eager PyTorch", "x nearest other peer", "% of limit", "gates"]
+    head = ["operator", "direction", "sizes", "x eager PyTorch", "x fastest other peer", "% of limit", "gates"]
     parts = [f"{machine_of(used[0])}; bfloat16; commit{'s' if ',' in commits else ''} {commits}, {when}.",
              markdown_table(head, lines)]
     if any(row["changed"] for rows in groups for row in rows):

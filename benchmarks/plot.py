@@ -53,7 +53,7 @@ def limits(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     present = ["ours", *[f for f in LOOKS if any(f in row["against"] for row in rows)]]
     handles = [Line2D([], [], marker=LOOKS[f][0], color=LOOKS[f][1], linestyle="", label=f) for f in present]
     handles.append(Line2D([], [], color="#c0392b", label="the machine's limit"))
-    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(7, len(handles)), frameon=False, fontsize=8.5)
     figure.suptitle(title, x=0.01, ha="left", fontsize=9, wrap=True)
     figure.savefig(path, dpi=120)
 

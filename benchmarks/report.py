@@ -3,6 +3,8 @@
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +16,7 @@ from .record import rows_of
 
 DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
 WAYS = {"forward": "fwd", "backward": "bwd", "both": "fwd+bwd", "call": "call", "call_grad": "call, grad"}
+USUAL = ("eager", "compile")  # families with a column of their own; all others share one
 CHANGED = "†"  # stands behind the operator's name in rows whose arithmetic has changed since they were timed
 Judged = tuple[dict[str, Any], list[Verdict]]
 
@@ -81,22 +84,33 @@ def name_of(row: dict[str, Any], *others: dict[str, Any]) -> str:
 
 def families(rows: list[dict[str, Any]]) -> list[str]:
     present = {family for row in rows for family in row["against"]}
-    return [f for f in ("eager", "compile") if f in present] + sorted(present - {"eager", "compile"})
+    return [f for f in USUAL if f in present] + sorted(present - set(USUAL))
+
+
+def heads(peers: list[str]) -> list[str]:
+    return [f"x {peer}" for peer in peers if peer in USUAL] + (["x others"] if set(peers) - set(USUAL) else [])
+
+
+def by_column(peers: list[str], text: Callable[[str], str]) -> list[str]:
+    """The text of each peer, in the columns of `heads`."""
+    others = [f"{peer} {text(peer)}" for peer in peers if peer not in USUAL and text(peer) != "-"]
+    shared = [", ".join(others) or "-"] if set(peers) - set(USUAL) else []
+    return [text(peer) for peer in peers if peer in USUAL] + shared
 
 
 def cells(row: dict[str, Any], verdicts: list[Verdict], peers: list[str]) -> list[str]:
     """One row as text, in the order of `columns(peers)`."""
     start = [name_of(row), size_of(row["dims"]), DTYPES[row["dtype"]], WAYS[row["direction"]]]
     if row["red"]:
-        return [*start, "RED", *["-"] * (2 + len(peers)), "checks fail: no number"]
+        return [*start, "RED", *["-"] * (2 + len(heads(peers))), "checks fail: no number"]
     small = row["direction"] in ("call", "call_grad")
     return [*start, time_of(row["seconds"][0]), "-" if small else f"{row['bytes_per_s'] / 1e9:.1f}",
-            percent([row.get("limit_fraction")]), *[against(row, peer) for peer in peers],
+            percent([row.get("limit_fraction")]), *by_column(peers, partial(against, row)),
             verdict_text(verdicts)]
 
 
 def columns(peers: list[str]) -> list[str]:
-    return ["operator", "size", "dtype", "direction", "time", "GB/s", "% of limit", *[f"x {peer}" for peer in peers], "gate"]
+    return ["operator", "size", "dtype", "direction", "time", "GB/s", "% of limit", *heads(peers), "gate"]
 
 
 def geometric_means(rows: list[dict[str, Any]]) -> list[list[str]]:
@@ -109,8 +123,9 @@ def geometric_means(rows: list[dict[str, Any]]) -> list[list[str]]:
     lines = []
     for (_, backend, direction, dtype), members in groups.items():
         found = [row for row, _ in members]
+        means = by_column(peers, partial(mean, found))
         lines.append([name_of(found[0] | {"chosen": True}, *found), backend, WAYS[direction], DTYPES[dtype], str(len(found)),
-                      *[mean(found, peer) for peer in peers], percent([row.get("limit_fraction") for row in found]),
+                      *means, percent([row.get("limit_fraction") for row in found]),
                       gates_of([verdicts for _, verdicts in members])])
     return lines
 
@@ -121,7 +136,7 @@ def gates_of(verdicts: list[list[Verdict]]) -> str:
 
 
 def mean_columns(peers: list[str]) -> list[str]:
-    return ["operator", "backend", "direction", "dtype", "sizes", *[f"x {peer}: geometric mean" for peer in peers],
+    return ["operator", "backend", "direction", "dtype", "sizes", *[f"{head}: geometric mean" for head in heads(peers)],
             "% of limit", "gate"]
 
 

@@ -5,13 +5,12 @@ import sys
 from collections.abc import Sequence
 
 EXAMPLES = """examples:
-  python -m internlm2 demo                           a small model from nothing, in under 4 minutes on two CPU cores
+  python -m internlm2 demo                           train a small model, in under 4 minutes on two CPU cores
   python -m internlm2 demo --device cuda             the same on a GPU
   python -m internlm2 train internlm2/recipes/tiny.toml
   python -m internlm2 train internlm2/recipes/tiny.toml out=runs/mine data.source=my_texts optimizer.lr=1e-3
   python -m internlm2 demo-check                     do the kernels learn as plain PyTorch operators do?
 """
-INTERRUPTED_HINT = "stopped by {signal} at step {step}, {saved}; the same command continues"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,17 +37,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0 done, 1 failed, 2 wrong usage or input, 128 + n stopped by signal n."""
+    """Runs a command and returns its exit status: 0 done, 1 failed, 2 wrong usage or input, 128 + n stopped by signal n."""
     arguments = _parser().parse_args(argv)
     try:
-        # Imported here: --help answers at once.
+        # Imported here and not above, so that --help does not wait for torch.
         if arguments.command == "train":
             return _train(arguments)
         if arguments.command == "demo":
-            from internlm2.demo import demo
+            from internlm2.demo.run import demo
 
             return demo(arguments.device, arguments.out, arguments.minutes)
-        from internlm2.training.agreement import check
+        from internlm2.demo.agreement import check
 
         return check(arguments.device, arguments.out, arguments.steps)
     except KeyboardInterrupt:
@@ -63,18 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from internlm2.config import load_config
     from internlm2.training.config import TrainConfig
-    from internlm2.training.pretrain import run
+    from internlm2.training.stages.pretrain import run
+    from internlm2.training.trainer import exit_status
 
     return exit_status(run(load_config(TrainConfig, arguments.recipe, arguments.overrides)))
-
-
-def exit_status(result) -> int:
-    """The exit status of a finished fit; says what to do where it did not reach the end."""
-    if result.stopped_by:
-        saved = "saved" if result.saved else "NOT saved"
-        print(INTERRUPTED_HINT.format(signal=result.stopped_by.name, step=result.step, saved=saved), file=sys.stderr)
-        return 128 + result.stopped_by
-    if not result.saved:
-        print(f"error: the state at step {result.step} could not be saved (see the warnings above)", file=sys.stderr)
-        return 1
-    return 0

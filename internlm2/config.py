@@ -30,7 +30,7 @@ class ModelConfig:
 
     vocab_size:               rows of the embedding and of the output matrix
     hidden_size, num_layers:  width of the residual stream, number of blocks
-    num_heads, num_kv_heads:  query heads, and key/value heads that num_heads / num_kv_heads of them share
+    num_heads, num_kv_heads:  number of query heads, and of key/value heads; num_heads / num_kv_heads query heads share one
     head_dim:                 width of one head, a multiple of 8 from 32 to 256
     intermediate_size:        width of the feed-forward layer
     rms_norm_eps:             added to the mean square
@@ -38,8 +38,8 @@ class ModelConfig:
     rope_scaling:             None or Hugging Face's dictionary, for example {type = "dynamic", factor = 2.0}. Released
                               checkpoints of one size differ in it, so presets have none
     rope_angles:              "float64", or "float32" for the angles that the released code computes
-    max_position_embeddings:  length the model was trained for; dynamic scaling begins beyond it
-    initializer_range:        standard deviation of fresh weights
+    max_position_embeddings:  length that the model was trained for; dynamic scaling begins beyond it
+    initializer_range:        standard deviation of initial weights
     bos, eos, pad_token_id:   ids of the tokenizer; stop_token_ids are further ids that end a generation
     reward_token_id:          the id that ends a conversation given to a reward model, which puts its reward there
     """
@@ -116,14 +116,14 @@ class ModelConfig:
 
     @property
     def num_parameters_without_embeddings(self) -> int:
-        """All parameters save the embedding and the output matrix."""
+        """All parameters except the embedding and the output matrix."""
         attention = self.hidden_size * (self.qkv_size + self.num_heads * self.head_dim)
         block = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
         return self.num_layers * block + self.hidden_size
 
     @classmethod
     def preset(cls, name: str, **changes) -> "ModelConfig":
-        """PRESETS[name] with some fields changed."""
+        """The configuration PRESETS[name] with some fields changed."""
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(map(repr, PRESETS))}, got {name!r}")
         return dataclasses.replace(PRESETS[name], **changes)
@@ -137,7 +137,7 @@ class ModelConfig:
 
     @classmethod
     def expand_table(cls, table: Mapping[str, Any]) -> dict[str, Any]:
-        """The hook by which load_config understands `preset`."""
+        """The table with `preset` replaced by that preset's fields; load_config calls this for every class that has it."""
         table = dict(table)
         if "preset" in table:
             table = cls.preset(str(table.pop("preset"))).to_dict() | table
@@ -168,7 +168,7 @@ PRESETS: dict[str, ModelConfig] = {
     "1.8b": ModelConfig(hidden_size=2048, num_layers=24, num_heads=16, num_kv_heads=8, head_dim=128, intermediate_size=8192),
     "7b": ModelConfig(hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, intermediate_size=14336),
     "20b": ModelConfig(hidden_size=6144, num_layers=48, num_heads=48, num_kv_heads=8, head_dim=128, intermediate_size=16384),
-    # 8.4 M parameters: learns to write something Python-like in minutes on two CPU cores.
+    # 8.4 M parameters: in minutes on two CPU cores it learns to write text that looks like Python.
     "demo": ModelConfig(
         vocab_size=4096, hidden_size=256, num_layers=8, num_heads=4, num_kv_heads=2, head_dim=64, intermediate_size=768
     ),
@@ -179,11 +179,11 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 class _Text(str):
-    """The right side of an override: TOML if it reads as TOML, else a bare string; which one, the field's type decides."""
+    """The right side of an override `a.b=c`, not yet read: the type of the field decides whether it is TOML or a string."""
 
 
 def load_toml(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The table of a TOML file (None: an empty one) with overrides `a.b=c` laid over it. ValueError names file or override."""
+    """The table of a TOML file (None: an empty table) after the overrides `a.b=c`. ValueError names the file or override."""
     table: dict[str, Any] = {}
     if path is not None:
         try:
@@ -207,10 +207,10 @@ def load_toml(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[st
 
 
 def load_config(cls: type, path: str | Path | None = None, overrides: Sequence[str] = ()) -> Any:
-    """An instance of the frozen dataclass `cls` from a TOML file and overrides; what neither names takes its default.
+    """An instance of the frozen dataclass `cls` from a TOML file and overrides; a key in neither takes its default.
 
-    Fields may be int, float, str, bool, Literal, T | None (written "none"), tuple[T, ...], dict, or such a dataclass.
-    ValueError names an unknown or missing key and its file; TypeError a value of the wrong type.
+    Fields may be int, float, str, bool, Literal, T | None (None is written "none"), tuple[T, ...], dict, or another such
+    dataclass. ValueError names an unknown or missing key and its file; TypeError names a value of the wrong type.
     """
     try:
         return _build(cls, load_toml(path, overrides), "")
@@ -237,12 +237,12 @@ def _build(cls: type, table: Any, where: str) -> Any:
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             if not dataclasses.is_dataclass(hints[name]):
                 raise ValueError(f"missing key {where}{name}")
-            values[name] = _build(hints[name], {}, f"{where}{name}.")  # so that the error names what is missing in it
+            values[name] = _build(hints[name], {}, f"{where}{name}.")  # raises an error that names the missing key
     return cls(**values)
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint`, or a TypeError that names the key."""
+    """`value` converted to the type `hint`; TypeError names the key where that is not possible."""
     if isinstance(value, _Text):
         value = _read_text(value, hint)
     if dataclasses.is_dataclass(hint):
@@ -287,7 +287,7 @@ def _read_text(text: str, hint: Any) -> Any:
 
 
 def dump_config(config: Any, path: str | Path | None = None) -> str:
-    """The TOML text of a dataclass, every field included; load_config gives it back equal. Written to `path` too, if given."""
+    """The TOML text of a dataclass with every field, from which load_config makes an equal one; also written to `path`."""
     lines = _dump(config, "")
     text = "\n".join(lines).strip() + "\n"
     if path is not None:

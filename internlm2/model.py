@@ -305,7 +305,7 @@ class InternLM2(Decoder):
 
         Every target must lie in [0, V). For a token without a target pass any id and ignore its result.
         """
-        _check_integers("targets", targets, tokens.shape[0])
+        _check_targets(tokens, targets)
         hidden = self._hidden_states(tokens, self._packing(tokens, cu_seqlens, positions))
         return internlm2_kernels.linear_logprobs(hidden, self.output.weight.to(hidden.dtype), targets,
                                                  temperature=temperature, return_entropy=return_entropy)
@@ -326,6 +326,12 @@ def _check_labels(tokens: Tensor, labels: Tensor, vocab_size: int, reduction: st
             raise ValueError(f"labels must be -100 or in [0, {vocab_size}), got {int(wrong[0])}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+
+
+@torch.compiler.disable
+def _check_targets(tokens: Tensor, targets: Tensor) -> None:
+    _check_integers("tokens", tokens)
+    _check_integers("targets", targets, tokens.shape[0])
 
 
 def _check_packing(tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None, vocab_size: int) -> list[int]:
@@ -349,7 +355,6 @@ def _check_packing(tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None,
     return lengths
 
 
-@torch.compiler.disable
 def _check_integers(name: str, value: Any, length: int | None = None, dtypes: tuple = (torch.int64, torch.int32)) -> None:
     size = "one dimension" if length is None else f"shape [{length}]"
     expected = f"a tensor of {' or '.join(str(d).removeprefix('torch.') for d in dtypes)} with {size}"

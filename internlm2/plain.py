@@ -1,6 +1,6 @@
-"""The model's operators as PyTorch eager compositions: what a model without fused kernels runs, the baseline of comparisons.
+"""The model's operators written with PyTorch's own, without fused kernels: the baseline that the kernels are compared with.
 
-Names and signatures are those of internlm2_kernels, so `InternLM2(config, operators=internlm2.plain)` is the same model.
+Names and signatures are those of internlm2_kernels, so `InternLM2(config, operators=internlm2.plain)` computes the same model.
 """
 
 import torch
@@ -13,10 +13,13 @@ __all__ = ["flash_attention", "linear_cross_entropy", "qkv_rope", "rms_norm", "r
 
 
 def rms_norm(x, weight, eps=1e-5, residual=None):
-    """h * rsqrt(mean(h^2) + eps) * weight over the last dimension, h = x (+ residual); returns y, or y and h."""
+    """y = h * rsqrt(mean(h^2) + eps) * weight over the last dimension, with h = x, or h = x + residual where one is given.
+
+    Returns y, and h too where a residual is given.
+    """
     h = x if residual is None else x + residual
     if h.dtype in (torch.bfloat16, torch.float16):
-        # Written out it is faster on a CPU than F.rms_norm in these dtypes, and it is what Hugging Face models run.
+        # In these dtypes this is faster on a CPU than F.rms_norm, and it is what Hugging Face's models run.
         x_hat = h.float()
         x_hat = x_hat * torch.rsqrt(x_hat.square().mean(-1, keepdim=True) + eps)
         y = weight.to(h.dtype) * x_hat.to(h.dtype)
@@ -26,19 +29,20 @@ def rms_norm(x, weight, eps=1e-5, residual=None):
 
 
 def swiglu(gate, up=None):
-    """silu(gate) * up; one packed tensor [..., 2F] holds gate, then up."""
+    """silu(gate) * up. Without `up`, gate is one tensor [..., 2F] that holds both, the gate first."""
     if up is None:
         gate, up = gate.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 def qkv_rope(qkv, cos, sin, positions=None, *, num_heads, num_kv_heads):
-    """Splits packed projections [T, G * (H/G + 2) * d] into q [T, H, d], k and v [T, G, d], q and k rotated by halves."""
+    """Splits packed projections [T, G * (H/G + 2) * d] into q [T, H, d], k and v [T, G, d]; rotates dimensions i and i + d/2
+    of q and k together."""
     tokens, per_group = qkv.shape[0], num_heads // num_kv_heads
     qkv = qkv.view(tokens, num_kv_heads, per_group + 2, -1)
     if positions is not None:
         cos, sin = cos[positions], sin[positions]
-    # Both halves turn by the same angles; full-width products of rotate_half are faster than products of the halves.
+    # Both halves have the same angles. Products over the full width are faster than separate products of the halves.
     cos, sin = (torch.cat((t, t), dim=-1).to(qkv.dtype).unsqueeze(1) for t in (cos, sin))
     q, k = qkv[:, :, :per_group].reshape(tokens, num_heads, -1), qkv[:, :, per_group]
     return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin, qkv[:, :, per_group + 1]
@@ -50,9 +54,10 @@ def _rotate_half(x):
 
 
 def flash_attention(q, k, v, *, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None):
-    """softmax(q k^T / sqrt(d)) v within each sequence by SDPA: q [T, H, d], k and v [T, G, d] -> [T, H, d].
+    """softmax(q k^T / sqrt(d)) v within each sequence: q [T, H, d], k and v [T, G, d] -> [T, H, d]; one call of PyTorch's
+    scaled_dot_product_attention for each sequence.
 
-    Self-attention only: both cu_seqlens are the same.
+    Only self-attention: both cu_seqlens must be the same.
     """
     lengths = [n for n in _lengths(cu_seqlens_q) if n]
     if not lengths:
@@ -66,7 +71,7 @@ def flash_attention(q, k, v, *, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q
 
 
 def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, reduction="mean"):
-    """Cross-entropy of the logits hidden weight^T, in float32; 0 where no label counts."""
+    """Cross-entropy of the logits hidden weight^T, in float32; 0 where every label is ignore_index."""
     logits = F.linear(hidden, weight)
     wide = torch.promote_types(logits.dtype, torch.float32)
     total = F.cross_entropy(logits.to(wide), labels, ignore_index=ignore_index, reduction="sum")
@@ -77,7 +82,7 @@ _known = WeakIdKeyDictionary()
 
 
 def _lengths(cu_seqlens):
-    """On the host: all layers share one tensor, which is read back from a device once."""
+    """The lengths of sequences as numbers. All layers pass the same tensor, so it is read back from a device only once."""
     if cu_seqlens not in _known:
         bounds = cu_seqlens.tolist()
         _known[cu_seqlens] = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]

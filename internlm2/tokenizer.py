@@ -1,8 +1,8 @@
-"""Text to ids and back with a SentencePiece model, so that no text can spell a control token.
+"""Text to ids and back with a SentencePiece model, in such a way that no text can spell a control token.
 
-Plain SentencePiece turns the text "[UNUSED_TOKEN_146]" into the id that InternLM2's chat format uses for <|im_start|>, so a
-user's message could end its own turn. Here `encode(text)` gives only ids that stand for text, whatever the text spells, and
-`decode(encode(text)) == text` for every text. Ids with a meaning come from `allowed_special` or chat.encode_chat.
+SentencePiece by itself turns the text "[UNUSED_TOKEN_146]" into the id that InternLM2's chat format uses for <|im_start|>, so
+a user's message could end its own turn. Here `encode(text)` gives only ids that stand for text, whatever the text spells, and
+`decode(encode(text)) == text` for every text. Control tokens come only from `allowed_special` and from chat.encode_chat.
 """
 
 import io
@@ -16,12 +16,12 @@ import sentencepiece
 from internlm2.storage import atomic_file
 
 CHAT_SPECIALS = ("<|im_start|>", "<|im_end|>", "<|action_start|>", "<|action_end|>", "<|interpreter|>", "<|plugin|>")
-# The released model has spare pieces, which its chat format gave these meanings.
+# The released model has spare pieces; its chat format gives some of them these meanings.
 _RELEASED_NAMES = {
     **{name: f"[UNUSED_TOKEN_{146 - i}]" for i, name in enumerate(CHAT_SPECIALS)},
     "<|reward|>": "[UNUSED_TOKEN_130]",
 }
-_SPACE = "▁"  # SentencePiece writes a space so, and would read this character itself back as one
+_SPACE = "▁"  # stands for a space in SentencePiece's pieces, so this character itself would come back as a space
 _PROBE = "  a\tb\n\nc  ▁ Ａ… é\u0301\u200b 𝄞\0 "
 
 
@@ -29,21 +29,20 @@ class Tokenizer:
     """A SentencePiece model from a file.
 
     vocab_size, bos_id, eos_id: of the model
-    specials:                   name -> id of every control token: <s>, </s>, the chat tokens under the names that
-                                the chat format gives them, spare and unknown pieces under their own
-    ValueError where the file is no SentencePiece model, or one that cannot give every text back exactly (it must have
-    byte fallback, an identity normaliser and no dummy prefix).
+    specials:                   name -> id of every control token: <s>, </s>, the chat tokens under the names that the chat
+                                format gives them, spare and unknown pieces under their own names
+    Errors: ValueError where sentencepiece cannot load the file, or where the model cannot give every text back exactly (it
+            needs byte fallback, an identity normaliser and no dummy prefix)
     """
 
     def __init__(self, path: str | Path):
+        data = Path(path).read_bytes()
         if hasattr(sentencepiece, "set_min_log_level"):
-            sentencepiece.set_min_log_level(
-                2
-            )  # errors only: it would warn of the released model's piece for the null character
+            sentencepiece.set_min_log_level(2)  # errors only: it warns of the released model's piece for the null character
         try:
-            self._sp = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+            self._sp = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:
-            raise ValueError(f"{path} is not a SentencePiece model: {error}") from error
+            raise ValueError(_not_loaded(path, error)) from error
         sp = self._sp
         self.vocab_size, self.bos_id, self.eos_id = sp.vocab_size(), sp.bos_id(), sp.eos_id()
         self._byte_ids = {sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_byte(i)}
@@ -53,7 +52,7 @@ class Tokenizer:
         names = {piece: name for name, piece in _RELEASED_NAMES.items()}
         self.specials = {names.get(piece, piece): i for piece, i in pieces.items()}
         self._special_names = {i: name for name, i in self.specials.items()}
-        # Texts that SentencePiece would not read as text.
+        # What SentencePiece would not treat as ordinary text.
         self._spellings = re.compile("|".join(map(re.escape, sorted({*pieces, _SPACE}, key=len, reverse=True))))
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise ValueError(f"{path} must give text back exactly: identity normaliser, no dummy prefix, all spaces kept")
@@ -61,9 +60,9 @@ class Tokenizer:
     def encode(
         self, text: str, *, bos: bool = False, eos: bool = False, allowed_special: Collection[str] | Literal["all"] = ()
     ) -> list[int]:
-        """Ids of `text`; names of `specials` that occur in it become their ids only if `allowed_special` lists them.
+        """Ids of `text`. A name of `specials` that occurs in the text becomes its id only if `allowed_special` lists the name.
 
-        ValueError for a name that is not in specials and for a text that is not valid Unicode (a lone surrogate).
+        ValueError for a name that is not in specials, and for a text that is not valid Unicode (a lone surrogate).
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, got {type(text).__name__}")
@@ -84,7 +83,8 @@ class Tokenizer:
         return ids + [self.eos_id] if eos else ids
 
     def _encode_text(self, text: str) -> list[int]:
-        """Ids that stand for text: a spelling of a reserved piece is cut after its first character, ▁ goes as bytes."""
+        """Ids that stand for text. A spelled reserved piece is cut after its first character, so that SentencePiece does not
+        recognise it; ▁ is written as its bytes."""
         ids: list[int] = []
         start, match = 0, self._spellings.search(text)
         while match:
@@ -98,7 +98,8 @@ class Tokenizer:
         return ids + self._sp.encode(text[start:])
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        """The text of ids, specials by name or left out; bytes that are not UTF-8 become U+FFFD. ValueError out of range."""
+        """The text of ids. Control tokens become their names, or are left out with skip_special; bytes that are not UTF-8
+        become U+FFFD. ValueError for an id out of range."""
         parts: list[str] = []
         run: list[int] = []
         for i in ids:
@@ -114,10 +115,21 @@ class Tokenizer:
         return "".join([*parts, self._sp.decode(run)])
 
 
+def _not_loaded(path: str | Path, error: RuntimeError) -> str:
+    version = getattr(sentencepiece, "__version__", "of an unknown version")
+    message = f"sentencepiece {version} cannot load {path}: {error}"
+    if "null character" in str(error):
+        return f"{message} The released InternLM2 model has such a piece, and 0.2.2 alone refuses it: install 0.2.3 or 0.2.1."
+    return f"{message} The file is damaged, or it is not a SentencePiece model."
+
+
 def _reserved(sp: sentencepiece.SentencePieceProcessor, i: int) -> bool:
-    """Whether a piece has a meaning other than its text: control, unknown and unused pieces, and markers such as [NAME] or
-    <name> among the pieces that SentencePiece matches before all others (their score is 0; merges have negative ones).
-    Other such pieces are text: the released model has full-width letters and dashes among them."""
+    """Whether a piece has a meaning other than its text.
+
+    These are control, unknown and unused pieces, and markers such as [NAME] or <name> among the user-defined pieces, which
+    SentencePiece matches before all others (their score is 0, that of merges is negative). Other user-defined pieces are
+    text: the released model has full-width letters and dashes among them.
+    """
     if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
         return True
     piece = sp.id_to_piece(i)
@@ -127,11 +139,12 @@ def _reserved(sp: sentencepiece.SentencePieceProcessor, i: int) -> bool:
 def train_bpe(
     texts: Iterable[str], vocab_size: int, path: str | Path, *, specials: Sequence[str] = CHAT_SPECIALS, threads: int = 2
 ) -> Tokenizer:
-    """Trains a byte-pair tokenizer in the manner of InternLM2's on `texts` and writes it to `path`.
+    """Trains a byte-pair tokenizer on `texts`, with the settings of InternLM2's tokenizer, and writes it to `path`.
 
-    Byte fallback, digits apart, every space kept; `specials` become control tokens. Equal texts give an equal file. A text
-    is cut at line breaks that follow 4,000 characters, since training holds no merge across such a cut.
-    ValueError where the texts have too little for vocab_size.
+    It has byte fallback, a piece for each digit, and keeps every space; `specials` become control tokens. Equal texts give an
+    equal file. Long texts are cut at the first line break after every 4,000 characters: SentencePiece leaves out a text that
+    is longer than its limit.
+    ValueError where the texts hold too little for vocab_size.
     """
     buffer = io.BytesIO()
     try:

@@ -47,7 +47,7 @@ def devices() -> list[tuple[str, str]]:
 
 
 def library() -> list[tuple[str, str]]:
-    """What the compiled library is, or why there is none."""
+    """Facts about the compiled library, or the reason why it was not loaded."""
     from ._registry import _C, INTERPRETED, NATIVE_ERROR
 
     triton = "found" if importlib.util.find_spec("triton") else "not installed: its operators are not usable"
@@ -63,7 +63,7 @@ def library() -> list[tuple[str, str]]:
 
 
 def backend_table(explain: bool, names: list[str]) -> list[str]:
-    """A line an operator: for each device the backends that can run, the automatic choice first; with reasons if asked."""
+    """One line for each operator: its usable backends on each device, the automatic choice first; on request with reasons."""
     from ._registry import BACKENDS, OPS, why_not
 
     lines, names = [], names or list(OPS)
@@ -83,7 +83,7 @@ def backend_table(explain: bool, names: list[str]) -> list[str]:
 
 
 def self_test(report) -> bool:
-    """Every operator's smoke cases on every backend that can run here, through the error ladder."""
+    """Runs the smoke cases of every operator on every usable backend, and compares the errors with the error ladder."""
     import torch
 
     from ._registry import OPS

@@ -1,10 +1,10 @@
-"""What the operators' autograd.Functions share: gradients that say by name that they cannot be differentiated again.
+"""What the operators' autograd.Functions share, above all the error for a second derivative.
 
-`torch.autograd.function.once_differentiable` ties such a gradient to nothing, or to a tensor of its own making: where it is
-asked for by input (`torch.autograd.grad(..., allow_unused=True)`), or added to a loss, its part is missing without a word.
-Here it is tied to what it was computed from, so that every way back to an input meets the error. Such a gradient keeps the
-forward's graph alive until it is freed. In compiled code torch decides: its own backward refuses a second derivative for most
-graphs, and where it does not, it is missing for PyTorch's operators as for these.
+A gradient of these operators cannot be differentiated again. `torch.autograd.function.once_differentiable` would leave out its
+part of a second derivative silently, for example in `torch.autograd.grad(..., allow_unused=True)`. Here the gradient is
+connected in the graph to the tensors it was computed from, so that every path back to an input raises an error that names the
+operator. Such a gradient keeps the forward's graph alive until it is freed. In compiled code torch decides: it refuses second
+derivatives of most graphs.
 """
 
 import functools
@@ -15,11 +15,11 @@ import torch
 
 
 def once_differentiable(op: str) -> Callable:
-    """Decorates the backward of an `autograd.Function` of the operator `op`; it returns a tuple."""
+    """Decorates the backward of an `autograd.Function` of the operator `op`. The backward must return a tuple."""
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def wrapper(ctx: Any, *upstream: torch.Tensor | None) -> tuple:
-            if not torch.is_grad_enabled():  # without create_graph; compiled code comes here too: see below
+            if not torch.is_grad_enabled():  # no create_graph=True; compiled code takes this path too
                 return backward(ctx, *upstream)
             unpacked = _Unpacked(ctx)
             with torch.no_grad():
@@ -29,7 +29,7 @@ def once_differentiable(op: str) -> Callable:
                 return gradients
             try:
                 return _Refusal.apply(op, len(gradients), *gradients, *sources)
-            except RuntimeError as error:  # vmap over the upstream (is_grads_batched) has no rule for a Function's outputs
+            except RuntimeError as error:  # is_grads_batched=True: vmap has no rule for this Function
                 raise RuntimeError(f"{op}: batched gradients with create_graph=True: use backend='reference'") from error
 
         return wrapper
@@ -38,7 +38,7 @@ def once_differentiable(op: str) -> Callable:
 
 
 def distinct(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The same tensors; while torch.compile traces, one that is there twice is another time a view of itself.
+    """The same tensors, but while torch.compile traces, a repeated tensor is replaced by a view of itself.
 
     The compiler refuses an `autograd.Function` that takes a tensor twice. Autograd adds the gradients up either way.
     """
@@ -48,8 +48,8 @@ def distinct(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def is_one(dloss):
-    """Whether an upstream is known to be 1 without waiting for a device: gradients made for 1 are then right as they are."""
-    if type(dloss) is not torch.Tensor or dloss.device.type != "cpu":  # fake and other tensors have no number to look at
+    """Whether the upstream gradient is known, without synchronising, to be 1. Gradients computed for 1 are then final."""
+    if type(dloss) is not torch.Tensor or dloss.device.type != "cpu":  # fake tensors and other subclasses hold no number
         return False
     return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active() and dloss.item() == 1.0
 
@@ -60,7 +60,7 @@ def may_return_saved():
 
 
 class _Unpacked:
-    """A context whose saved tensors are fetched once: activation checkpointing hands them out no second time."""
+    """A context that fetches its saved tensors once: with activation checkpointing they can be fetched only once."""
 
     def __init__(self, ctx: Any):
         self.ctx, self.saved_tensors = ctx, ctx.saved_tensors
@@ -70,7 +70,7 @@ class _Unpacked:
 
 
 class _Refusal(torch.autograd.Function):
-    """The first `count` tensors, as functions of the others."""
+    """Returns the first `count` tensors as functions of the others; its own backward raises."""
 
     @staticmethod
     def forward(ctx, op, count, *tensors):

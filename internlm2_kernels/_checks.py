@@ -1,4 +1,4 @@
-"""Argument checks shared by the public functions: each error names the operator, the argument, what was expected, what came."""
+"""Argument checks of the public functions. Every error names the operator, the argument, what was expected and what came."""
 
 import math
 import numbers
@@ -9,30 +9,30 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def fail(kind: type[Exception], op: str, argument: str, expected: str, got: object) -> None:
-    raise kind(f"{op}: {argument}: expected {expected}, got {got}")
+    shown = " ".join(str(got).split())  # a tensor given as an option is shown on one line
+    raise kind(f"{op}: {argument}: expected {expected}, got {shown if len(shown) <= 500 else shown[:500] + ' ...'}")
 
 
 def check_float(op: str, argument: str, tensor: object) -> None:
-    """`tensor` is a floating-point tensor of an accepted dtype."""
-    if not isinstance(tensor, torch.Tensor):
-        fail(TypeError, op, argument, "a tensor", type(tensor).__name__)
+    """Raises unless `tensor` is a strided tensor of an accepted floating-point dtype."""
+    check_tensor(op, argument, tensor)
     if tensor.dtype not in FLOAT_DTYPES:
         fail(TypeError, op, argument, "float32, bfloat16, float16 or float64", tensor.dtype)
-    check_layout(op, argument, tensor)
 
 
-def check_layout(op: str, argument: str, tensor: torch.Tensor) -> None:
-    if tensor.layout != torch.strided:
-        fail(TypeError, op, argument, "a dense (strided) tensor", tensor.layout)
+def check_tensor(op: str, argument: str, value: object, expected: str = "a tensor") -> None:
+    """Raises unless `value` is a strided tensor: sparse, nested and mkldnn tensors are refused."""
+    if not isinstance(value, torch.Tensor):
+        fail(TypeError, op, argument, expected, type(value).__name__)
+    if value.layout != torch.strided or value.is_nested:
+        fail(TypeError, op, argument, "a dense (strided) tensor", "a nested one" if value.is_nested else value.layout)
 
 
 def check_same(op: str, argument: str, tensor: object, like: torch.Tensor, of: str) -> None:
-    """`tensor` has the dtype and the device of `like`, the argument named `of`."""
-    if not isinstance(tensor, torch.Tensor):
-        fail(TypeError, op, argument, "a tensor", type(tensor).__name__)
+    """Raises unless `tensor` has the dtype and the device of `like`, the argument named `of`."""
+    check_tensor(op, argument, tensor)
     if tensor.dtype != like.dtype:
         fail(TypeError, op, argument, f"the dtype of {of}, {like.dtype}", tensor.dtype)
-    check_layout(op, argument, tensor)
     check_device(op, argument, tensor, like, of)
 
 
@@ -47,7 +47,7 @@ def check_shape(op: str, argument: str, tensor: torch.Tensor, shape: tuple, mean
 
 
 def check_choice(op: str, argument: str, value: object, choices: tuple) -> None:
-    if value not in choices:
+    if not isinstance(value, str | int) or value not in choices:  # comparing an array gives no truth value
         fail(ValueError, op, argument, " or ".join(repr(c) for c in choices), repr(value))
 
 
@@ -57,15 +57,15 @@ def check_flag(op: str, argument: str, value: object) -> None:
 
 
 def check_number(op, argument, value, expected, accept):
-    """A real number, no tensor and no bool, that `accept` takes; as a float.
+    """Returns `value` as a float. Raises unless it is a finite real number (no tensor, no bool) that `accept` accepts.
 
-    Finite by comparison: torch.compile cannot trace math.isfinite of a number that it holds as a symbol.
+    Comparisons decide whether it is finite, because torch.compile cannot trace math.isfinite of a symbolic number.
     """
-    if type(value) is float and -math.inf < value < math.inf and accept(value):  # an abstract class would take a microsecond
+    if type(value) is float and -math.inf < value < math.inf and accept(value):  # fast: numbers.Real takes a microsecond
         return value
     try:
         number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
-    except OverflowError:  # an integer beyond float64
+    except OverflowError:  # an integer that is too large for a float
         number = math.inf
     if not -math.inf < number < math.inf or not accept(number):
         fail(ValueError, op, argument, expected, repr(value))
@@ -73,19 +73,23 @@ def check_number(op, argument, value, expected, accept):
 
 
 def check_labels(op, argument, labels, rows, like, of):
-    """int64 or int32 of shape `rows`, on the device of `like`; contiguous on return. Values are the kernels' business."""
-    if not isinstance(labels, torch.Tensor):
-        fail(TypeError, op, argument, "an int64 or int32 tensor", type(labels).__name__)
+    """Returns `labels` contiguous. Raises unless it is int64 or int32, of shape `rows`, on the device of `like`.
+
+    The values are checked by the kernels, or by `check_values`.
+    """
+    check_tensor(op, argument, labels, "an int64 or int32 tensor")
     if labels.dtype not in (torch.int64, torch.int32):
         fail(TypeError, op, argument, "torch.int64 or torch.int32", labels.dtype)
-    check_layout(op, argument, labels)
     check_shape(op, argument, labels, rows, f"the leading dimensions of {of}")
     check_device(op, argument, labels, like, of)
     return labels.contiguous()
 
 
 def check_values(op: str, argument: str, values: torch.Tensor | None, low: int, high: int, besides: int | None = None) -> None:
-    """Values of a CPU tensor within [low, high), or `besides`: what compiled kernels check themselves, for the reference."""
+    """Raises unless all values of a CPU tensor lie in [low, high) or equal `besides`.
+
+    Only the reference needs this: compiled kernels check values themselves.
+    """
     if values is None or values.device.type != "cpu" or torch.compiler.is_compiling() or not values.numel():
         return
     wrong = (values < low) | (values >= high)
@@ -97,12 +101,10 @@ def check_values(op: str, argument: str, values: torch.Tensor | None, low: int, 
 
 
 def check_vector(op, argument, tensor, shape, like, of):
-    """A floating-point tensor of `shape` and of the dtype and device of `like`; contiguous on return."""
-    if not isinstance(tensor, torch.Tensor):
-        fail(TypeError, op, argument, "a tensor", type(tensor).__name__)
+    """Returns `tensor` contiguous. Raises unless it has `shape` and the floating-point dtype and device of `like`."""
+    check_tensor(op, argument, tensor)
     if tensor.dtype not in FLOAT_DTYPES or tensor.dtype != like.dtype:
         fail(TypeError, op, argument, f"the dtype of {of}, {like.dtype}", tensor.dtype)
-    check_layout(op, argument, tensor)
     if tensor.shape != shape:
         check_shape(op, argument, tensor, shape, f"the shape of {of}")
     check_device(op, argument, tensor, like, of)
@@ -110,10 +112,8 @@ def check_vector(op, argument, tensor, shape, like, of):
 
 
 def check_mask(op, mask, like, of):
-    """bool (or numbers, of which all but 0 count) of the shape of `like`; bool and contiguous on return."""
-    if not isinstance(mask, torch.Tensor):
-        fail(TypeError, op, "mask", "a tensor", type(mask).__name__)
-    check_layout(op, "mask", mask)
+    """Returns `mask` as a contiguous bool tensor; of numbers all but 0 count. Raises unless it has the shape of `like`."""
+    check_tensor(op, "mask", mask)
     if mask.shape != like.shape:
         check_shape(op, "mask", mask, like.shape, f"the shape of {of}")
     check_device(op, "mask", mask, like, of)
@@ -121,12 +121,10 @@ def check_mask(op, mask, like, of):
 
 
 def check_cu_seqlens(op, argument, cu, like, of):
-    """int32 [n + 1] on the device of `like`, the argument named `of`; contiguous on return."""
-    if not isinstance(cu, torch.Tensor):
-        fail(TypeError, op, argument, "an int32 tensor [sequences + 1]", type(cu).__name__)
+    """Returns `cu` contiguous. Raises unless it is int32 [n + 1] on the device of `like`, the argument named `of`."""
+    check_tensor(op, argument, cu, "an int32 tensor [sequences + 1]")
     if cu.dtype != torch.int32:
         fail(TypeError, op, argument, "torch.int32", cu.dtype)
-    check_layout(op, argument, cu)
     if cu.dim() != 1 or cu.shape[0] < 1:
         fail(ValueError, op, argument, "shape [sequences + 1]", list(cu.shape))
     check_device(op, argument, cu, like, of)
@@ -134,8 +132,10 @@ def check_cu_seqlens(op, argument, cu, like, of):
 
 
 def check_boundaries(op: str, argument: str, cu: torch.Tensor, total: int, shortest: int = 0, longest: int = -1) -> None:
-    """cu_seqlens on the CPU rise from 0 to `total` by at least `shortest`, and by no more than the bound `longest` (-1: none):
-    what compiled kernels check themselves, for the reference."""
+    """Raises unless cu_seqlens on the CPU rise from 0 to `total`, in steps from `shortest` to `longest` (-1: no bound).
+
+    Only the reference needs this: compiled kernels check values themselves.
+    """
     if cu.device.type != "cpu" or torch.compiler.is_compiling():
         return
     bounds, rising = cu.tolist(), f"rise by at least {shortest}" if shortest else "never fall"
@@ -151,18 +151,18 @@ def check_boundaries(op: str, argument: str, cu: torch.Tensor, total: int, short
 
 
 def check_longest(op, argument, bound, longest):
-    """A bound that was given (not -1) holds for sequences of the length `longest`."""
+    """Raises if `bound`, a max_seqlen argument (-1: not given), is less than the longest sequence."""
     if 0 <= bound < longest:
         fail(ValueError, op, argument, f"at least the longest sequence, {longest}", bound)
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x`, or a copy where kernels could not walk it: they take up to three dimensions and a last stride of 1."""
+    """`x`, or a contiguous copy where kernels cannot read it: they take up to three dimensions, the last with stride 1."""
     if x.is_contiguous() or (x.dim() <= 3 and x.stride(-1) == 1):
         return x
     return x.contiguous()
 
 
 def last_stride_1(x: torch.Tensor) -> torch.Tensor:
-    """`x`, or a copy where its last dimension is not dense: kernels take every other stride as it is."""
+    """`x`, or a contiguous copy if the stride of its last dimension is not 1. Kernels accept any other strides."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

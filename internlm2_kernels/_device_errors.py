@@ -18,8 +18,8 @@ class Index:
     """An argument that holds indices. `bit` is a contract with csrc/cuda and _triton: append, never renumber."""
 
     bit: int
-    expected: str  # which values are right
-    consequence: str  # what became of the results where others were found
+    expected: str  # the values that are accepted
+    consequence: str  # what happened to the results
 
 
 INDICES: dict[tuple[str, str], Index] = {}  # by operator and argument
@@ -28,7 +28,7 @@ _words: dict[torch.device, torch.Tensor] = {}
 
 
 def declare(op: str, indices: Mapping[str, Index]) -> None:
-    """Makes the index arguments of the operator `op` known, by argument name."""
+    """Registers the index arguments of the operator `op`, by argument name."""
     for argument, index in indices.items():
         if index.bit in CODES.values():
             raise ValueError(f"{op}: {argument}: expected a bit of its own, got {index.bit:#x}, which is in use")
@@ -36,7 +36,7 @@ def declare(op: str, indices: Mapping[str, Index]) -> None:
 
 
 def error_word(device: torch.device) -> torch.Tensor:
-    """The word that kernels on `device` set; it lives as long as the process, since recorded CUDA graphs keep its address."""
+    """The word that kernels on `device` set. It is never freed, because recorded CUDA graphs keep its address."""
     if device.type == "meta":
         return torch.empty(1, dtype=torch.int32, device=device)
     word = _words.get(device)
@@ -44,22 +44,23 @@ def error_word(device: torch.device) -> torch.Tensor:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("the first call of an operator that takes indices allocates the device's error word and waits "
                                "for it: make one call before capturing a CUDA graph")
-        with torch.inference_mode(False):  # an inference tensor could not be reset outside inference mode
+        with torch.inference_mode(False):  # outside inference mode an inference tensor could not be reset
             word = _words[device] = torch.zeros(1, dtype=torch.int32, device=device)
         if device.type == "cuda" and hasattr(_C, "set_error_word"):
-            torch.cuda.synchronize(device)  # the compiled kernels may run on a stream that knows nothing of the zeroing
+            torch.cuda.synchronize(device)  # compiled kernels may run on another stream than the zeroing
             _C.set_error_word(device.index, word.data_ptr())
     return word
 
 
-if hasattr(_C, "set_error_word_maker"):  # a CUDA kernel that is the first to need its device's word asks for it
+if hasattr(_C, "set_error_word_maker"):  # called by the first CUDA kernel on a device that needs the word
     _C.set_error_word_maker(lambda index: error_word(torch.device("cuda", index)))
 
 
 def check() -> None:
-    """Raises `ValueError` if a kernel has met an index out of range since the last check, naming operator and argument.
+    """Raises `ValueError`, naming operator and argument, if a kernel has found an index out of range since the last check.
 
-    Waits for every CUDA device that ran such a kernel, and forgets what it reports. CPU tensors are checked at the call.
+    It synchronises every CUDA device that ran such a kernel, and clears what it reports. Indices on the CPU are checked in the
+    call itself.
     """
     found = []
     for device, word in _words.items():
@@ -76,9 +77,9 @@ def check() -> None:
 
 @contextlib.contextmanager
 def validate() -> Iterator[None]:
-    """Raises at its end what kernels inside the block found, as `check()` does; at its start, what came before it.
+    """A context manager that calls `check()` at its start and at its end.
 
-    An exception of the block itself passes unchanged. Costs one synchronisation a device at either end.
+    An exception raised inside the block passes unchanged. It costs two synchronisations of each device.
     """
     check()
     yield

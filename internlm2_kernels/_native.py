@@ -11,13 +11,12 @@ except ImportError as error:
     _C = None
     NATIVE_ERROR = f"the compiled library is not here ({error}); see `python -m internlm2_kernels doctor`"
 
-OPERATOR: dict[Any, str] = {}  # of every registered overload: the name of the operator that it belongs to
-
 
 def native(overload: Any, *args: Any) -> Any:
-    """Calls an overload whose C++ checks values. torch delivers its errors as RuntimeError; here they become ValueError.
+    """Calls an overload whose C++ checks values, and raises its errors as ValueError: torch delivers them as RuntimeError.
 
-    Inside a compiled graph nothing can catch them: there they stay a RuntimeError whose text begins with "ValueError: ".
+    csrc/errors.h marks them with "ValueError: " before the operator's name. In compiled code nothing can catch them, so that
+    they stay RuntimeErrors with that mark.
     """
     if torch.compiler.is_compiling():
         return overload(*args)
@@ -27,5 +26,4 @@ def native(overload: Any, *args: Any) -> Any:
         _, found, message = str(error).partition("ValueError: ")
         if not found:
             raise
-        message, prefix = message.splitlines()[0], f"{OPERATOR[overload]}: "
-        raise ValueError(message if message.startswith(prefix) else prefix + message) from None
+        raise ValueError(message.splitlines()[0]) from None

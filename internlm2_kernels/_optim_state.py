@@ -1,4 +1,4 @@
-"""What `FusedAdamW` asks of a state that it is given, and of masters that were loaded."""
+"""Checks of the state that `FusedAdamW` loads, and the agreement of loaded master weights with their parameters."""
 
 import warnings
 
@@ -13,7 +13,7 @@ STATE = ("exp_avg", "exp_avg_sq", "master")
 
 
 def _value(tensor):
-    """The number that a tensor of one element holds; None where reading it would wait for a device."""
+    """The number in a tensor of one element. None on other devices than the CPU, where reading it would synchronise."""
     return local_of(tensor).item() if tensor.device.type == "cpu" else None
 
 
@@ -29,7 +29,7 @@ def _check_count(argument, count, most, expected):
 
 
 def check_saved(p, saved):
-    """Errors for what was saved of parameter p. Values are looked at on CPU alone: nothing waits for another device."""
+    """Raises if the saved state does not fit parameter p. Values are checked on the CPU only: nothing else synchronises."""
     if not {"step", *STATE[:2]} <= set(saved):
         fail(ValueError, "FusedAdamW", "state_dict", "step, exp_avg and exp_avg_sq of a parameter", ", ".join(saved))
     _check_count("state_dict: step", saved["step"], MOST_STEPS, "a whole number from 0 to 2^24")
@@ -44,13 +44,13 @@ def check_saved(p, saved):
         local = local_of(tensor.detach())
         if name == "master" or local.device.type != "cpu" or not local.numel():
             continue
-        least = local.min().item()  # NaN where there is one
+        least = local.min().item()  # NaN if any element is NaN
         if least != least or (name == "exp_avg_sq" and least < 0):
             fail(ValueError, "FusedAdamW", argument, "numbers >= 0" if name == "exp_avg_sq" else "numbers", least)
 
 
 def loaded_count(state_dict):
-    """How many steps were skipped, as the dictionary has it: of its own, or in a group; None where it has neither."""
+    """The number of skipped steps in a state dictionary, at its top level or in a group; None if it is in neither."""
     groups = (group["skipped"] for group in state_dict["param_groups"] if "skipped" in group)
     count = state_dict["skipped"] if state_dict.get("skipped") is not None else next(groups, None)
     if count is not None:
@@ -59,18 +59,18 @@ def loaded_count(state_dict):
 
 
 def settle_masters(pairs):
-    """Of (parameter, master): elements of masters that do not round to their parameter's take its value."""
+    """For pairs (parameter, master): elements of a master that do not round to the parameter's element take its value."""
     stale = []
     for p, master in pairs:
         p, master = local_of(p).detach(), local_of(master)
         right = (master.to(p.dtype) == p) | (master.isnan() & p.isnan())
         master.copy_(torch.where(right, master, p.to(master.dtype)))
         stale.append(~right.all())
-    if not torch.compiler.is_compiling():  # this waits for the device, once after a state was loaded
-        warn_of_masters(sum(map(int, stale)), "are not what their parameters were rounded from, which were written to since")
+    if not torch.compiler.is_compiling():  # counting them synchronises, once after a state was loaded
+        warn_of_masters(sum(map(int, stale)), "do not round to their parameters, which were written to since")
 
 
 def warn_of_masters(count, why):
     if count:
-        warnings.warn(f"FusedAdamW: state_dict: master: those of {count} parameters {why}; the parameters' values are taken",
-                      stacklevel=4)
+        warnings.warn(f"FusedAdamW: state_dict: master: the masters of {count} parameters {why}; the parameters' values are "
+                      "used", stacklevel=4)

@@ -7,8 +7,8 @@ overload of the library `internlm2`: `internlm2::rms_norm_fwd.cpp`. Implementati
 - `cpp` and `cuda` are registered by the compiled library `_C`;
 - `triton` is the function `NAME_PASS` of `internlm2_kernels/_triton/NAME.py`, imported at its first call.
 
-Once released, a pass whose results or arguments change takes a new name: inductor's cache on disk and exported programs
-know a raw operator by its name alone, and would go on with the graph that an older version had.
+After a release, a pass whose results or arguments change must take a new name. Inductor's cache on disk and exported programs
+know a raw operator by its name only, and would keep using the graph of the older version.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ import torch
 from torch.autograd import forward_ad as _forward_ad
 
 from ._device_errors import Index, declare
-from ._native import _C, NATIVE_ERROR, OPERATOR
+from ._native import _C, NATIVE_ERROR
 
 if TYPE_CHECKING:
     from .workloads import Workload
@@ -35,8 +35,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OPS: dict[str, "Op"] = {}
 
 _library = torch.library.Library("internlm2", "FRAGMENT")
-_forced: str | None = None  # a plain module global: Dynamo guards it, which it cannot do with a ContextVar
-_entries: list[list[str | None]] = []  # of the `use_backend` blocks that are open, in the order in which they began
+_forced: str | None = None  # a module global, because Dynamo guards those and cannot guard a ContextVar
+_entries: list[list[str | None]] = []  # one for each open `use_backend` block, in the order in which they began
 _entries_lock = threading.Lock()
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -48,9 +48,9 @@ class Op:
 
     schemas, fakes  of every registered function, keyed by pass
     outputs         the names of what the public function returns
-    isas            the instruction sets for which `cpp` has builds of their own
-    autocast        under autocast the floating-point inputs, but for caches, are cast to its dtype
-    indices         the arguments that hold indices, which kernels on a device check
+    isas            the instruction sets for which `cpp` is compiled separately
+    autocast        whether autocast casts the floating-point inputs, except caches, to its dtype
+    indices         the arguments that hold indices, whose values kernels check on the device
     """
 
     name: str
@@ -82,12 +82,12 @@ class Op:
 
     @functools.cached_property
     def public(self) -> Callable:
-        """The public function: NAME of internlm2_kernels.ops.NAME."""
+        """The public function: the function NAME of the module internlm2_kernels.ops.NAME."""
         return getattr(importlib.import_module(f"internlm2_kernels.ops.{self.name}"), self.name)
 
     @functools.cached_property
     def workload(self) -> "Workload":
-        """What tests, benchmarks and `doctor` run it on."""
+        """The inputs and costs that tests, benchmarks and `doctor` use; imported at its first use."""
         return importlib.import_module(f"internlm2_kernels.workloads.{self.name}").WORKLOAD
 
     def _define(self, pass_name: str, schema: str, backend: str) -> None:
@@ -100,8 +100,7 @@ class Op:
                 _library.impl(f"{qualified}.triton", launcher, "CPU")
         torch.library.register_fake(f"internlm2::{qualified}.{backend}", self.fakes[pass_name], lib=_library)
         packet = getattr(torch.ops.internlm2, qualified)
-        overload = self.overloads.setdefault(pass_name, {})[backend] = getattr(packet, backend)
-        OPERATOR[overload] = self.name
+        self.overloads.setdefault(pass_name, {})[backend] = getattr(packet, backend)
 
     def select(self, tensor: torch.Tensor, backend: str | None) -> str:
         """The backend for this call: `backend`, else `use_backend`'s, else the first usable one for the device."""
@@ -109,16 +108,16 @@ class Op:
         device = tensor.device.type
         usable = self.usable.get(device, ("reference",))
         if wanted is None:
-            if device == "cuda" and tensor.dtype == torch.float64:  # the GPU kernels have none
+            if device == "cuda" and tensor.dtype == torch.float64:  # the GPU kernels do not take float64
                 return "reference"
             wanted = usable[0]
-        elif wanted not in usable:
+        elif not isinstance(wanted, str) or wanted not in usable:
             raise_unusable(self, wanted, device)
         if wanted != "reference":
             if _forward_ad._current_level >= 0:
                 raise RuntimeError(f"{self.name}: backend={wanted!r} has no forward-mode derivative (jvp, jacfwd); "
                                    "inside a dual level use backend='reference'")
-            if torch._C._are_functorch_transforms_active():  # they would lose the gradient without a word
+            if torch._C._are_functorch_transforms_active():  # they would lose the gradient silently
                 raise RuntimeError(f"{self.name}: backend={wanted!r} does not take part in functorch transforms (vmap, grad, "
                                    "jacrev, ...); inside them use backend='reference'")
         return wanted
@@ -129,7 +128,7 @@ _ORDER = {"cpu": ("cpp", "reference", "triton"), "cuda": ("triton", "cuda", "ref
 
 
 def _lazy_launcher(name: str, qualified: str) -> Callable:
-    """Importing the package must not import Triton, so a launcher's module is imported at its first call."""
+    """A function that imports the launcher's module at its first call: importing the package must not import Triton."""
     launcher = None
 
     def call(*args: Any) -> Any:
@@ -143,7 +142,7 @@ def _lazy_launcher(name: str, qualified: str) -> Callable:
 
 def why_not(op: Op, backend: str, device: str) -> str | None:
     """Why `backend` cannot run `op` on tensors of `device`; None if it can."""
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         return f"there is no such backend; there are {', '.join(BACKENDS)}"
     if backend not in op.backends:
         return f"{op.name} has no {backend} implementation; it has {', '.join(op.backends)}"
@@ -176,10 +175,11 @@ def raise_unusable(op: Op, backend: str, device: str) -> None:
 
 @contextlib.contextmanager
 def use_backend(backend: str | None) -> Iterator[None]:
-    """Run every operator inside the block on `backend` (`reference`, `cpp`, `triton`, `cuda`; None: the best measured).
+    """Run every operator inside the block on `backend`: reference, cpp, triton or cuda; None: the automatic choice.
 
-    An operator that cannot run there raises `ValueError` with the reason. The setting belongs to the process, not to
-    the thread: `torch.compile` guards a module global and would silently keep a stale thread-local.
+    An operator that cannot run there raises `ValueError` with the reason. The setting holds for the whole process, because
+    `torch.compile` cannot guard a thread-local value and would silently keep an old one. Of several open blocks the one that
+    began last counts.
     """
     _check_name("backend", backend)
     entry = [backend]
@@ -202,7 +202,7 @@ def _enter(entry: list[str | None]) -> None:
 
 
 def _leave(entry: list[str | None]) -> None:
-    """Blocks of several threads end in any order: each removes its own entry, and the last one that is left counts."""
+    """Removes this block's entry. Blocks of several threads may end in any order; the youngest open one counts."""
     global _forced
     with _lock():
         _entries[:] = [other for other in _entries if other is not entry]
@@ -210,7 +210,7 @@ def _leave(entry: list[str | None]) -> None:
 
 
 def _check_name(origin: str, backend: str | None) -> None:
-    if backend is not None and backend not in BACKENDS:
+    if backend is not None and (not isinstance(backend, str) or backend not in BACKENDS):
         raise ValueError(f"{origin}: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 
 

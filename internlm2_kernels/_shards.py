@@ -1,4 +1,4 @@
-"""The part of a parameter that lies in this process: of a DTensor its shard, of any other tensor all of it."""
+"""The part of a parameter that this process holds: the local shard of a DTensor, and all of any other tensor."""
 
 import functools
 import math
@@ -7,7 +7,7 @@ from ._checks import fail
 
 
 def is_dtensor(tensor):
-    return hasattr(tensor, "to_local")  # the class itself takes half a second to import
+    return hasattr(tensor, "to_local")  # importing the DTensor class to ask isinstance takes half a second
 
 
 def local_of(tensor):
@@ -15,23 +15,25 @@ def local_of(tensor):
 
 
 def check_placements(op, p):
-    """Every element of p lies in some process as it is: none is a sum over processes."""
+    """Raises if p has a partial placement: its elements would be sums over processes, which no process holds."""
     if is_dtensor(p) and any(placement.is_partial() for placement in p.placements):
         fail(ValueError, op, "params", "DTensors that are sharded or replicated (redistribute them)", p.placements)
 
 
 def split_dimensions(p):
-    """The dimensions of p's mesh over which its elements are divided: FSDP2's shards of tensor parallelism's are no Shard."""
+    """The mesh dimensions over which p's elements are divided.
+
+    They are those that do not replicate. `Shard` is not asked for: FSDP2 over tensor parallelism has a class of its own.
+    """
     return tuple(k for k, placement in enumerate(p.placements) if not placement.is_replicate())
 
 
 def offset_of(p):
-    """What random bits count p's elements from: how many elements of the whole tensor lie before this shard's.
+    """How many elements of the whole tensor come before this shard's first one; random bits are numbered from there.
 
-    Shards are ordered by the first dimension that is split (as it lies in memory), then the next. Rows that follow each
-    other (FSDP2's, with tensor parallelism's or without) so have the places that they have in the whole tensor. A part that
-    is no contiguous range of it (Shard(d), d > 0) has a range of numbers of its own: no bits are shared, but they are not
-    those of the whole tensor.
+    A shard of consecutive rows (FSDP2's, with or without tensor parallelism) thus draws the bits that the same elements draw
+    in the whole tensor. A shard along a later dimension (Shard(d), d > 0) is not a contiguous range of the whole tensor. It
+    gets a range of numbers that no other shard has, but its bits differ from those of the whole tensor.
     """
     if not is_dtensor(p) or not p.to_local().numel():
         return 0
@@ -46,9 +48,9 @@ def _elements_before(shape, local, mesh, placements, order):
     for d in order:
         first, size = 0, shape[d]
         for parts, mine in _splits(d, mesh, placements):
-            most = -(-size // parts)  # as torch.chunk divides: the last ones may have less, or nothing
+            most = -(-size // parts)  # torch.chunk's rule: the last parts may be smaller or empty
             first, size = first + most * mine, max(0, min(most, size - most * mine))
-        if size != local[d]:  # these rows lie in other places
+        if size != local[d]:  # the shard's rows do not follow each other in the whole tensor
             fail(ValueError, "FusedAdamW", "params", "shards of consecutive rows, as fully_shard over parallelize_module has"
                  " them, where random bits are drawn (redistribute them, or keep masters and float32 moments)", placements)
         inner //= shape[d]
@@ -57,11 +59,11 @@ def _elements_before(shape, local, mesh, placements, order):
 
 
 def _splits(d, mesh, placements):
-    """(into how many parts, which one is this process's) for each time that dimension d is split, in that order.
+    """(number of parts, index of this process's part) for each split of tensor dimension d, in the order of the splits.
 
-    The mesh's dimensions split from first to last, but for a placement with a split_factor: FSDP2 splits what tensor
-    parallelism has split, though its dimension comes first, and gives the number of those parts. What has another order
-    counts as whole, which its size is not.
+    Mesh dimensions split in their own order, with one exception: FSDP2's dimension comes first in the mesh, but it splits
+    what tensor parallelism has split already. Such a placement has a `split_factor`, the number of those earlier parts. For any
+    other order the list is empty; the caller then sees that the local size does not fit, and raises.
     """
     splits = []
     for k in reversed(range(len(placements))):

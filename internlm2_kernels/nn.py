@@ -2,7 +2,7 @@
 
 import torch
 
-from ._checks import check_flag, check_float, fail
+from ._checks import check_flag, check_float, check_tensor, fail
 from .ops._attention import check_options
 from .ops.apply_rope import apply_rope
 from .ops.flash_attention import flash_attention
@@ -24,9 +24,12 @@ class RMSNorm(torch.nn.Module):
 
     def __init__(self, normalized_shape, eps=None, elementwise_affine=True, device=None, dtype=None, *, rounding="once"):
         super().__init__()
-        sizes = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-        if not sizes:
-            fail(ValueError, "RMSNorm", "normalized_shape", "at least one dimension", list(sizes))
+        sizes = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+        whole = lambda n: isinstance(n, int) and not isinstance(n, bool) and 1 <= n < 2**63
+        if not isinstance(sizes, tuple | list) or not sizes or not all(map(whole, sizes)):
+            fail(ValueError, "RMSNorm", "normalized_shape", "a size of at least 1, or several", repr(normalized_shape))
+        check_flag("RMSNorm", "elementwise_affine", elementwise_affine)
+        sizes = tuple(sizes)
         self.normalized_shape, self.eps, self.elementwise_affine, self.rounding = sizes, eps, elementwise_affine, rounding
         weight = torch.nn.Parameter(torch.empty(sizes, device=device, dtype=dtype)) if elementwise_affine else None
         self.register_parameter("weight", weight)
@@ -56,7 +59,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class SwiGLU(torch.nn.Module):
-    """The feed-forward block w2(silu(w1 x) * w3 x) without biases; w1 is the gate, w3 the up projection, w2 the way down."""
+    """The feed-forward block w2(silu(w1 x) * w3 x), without biases: w1 is the gate, w3 the up and w2 the down projection."""
 
     def __init__(self, hidden_size, intermediate_size, *, device=None, dtype=None):
         super().__init__()
@@ -70,10 +73,10 @@ class SwiGLU(torch.nn.Module):
 
 
 class RotaryEmbedding(torch.nn.Module):
-    """Rotary tables for `max_length` positions and their application: `forward(q, k, positions)` -> q, k.
+    """Rotary tables for `max_length` positions, applied to queries and keys: `forward(q, k, positions)` -> q, k.
 
-    The tables are float32 buffers outside the state dict, made from float64 angles; `.to(bfloat16)` and `.half()` leave them
-    float32, since a bfloat16 table is wrong from position 256 on. Options: `rope_table`, `apply_rope`.
+    The tables are float32 buffers that the state dictionary does not contain. `.to(bfloat16)` and `.half()` leave them in
+    float32, because bfloat16 cannot represent positions above 256. Options and errors: `rope_table` and `apply_rope`.
     """
 
     def __init__(self, head_dim, max_length, *, base=1e6, scaling=None, angles="float64", interleaved=False, device=None):
@@ -84,32 +87,34 @@ class RotaryEmbedding(torch.nn.Module):
         self.register_buffer("sin", sin, persistent=False)
         self.interleaved = interleaved
 
-    @torch.inference_mode(False)  # tables made under inference mode could not be saved for a later backward
+    @torch.inference_mode(False)  # autograd cannot save inference tensors for a backward
     def _tables(self, device):
         return rope_table(self.max_length, self.head_dim, device=device, **self.options)
 
     def _apply(self, fn, recurse=True):
         tables = self.cos, self.sin
         super()._apply(fn, recurse)
-        device = self.cos.device  # the tables are moved, never rounded; on a meta device there was nothing to move
+        device = self.cos.device  # the tables keep their dtype; meta tables hold no data and are computed
         self.cos, self.sin = self._tables(device) if tables[0].is_meta else (table.to(device) for table in tables)
         return self
 
     def forward(self, q, k, positions=None):
-        """q [..., S, H, d], k [..., S, G, d]; without positions every sequence counts from 0 along S."""
+        """Rotates q [..., S, H, d] and k [..., S, G, d]. Without `positions` every sequence counts from 0 along S."""
         if positions is None:
             positions = torch.arange(q.shape[-3], device=q.device).expand(q.shape[:-2])
         return apply_rope(q, k, self.cos, self.sin, positions, interleaved=self.interleaved)
 
 
 class FlashAttention(torch.nn.Module):
-    """`flash_attention` as a module without weights, options given once.
+    """`flash_attention` as a module without weights: the options are given once.
 
-    `forward(q, k, v)` takes dense [B, S, heads, d]; with `cu_seqlens_q` (and `cu_seqlens_k`, `max_seqlen_q`, `max_seqlen_k`)
-    packed [T, heads, d]. `forward(qkv)` takes one tensor [..., 3, H, d]. Options and errors: those of
-    `internlm2_kernels.flash_attention`. The computation is that of flash_attn's FlashSelfAttention and FlashCrossAttention at
-    dropout 0, the names are not: softmax_scale is `scale`, window_size `window`, cu_seqlens `cu_seqlens_q`, and a packed kv
-    is passed as kv[..., 0, :, :] and kv[..., 1, :, :].
+    `forward(q, k, v)` takes dense tensors [B, S, heads, d], or packed ones [T, heads, d] with `cu_seqlens_q` (and
+    `cu_seqlens_k`, `max_seqlen_q`, `max_seqlen_k`). `forward(qkv)` takes one tensor [..., 3, H, d]. Options and errors:
+    `internlm2_kernels.flash_attention`.
+
+    It computes what flash_attn's FlashSelfAttention and FlashCrossAttention compute at dropout 0, under other names:
+    softmax_scale is `scale`, window_size is `window`, cu_seqlens is `cu_seqlens_q`, and a packed kv is passed as
+    kv[..., 0, :, :] and kv[..., 1, :, :].
     """
 
     def __init__(self, *, causal=False, scale=None, window=None, softcap=0.0):
@@ -122,8 +127,7 @@ class FlashAttention(torch.nn.Module):
                 return_lse=False):
         if (k is None) != (v is None):
             raise ValueError("FlashAttention: v: expected a tensor where k is given, and None otherwise")
-        if not isinstance(q, torch.Tensor):
-            fail(TypeError, "FlashAttention", "q", "a tensor", type(q).__name__)
+        check_tensor("FlashAttention", "q", q)
         if k is None:
             if q.dim() < 4 or q.shape[-3] != 3:
                 raise ValueError(f"FlashAttention: q: expected [..., 3, heads, head_dim] without k and v, got {list(q.shape)}")

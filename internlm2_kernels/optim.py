@@ -12,12 +12,13 @@ from .ops.squared_norm import SQUARED_NORM, dense
 from .ops.squared_norm import reference as reference_norm
 
 OPTIONS = ("master_weights", "stochastic_rounding", "moment_dtype", "max_grad_norm", "skip_nonfinite", "seed", "backend")
-FIXED = {"amsgrad": False, "differentiable": False, "decoupled_weight_decay": True}  # of torch.optim's groups: no other value
+# Options in the parameter groups of torch.optim that have one supported value.
+FIXED = {"amsgrad": False, "differentiable": False, "decoupled_weight_decay": True}
 LARGEST = torch.finfo(torch.float32).max
 
 
 def _layout(tensor):
-    """The tensor, or, where its elements do not fill its memory, one of the shape that do: what its state is laid out like."""
+    """A tensor with the memory layout that the state of `tensor` has: its own, or a dense one where it has gaps."""
     return tensor if dense(tensor) else torch.empty_like(tensor)
 
 
@@ -26,55 +27,43 @@ def _chosen(op, tensor, backend):
 
 
 class FusedAdamW(Optimizer):
-    """AdamW with decoupled weight decay, in place: one registered call for each (group, device, dtype, master or not).
+    """AdamW with decoupled weight decay. One call updates, in place, all parameters of a group that share device and dtype.
 
-    m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, w = w (1 - lr wd) - lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps),
-    g the gradient divided by the loss scale and clipped: times min(1, max_grad_norm / (norm + 1e-6)), norm over all groups
-    and shards.
+    m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, w = w (1 - lr wd) - lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps).
+    g is the gradient, divided by the loss scale and multiplied by min(1, max_grad_norm / (norm + 1e-6)); the norm is that of
+    the gradients of all groups and shards.
 
-    Arguments beyond `torch.optim.AdamW`'s:
-      master_weights       float32 copies of bfloat16 and float16 parameters, which the update goes through
-      stochastic_rounding  without masters: bfloat16 parameters are rounded up or down by chance, so that updates far below one
-                           ulp survive on average; bits are Philox4x32-10 of (seed, step, tensor, element), equal on CPU and GPU
-      moment_dtype         float32, or bfloat16 (half the memory; always stored stochastically rounded)
-      max_grad_norm        clip by the global norm, on the device; None: no clipping
-      skip_nonfinite       measure the norm even where nothing is clipped, and skip the step if it is not finite. On by default:
-                           one gradient of NaN would be in every weight for good. It reads the gradients once more, 2 or 4
-                           bytes an element beside a step's 14 to 28. False, without max_grad_norm: as PyTorch's AdamW
+    Arguments beyond those of `torch.optim.AdamW` (for the whole optimizer, not for a group):
+      master_weights       keep float32 copies of bfloat16 and float16 parameters, and update those
+      stochastic_rounding  without masters: round bfloat16 parameters up or down at random, so that updates far below one ulp
+                           survive on average. The bits are Philox4x32-10 of (seed, step, tensor, element), the same on CPU
+                           and GPU
+      moment_dtype         float32, or bfloat16: half the memory, and always stochastically rounded
+      max_grad_norm        clip by the global norm on the device; None: no clipping
+      skip_nonfinite       skip a step whose gradient norm is not finite, since one NaN would stay in the weights forever.
+                           It reads the gradients once more. False, without max_grad_norm, is as in PyTorch's AdamW
       seed                 of the random bits
-      backend              of all operators; None: the best one for each device
-    These are of the whole optimizer, no keys of a group, and neither is skipped. Betas lie in [0, 1), eps is at least
-    float32's least normal number.
+      backend              of all operators; None: the first usable one on each device
 
-    Skipped steps: one whose gradient norm or whose lr tensor is not finite, or in which a `GradScaler` found an infinity,
-    changes nothing but `skipped`: decided on the device, nothing waits for it. The norm's square is a float32 (of float32 and
-    16-bit gradients): a norm beyond 1.8e19, before the loss scale is divided out, counts as infinite. Numbers in groups are
-    checked in every step, tensors of lr on CPU when their group is added or loaded.
-    Compiled steps: give lr as a 0-dim tensor and fill it; each value of a float is compiled anew, until torch's limit.
+    Skipped steps: a step changes nothing but `skipped` if its gradient norm or its lr tensor is not finite, or if a
+    `GradScaler` found an infinity. The device decides; the host does not wait. The squared norm is a float32, so that a norm
+    above 1.8e19, before division by the loss scale, counts as infinite.
 
-    Masters: made in a parameter's first step (or loaded), and from then on what its steps start from. What is written to the
-    parameter besides (`p.data.fill_`, `model.load_state_dict`) is undone by the next step, unless `refresh_masters()` is
-    called after. A parameter that takes a step in a dtype that needs none loses its master. After loading a state, in
-    the first step, a parameter that is not what its master rounds to counts, with a warning: whether weights are loaded
-    before the state or after, and where PyTorch's AdamW took steps in between, which leaves the masters behind.
-    Random bits: of each parameter by its place among all of the optimizer's, whichever have gradients. A DTensor's elements
-    take them by their place in the whole tensor where the shard is a contiguous range of it, as FSDP2's rows are, of
-    tensor parallelism's too: sharded and whole steps have the same bits for the same gradients. Other parts, Shard(d) with
-    d > 0, take numbers of their own: they share none, but are not the whole tensor's. Rows that do not follow each other
-    are refused where bits are drawn, and parameters that are sums over ranks (Partial) everywhere.
+    Masters are created in a parameter's first step or loaded, and every later step starts from them. Call
+    `refresh_masters()` after writing to parameters yourself; otherwise the next step undoes it. In the first step after
+    loading, a parameter that its master does not round to counts instead of the master, with a warning.
 
-    State a parameter: step (float32, on its device: it counts to 2^24), exp_avg, exp_avg_sq, master: 8 to 12 bytes an
-    element, 4 with bfloat16 moments and stochastic rounding. `state_dict()` goes to and comes from `torch.optim.AdamW`; a
-    state without masters gets them from the parameters. Resuming is bitwise. Works with FSDP2's DTensor parameters,
-    `GradScaler` and parameter groups; keys of a group that are unknown here are the user's.
+    State: step (float32, counts to 2^24), exp_avg, exp_avg_sq and master take 8 to 12 bytes an element, or 4 with bfloat16
+    moments and no master. State dictionaries are exchanged with `torch.optim.AdamW`; resuming is bitwise. FSDP2's DTensor
+    parameters work, and draw the same random bits as the whole tensor does (shards along a later dimension draw other bits).
+    For compiled steps pass lr as a 0-dim tensor and fill it: every new value of a float is compiled again.
 
-    Results: `skipped` [] int64, how many steps were skipped; `grad_norm` [] float32, of the last step with max_grad_norm or
-    skip_nonfinite, before clipping. Errors: ValueError, TypeError naming the argument, before anything has changed.
-    Source: arXiv:1711.05101 algorithm 2
+    Results: `skipped` [] int64, the number of skipped steps; `grad_norm` [] float32, of the last step, before clipping.
+    Errors: ValueError and TypeError name the argument, before anything has changed.   Source: arXiv:1711.05101 algorithm 2
     """
 
     _step_supports_amp_scaling = True
-    _unseen_masters = False  # masters were loaded, and no step has compared them with the parameters yet
+    _unseen_masters = False  # True from the loading of masters until a step has compared them with the parameters
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, *, master_weights=True,
                  stochastic_rounding=False, moment_dtype=torch.float32, max_grad_norm=None, skip_nonfinite=True, maximize=False,
@@ -92,7 +81,7 @@ class FusedAdamW(Optimizer):
                 fail(ValueError, "FusedAdamW", "skip_nonfinite", "True with max_grad_norm, whose norm decides", False)
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
             fail(ValueError, "FusedAdamW", "seed", "an integer from 0 to 2^63 - 1", repr(seed))
-        if backend is not None and backend not in BACKENDS:
+        if backend is not None and (not isinstance(backend, str) or backend not in BACKENDS):
             fail(ValueError, "FusedAdamW", "backend", f"None or one of {', '.join(BACKENDS)}", repr(backend))
         self.master_weights, self.stochastic_rounding, self.skip_nonfinite = master_weights, stochastic_rounding, skip_nonfinite
         self.moment_dtype, self.max_grad_norm, self.seed, self.backend = moment_dtype, max_grad_norm, seed, backend
@@ -101,7 +90,7 @@ class FusedAdamW(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize})
 
     def __getstate__(self):
-        """For copy and pickle: the base class knows of groups and state alone."""
+        """For copy and pickle: the base class would keep the groups and the state only."""
         own = {name: getattr(self, name) for name in (*OPTIONS, "grad_norm", "_skipped", "_unseen_masters")}
         return super().__getstate__() | own | {"_rates": {}}
 
@@ -118,14 +107,14 @@ class FusedAdamW(Optimizer):
 
     @staticmethod
     def _check_numbers(op, group):
-        """What of a group is a number or a bool: nothing here reads a tensor."""
+        """Checks the numbers and flags of a group. It reads no tensor, so that nothing synchronises."""
         check_settings(op, group["betas"], group["eps"], group["weight_decay"])
         check_flag(op, "maximize", group["maximize"])
         if not isinstance(group["lr"], torch.Tensor):
             check_number(op, "lr", group["lr"], "a finite number >= 0", lambda v: 0 <= v <= LARGEST)
 
     def _check_group(self, group, argument="params"):
-        """A group that is given or, in argument state_dict, loaded."""
+        """Checks a group that was passed (`params`) or loaded (`state_dict`)."""
         op, lr = "FusedAdamW" if argument == "params" else f"FusedAdamW: {argument}", group["lr"]
         for name in (*OPTIONS, "skipped"):
             if name in group:
@@ -151,7 +140,7 @@ class FusedAdamW(Optimizer):
 
     @property
     def skipped(self):
-        """How many steps changed nothing: the first device's count, a 0-dim tensor that lives there."""
+        """The number of skipped steps: a 0-dim tensor on the first device that has parameters."""
         return next(iter(self._skipped.values()), torch.zeros((), dtype=torch.int64))
 
     # ------------------------------------------------------------------------------------------------------------- state
@@ -164,51 +153,52 @@ class FusedAdamW(Optimizer):
         return self.moment_dtype
 
     def _state_of(self, p):
-        """This parameter's state, with what it lacks made now."""
+        """The state of p. Missing entries are created, and entries of another dtype or layout than p needs are converted."""
         state = self.state[p]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         for name in STATE[:2]:
             if name not in state:
                 state[name] = torch.zeros_like(p, dtype=self._dtype(p, name))
-        if not self._has_master(p):  # it may have been given another dtype since
+        if not self._has_master(p):  # p may have been converted to a dtype that needs no master
             state.pop("master", None)
         elif "master" not in state:
             state["master"] = self._like(p, "master", p.detach())
         strides = _layout(local_of(p)).stride()
-        for name in STATE:  # or another layout
+        for name in STATE:
             if name in state and (state[name].dtype != self._dtype(p, name) or local_of(state[name]).stride() != strides):
                 state[name] = self._like(p, name, state[name])
         return state
 
     def _like(self, p, name, value):
-        """`value` in the dtype of this state, laid out in memory as p is: the update walks them side by side."""
+        """`value` in the dtype of this state and in the memory layout of p: the update reads both in memory order."""
         return torch.empty_like(p.detach(), dtype=self._dtype(p, name)).copy_(value)
 
     @torch.no_grad()
     def refresh_masters(self):
-        """Sets every master to its parameter: to be called after parameters were written to from outside."""
+        """Sets every master to its parameter. Call it after writing to parameters outside the optimizer."""
         for p, state in self.state.items():
             if "master" in state:
                 state["master"] = self._like(p, "master", p.detach())
 
     def state_dict(self):
-        """With `skipped`; what is not 0 in the first group too, since distributed checkpoints keep groups and state alone."""
+        """The base class's dictionary with `skipped`. A count other than 0 is also written into the first group, because
+        distributed checkpoints keep only the groups and the state."""
         saved, count = super().state_dict(), int(self.skipped)
         if count:
             saved["param_groups"][0]["skipped"] = count
         return {**saved, "skipped": self.skipped.clone()}
 
     def load_state_dict(self, state_dict):
-        """Accepts its own and `torch.optim.AdamW`'s; moments and masters keep float32, or the moments' dtype asked for.
+        """Loads a dictionary of this class or of `torch.optim.AdamW`. Masters stay float32, moments have `moment_dtype`.
 
-        What is refused changes nothing; hooks see and give what they do with every optimizer.
+        A dictionary that is refused changes nothing. Hooks work as with every optimizer.
         """
         if not isinstance(state_dict, dict):
             fail(TypeError, "FusedAdamW", "state_dict", "a dictionary", type(state_dict).__name__)
         made = []
 
-        def last(_, final):  # after the user's hooks; the base class loads groups, and would cast state to p's dtype
+        def last(_, final):  # runs after the user's hooks; the base class gets no state, which it would cast to p's dtype
             groups = self._loaded_groups(final)
             made.append(self._loaded_state(final))
             return {"state": {}, "param_groups": groups}
@@ -220,7 +210,7 @@ class FusedAdamW(Optimizer):
             if skipped is not None:
                 self._skipped = {skipped.device: skipped}
             self._unseen_masters = any("master" in own for own in state.values())
-            warn_of_masters(stale, "are no float32, as after a step of another optimizer")
+            warn_of_masters(stale, "are not float32, as after a step of another optimizer")
 
         handles = (self.register_load_state_dict_pre_hook(last), self.register_load_state_dict_post_hook(first, prepend=True))
         try:
@@ -234,7 +224,7 @@ class FusedAdamW(Optimizer):
             fail(ValueError, "FusedAdamW", "state_dict", "state and param_groups", ", ".join(map(str, state_dict)) or "nothing")
         groups = [{"maximize": False, **group} for group in state_dict["param_groups"]]
         for group in groups:
-            group.pop("skipped", None)  # _loaded_state reads it
+            group.pop("skipped", None)  # _loaded_state reads it from the dictionary
         if len(groups) != len(self.param_groups):
             fail(ValueError, "FusedAdamW", "state_dict", f"{len(self.param_groups)} parameter groups", len(groups))
         for group in groups:
@@ -246,7 +236,7 @@ class FusedAdamW(Optimizer):
 
     @torch.no_grad()
     def _loaded_state(self, state_dict):
-        """(state by parameter, skipped or None, number of stale masters), copied: nothing is left to fail."""
+        """(state by parameter, skipped or None, number of stale masters), checked and copied: storing it cannot fail."""
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         found = {p: state_dict["state"][i] for i, p in zip(saved_ids, params, strict=False) if state_dict["state"].get(i)}
@@ -270,7 +260,7 @@ class FusedAdamW(Optimizer):
 
     # -------------------------------------------------------------------------------------------------------------- step
     def _gradient(self, p):
-        """The local part of p's gradient, in p's memory layout."""
+        """The local part of p's gradient, in the memory layout of p."""
         check_placements("FusedAdamW", p)
         grad = p.grad
         if grad.is_sparse:
@@ -285,7 +275,7 @@ class FusedAdamW(Optimizer):
         return grad
 
     def _lists(self):
-        """Per (group, device, dtype, master or not): its parameters with gradients, and their places among all parameters."""
+        """By (group, device, dtype, has master): the parameters that have gradients, and their indices among all parameters."""
         lists, place = {}, 0
         for number, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -297,13 +287,13 @@ class FusedAdamW(Optimizer):
         return lists
 
     def _offsets(self, dtype, params):
-        """Where the random bits of each parameter begin; none where none are drawn."""
+        """The offset of each parameter's random bits; an empty list where no bits are drawn."""
         stochastic = self.stochastic_rounding and dtype == torch.bfloat16
         random = stochastic or (self.moment_dtype == torch.bfloat16 and dtype != torch.float64)
         return [offset_of(p) for p in params] if random else []
 
     def _total(self, gradients):
-        """The squared global norm as a 0-dim tensor by device: of all groups, devices and shards."""
+        """The squared norm of the gradients of all groups, devices and shards, as a 0-dim tensor for each device."""
         parts = {}
         for p, grad in gradients.items():
             where = (p.device_mesh, split_dimensions(p)) if is_dtensor(p) else None
@@ -322,7 +312,7 @@ class FusedAdamW(Optimizer):
         return {device: total.to(device, non_blocking=True) for device in devices}
 
     def _rate(self, number, device, dtype):
-        """The group's learning rate as a tensor on the device; filled anew only where it changed."""
+        """The group's learning rate as a tensor on the device; it is written only when the number has changed."""
         lr = self.param_groups[number]["lr"]
         if isinstance(lr, torch.Tensor):
             return lr.detach().reshape(()).to(device, dtype, non_blocking=True)
@@ -333,25 +323,27 @@ class FusedAdamW(Optimizer):
         return known[1]
 
     def _rates_of(self, lists):
-        """The learning rate of each list in what it is computed in, float32 or float64; and for several lists 1 where a
-        tensor of lr is not finite, as an overflow."""
+        """(the learning rate of each list, in the dtype it is computed in, float32 or float64; an overflow flag or None).
+
+        The flag is 1 where a learning rate tensor is not finite, so that all lists skip the step together.
+        """
         computed_in = lambda dtype: torch.float64 if dtype == torch.float64 else torch.float32
         rates = {key: self._rate(*key[:2], computed_in(key[2])) for key in lists}
         tensors = [rate for key, rate in rates.items() if isinstance(self.param_groups[key[0]]["lr"], torch.Tensor)]
-        if len(lists) == 1 or not tensors:  # a list of its own looks itself
+        if len(lists) == 1 or not tensors:  # one list checks its own learning rate
             return rates, None
         together = torch.stack([t.to(tensors[0].device, non_blocking=True) for t in tensors])
         return rates, 1 - together.isfinite().all().to(torch.float32)
 
     def _see_masters(self):
-        """Once after loading: a parameter that is not its master's rounding was written to since."""
+        """Once after loading: a parameter that its master does not round to was written to, and its value counts."""
         settle_masters((p, self.state[p]["master"]) for group in self.param_groups for p in group["params"]
                        if p in self.state and "master" in self.state[p] and self._has_master(p))
         self._unseen_masters = False
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update. Returns what `closure` returns."""
+        """Makes one step. Returns what `closure` returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

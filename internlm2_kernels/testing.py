@@ -24,7 +24,7 @@ EPS_TERMS = 2  # and how many eps x scale in addition
 
 @dataclass(frozen=True)
 class Rung:
-    """The errors of one tensor against gold, beside the baseline's and what they may be."""
+    """The errors of one tensor against gold, those of the baseline, and the bounds."""
 
     name: str
     max_err: float
@@ -37,7 +37,7 @@ class Rung:
 
     @property
     def ratio(self) -> float:
-        """The larger of error / bound: at most 1 passes."""
+        """The larger of the two ratios error / bound. At most 1 passes."""
         pairs = ((self.max_err, self.max_bound), (self.rms_err, self.rms_bound))
         return math.inf if self.problem else max(0.0 if e == 0 else e / b if b else math.inf for e, b in pairs)
 
@@ -47,13 +47,13 @@ class Rung:
 
 
 def flat(result: torch.Tensor | tuple) -> tuple[torch.Tensor, ...]:
-    """What a public function returned, as a tuple of tensors: a dictionary of statistics gives its values."""
+    """What a public function returned, as a tuple of tensors. A dictionary of statistics contributes its values."""
     parts = (result,) if isinstance(result, torch.Tensor) else tuple(result)
     return tuple(tensor for part in parts for tensor in (part.values() if isinstance(part, dict) else (part,)))
 
 
 def call(op: Op, sample: Sample, backend: str | Callable | None) -> dict[str, torch.Tensor]:
-    """The outputs by name. `backend` is a backend's name (None: the automatic choice) or a function to call instead."""
+    """The outputs by name. `backend` is the name of a backend, None for the automatic choice, or a function to call instead."""
     if callable(backend):
         result = backend(**sample.inputs)
     else:
@@ -62,7 +62,7 @@ def call(op: Op, sample: Sample, backend: str | Callable | None) -> dict[str, to
 
 
 def with_leaves(sample: Sample) -> Sample:
-    """The same tensors, strides kept, as leaves that require a gradient where `sample.grad` names them."""
+    """The sample with new leaves, with the same strides, that require a gradient if `sample.grad` names them."""
     inputs = {name: value.detach().requires_grad_() if name in sample.grad else value
               for name, value in sample.inputs.items()}
     return Sample(inputs, sample.grad)
@@ -70,7 +70,7 @@ def with_leaves(sample: Sample) -> Sample:
 
 def run(op: Op, sample: Sample, backend: str | Callable | None,
         upstream: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """Outputs by name and, with `upstream` (gradients by output name), the gradients as `d_<argument>`."""
+    """The outputs by name. With `upstream`, gradients by output name, also the inputs' gradients, named `d_<argument>`."""
     if not upstream:
         with torch.no_grad():
             return call(op, sample, backend)
@@ -87,7 +87,7 @@ def run(op: Op, sample: Sample, backend: str | Callable | None,
 
 def draw_upstream(op: Op, sample: Sample, scale: float, generator: torch.Generator,
                   forward: Callable | None = None) -> dict[str, torch.Tensor]:
-    """Normal gradients of size `scale` for every differentiable output, in its dtype; none where nothing takes one.
+    """Normally distributed gradients of size `scale` for every differentiable output; an empty dictionary if there is none.
 
     `forward` (default: the reference) shows which outputs there are; at large sizes the reference needs too much memory.
     """
@@ -101,7 +101,7 @@ def draw_upstream(op: Op, sample: Sample, scale: float, generator: torch.Generat
 
 
 def _errors(got: torch.Tensor, gold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """|got - gold| in float64, infinite where either is not finite and they differ; and where `got` is finite."""
+    """(|got - gold| in float64, infinite where either is not finite and they differ; a mask of where `got` is finite)."""
     wide = got.double()
     error = (wide - gold).abs()
     error = torch.where(wide == gold, 0.0, torch.where(error.isfinite(), error, math.inf))
@@ -123,7 +123,7 @@ def _rung(name: str, gots: list[torch.Tensor | None], bases: list[torch.Tensor],
     for got, base, gold in zip(gots, bases, golds, strict=True):
         finite = gold.isfinite()
         scale = max(scale, float(gold[finite].abs().max()) if finite.any() else 0.0)
-        # A baseline that overflows must not excuse everything, so it counts where it is finite.
+        # A baseline that overflows must not excuse everything, so that only its finite elements count.
         base_error, base_finite = _errors(base, gold)
         base_errors.append(base_error[base_finite & finite])
         problem = problem or ("missing" if got is None else
@@ -139,7 +139,7 @@ def _rung(name: str, gots: list[torch.Tensor | None], bases: list[torch.Tensor],
 
 @dataclass(frozen=True)
 class Standard:
-    """What a ladder measures by: gold, the baseline's outputs and gradients, the declared magnitudes."""
+    """What an implementation is compared with: gold, the baseline's outputs and gradients, the declared magnitudes."""
 
     gold: dict[str, torch.Tensor]
     base: dict[str, torch.Tensor]
@@ -147,7 +147,7 @@ class Standard:
 
 
 def standard(op: Op, sample: Sample, upstream: dict[str, torch.Tensor] | None = None) -> Standard:
-    """The costly part of `ladder`, for those who hold several implementations against one sample."""
+    """The costly part of `ladder`, which can be shared by several implementations of one sample."""
     wide = sample.to(torch.float64)
     wide_upstream = {name: value.double() for name, value in (upstream or {}).items()}
     gold = run(op, wide, op.reference, wide_upstream)
@@ -181,7 +181,7 @@ def ladder(op: Op, draws: Sequence[Draw]) -> list[Rung]:
         if any(name not in by.gold for by in standards):
             rungs.append(Rung(name, *[math.inf] * 6, problem="unexpected"))
             continue
-        argument = name.removeprefix("d_")  # a gradient's magnitude may go by the argument's name
+        argument = name.removeprefix("d_")  # a gradient's magnitude may be declared under the argument's name
         keys = (name,) if name == argument or argument in op.outputs else (name, argument)
         size = max(by.sizes.get(key, 0.0) for by in standards for key in keys)
         rungs.append(_rung(name, [draw.got.get(name) for draw in draws], [by.base[name] for by in standards],
@@ -190,7 +190,7 @@ def ladder(op: Op, draws: Sequence[Draw]) -> list[Rung]:
 
 
 def ladder_table(rungs: list[Rung]) -> str:
-    """The rungs as text: error, the baseline's error and the bound, as maximum and as root mean square."""
+    """The rungs as a table: error, the baseline's error and the bound, of the maximum and of the root mean square."""
     head = f"{'tensor':<16}{'max error':>11}{'eager':>11}{'bound':>11}   {'rms error':>11}{'eager':>11}{'bound':>11}"
     lines = [head + f"{'error/bound':>13}"]
     for r in rungs:
@@ -201,7 +201,7 @@ def ladder_table(rungs: list[Rung]) -> str:
 
 
 def assert_ladder(op: Op, draws: Sequence[Draw], label: str = "") -> list[Rung]:
-    """`ladder`, raising `AssertionError` with its table where a rung is red."""
+    """Like `ladder`, but raises `AssertionError` with the table if a rung fails."""
     rungs = ladder(op, draws)
     if not all(r.ok for r in rungs):
         raise AssertionError(f"error ladder of {op.name} {label}\n{ladder_table(rungs)}")

@@ -1,4 +1,5 @@
-"""Shared set-up: Triton's interpreter where there is no GPU, poisoned memory, seeds from the test's name, counted cells."""
+"""Shared set-up: Triton's interpreter where there is no GPU, memory filled with NaN, seeds from the test's name, counted cells.
+"""
 
 import os
 import shutil
@@ -44,13 +45,13 @@ def pytest_configure(config):
     import torch
 
     torch.set_num_threads(2)
-    # Fresh memory is filled with NaN, torch's and the extension's: an output element that nobody writes turns tests red.
+    # Fresh memory of torch and of the extension is filled with NaN: an output element that no kernel writes fails a test.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def pytest_collection_modifyitems(items):
-    """What support/gold.py computes for one operator, dtype and direction is used by tests that follow each other."""
+    """Puts the ladder's tests in an order in which those with the same gold (support/gold.py) follow each other."""
     shared = [i for i, item in enumerate(items) if getattr(item, "originalname", "") == "test_ladder"]
     by_gold = lambda item: [str(item.callspec.params[name]) for name in ("dtype", "direction")]
     ordered = sorted((items[i] for i in shared), key=lambda item: [item.callspec.params["op"].name, *by_gold(item)])
@@ -72,7 +73,7 @@ def seed(request):
 
 @pytest.fixture
 def generator(request, device, seed):
-    """Random numbers that differ between tests, and are the same at every run of this one with the same `--seed`."""
+    """Random numbers that differ between tests and are the same in every run of one test with the same `--seed`."""
     import torch
 
     return torch.Generator(device=device).manual_seed(zlib.crc32(request.node.nodeid.encode()) ^ seed)
@@ -80,7 +81,9 @@ def generator(request, device, seed):
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item):
-    """After a kernel's fault CUDA refuses everything in its process: it ends with this test, and another takes over."""
+    """After a fault in a kernel CUDA refuses every call of the process: the process ends with this test, and xdist starts
+    another.
+    """
     if item.config.getoption("--device") == "cuda" and hasattr(item.config, "workerinput"):
         import torch
 
@@ -123,7 +126,7 @@ def pytest_sessionfinish(session, exitstatus):
 
 @pytest.fixture
 def as_it_comes():
-    """Fresh memory is not filled: for tests whose comparisons cover every element of tensors that fill the machine."""
+    """Fresh memory is not filled with NaN: for tests that fill the machine's memory and compare every element anyway."""
     import torch
 
     torch.utils.deterministic.fill_uninitialized_memory = False

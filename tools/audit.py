@@ -19,50 +19,53 @@ from typing import Any
 
 from internlm2_kernels import OPS
 
+from . import audit_rules
+
 TABLE = Path(__file__).with_name("static_audit.json")
-LARGEST_STACK_BYTES = 128  # of a spill for which BESIDE_LOOPS is reason enough
-BESIDE_LOOPS = "put aside before the loops that multiply and taken up behind them, once a program"
-# Rows that may spill, and why; any other that does is a problem. The key is the row's, with or without the architecture.
+LARGEST_STACK_BYTES = 128  # the largest spill that OUTSIDE_LOOPS justifies
+OUTSIDE_LOOPS = "stored before the loops with matrix products and loaded after them, once per program"
+# The rows that may spill registers, with the reason; a spill of any other row is a problem. The key is that of the row, with
+# or without its architecture.
 ALLOWED_STACK: dict[str, str] = {
-    "flash_attention/flash_attention_bwd_dkdv_kernel/d 128, packed/float32/sm_100": BESIDE_LOOPS,
-    "flash_attention/flash_attention_bwd_dkdv_kernel/d 128, soft-cap/bfloat16/sm_90": BESIDE_LOOPS,
-    "flash_attention/flash_attention_bwd_dkdv_kernel/d 256, packed/float32/sm_90": BESIDE_LOOPS,
-    "flash_attention/flash_attention_bwd_dkdv_kernel/d 96, packed/float32/sm_100": BESIDE_LOOPS,
-    "flash_attention/flash_attention_fwd_kernel/d 128, packed, window/bfloat16/sm_80": BESIDE_LOOPS,
-    "flash_attention/flash_attention_fwd_kernel/d 128, packed/bfloat16/sm_80": BESIDE_LOOPS,
-    "flash_attention/flash_attention_fwd_kernel/d 128, soft-cap/bfloat16/sm_80": BESIDE_LOOPS,
-    "flash_attention/flash_attention_fwd_kernel/d 128/bfloat16/sm_80": BESIDE_LOOPS,
+    "flash_attention/flash_attention_bwd_dkdv_kernel/d 128, packed/float32/sm_100": OUTSIDE_LOOPS,
+    "flash_attention/flash_attention_bwd_dkdv_kernel/d 128, soft-cap/bfloat16/sm_90": OUTSIDE_LOOPS,
+    "flash_attention/flash_attention_bwd_dkdv_kernel/d 256, packed/float32/sm_90": OUTSIDE_LOOPS,
+    "flash_attention/flash_attention_bwd_dkdv_kernel/d 96, packed/float32/sm_100": OUTSIDE_LOOPS,
+    "flash_attention/flash_attention_fwd_kernel/d 128, packed, window/bfloat16/sm_80": OUTSIDE_LOOPS,
+    "flash_attention/flash_attention_fwd_kernel/d 128, packed/bfloat16/sm_80": OUTSIDE_LOOPS,
+    "flash_attention/flash_attention_fwd_kernel/d 128, soft-cap/bfloat16/sm_80": OUTSIDE_LOOPS,
+    "flash_attention/flash_attention_fwd_kernel/d 128/bfloat16/sm_80": OUTSIDE_LOOPS,
     "flash_attention/flash_attention_fwd_kernel/d 64, packed, at most 64/bfloat16/sm_100":
         "8 bytes, at 128 registers a thread; not yet timed on that architecture",
-    "flash_attention/flash_attention_fwd_kernel/d 96, packed/bfloat16/sm_80": BESIDE_LOOPS,
-    "paged_attention/paged_attention_fwd_kernel/chunks of 1024, d 128/bfloat16/sm_80": BESIDE_LOOPS,
-    "paged_attention/paged_attention_fwd_kernel/chunks of 1024, d 128/float32/sm_100": BESIDE_LOOPS,
-    "paged_attention/paged_attention_fwd_kernel/chunks of 2, d 128/bfloat16/sm_80": BESIDE_LOOPS,
-    "paged_attention/paged_attention_fwd_kernel/chunks of 2, d 128/bfloat16/sm_90": BESIDE_LOOPS,
-    "paged_attention/paged_attention_fwd_kernel/decode, d 128, int8/bfloat16/sm_80": BESIDE_LOOPS,
-    "paged_attention/paged_attention_fwd_kernel/decode, d 128, int8/bfloat16/sm_90": BESIDE_LOOPS,
-    "paged_attention/paged_attention_fwd_kernel/decode, d 128, int8/float32/sm_90": BESIDE_LOOPS,
-    "paged_attention/paged_attention_fwd_kernel/decode, d 128/bfloat16/sm_80": BESIDE_LOOPS,
-    "paged_attention/paged_attention_fwd_kernel/decode, d 128/bfloat16/sm_90": BESIDE_LOOPS,
-    "paged_attention/paged_attention_fwd_kernel/decode, d 256/bfloat16/sm_80": BESIDE_LOOPS,
-    "paged_attention/paged_attention_fwd_kernel/decode, d 64/float32/sm_90": BESIDE_LOOPS,
-    "flash_attention/flash_attention_bwd_dkdv_kernel/d 128, launch 2/float32/sm_90": BESIDE_LOOPS,
-    "flash_attention/flash_attention_bwd_dkdv_kernel/d 128, soft-cap, launch 2/float32/sm_90": BESIDE_LOOPS,
-    "flash_attention/flash_attention_bwd_dkdv_kernel/d 64, packed/bfloat16/sm_80": BESIDE_LOOPS,
-    "flash_attention/flash_attention_bwd_dkdv_kernel/d 64, packed/bfloat16/sm_90": BESIDE_LOOPS,
-    "flash_attention/flash_attention_fwd_kernel/d 128, packed, window/float32/sm_90": BESIDE_LOOPS,
-    "linear_cross_entropy/linear_head_fwd_kernel/7B, all options, gradient/float32/sm_100": BESIDE_LOOPS,
-    "linear_cross_entropy/linear_head_product_kernel/7B, launch 4/bfloat16/sm_90": BESIDE_LOOPS,
-    "linear_logprobs/linear_head_gradient_kernel/7B, entropy/bfloat16/sm_90": BESIDE_LOOPS,
-    "linear_logprobs/linear_head_product_kernel/7B, launch 4/bfloat16/sm_90": BESIDE_LOOPS,
-    "paged_attention/paged_attention_fwd_kernel/decode, d 128, blocks of 1, window/float32/sm_90": BESIDE_LOOPS,
+    "flash_attention/flash_attention_fwd_kernel/d 96, packed/bfloat16/sm_80": OUTSIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/chunks of 1024, d 128/bfloat16/sm_80": OUTSIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/chunks of 1024, d 128/float32/sm_100": OUTSIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/chunks of 2, d 128/bfloat16/sm_80": OUTSIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/chunks of 2, d 128/bfloat16/sm_90": OUTSIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/decode, d 128, int8/bfloat16/sm_80": OUTSIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/decode, d 128, int8/bfloat16/sm_90": OUTSIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/decode, d 128, int8/float32/sm_90": OUTSIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/decode, d 128/bfloat16/sm_80": OUTSIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/decode, d 128/bfloat16/sm_90": OUTSIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/decode, d 256/bfloat16/sm_80": OUTSIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/decode, d 64/float32/sm_90": OUTSIDE_LOOPS,
+    "flash_attention/flash_attention_bwd_dkdv_kernel/d 128, launch 2/float32/sm_90": OUTSIDE_LOOPS,
+    "flash_attention/flash_attention_bwd_dkdv_kernel/d 128, soft-cap, launch 2/float32/sm_90": OUTSIDE_LOOPS,
+    "flash_attention/flash_attention_bwd_dkdv_kernel/d 64, packed/bfloat16/sm_80": OUTSIDE_LOOPS,
+    "flash_attention/flash_attention_bwd_dkdv_kernel/d 64, packed/bfloat16/sm_90": OUTSIDE_LOOPS,
+    "flash_attention/flash_attention_fwd_kernel/d 128, packed, window/float32/sm_90": OUTSIDE_LOOPS,
+    "linear_cross_entropy/linear_head_fwd_kernel/7B, all options, gradient/float32/sm_100": OUTSIDE_LOOPS,
+    "linear_cross_entropy/linear_head_product_kernel/7B, launch 4/bfloat16/sm_90": OUTSIDE_LOOPS,
+    "linear_logprobs/linear_head_gradient_kernel/7B, entropy/bfloat16/sm_90": OUTSIDE_LOOPS,
+    "linear_logprobs/linear_head_product_kernel/7B, launch 4/bfloat16/sm_90": OUTSIDE_LOOPS,
+    "paged_attention/paged_attention_fwd_kernel/decode, d 128, blocks of 1, window/float32/sm_90": OUTSIDE_LOOPS,
 }
 EXAMPLES = """examples:
   python -m tools.audit                compile everything and print the table
   python -m tools.audit --check        compare with the committed table; exit status 1 on a difference.
                                        Compiles only what changed since; --check --all compiles everything
   python -m tools.audit --write        rewrite the committed table
-  python -m tools.audit --op swiglu    audit one operator only"""
+  python -m tools.audit --op swiglu    audit one operator only; also with --check or --write"""
 
 
 def main(argv: list[str]) -> int:
@@ -85,19 +88,22 @@ def main(argv: list[str]) -> int:
     committed = read(TABLE) if TABLE.exists() else {"compilers": {}, "rows": {}}
     known = unchanged(committed, compilers) if (args.check or args.write) and not args.all else {}
     ops = [args.op] if args.op else _triton_ops()
+    if args.op:  # the table as far as this operator is concerned
+        committed = committed | {"rows": {k: v for k, v in committed["rows"].items() if k.startswith(f"{args.op}/")}}
     rows, compiled = _compile_all(ops, [str(source) for source in sources], args.jobs, known)
     if not args.op and not sources:
         reason = "there is no nvcc on the PATH" if compilers["nvcc"] is None else f"there are no CUDA sources in {CSRC}"
         print(f"CUDA C++ kernels are left out: {reason}.")
     if not args.check:
         _print_table(rows, compilers)
-    problems = find_problems(rows)
+    problems = find_problems(rows) + audit_rules.problems(rows, {} if args.op else ALLOWED_STACK)
     if args.check:
         changes, notes = compare(rows, compilers, committed, cuda=bool(sources))
         problems += changes
         print("\n".join(notes))
     if args.write:
-        kept = {} if sources else {k: v for k, v in committed["rows"].items() if k.startswith("cuda/")}
+        kept = {k: v for k, v in read(TABLE)["rows"].items()
+                if (k.startswith("cuda/") and not sources) or (args.op and not k.startswith(f"{args.op}/"))}
         compilers["nvcc"] = compilers["nvcc"] if sources else committed["compilers"].get("nvcc")
         write(TABLE, compilers, rows | kept)
     for problem in problems:
@@ -114,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="compare with the committed table")
     action.add_argument("--write", action="store_true", help="rewrite the committed table")
-    action.add_argument("--op", choices=_triton_ops(), metavar="NAME", help=f"one of {', '.join(_triton_ops())}")
+    parser.add_argument("--op", choices=_triton_ops(), metavar="NAME", help=f"one of {', '.join(_triton_ops())}")
     parser.add_argument("--all", action="store_true", help="with --check or --write: compile unchanged kernels too")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="compile in N processes (default 2)")
     return parser
@@ -125,7 +131,7 @@ def _triton_ops() -> list[str]:
 
 
 def unchanged(committed: dict, compilers: dict) -> dict[str, dict]:
-    """The committed rows that the compilers at hand made: they stand for kernels whose sources are still the same."""
+    """The committed rows that the installed compilers made. They are valid for kernels whose source is still the same."""
     from .compile_kernels import Facts
 
     needed = {"source", *(field.name for field in dataclasses.fields(Facts))}
@@ -135,7 +141,8 @@ def unchanged(committed: dict, compilers: dict) -> dict[str, dict]:
 
 
 def _compile_all(ops: list[str], sources: list[str], workers: int, known: dict[str, dict]) -> tuple[dict[str, dict], int]:
-    """Every row of the table, sorted by key, and how many were compiled: those not `known` with the same source."""
+    """Every row of the table, sorted by key, and the number of compiled ones. A row in `known` with the same source is
+    reused."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from .compile_kernels import CUDA_ARCHS, DTYPES, TRITON_ARCHS, compile_cuda, compile_triton, cuda_digest, launches
@@ -173,19 +180,19 @@ def _compile_all(ops: list[str], sources: list[str], workers: int, known: dict[s
 
 def _put(rows: dict[str, dict], key: str, facts: dict) -> None:
     if key in rows:
-        raise ValueError(f"audit: two launches are called {key!r}: give one another label in its audit()")
+        raise ValueError(f"audit: two launches are called {key!r}: give one another label in audited.py")
     rows[key] = facts
 
 
 def find_problems(rows: dict[str, dict]) -> list[str]:
-    """Spills that ALLOWED_STACK has no reason for, and shared memory that the architecture does not have."""
+    """Spills without a reason in ALLOWED_STACK, and kernels with more shared memory than the architecture has."""
     from .compile_kernels import SHARED_LIMIT
 
     problems = []
     for key, facts in rows.items():
         name, arch = key.rsplit("/sm_", 1)
         reason = ALLOWED_STACK.get(key, ALLOWED_STACK.get(name, ""))
-        if reason == BESIDE_LOOPS and (facts.get("spills_in_loops") != 0 or facts["stack_bytes"] > LARGEST_STACK_BYTES):
+        if reason == OUTSIDE_LOOPS and (facts.get("spills_in_loops") != 0 or facts["stack_bytes"] > LARGEST_STACK_BYTES):
             reason = ""
         if facts["stack_bytes"] and not reason:
             problems.append(f"{key} spills: {facts['stack_bytes']} bytes of stack, {facts.get('spills_in_loops', '?')} "
@@ -197,7 +204,7 @@ def find_problems(rows: dict[str, dict]) -> list[str]:
 
 
 def compare(rows: dict[str, dict], compilers: dict, committed: dict, cuda: bool) -> tuple[list[str], list[str]]:
-    """What differs from the committed table, and remarks. Numbers are compared where the same compiler made them."""
+    """Differences from the committed table, and notes. Numbers are compared only if the same compiler version made them."""
     changes, notes = [], []
     for kind, compiler in (("triton", "triton"), ("cuda", "nvcc")):
         if kind == "cuda" and not cuda:
@@ -246,14 +253,15 @@ def write(path: Path, compilers: dict, rows: dict[str, dict]) -> None:
 
 
 def _print_table(rows: dict[str, dict], compilers: dict) -> None:
-    """One line a kernel and configuration, its architectures side by side."""
+    """One line for each kernel and configuration, with the numbers of its architectures separated by slashes."""
     from rich.console import Console
     from rich.table import Table
 
     versions = ", ".join(f"{name} {version}" for name, version in compilers.items() if version)
     table = Table(title=f"static: compiled, not run ({versions}); numbers for sm_80 / sm_90 / sm_100")
     for name in ("kernel", "configuration", "registers", "stack", "shared", "occupancy %", "mma", "wgmma", "tcgen05",
-                 "loads", "stores"):
+                 "loads", "stores",
+                 "hot code on sm_90: instructions / tensor / FFMA / FMUL, FADD / MUFU"):
         table.add_column(name, overflow="fold")
     grouped: dict[str, list[dict]] = {}
     for key, facts in rows.items():
@@ -261,11 +269,12 @@ def _print_table(rows: dict[str, dict], compilers: dict) -> None:
     for name, entries in grouped.items():
         facts = [entry for _, entry in sorted(entries, key=lambda pair: pair[0])]
         _, kernel, *configuration = name.split("/")
-        beside = lambda field, facts=facts: "/".join(str(f[field]) for f in facts)
+        all_of = lambda field, facts=facts: "/".join(str(f[field]) for f in facts)
         shortest = lambda field, facts=facts: "/".join(dict.fromkeys(str(f[field]) for f in facts))
-        table.add_row(kernel, ", ".join(configuration), beside("registers"), shortest("stack_bytes"),
+        table.add_row(kernel, ", ".join(configuration), all_of("registers"), shortest("stack_bytes"),
                       shortest("shared_bytes"), "/".join(f"{100 * f['occupancy']:.0f}" for f in facts), shortest("mma"),
-                      shortest("wgmma"), shortest("tcgen05"), facts[-1]["loads"], facts[-1]["stores"])
+                      shortest("wgmma"), shortest("tcgen05"), facts[-1]["loads"], facts[-1]["stores"],
+                      facts[len(facts) // 2].get("hot", "?").replace(" ", " / ").replace(" / ", " ", 1))
     Console(width=None if sys.stdout.isatty() else 180).print(table)
 
 

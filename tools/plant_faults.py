@@ -221,7 +221,7 @@ class Session:
 
         for item in sorted(items, key=lambda item: item.callspec.params["direction"]):
             item._initrequest()
-            for report in runtestprotocol(item, nextitem=item, log=False):
+            for report in runtestprotocol(item, nextitem=None, log=False):
                 if report.failed:
                     return item.name
         return ""
@@ -232,7 +232,7 @@ def work(op_name: str, backends: list[str]) -> int:
     import pytest
 
     session = Session(op_name, backends)
-    pytest.main([str(TESTS), "-k", "test_ladder", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:terminal"],
+    pytest.main([str(TESTS), "-k", "test_ladder", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=no"],
                 plugins=[session])
     print(json.dumps(session.rows))
     return 0
@@ -246,7 +246,7 @@ def table(names: list[str], backends: list[str], jobs: int) -> int:
         done = subprocess.run([sys.executable, __file__, "--worker", name, *(f"--backend={b}" for b in backends)], text=True,
                               capture_output=True, env=environment, cwd=ROOT)
         try:
-            return json.loads(done.stdout.splitlines()[-1])
+            return json.loads(done.stdout.splitlines()[-1]) or [[name, "", "", "NO FAULT PLANTED"]]
         except (IndexError, ValueError):
             return [[name, "", "", f"NO RESULT: {(done.stderr or done.stdout)[-1500:]}"]]
 
@@ -265,7 +265,7 @@ def main() -> int:
     parser.add_argument("--op", action="append", default=[], help="only this operator (may be repeated)")
     parser.add_argument("--backend", action="append", default=[], choices=BACKENDS)
     parser.add_argument("--jobs", type=int, default=2, help="operators at a time")
-    parser.add_argument("--source", action="store_true", help="wrong lines in C++ sources instead; builds the library each time")
+    parser.add_argument("--source", action="store_true", help="wrong lines in C++ sources instead, each built and tested")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     backends = args.backend or list(BACKENDS)

@@ -90,7 +90,7 @@ def innermost_loops(code: list[Instruction]) -> list[list[Instruction]]:
     return [[i for i in code if first <= i.address <= last] for first, last in sorted(inner)]
 
 
-def _hot_path(loop: list[Instruction]) -> list[Instruction]:
+def hot_path(loop: list[Instruction]) -> list[Instruction]:
     """The loop without what its forward branches jump over, unless that has tensor-core instructions."""
     if not any(i.is_a(TENSOR) for i in loop):
         return loop
@@ -107,7 +107,7 @@ def _hot_path(loop: list[Instruction]) -> list[Instruction]:
 
 
 def hot_loop(code: list[Instruction]) -> Loop:
-    loops = [Loop(_hot_path(loop), True) for loop in innermost_loops(code)]
+    loops = [Loop(hot_path(loop), True) for loop in innermost_loops(code)]
     if not loops:
         return Loop(code, False)
     work = lambda loop: loop.count(TENSOR) or loop.count(KINDS["ffma"])

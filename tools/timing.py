@@ -1,7 +1,7 @@
-"""Paired timing and measured peaks.
+"""Paired timing and measured peak rates.
 
-A machine's speed drifts by 2 to 3 times within minutes, so contenders take turns call by call, in an order that is
-balanced over rounds, and are compared by the ratio within a round, never by times of different runs.
+The speed of a machine may change by a factor of 2 to 3 within minutes. Therefore the contenders run alternately, call by call,
+in an order that is balanced over the rounds, and they are compared by the ratio of their times within a round.
 """
 
 import gc
@@ -19,8 +19,8 @@ import torch
 
 MIN_ROUNDS, MAX_ROUNDS = 11, 201
 FEWEST_ROUNDS = 3
-SCREEN = 2.0  # a form this much slower in the warm-up than its family's fastest is not the one to beat
-CAPTURED_S = 10e-3  # beyond, a graph shrinks no gap worth the name, and would hold on to memory
+SCREEN = 2.0  # a contender this much slower in the warm-up than the fastest of its family is not timed
+CAPTURED_S = 10e-3  # longer calls are not captured: their launch overhead does not matter, and a graph keeps its memory
 CYCLES_PER_S, LONGEST_LEAD_S = 2e9, 20e-3
 
 
@@ -28,7 +28,7 @@ CYCLES_PER_S, LONGEST_LEAD_S = 2e9, 20e-3
 class Contender:
     """One implementation to time: `forward(i)` runs it on input set i, `backward(i, outputs)` its backward.
 
-    Of a `family` (the forms in which eager PyTorch can be written, say) only the fastest matters; "" is never screened.
+    Of a `family`, such as the eager forms of one operator, only the fastest is of interest. The family "" is never screened.
     """
 
     name: str
@@ -39,17 +39,17 @@ class Contender:
 
 @dataclass(frozen=True)
 class Paired:
-    """Seconds a call, by stage (`forward`, `backward`, `both`) and name; equal index means the same round."""
+    """Seconds per call, by stage (`forward`, `backward`, `both`) and name. Equal indices belong to the same round."""
 
     times: dict[str, dict[str, list[float]]]
-    screened: dict[str, list[float]]  # warm-up times of the contenders that were screened out, both passes together
+    screened: dict[str, list[float]]  # warm-up times, forward and backward together, of contenders that were not timed
     method: str
 
     def median(self, stage: str, name: str) -> float:
         return statistics.median(self.times[stage][name])
 
     def ratio(self, stage: str, peer: str, ours: str) -> tuple[float, float, float]:
-        """Peer's time over ours: median of the paired ratios, with their 20 % and 80 % quantiles."""
+        """The peer's time divided by ours: the median, 20 % and 80 % quantiles of the ratios within rounds."""
         pairs = zip(self.times[stage][peer], self.times[stage][ours], strict=True)
         return quantiles([theirs / mine for theirs, mine in pairs])
 
@@ -61,14 +61,15 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def turns(count: int, round_index: int) -> list[int]:
-    """Who runs when: rotated every second round and reversed in between, so that each has every place equally often."""
+    """The order of a round. It is rotated every second round and reversed in between, so that every contender has every
+    position equally often."""
     start = (round_index // 2) % count
     order = [(start + i) % count for i in range(count)]
     return order[::-1] if round_index % 2 else order
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last cache before memory (L2 on CUDA; on CPU what Linux says, else 32 MiB)."""
+    """The size of the last-level cache: L2 on CUDA; on a CPU what Linux reports, or 32 MiB."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -77,12 +78,12 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def cold_sets(input_bytes: int, device: torch.device) -> int:
-    """How many copies of the inputs to rotate through so that a set has left the cache when its turn comes again."""
+    """The number of copies of the inputs that are used in turn, so that a set has left the cache when it is used again."""
     return max(1, min(32, math.ceil(3 * cache_bytes(device) / max(1, input_bytes))))
 
 
 def pin(threads: int) -> None:
-    """Give this process `threads` processors and torch as many threads (Linux; elsewhere only the latter)."""
+    """Restricts this process to `threads` processors (on Linux) and torch to as many threads."""
     if hasattr(os, "sched_setaffinity"):
         allowed = sorted(os.sched_getaffinity(0))
         if threads > len(allowed):
@@ -94,14 +95,14 @@ def pin(threads: int) -> None:
 def interleave(contenders: list[Contender], sets: int, device: torch.device, *, seconds: float = 2.0,
                rounds: tuple[int, int] = (MIN_ROUNDS, MAX_ROUNDS), repeat: int = 1, host: bool = False,
                longest: float = math.inf) -> Paired:
-    """Time `contenders` in turns: at least `rounds[0]` rounds, then until `seconds` have passed or `rounds[1]` are done;
-    where calls take seconds, no more than three rounds after `longest` seconds.
+    """Times the contenders alternately: at least `rounds[0]` rounds, then until `seconds` have passed or `rounds[1]` are done;
+    if calls take seconds, at most three rounds after `longest` seconds.
 
-    CPU: wall clock around each call, freeing its results included, input sets rotating. CUDA: one graph per contender
-    that runs every input set once, replayed between events; plain launches for calls beyond 10 ms, for what waits for the
-    device and for what cannot be captured (`Paired.method` says so). The device is kept busy while work is queued, so that
-    either way its time is measured and not the host's. `repeat` calls a sample, for calls of microseconds; `host=True` times
-    the call's host side on CUDA too.
+    CPU: the wall-clock time of each call, which includes freeing its results; the calls use the input sets in turn. CUDA: a
+    graph of each contender, which runs every input set once, is replayed between events. Calls longer than 10 ms, calls that
+    wait for the device and calls that cannot be captured are launched instead, and `Paired.method` says so. The device is
+    kept busy while work is queued, so that the device's time is measured and not the host's. `repeat`: calls per sample, for
+    calls of microseconds. `host=True` measures the time on the host for CUDA as well.
     """
     names = [c.name for c in contenders]
     if len(set(names)) != len(names) or not names:
@@ -123,7 +124,7 @@ def interleave(contenders: list[Contender], sets: int, device: torch.device, *, 
                 break
             for turn, who in enumerate(turns(len(kept), index)):
                 name = kept[who].name
-                # Neighbours take different sets: else the second would find its inputs in the cache.
+                # Consecutive calls use different sets; otherwise the second would find its inputs in the cache.
                 taken = samplers[name]((index * len(kept) + turn) % sets)
                 for stage, value in taken.items():
                     times[stage][name].append(value)
@@ -139,7 +140,7 @@ def _slow(contender: Contender, contenders: list[Contender], warm: dict[str, lis
 
 
 def _warm_up(contender: Contender, sets: int, device: torch.device) -> list[float]:
-    """One call that compiles and loads, then at least two more and 0.1 s of them; returns the seconds of those."""
+    """Seconds of the warm-up calls: the first call, which compiles, is left out; then at least two calls, and 0.1 s of them."""
     times, began = [], 0.0
     for index in range(1000):
         start = time.perf_counter()
@@ -189,9 +190,9 @@ def _host_samplers(contenders: list[Contender], sets: int, device: torch.device,
 
 def _cuda_samplers(contenders: list[Contender], sets: int, device: torch.device, warm: dict[str, list[float]]
                    ) -> tuple[dict[str, Callable[[int], dict[str, float]]], str]:
-    """A sampler returns seconds a set: of a graph that runs all of them, or of launches where there is none."""
+    """A sampler returns seconds per set, measured on a graph that runs all sets, or on launches if there is no graph."""
     samplers, launched = {}, {}
-    # Graphs share memory where they share pool and stream.
+    # Graphs with the same pool and stream share their memory.
     pool, stream, outside = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device), torch.cuda.current_stream(device)
     for contender in contenders:
         took = min(warm[contender.name])
@@ -203,7 +204,7 @@ def _cuda_samplers(contenders: list[Contender], sets: int, device: torch.device,
                 samplers[contender.name] = _cuda_replays(contender, sets, device, pool, stream)
                 continue
             except RuntimeError as error:
-                torch.cuda.set_stream(outside)  # a capture that fails leaves its own behind
+                torch.cuda.set_stream(outside)  # a failed capture leaves its stream as the current one
                 torch.cuda.synchronize(device)
                 pool, why = torch.cuda.graph_pool_handle(), f"no graph: {str(error).splitlines()[0]}"
         launched[contender.name] = why
@@ -217,7 +218,7 @@ def _cuda_samplers(contenders: list[Contender], sets: int, device: torch.device,
 
 
 def _waits(contender: Contender) -> bool:
-    """Whether a call waits for the device. A capture of one that does fails, and leaves the allocator in disorder."""
+    """Whether a call waits for the device. Its capture would fail and leave the allocator in an invalid state."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         outputs = contender.forward(0)
@@ -233,7 +234,7 @@ def _waits(contender: Contender) -> bool:
 
 
 def _lead(host_s: float, device: torch.device) -> None:
-    """Keeps the device busy while the host queues `host_s` of work, or the events would time the host."""
+    """Keeps the device busy while the host queues work for `host_s` seconds; otherwise the events would measure the host."""
     torch.cuda.synchronize(device)
     torch.cuda._sleep(int(min(1.5 * host_s + 50e-6, LONGEST_LEAD_S) * CYCLES_PER_S))
 
@@ -247,13 +248,13 @@ def _host_seconds(body: Callable[[], Any], device: torch.device) -> float:
 
 def _cuda_replays(contender: Contender, sets: int, device: torch.device, pool: Any,
                   stream: torch.cuda.Stream) -> Callable[[int], dict[str, float]]:
-    """Graphs of the stages. All graphs of a pass share a pool, each reusing what the one before has freed: nobody reads what
-    a replay leaves behind. Within a graph the outputs of all sets are alive together, so that they are cold as well."""
+    """Graphs of the stages. They share a memory pool, so that each reuses the memory of the one before; no result of a replay
+    is read. Within a graph the outputs of all sets are alive at once, so that they are not in the cache either."""
     stream.wait_stream(torch.cuda.current_stream(device))
     indices = range(sets)
     there = lambda: [contender.forward(i) for i in indices]
     bodies = {"forward": there}
-    with torch.cuda.stream(stream):  # autograd runs a backward on its forward's stream, so that must be the captured one
+    with torch.cuda.stream(stream):  # autograd runs a backward on the stream of its forward, which must be the captured one
         if contender.backward:
             outputs = there()
             bodies = {"backward": lambda: [contender.backward(i, outputs[i]) for i in indices],
@@ -285,7 +286,7 @@ def _cuda_replays(contender: Contender, sets: int, device: torch.device, pool: A
 
 def _cuda_launches(contender: Contender, sets: int, device: torch.device, call_s: float,
                    waits: bool) -> Callable[[int], dict[str, float]]:
-    """Plain launches between events, over as many sets as make a sample of some length."""
+    """Launches between events, over as many sets as a sample of CAPTURED_S needs."""
     count = max(1, min(sets, math.ceil(CAPTURED_S / call_s)))
 
     def launch(first: int) -> list[list[torch.cuda.Event]]:
@@ -315,7 +316,7 @@ def _cuda_launches(contender: Contender, sets: int, device: torch.device, call_s
 
 @dataclass(frozen=True)
 class Peaks:
-    """This machine's rates in this run: copying (bytes read plus written), reading, bf16 and float32 matrix products."""
+    """The rates of this machine in this run: copying (bytes read and written), reading, bf16 and float32 matrix products."""
 
     copy_bytes_per_s: float
     read_bytes_per_s: float
@@ -324,12 +325,12 @@ class Peaks:
 
 
 def measure_peaks(device: torch.device, seconds: float = 1.0) -> Peaks:
-    """Copying 128 MiB into memory that is present and `sum()` of as many bytes (CUDA: 1 GiB), products of 2048-cubes (CUDA:
-    8192) in bf16 and in float32 with PyTorch's settings as they are, on random data."""
+    """Measures copying of 128 MiB (CUDA: 1 GiB) into memory that is already mapped, `sum()` of as many bytes, and products of
+    square matrices of 2048 (CUDA: 8192) rows in bf16 and float32 with PyTorch's current settings, on random data."""
     cuda = device.type == "cuda"
     count, cube = (2**28, 8192) if cuda else (2**25, 2048)
     flat = torch.randn(count, device=device)
-    present = flat.clone()  # a fresh copy would time the page faults of its own memory
+    present = flat.clone()  # copying into fresh memory would measure its page faults
     a32, b32 = (torch.randn(cube, cube, device=device) for _ in range(2))
     a, b = a32.bfloat16(), b32.bfloat16()
     contenders = [Contender("copy", lambda i: present.copy_(flat)), Contender("read", lambda i: flat.sum()),

@@ -1,4 +1,4 @@
-"""Text to packed training batches: corpus.py reads documents, tokens.py stores ids, packing.py cuts exact batches."""
+"""From text to packed training batches: corpus.py reads documents, tokens.py stores their ids, packing.py forms batches."""
 
 from internlm2.data.corpus import Document, read_documents, split_validation
 from internlm2.data.packing import IGNORE_INDEX, PackedBatch, PackedBatches

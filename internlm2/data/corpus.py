@@ -1,7 +1,7 @@
 """Documents to train on: text files, JSON lines, or the source of the Python standard library.
 
-The standard library is text that every machine with Python has, so a first training run needs no download.
-Which document is held out for validation depends on its name alone: adding a file moves no other one.
+Every machine with Python has the standard library, so a first training run needs no download. Whether a document is held out
+for validation depends on its name alone: adding a file moves no other file from one side to the other.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from pathlib import Path
 STDLIB = "stdlib"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
 
-# Other people's packages, test suites, and generated tables (code pages, the help topics) teach little Python.
+# Left out: installed packages, test suites, and generated tables (code pages, help topics), which teach little Python.
 STDLIB_SKIPPED = frozenset(
     "site-packages dist-packages test tests idle_test __pycache__ encodings pydoc_data lib2to3 turtledemo".split()
 )
@@ -22,7 +22,7 @@ STDLIB_SKIPPED = frozenset(
 
 @dataclass(frozen=True)
 class Document:
-    """One text with the name it is known by: a path relative to its source, with the line for JSON lines."""
+    """One text and its name: the path relative to the source, followed by the line number for JSON lines."""
 
     name: str
     text: str
@@ -31,12 +31,12 @@ class Document:
 def read_documents(source: str, max_bytes: int) -> list[Document]:
     """Reads the documents of a source in an order that depends on their names alone, up to max_bytes of UTF-8.
 
-    source:    "stdlib", a text file (.txt .md .rst .py), a .jsonl file whose lines hold a "text" (or "content")
-               string, or a folder of such files
-    max_bytes: the first document that would go beyond it ends the reading; names are ordered by their hash, so a
-               bounded selection is spread over the whole source
-    Errors:    ValueError when the source does not exist, holds no document, or a JSON line has no text. Files that
-               are not UTF-8 are left out.
+    source:    "stdlib", a text file (.txt .md .rst .py), a .jsonl file whose lines hold a "text" (or "content") string, or a
+               folder of such files
+    max_bytes: reading ends before the document that would exceed it. Names are ordered by their hash, so that a bounded
+               selection is spread over the whole source
+    Errors:    ValueError where the source does not exist or holds no document, or a JSON line has no text. Files that are not
+               UTF-8 are left out.
     """
     if max_bytes <= 0:
         raise ValueError(f"max_bytes must be positive, got {max_bytes}")
@@ -66,15 +66,15 @@ def read_documents(source: str, max_bytes: int) -> list[Document]:
 
 
 def split_validation(documents: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
-    """Splits documents into (training, validation); each side keeps its order and gets at least one document.
+    """Splits documents into (training, validation). Both keep the order of the documents and get at least one.
 
-    fraction: the expected share of validation documents, in (0, 1), chosen by a hash of each document's name
+    fraction: the expected share of validation documents, in (0, 1); a hash of each document's name decides
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must lie between 0 and 1, got {fraction}")
     if len(documents) < 2:
         raise ValueError(f"documents must be two or more to hold one out, got {len(documents)}")
-    # "held out" decorrelates this hash from the one that orders and bounds the corpus.
+    # The prefix makes this hash independent of the hash that orders the corpus and so decides what max_bytes keeps.
     ranks = [int.from_bytes(_name_hash("held out " + d.name)[:8], "big") / 2**64 for d in documents]
     threshold = min(max(fraction, min(ranks)), sorted(ranks)[-2])
     train = [d for d, rank in zip(documents, ranks, strict=True) if rank > threshold]

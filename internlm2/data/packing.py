@@ -1,10 +1,10 @@
-"""PackedBatches: documents laid end to end and cut into batches of exactly T tokens, with no padding.
+"""PackedBatches: documents laid end to end and cut into batches of exactly T tokens, without padding.
 
-Documents longer than max_seqlen are cut into pieces of it, and the pieces are shuffled: a batch of one long document
-would teach little else. A piece that does not fit a batch is cut too; its rest opens the next batch. Every fragment is one
-sequence: one cu_seqlens entry, attention within it only, positions from 0. Labels are shifted already: label i is the
-token after token i in its document, also where a cut lies between them, so a cut loses no target; only a document's own
-last token has none.
+Documents longer than max_seqlen are cut into pieces of that length, and the pieces are shuffled, so that no batch consists of
+one long document. A piece that does not fit into the rest of a batch is cut there, and what remains of it begins the next
+batch. Every fragment is a sequence of its own: it has an entry in cu_seqlens, attention stays within it, and its positions
+start at 0. Labels are already shifted: label i is the token that follows token i in the document, even across a cut, so that a
+cut loses no target. Only the last token of a document has no target.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ class PackedBatch:
     """One batch of T tokens in n sequences.
 
     tokens, labels, positions: int64 [T]; positions restart at 0 in every sequence; label -100 has no target
-    cu_seqlens:                int32 [n + 1] on the CPU, from 0 to T, strictly increasing
+    cu_seqlens:                int32 [n + 1] on the CPU, strictly increasing from 0 to T
     """
 
     tokens: torch.Tensor
@@ -37,11 +37,11 @@ class PackedBatch:
 
     @property
     def num_targets(self) -> int:
-        """How many labels count in the loss (one host synchronisation where the labels are on a GPU)."""
+        """The number of labels that count in the loss; where the labels are on a GPU this waits for the GPU."""
         return int((self.labels != IGNORE_INDEX).sum())
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """The batch on a device; cu_seqlens stays on the CPU, where its values are checked without a copy back."""
+        """The batch on a device. cu_seqlens stays on the CPU, where its values can be checked without a copy back."""
         if torch.device(device).type == "cpu":
             return self
         moved = (t.pin_memory().to(device, non_blocking=True) for t in (self.tokens, self.labels, self.positions))
@@ -49,15 +49,15 @@ class PackedBatch:
 
 
 class PackedBatches:
-    """An endless, resumable stream of packed batches; epoch after epoch, a batch may span the border of two.
+    """An endless stream of packed batches that can be resumed. It runs epoch after epoch; a batch may span two epochs.
 
     store:            the documents
-    tokens_per_batch: T, the tokens of every batch
-    max_seqlen:       the longest piece of a document, and so the longest sequence
-    seed:             the order of the pieces in epoch e is a permutation drawn from (seed, e); None keeps theirs
+    tokens_per_batch: T, the number of tokens in every batch
+    max_seqlen:       length of the longest piece of a document, and so of the longest sequence
+    seed:             the order of the pieces in epoch e is a permutation drawn from (seed, e); None keeps the stored order
 
-    The stream is a pure function of these arguments: `state_dict()` is a position in it, and loading one continues with
-    exactly the batches that would have come.
+    The stream depends on these arguments alone. `state_dict()` is a position in it; a stream that loads the position
+    continues with exactly the batches that would have come.
     """
 
     def __init__(self, store: TokenStore, tokens_per_batch: int, max_seqlen: int, seed: int | None = 0):
@@ -101,15 +101,15 @@ class PackedBatches:
 
     @property
     def epoch(self) -> int:
-        """The epoch the next token comes from, counted from 0."""
+        """The epoch that the next token comes from, counted from 0."""
         return self._epoch
 
     def state_dict(self) -> dict[str, int | str | None]:
-        """The position in the stream, a few numbers that JSON holds, and what the stream was made of."""
+        """The position in the stream and what the stream was made of, as a few values that JSON can hold."""
         return {"epoch": self._epoch, "piece": self._piece, "offset": self._offset} | self._identity()
 
     def load_state_dict(self, state: dict[str, int | str | None]) -> None:
-        """Continues from a position; ValueError where it was taken from other documents, sizes or another seed."""
+        """Continues from a position. ValueError where it belongs to other documents, other sizes or another seed."""
         for key, here in self._identity().items():
             if state.get(key) != here:
                 raise ValueError(f"data state must have {key} = {here!r}, as this stream has, got {state.get(key)!r}")
@@ -124,7 +124,7 @@ class PackedBatches:
         count = len(self._starts)
         self._order = np.arange(count)
         if self.seed is not None:
-            # numpy promises a bit generator's raw stream for good, but not what Generator.permutation makes of it.
+            # numpy promises never to change the raw numbers of a bit generator, but not how Generator.permutation uses them.
             keys = np.random.PCG64([self.seed, epoch]).random_raw(count)
             self._order = np.argsort(keys, kind="stable")
 

@@ -13,7 +13,7 @@ import numpy as np
 class TokenStore:
     """Documents end to end.
 
-    tokens:  ids [N], uint16 where every id fits, else uint32 (half the disk and memory of int32 for small vocabularies)
+    tokens:  ids [N], uint16 where every id fits (which halves disk and memory for small vocabularies), else uint32
     offsets: int64 [documents + 1], from 0 to N; document i is tokens[offsets[i] : offsets[i + 1]] and is never empty
     """
 
@@ -28,7 +28,7 @@ class TokenStore:
         if len(self.offsets) < 2 or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens):
             raise ValueError(f"offsets must run from 0 to {len(self.tokens)} over one document or more")
         if (np.diff(self.offsets) <= 0).any():
-            raise ValueError("offsets must increase: an empty document has nothing to learn from")
+            raise ValueError("offsets must increase: a document may not be empty")
 
     @property
     def num_documents(self) -> int:
@@ -36,7 +36,7 @@ class TokenStore:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of the contents: a data position means something only over the tokens it was taken from."""
+        """A digest of the contents. A position in a stream is valid only for the tokens it was taken from."""
         digest = hashlib.sha256(self.offsets.tobytes())
         digest.update(np.ascontiguousarray(self.tokens).data)
         return digest.hexdigest()[:16]
@@ -55,12 +55,12 @@ class TokenStore:
         return cls(tokens.astype(np.uint16 if tokens.max() < 2**16 else np.uint32), offsets)
 
     def save(self, folder: Path, name: str) -> None:
-        """Writes NAME.tokens.npy and NAME.offsets.npy into a folder (make the folder atomic around the call)."""
+        """Writes NAME.tokens.npy and NAME.offsets.npy into a folder. Not atomic: write into storage.atomic_directory."""
         np.save(folder / f"{name}.tokens.npy", self.tokens, allow_pickle=False)
         np.save(folder / f"{name}.offsets.npy", self.offsets, allow_pickle=False)
 
     @classmethod
     def load(cls, folder: Path, name: str) -> "TokenStore":
-        """Opens what save wrote; the tokens stay on disk and are mapped, so a corpus may exceed memory."""
+        """Opens what save wrote. The tokens stay on disk and are memory-mapped, so a corpus may be larger than memory."""
         tokens = np.load(folder / f"{name}.tokens.npy", mmap_mode="r", allow_pickle=False)
         return cls(tokens, np.load(folder / f"{name}.offsets.npy", allow_pickle=False))

@@ -1,8 +1,8 @@
-"""RunCheckpoints: the rotating checkpoints of a run, of which one is always sound.
+"""RunCheckpoints: the newest checkpoints of a run, at least one of which is complete at any moment.
 
 A checkpoint is a folder step-00000123 of safetensors files, run.json and a manifest of sizes and sha256 digests. It is
-written beside its final name, forced onto the disk, and renamed: a kill or a full disk at any moment leaves the whole
-checkpoint or none of it, and older ones are removed only after it stands.
+written under a temporary name, forced onto the disk, and renamed. A kill or a full disk at any moment therefore leaves the
+whole checkpoint or none of it, and older ones are removed only after the new one is complete.
 """
 
 import json
@@ -25,13 +25,13 @@ RECORD = "run.json"
 
 
 class RunCheckpoints:
-    """The checkpoints of one run, in a folder of their own; the newest `keep` stay. One process at a time."""
+    """The checkpoints of one run, in a folder of their own; the newest `keep` are kept. One process at a time."""
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, sound or not, in order."""
+        """The steps that have a checkpoint, damaged or not, in order."""
         matches = (re.fullmatch(r"step-(\d{8,})", p.name) for p in self.folder.glob("step-*"))
         return sorted(int(m[1]) for m in matches if m)
 
@@ -58,11 +58,11 @@ class RunCheckpoints:
         return path
 
     def load_newest(self, warn: Callable[[str], None]) -> tuple[Tensors, dict] | None:
-        """(tensors, record) of the newest sound checkpoint; None where there are none at all.
+        """(tensors, record) of the newest undamaged checkpoint; None where there are no checkpoints at all.
 
-        A damaged one is told to `warn`, with the file and its fault, and set aside as step-N.damaged.
-        Errors: CheckpointError where there are checkpoints, but no sound one: starting afresh is for the user to choose;
-                OSError where one cannot be read at present (permissions, open files): nothing is set aside then
+        A damaged checkpoint is renamed to step-N.damaged, and `warn` is called with the file and its fault.
+        Errors: CheckpointError where all checkpoints are damaged, since only the user should decide to start again;
+                OSError where a checkpoint cannot be read at present (permissions, open files); then nothing is renamed
         """
         self._clean_up()
         faults = []
@@ -72,7 +72,7 @@ class RunCheckpoints:
                 verify_manifest(path)
                 tensors = {p.name: load_file(p) for p in sorted(path.glob("*.safetensors"))}
                 return tensors, json.loads((path / RECORD).read_text())
-            except (CheckpointError, SafetensorError) as error:  # an OSError says nothing of the bytes: it is raised
+            except (CheckpointError, SafetensorError) as error:  # an OSError does not mean that the bytes are damaged
                 faults.append(str(error))
                 aside = path.with_name(path.name + ".damaged")
                 warn(f"checkpoint {path.name} refused: {error}; set aside as {aside.name}")
@@ -87,7 +87,7 @@ class RunCheckpoints:
         return None
 
     def _clean_up(self) -> None:
-        """Removes what a killed process left half done, and gives back a checkpoint that was about to be replaced."""
+        """Removes what a killed process left unfinished, and restores a checkpoint that it was about to replace."""
         for unfinished in self.folder.glob(".step-*.writing"):
             shutil.rmtree(unfinished)
         for previous in self.folder.glob(".step-*.previous"):

@@ -1,4 +1,4 @@
-"""TrainConfig: everything a training run depends on. TOML on disk (recipes/), `a.b=c` overrides, saved with the run."""
+"""TrainConfig: everything that a training run depends on; read from TOML (recipes/) with overrides, and saved with the run."""
 
 import math
 from dataclasses import dataclass, field
@@ -16,11 +16,11 @@ def _require(condition: bool, name: str, expected: str, got: object) -> None:
 class DataConfig:
     """Where the text comes from and how it is cut.
 
-    source:              "stdlib" (the Python standard library's source), a text or JSON-lines file, or a folder of them
-    max_bytes:           documents are read until this many bytes of UTF-8
-    validation_fraction: share of the documents held out, chosen by name
-    tokenizer:           a SentencePiece model file; empty trains a byte-pair one of model.vocab_size on the source
-    tokens_per_batch:    tokens of one forward and backward pass; an optimizer step takes `accumulation` of them
+    source:              "stdlib" (the source of Python's standard library), a text or JSON-lines file, or a folder of them
+    max_bytes:           documents are read up to this many bytes of UTF-8
+    validation_fraction: share of the documents that is held out; their names decide which
+    tokenizer:           a SentencePiece model file; empty trains a byte-pair tokenizer of model.vocab_size on the source
+    tokens_per_batch:    tokens of one forward and backward pass; an optimizer step takes `accumulation` such batches
     max_seqlen:          longer documents are cut into pieces of this many tokens
     """
 
@@ -40,12 +40,13 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule; betas, eps, weight decay and floor as in arXiv:2403.17297 section 3.2.2.
+    """AdamW and its learning-rate schedule; the defaults of betas, eps, weight_decay and floor_ratio are those of
+    arXiv:2403.17297 section 3.2.2.
 
     lr:            peak learning rate
     floor_ratio:   the cosine ends at lr * floor_ratio
-    warmup_steps:  linear rise
-    max_grad_norm: the global gradient norm is clipped to it; 0 clips nothing
+    warmup_steps:  steps over which the learning rate rises linearly to lr
+    max_grad_norm: gradients are scaled down where their global norm exceeds it; 0 never scales
     """
 
     lr: float = 3e-4
@@ -72,17 +73,17 @@ class OptimizerConfig:
 class TrainConfig:
     """One run.
 
-    out:                the run's folder; a run that was stopped continues when started again with the same folder
+    out:                folder of the run; a stopped run continues when it is started again with the same folder
     steps:              optimizer steps
     accumulation:       packed batches per optimizer step; their losses are weighted by their number of targets
-    seed:               initial weights and document order
+    seed:               of the initial weights and the order of documents
     device:             "cpu" or "cuda"
-    threads:            CPU threads; 0 takes what this process may use. Fixed in the saved configuration, since matrix
-                        products may sum in another order with another number
+    threads:            CPU threads; 0 takes as many as this process may use. The saved configuration fixes the number, since
+                        with another number matrix products may sum in another order
     compute_dtype:      "bfloat16" or "float32"; parameters, gradients and optimizer state are float32
     operators:          "kernels" (internlm2_kernels) or "plain" (PyTorch eager operators)
     checkpoint_every:   steps between checkpoints; one is also written at the end and on SIGTERM or SIGINT
-    keep_checkpoints:   how many of the newest are kept
+    keep_checkpoints:   how many of the newest checkpoints are kept
     validate_every:     steps between validations; 0 validates at the end only
     validation_batches: packed batches in one validation
     """

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar with loss, rate and time left; plain lines where there is no terminal."""
+"""What a person sees of a run: a progress bar with loss, speed and time left, or plain lines where there is no terminal."""
 
 import time
 
@@ -9,7 +9,7 @@ LINE_EVERY_S = 10.0
 
 
 class RunDisplay:
-    """Use as a context manager around the steps; `update` after each, `warn` at any time."""
+    """A context manager around the steps. Call `update` after each step and `warn` at any time."""
 
     def __init__(self, title: str, total: int, console: Console | None = None):
         self.console = console or Console()
@@ -32,7 +32,7 @@ class RunDisplay:
             self._progress.stop()
 
     def start_at(self, step: int) -> None:
-        """Where a resumed run begins: the steps before it took no time in this process."""
+        """Tells where a resumed run begins; the time left is estimated from the steps after it only."""
         self._started, self._first = time.perf_counter(), step
         if self._progress:
             self._progress.reset(self._task, completed=step, total=self._total, text="")
@@ -49,9 +49,9 @@ class RunDisplay:
             self.say(f"{self._title} {step}/{self._total}  {text}  {left:.0f} s left")
 
     def say(self, text: str) -> None:
-        """A line above the bar; printed as it is, whatever brackets a path holds."""
+        """A line above the bar. It is printed unchanged: brackets in a path are not taken for markup."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """A line that stands out."""
+        """A highlighted line above the bar."""
         self.console.print(f"warning: {text}", style="bold yellow", markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Learner: a model with its AdamW optimizer; one optimizer step over packed batches, and the state of both by name."""
+"""Learner: a model with its AdamW optimizer, which takes optimizer steps over packed batches and saves its state by name."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,8 +20,8 @@ def next_token_loss(model: torch.nn.Module, batch: PackedBatch) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step saw: the mean loss over all targets, the gradient norm before clipping, and whether the
-    update was left out (a gradient that is not finite, or no target at all)."""
+    """The result of one optimizer step: the mean loss over all targets, the gradient norm before clipping, and whether the
+    update was skipped because a gradient was not finite or there was no target."""
 
     loss: float
     grad_norm: float
@@ -29,11 +29,11 @@ class StepResult:
 
 
 class Learner:
-    """A model, its optimizer and the loss it minimises.
+    """A model, its optimizer and the loss that it minimises.
 
-    AdamW (arXiv:1711.05101) with float32 moments: `FusedAdamW`, or PyTorch's where plain=True, for comparison. Weight decay
-    acts on matrices (embeddings and output head included) and leaves out norm weights, whose scale the next layer cannot
-    undo.
+    The optimizer is AdamW (arXiv:1711.05101) with float32 moments: `FusedAdamW`, or PyTorch's own for comparison where
+    plain=True. Weight decay applies to matrices, embeddings and output head included, but not to the weights of norms: the
+    layer after a norm cannot make up for a shrunken weight.
     """
 
     def __init__(self, model: torch.nn.Module, config: OptimizerConfig, loss: Loss = next_token_loss, *,
@@ -49,9 +49,9 @@ class Learner:
                           FusedAdamW(groups, lr=config.lr, max_grad_norm=max_norm, **options))
 
     def step(self, batches: Sequence[PackedBatch], lr: float) -> StepResult:
-        """One update from one or more packed batches, each weighted by its targets, as if they had been one batch.
+        """One update from one or more packed batches. Each is weighted by its number of targets, as if they were one batch.
 
-        A gradient whose norm is not finite changes nothing: neither weights nor moments.
+        A gradient whose norm is not finite changes neither weights nor moments.
         """
         targets = [b.num_targets for b in batches]
         total = sum(targets)
@@ -70,7 +70,7 @@ class Learner:
         return StepResult(loss_sum, grad_norm, skipped=not math.isfinite(grad_norm))
 
     def _update(self) -> float:
-        """Clips and updates, unless the gradient's norm is not finite; returns the norm."""
+        """Clips the gradients and updates the weights, unless the gradient norm is not finite. Returns that norm."""
         if not self.plain:
             self.optimizer.step()
             return float(self.optimizer.grad_norm)
@@ -82,18 +82,18 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[PackedBatch]) -> float:
-        """Mean loss over the targets of all batches; no parameter or optimizer state changes."""
+        """Mean loss over the targets of all batches. It changes neither parameters nor optimizer state."""
         targets = [b.num_targets for b in batches]
         losses = (float(self.loss(self.model, b)) * n for b, n in zip(batches, targets, strict=True) if n)
         return sum(losses) / max(1, sum(targets))
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """The optimizer's state as `parameter.exp_avg`, `parameter.exp_avg_sq`, `parameter.step`; empty before a step."""
+        """The optimizer's state under the names `PARAMETER.exp_avg`, `.exp_avg_sq`, `.step`; empty before the first step."""
         state = self.optimizer.state
         return {f"{name}.{key}": value for name, p in self._named.items() for key, value in state.get(p, {}).items()}
 
     def load_optimizer_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Restores what optimizer_tensors gave; ValueError where names or shapes are not this model's."""
+        """Restores what optimizer_tensors returned. ValueError where names or shapes are not this model's."""
         by_parameter: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in tensors.items():
             name, _, field = key.rpartition(".")
@@ -103,7 +103,7 @@ class Learner:
         if by_parameter and set(by_parameter) != set(self._named):
             missing = sorted(set(self._named) - set(by_parameter))
             raise ValueError(f"optimizer state must cover every parameter, got none for {missing}")
-        expected = {"step", "exp_avg", "exp_avg_sq"}  # and a master, where the parameter is not float32
+        expected = {"step", "exp_avg", "exp_avg_sq"}  # and a master copy where the parameter is not float32
         for name, fields in by_parameter.items():
             shape = self._named[name].shape
             if set(fields) - {"master"} != expected or any(fields[k].shape != shape for k in set(fields) - {"step"}):
@@ -111,7 +111,7 @@ class Learner:
                 raise ValueError(f"optimizer state of {name!r} must be {sorted(expected)} of {list(shape)}, got {got}")
         saved = self.optimizer.state_dict()
         index = {name: i for i, name in enumerate(self._names_in_group_order())}
-        # Copies: tensors read from a mapped file would keep the file open and its alignment.
+        # The tensors are copied: those of a memory-mapped file would keep the file open, and may be badly aligned.
         saved["state"] = {index[n]: {k: v.clone() for k, v in f.items()} for n, f in by_parameter.items()}
         self.optimizer.load_state_dict(saved)
 

@@ -1,4 +1,4 @@
-"""What a run records about itself: the JSON-lines log, and the memory it holds."""
+"""What a run records about itself: a log of JSON lines, and the memory that it uses."""
 
 import json
 import math
@@ -11,10 +11,10 @@ import torch
 
 
 class StepLog:
-    """An append-only log of one JSON object per step, which survives a kill at any moment and a full disk.
+    """A log of one JSON object per step, which survives a kill at any moment and a full disk.
 
-    Each line is one write to the operating system, so a killed process loses none. A line that cannot be written (a
-    full disk) is kept in memory and tried again with the next one; training goes on.
+    Each line is handed to the operating system at once, so a killed process loses none. A line that cannot be written, for
+    example to a full disk, is kept in memory and written again with the next line, while training continues.
     """
 
     def __init__(self, path: Path, warn: Callable[[str], None]):
@@ -25,7 +25,7 @@ class StepLog:
         self._end = os.lseek(self._file, 0, os.SEEK_END)
 
     def append(self, record: dict) -> None:
-        """Adds a record; numbers that are not finite become null, which JSON can hold."""
+        """Adds a record. Numbers that are not finite become null, since JSON has no other way to write them."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         first_failure = not self._pending
         self._pending.append(json.dumps(finite).encode() + b"\n")
@@ -36,12 +36,12 @@ class StepLog:
                 self._warn(f"{self.path} cannot be written ({error.strerror}); its lines are kept in memory for now")
 
     def sync(self) -> None:
-        """Forces the lines onto the disk, so that a checkpoint never knows more steps than the log."""
+        """Forces the lines onto the disk, so that no checkpoint is ahead of the log."""
         self._write_pending()
         os.fsync(self._file)
 
     def truncate_after(self, step: int) -> None:
-        """Drops the lines of later steps, and a torn last line: a resumed run writes them again."""
+        """Removes the lines of later steps and an incomplete last line; the resumed run writes those steps again."""
         end = 0
         with open(self.path, "rb") as lines:
             for line in lines:
@@ -66,20 +66,20 @@ class StepLog:
                 self._end, data = self._end + written, data[written:]
             self._pending = []
         except OSError:
-            # The written head of a line stays; the rest of it follows when there is room again.
+            # A partly written line stays; the rest of it is written when there is room again.
             self._pending = [data]
             raise
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a log, without a torn last line."""
+    """The records of a log, without an incomplete last line."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
 def memory_in_use(device: torch.device) -> tuple[int, int]:
-    """(bytes held now, highest since reset_peak_memory): the process's resident memory on a CPU, torch's allocations on
-    a GPU. Where the system tells no current figure (outside Linux) both are the process's peak."""
+    """Bytes in use now, and the most since reset_peak_memory: resident memory of the process on a CPU, torch's allocations on
+    a GPU. Outside Linux, where the current figure is not available, both are the peak of the process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":
@@ -91,7 +91,7 @@ def memory_in_use(device: torch.device) -> tuple[int, int]:
 
 
 def reset_peak_memory(device: torch.device) -> bool:
-    """Starts a new peak; False where the system cannot (then a peak is the whole process's)."""
+    """Starts a new measurement of the peak. False where the system cannot; then a peak is that of the whole process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True

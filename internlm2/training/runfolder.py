@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time, one configuration for good."""
+"""The folder of a run: one process at a time trains in it, and its configuration never changes."""
 
 import dataclasses
 import math
@@ -12,14 +12,14 @@ from internlm2.training.config import TrainConfig
 
 
 class RunLock:
-    """Holds a run's folder for this process; the system lets go of it when the process ends, however it ends."""
+    """Reserves a run's folder for this process. The system releases it when the process ends, in whatever way."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(folder / "lock", "a+")  # noqa: SIM115  (held open for as long as the lock is)
+        self._file = open(folder / "lock", "a+")  # noqa: SIM115  (the open file is the lock)
         try:
             import fcntl
-        except ImportError:  # Windows: two processes in one folder are the user's to avoid
+        except ImportError:  # Windows has no fcntl; there the user must not start two processes in one folder
             return
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -38,7 +38,7 @@ class RunLock:
 
 
 def usable_cpus() -> int:
-    """CPUs this process may use: its affinity, and the quota of its control group (cgroup v2)."""
+    """The number of CPUs that this process may use, by its affinity and the quota of its control group (cgroup v2)."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -50,23 +50,23 @@ def usable_cpus() -> int:
 
 
 def saved_config(out: str | Path) -> TrainConfig | None:
-    """The configuration of the run in a folder; None where there is none."""
+    """The configuration of the run in a folder; None where the folder has no run."""
     path = Path(out) / "config.toml"
     return load_config(TrainConfig, path) if path.exists() else None
 
 
 def resolve_machine(config: TrainConfig) -> TrainConfig:
-    """The configuration with threads = 0 replaced by what this process may use; ValueError where the device is not here."""
+    """The configuration with threads = 0 replaced by what this process may use; ValueError where there is no such device."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be 'cpu' here, got 'cuda': torch sees no GPU")
-    # torch counts physical cores, since hyper-threads slow matrix products down.
+    # torch's default is the number of physical cores: more threads than that make matrix products slower.
     return config if config.threads else dataclasses.replace(config, threads=min(torch.get_num_threads(), usable_cpus()))
 
 
 def resolve_config(config: TrainConfig) -> TrainConfig:
-    """Fills what depends on the machine, and holds the configuration against the one saved in config.out.
+    """Fills in what depends on the machine, and compares the configuration with the one saved in config.out.
 
-    A new run's configuration is saved there; a continued run must have the saved one: ValueError names what differs.
+    The configuration of a new run is saved there. A continued run must have the saved one; ValueError names what differs.
     """
     saved = saved_config(config.out)
     if saved and not config.threads:
@@ -76,7 +76,7 @@ def resolve_config(config: TrainConfig) -> TrainConfig:
         Path(config.out).mkdir(parents=True, exist_ok=True)
         dump_config(config, Path(config.out) / "config.toml")
         return config
-    # A run's folder may have been moved.
+    # The folder may have been moved since, so `out` may differ.
     differing = _differences(dataclasses.asdict(saved), dataclasses.asdict(config) | {"out": saved.out})
     if differing:
         raise ValueError(

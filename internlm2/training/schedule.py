@@ -1,16 +1,16 @@
-"""Learning-rate schedule: a pure function of the step, so that a resumed run needs no schedule state."""
+"""The learning-rate schedule. It depends on the step alone, so that a resumed run needs no state of it."""
 
 import math
 
 
 def cosine_with_warmup(step: int, *, peak: float, steps: int, warmup: int, floor_ratio: float = 0.1) -> float:
-    """Learning rate of a step, counted from 0: a linear rise over warmup steps, then half a cosine down to the floor
+    """The learning rate of a step, counted from 0: a linear rise over the warm-up, then half a cosine down to the floor.
 
     lr = peak (step + 1) / warmup                                                     for step < warmup
     lr = peak (r + (1 - r) (1 + cos(pi p)) / 2),  p = (step - warmup) / (steps - 1 - warmup),  r = floor_ratio  after
 
-    The first step already moves (lr > 0), step warmup - 1 and step warmup have the peak, and the last step has the
-    floor. Steps past the end keep the floor.
+    The first step has a learning rate above 0, steps warmup - 1 and warmup have the peak, and the last step has the floor, as
+    have steps past the end.
     Source: arXiv:1608.03983 eq. 5 without restarts; floor_ratio 0.1 as in arXiv:2403.17297 section 3.2.2.
     """
     if step < warmup:

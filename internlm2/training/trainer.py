@@ -1,12 +1,13 @@
 """Trainer: the one loop of every training stage. A stage is a configuration, a data source and a loss.
 
-The run's folder holds config.toml, log.jsonl (one line a step) and checkpoints/. A run that was stopped, by a signal,
-a crash or a kill, continues from its newest sound checkpoint with exactly the losses and weights of an undisturbed one
-(on the same machine with the same number of threads).
+The folder of a run holds config.toml, log.jsonl (one line for each step) and checkpoints/. A run that was stopped by a
+signal, a crash or a kill continues from its newest undamaged checkpoint. On the same machine with the same number of threads
+it then has exactly the losses and weights of a run that was not stopped.
 """
 
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -28,23 +29,36 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 @dataclass(frozen=True)
 class FitResult:
-    """How fit ended. step: steps done; stopped_by: the signal that stopped it, or None; saved: the state at `step` is on
-    disk."""
+    """How fit ended. step: steps done; stopped_by: the signal that stopped it, or None; saved: whether the state at `step` is
+    on the disk."""
 
     step: int
     stopped_by: signal.Signals | None
     saved: bool
 
 
+def exit_status(result: FitResult) -> int:
+    """The exit status of a command that ended with `result`; says on stderr what to do where the end was not reached."""
+    if result.stopped_by:
+        saved = "saved" if result.saved else "NOT saved"
+        text = f"stopped by {result.stopped_by.name} at step {result.step}, {saved}; the same command continues"
+        print(text, file=sys.stderr)
+        return 128 + result.stopped_by
+    if not result.saved:
+        print(f"error: the state at step {result.step} could not be saved (see the warnings above)", file=sys.stderr)
+        return 1
+    return 0
+
+
 class StopSignals:
-    """Turns the first SIGTERM or SIGINT into a request to stop after the running step; a second one acts at once."""
+    """Turns the first SIGTERM or SIGINT into a request to stop after the current step; a second one acts at once."""
 
     def __init__(self):
         self.received: signal.Signals | None = None
         self._previous = {}
 
     def __enter__(self) -> "StopSignals":
-        # Python lets only the main thread install handlers; elsewhere the caller has to stop the run itself.
+        # Python lets only the main thread install handlers. In another thread the caller has to stop the run itself.
         if threading.current_thread() is threading.main_thread():
             self._previous = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
@@ -68,11 +82,11 @@ class Trainer:
     config:     the resolved configuration
     learner:    model, optimizer and loss, on config.device
     batches:    the training stream
-    validation: held-out batches, always the same ones; may be empty
-    display:    where a person sees the run
-    Attributes: step counts the optimizer steps done.
+    validation: held-out batches, the same ones at every validation; may be empty
+    display:    what a person sees of the run
+    Attributes: step is the number of optimizer steps done
 
-    A subclass may train more beside it: override `train_step`, and `state` and `load_state` for what it must remember.
+    A subclass may train something else as well: it overrides `train_step`, and `state` and `load_state` for its own state.
     """
 
     title = "training"
@@ -97,10 +111,10 @@ class Trainer:
         self._skipped = 0
 
     def resume(self) -> bool:
-        """Continues from the newest sound checkpoint; False where the folder has none yet.
+        """Continues from the newest undamaged checkpoint; False where the folder has no checkpoint yet.
 
-        A damaged checkpoint is reported by file and fault, and the one before it is used. Errors: CheckpointError where
-        checkpoints exist and none is sound, ValueError where a sound one is another run's.
+        A damaged checkpoint is reported with its file and fault, and the one before it is used.
+        Errors: CheckpointError where all checkpoints are damaged, ValueError where the checkpoint is of another run
         """
         found = self.checkpoints.load_newest(self.display.warn)
         if found is None:
@@ -113,10 +127,11 @@ class Trainer:
         return True
 
     def fit(self, deadline: float = math.inf, at_least: int = 0) -> FitResult:
-        """Runs the remaining steps, then saves; stops early, saved, on SIGTERM or SIGINT, and, from step `at_least` on,
-        before a step that would probably end after `deadline`, a time of time.perf_counter().
+        """Runs the remaining steps, then saves.
 
-        Errors: FloatingPointError after 10 steps in a row without a finite gradient.
+        It stops early, also with a checkpoint, on SIGTERM or SIGINT, and before a step that would probably end after
+        `deadline` (a time of time.perf_counter()), but not before step `at_least`.
+        Errors: FloatingPointError after 10 steps in a row without a finite gradient
         """
         self.display.start_at(self.step)
         with StopSignals() as stop, self.display:
@@ -129,21 +144,21 @@ class Trainer:
                 longest = max(longest, time.perf_counter() - started)
                 if self.step % self.config.checkpoint_every == 0:
                     self.save()
-            # Also after a save that just failed: the end is worth a second try.
+            # This also tries a save again that failed at the last step.
             if self._saved_step != self.step:
                 self.save()
         return FitResult(self.step, stop.received, self._saved_step == self.step)
 
     def train_step(self, batches: list[PackedBatch], lr: float) -> tuple[StepResult, dict[str, float]]:
-        """One optimizer step; returns its result and further numbers for the log."""
+        """One optimizer step. Returns its result and further numbers for the log."""
         return self.learner.step(batches, lr), {}
 
     def validate(self) -> dict[str, float]:
-        """Losses on the held-out batches, by their name in the log."""
+        """Losses on the held-out batches, under their names in the log."""
         return {"validation_loss": self.learner.evaluate(self.validation)} if self.validation else {}
 
     def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
-        """All that the rest of the run depends on: tensors by file name, and a record that JSON can hold."""
+        """Everything that the rest of the run depends on: tensors by file name, and a record that JSON can hold."""
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -155,7 +170,7 @@ class Trainer:
         return tensors, {"step": self.step, "skipped": self._skipped, "data": self.batches.state_dict()}
 
     def load_state(self, tensors: dict[str, dict[str, torch.Tensor]], record: dict) -> None:
-        """Restores what state gave."""
+        """Restores what `state` returned."""
         self.batches.load_state_dict(record["data"])
         self.learner.model.load_state_dict(tensors["model.safetensors"])
         self.learner.load_optimizer_tensors(tensors["optimizer.safetensors"])
@@ -166,8 +181,8 @@ class Trainer:
         self.step, self._skipped = record["step"], record["skipped"]
 
     def save(self) -> bool:
-        """Writes a checkpoint. A failure (a full disk) is shown and costs nothing but this checkpoint: the ones before
-        it stay, and training goes on."""
+        """Writes a checkpoint; False where that fails, for example on a full disk. A failure is shown; earlier checkpoints
+        are kept and training continues."""
         try:
             self.log.sync()
             self.checkpoints.save(self.step, *self.state(), self.learner.model)
@@ -210,7 +225,7 @@ class Trainer:
     def _count_skipped(self, result: StepResult) -> None:
         self._skipped = self._skipped + 1 if result.skipped else 0
         if result.skipped:
-            self.display.warn(f"step {self.step} left out: its gradient norm is {result.grad_norm}")
+            self.display.warn(f"step {self.step} skipped: its gradient norm is {result.grad_norm}")
         if self._skipped >= MAX_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
                 f"{self._skipped} steps in a row had no finite gradient (step {self.step}); lower optimizer.lr"

@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, one module an operator, imported at the first call."""
+"""Triton kernels and their launchers. The module of an operator is imported at the operator's first call."""

@@ -1,10 +1,12 @@
 """AdamW over lists of tensors. Contract: ops/adamw.py.
 
-Two launches: a small one decides on the device whether the step is skipped, computes what multiplies the gradients and
-counts the steps; the main one updates chunks of all tensors, found through a table of addresses (tables.py). Tensors of
-other dtypes than the first's take a main launch of their own. Thread and element: groups of eight neighbouring elements
-share one Philox counter and are one thread's, so their 16-bit numbers never leave its registers. A shard may begin amid
-eight elements of the whole tensor: its chunks are counted from the first of these on, `shift` elements before its own.
+There are two kinds of launches. The first decides on the device whether the step is skipped, computes the factor of the
+gradients, and counts the steps. The second updates the chunks of all tensors, which it finds through a table of addresses
+(tables.py); there is one launch of it for each combination of dtypes.
+
+Groups of eight consecutive elements share one Philox counter and are processed by one thread, so that their random 16-bit
+numbers stay in its registers. A shard may begin in the middle of such a group of the whole tensor. Its chunks are then counted
+from the beginning of the group, `shift` elements before the first element of the shard.
 """
 
 import math
@@ -18,17 +20,17 @@ from .functions import _expm1
 from .squared_norm import TYPES
 from .tables import _address_of, _find_chunk, aligned, table
 
-CHUNK = 8192  # elements of a program
-GROUPS = 256  # of eight elements, at a time
-# Rows of the table behind the chunks'; masters' addresses are 0 where there are none.
+CHUNK = 8192  # elements per program
+GROUPS = 256  # groups of eight elements per step of a program
+# The rows of the table after row 0. The address of a master is 0 if there is none.
 SIZE, PARAM, GRAD, MASTER, EXP_AVG, EXP_AVG_SQ, STEPS, INDEX, OFFSET = (tl.constexpr(i) for i in range(1, 10))
 
 
 @triton.jit(do_not_specialize=["tensors"])
 def adamw_prepare_kernel(table_ptr, state_ptr, skipped_ptr, total_sq_ptr, grad_scale_ptr, found_inf_ptr, lr_ptr, tensors,
                          max_grad_norm, sign, BLOCK: tl.constexpr):
-    """state = (1 if the step is taken, what multiplies the gradients); steps or skipped grow by one."""
-    taken = tl.where(tl.abs(tl.load(lr_ptr)) < float("inf"), tensors * 0 + 1, 0)  # not for NaN either
+    """state = (1 if the step is taken or 0 if it is skipped, factor of the gradients). Increments `steps` or `skipped`."""
+    taken = tl.where(tl.abs(tl.load(lr_ptr)) < float("inf"), tensors * 0 + 1, 0)  # a NaN also skips the step
     factor = sign
     if grad_scale_ptr is not None:
         factor = tl.div_rn(factor, tl.load(grad_scale_ptr).to(tl.float32))
@@ -53,7 +55,7 @@ def adamw_prepare_kernel(table_ptr, state_ptr, skipped_ptr, total_sq_ptr, grad_s
 
 @triton.jit
 def _random(bits, seed, group, tensor, stream, step):
-    """Sixteen random bits for each of `bits`' [groups, 8] elements."""
+    """16 random bits for each of [groups, 8] elements."""
     low = (group & 0xFFFFFFFF).to(tl.uint32)
     high = (group >> 32).to(tl.uint32)
     third = low * 0 + (tensor * 4 + stream).to(tl.uint32)
@@ -65,16 +67,17 @@ def _random(bits, seed, group, tensor, stream, step):
 
 @triton.jit
 def _stochastic(x, seed, group, tensor, stream, step):
-    """float32 x rounded to a value of bfloat16, up with the probability of what is cut off; inf and NaN pass."""
+    """float32 x rounded stochastically to a bfloat16 value: away from 0 with the probability of the discarded fraction.
+    Infinity and NaN are kept."""
     bits = x.to(tl.uint32, bitcast=True)
     up = (bits + _random(bits, seed, group, tensor, stream, step)) & 0xFFFF0000
-    up = tl.where((up & 0x7F800000) == 0x7F800000, up - 0x10000, up)  # no finite number becomes infinite
+    up = tl.where((up & 0x7F800000) == 0x7F800000, up - 0x10000, up)  # a finite number must not become infinite
     return tl.where((bits & 0x7F800000) == 0x7F800000, x, up.to(tl.float32, bitcast=True))
 
 
 @triton.jit
 def _within(at, size):
-    """0 <= at < size, as one comparison."""
+    """0 <= at < size as one unsigned comparison."""
     return at.to(tl.uint64, bitcast=True) < size.to(tl.uint64, bitcast=True)
 
 
@@ -98,7 +101,8 @@ def _store(ptr, at, x, size, MASKED: tl.constexpr):
 def _update(param_ptr, grad_ptr, master_ptr, avg_ptr, sq_ptr, first, size, first_group, factor, decay, rate, root, beta1,
             one_less_beta1, beta2, one_less_beta2, eps, seed, index, step, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr,
             CHUNK: tl.constexpr, GROUPS: tl.constexpr):
-    """One chunk, from element `first` on. A full one without a shift needs no masks and moves 16 bytes at a time."""
+    """Updates one chunk, which begins at element `first`. A full chunk without a shift needs no masks and uses
+    16-byte accesses."""
     for start in range(0, CHUNK // 8, GROUPS):
         group = first_group + start + tl.arange(0, GROUPS)
         at = first + (start + tl.arange(0, GROUPS))[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -161,7 +165,7 @@ def adamw_step_kernel(table_ptr, state_ptr, lr_ptr, tensors, seed, beta1, one_le
 
 
 def _table(entries, device):
-    """The rows of these entries (index, param, grad, master, exp_avg, exp_avg_sq, step, offset)."""
+    """The rows of the table for entries (index, param, grad, master, exp_avg, exp_avg_sq, step, offset)."""
     indices, *tensors, offsets = zip(*entries, strict=True)
     address = lambda tensors: [0 if t is None else t.data_ptr() for t in tensors]
     sizes = [t.numel() for t in tensors[0]]
@@ -208,18 +212,3 @@ def adamw_step_(params, grads, masters, exp_avgs, exp_avg_sqs, steps, skipped, t
                     GRAD_TYPE=TYPES[grad], AVG_TYPE=TYPES[avg], SQ_TYPE=TYPES[sq], HAS_MASTER=bool(masters),
                     STOCHASTIC=rounded and param == torch.bfloat16, ALIGNED=aligned(*lists),
                     CHUNK=CHUNK, GROUPS=GROUPS), num_warps=8)
-
-
-def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: masters, stochastic rounding, moments of both dtypes."""
-    lists = lambda dtype: [meta(1 << 20, dtype=dtype) for _ in range(300)]
-    params, full, low = lists(dtype), lists(torch.float32), lists(torch.bfloat16)
-    steps = [meta(dtype=torch.float32) for _ in params]
-    one, skipped = meta(dtype=torch.float32), meta(dtype=torch.int64)
-    settings = one, 0.9, 0.95, 1e-8, 0.1, 1.0
-    for label, masters, moments, random in (("masters", full, full, False), ("no masters", [], full, False),
-                                            ("random rounding", [], full, True), ("random, low moments", [], low, True)):
-        if dtype == torch.bfloat16 or not masters:
-            yield label, lambda masters=masters, moments=moments, random=random: adamw_step_(
-                params, params, masters, moments, moments, steps, skipped, one, one, one, *settings, random, False, 2**40,
-                list(range(300)))

@@ -1,6 +1,6 @@
 """Rotary embedding of q and k. Contract: ops/apply_rope.py.
 
-A program turns one tile of a token's heads (first q's, then k's), about 2048 elements, with 16-byte accesses.
+One program rotates a tile of the heads of one token, those of q before those of k: about 2048 elements, with 16-byte accesses.
 """
 
 import torch
@@ -12,7 +12,7 @@ from .common import check_dtype, launch
 
 
 def tile_config(heads: int, half: int, element_size: int) -> tuple[int, int, int]:
-    """Heads of a tile, columns of a half, and warps: 64 bytes a thread, four 16-byte loads in flight."""
+    """(heads of a tile, columns of half a head, warps): 64 bytes per thread, which are four 16-byte loads."""
     block = triton.next_power_of_2(half)
     tile = min(triton.next_power_of_2(heads), max(1, 1024 // block))
     return tile, block, max(1, tile * block * element_size // 1024)
@@ -44,7 +44,7 @@ def apply_rope_fwd_kernel(q_ptr, k_ptr, cos_ptr, sin_ptr, positions_ptr, q_out_p
     q_out = ((token * HEADS + head) * (2 * half))[:, None]
     k_out = ((token * KV_HEADS + head - HEADS) * (2 * half))[:, None]
     dtype: tl.constexpr = q_out_ptr.dtype.element_ty
-    if INTERLEAVED:  # whole heads move contiguously; even and odd columns part in registers
+    if INTERLEAVED:  # loads whole heads contiguously, and separates even and odd columns in registers
         col = tl.arange(0, 2 * BLOCK)[None, :]
         q_mask = is_q & (col < 2 * half)
         k_mask = is_k & (col < 2 * half)
@@ -86,18 +86,3 @@ def apply_rope_fwd(q, k, cos, sin, positions, interleaved, inverse):
                 ERROR=CODES["apply_rope", "positions"], TILE=tile, BLOCK=block),
            num_warps=num_warps)
     return q_out, k_out
-
-
-def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: the three models' heads, each option once."""
-    cos, positions = meta(32768, 64, dtype=torch.float32), meta(4096, dtype=torch.int64)
-    for heads in (16, 32, 48):
-        q, k = meta(4096, heads, 128, dtype=dtype), meta(4096, 8, 128, dtype=dtype)
-        yield f"{heads} and 8 heads of 128", lambda q=q, k=k: apply_rope_fwd(q, k, cos, cos, positions, False, False)
-        if heads == 32:
-            yield f"{heads} and 8 heads of 128, inverse, no positions", (
-                lambda q=q, k=k: apply_rope_fwd(q, k, cos, cos, None, False, True))
-            yield f"{heads} and 8 heads of 128, interleaved", (
-                lambda q=q, k=k: apply_rope_fwd(q, k, cos, cos, positions, True, False))
-    q, cos2 = meta(4096, 1, 2, dtype=dtype), meta(32768, 1, dtype=torch.float32)
-    yield "1 head of 2", lambda: apply_rope_fwd(q, q, cos2, cos2, positions, False, False)

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from .._device_errors import error_word
 from .common import launch
-from .functions import _softmax_tanh, _tanh
+from .functions import _fast_tanh, _tanh
 
 SPLIT = 512  # keys per split; fewer merge more often, more leave too few programs: 1024 gives 64 for one sequence of 8k
 LOG2E = 1.4426950408889634
@@ -48,7 +48,7 @@ SMALLEST = 1.1754943508222875e-38  # the smallest normal float32; a factor of 0 
 
 def options(scale: float, softcap: float, left: int, right: int) -> Options:
     """The settings as the kernels take them. A window wider than any sequence is None; every factor is a normal float32."""
-    # `_softmax_tanh` multiplies inner by 3; if the factor became infinite, a score of 0 would become NaN
+    # `_fast_tanh` multiplies inner by 3; if the factor became infinite, a score of 0 would become NaN
     inner, outer = (min(scale / softcap, 1e38), softcap * LOG2E) if softcap > 0 else (0.0, max(scale * LOG2E, SMALLEST))
     return Options(inner, outer, *(None if w < 0 or w > LARGEST_WINDOW else w for w in (left, right)))
 
@@ -204,7 +204,7 @@ def _cap(score, inner, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr):
     """tanh(inner * score) with a soft-cap, score without one. Options.outer is the remaining factor of the score."""
     if SOFTCAP:
         # 16-bit inputs round the probabilities to 2^-9 or 2^-12, and do not need an accurate tanh
-        return _tanh(score * inner) if FLOAT32 else _softmax_tanh(score, inner)
+        return _tanh(score * inner) if FLOAT32 else _fast_tanh(score, inner)
     else:
         return score
 

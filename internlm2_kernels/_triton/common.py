@@ -1,4 +1,4 @@
-"""What the launchers share: strided rows, the dtypes Triton takes, the launch itself."""
+"""What the launchers share: rows of strided tensors, the supported dtypes, the launch itself."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,9 +7,9 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Set by the static audit only: receives (kernel, arguments, options) instead of a launch.
+# Only the static audit sets these. `record` gets (kernel, arguments, options) of every launch, and nothing is launched.
 record: Callable[[Any, dict, dict], None] | None = None
-recorded_architecture = 90  # the one it compiles for
+recorded_architecture = 90
 
 
 class Rows(NamedTuple):
@@ -27,7 +27,7 @@ class Rows(NamedTuple):
 
 
 def rows_of(x: torch.Tensor) -> Rows:
-    """The rows of `x` along its last dimension (stride 1): any shape if contiguous, else up to three dimensions."""
+    """The rows of `x`, whose last dimension has stride 1: any shape if it is contiguous, otherwise up to three dimensions."""
     cols = x.shape[-1]
     if x.is_contiguous():
         return Rows(x.numel() // cols if cols else 0, 1, cols, 0)
@@ -46,7 +46,8 @@ def check_dtype(op: str, argument: str, x: torch.Tensor) -> None:
 
 
 def architecture(device: torch.device) -> int:
-    """The compute capability, 80, 90, ..., for tables of tiles; off CUDA what is recorded or interpreted."""
+    """The compute capability, such as 90, from which tiles are chosen. Without CUDA it is the one that the audit compiles
+    for."""
     if device.type != "cuda":
         return recorded_architecture
     major, minor = torch.cuda.get_device_capability(device)
@@ -56,8 +57,8 @@ def architecture(device: torch.device) -> int:
 def launch(kernel: Any, programs: int, device: torch.device, arguments: dict, *, num_warps: int, num_stages: int = 1) -> None:
     """Runs `programs` programs of `kernel` on `device`.
 
-    Contraction to fused multiply-adds is off: an operation rounds where it is written, so that results do not change with
-    the compiler's default, and equal the interpreter's. The kernels here are bound by memory and lose nothing.
+    The compiler does not contract multiplications and additions, so results do not depend on its heuristics and every operation
+    rounds as it is written. Loops that are bound by arithmetic use tl.fma where a fused operation saves instructions.
     """
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
     if record is not None:
@@ -70,6 +71,6 @@ def launch(kernel: Any, programs: int, device: torch.device, arguments: dict, *,
 
 
 def launch_elements(kernel: Any, x: torch.Tensor, block: int, arguments: dict, *, num_warps: int = 4) -> None:
-    """Runs `kernel` with a program for every `block` elements of `x`; where there are none, not at all."""
+    """Runs `kernel` with one program for every `block` elements of `x`; without elements there is no launch."""
     if x.numel():
         launch(kernel, -(-x.numel() // block), x.device, dict(arguments, size=x.numel(), BLOCK=block), num_warps=num_warps)

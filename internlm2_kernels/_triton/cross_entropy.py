@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .._device_errors import CODES, error_word
 from .common import check_dtype, launch
-from .functions import _expm1, _softmax_exp
+from .functions import _expm1, _fast_exp
 from .losses import NONE, _cap_slope, _capped, _label, _load_lse, _share, _store_lse, count_rows, reduce_losses, scaled
 
 INNER = 8  # columns that a thread gets from one load: 16 bytes of a 2-byte dtype
@@ -65,12 +65,12 @@ def cross_entropy_fwd_kernel(logits_ptr, labels_ptr, count_ptr, loss_ptr, z_loss
             logit = tl.where(col < vocab, logit, float("-inf"))
         m_new = tl.maximum(m, tl.max(logit, axis=1))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        z = z * _softmax_exp(m - m_safe) + tl.sum(_softmax_exp(logit - m_safe[:, None]), axis=1)
+        z = z * _fast_exp(m - m_safe) + tl.sum(_fast_exp(logit - m_safe[:, None]), axis=1)
         m = m_new
         if SMOOTHING:
             total += tl.sum(tl.where(col < vocab, logit, 0.0), axis=1)
     top = tl.max(m, axis=0)
-    log_z = tl.log(tl.sum(z * _softmax_exp(m - tl.where(top == float("-inf"), 0.0, top)), axis=0))
+    log_z = tl.log(tl.sum(z * _fast_exp(m - tl.where(top == float("-inf"), 0.0, top)), axis=0))
     lse = top + log_z
     known = (ignored | bad) == 0
     own = _capped(tl.load(logits_ptr + label, mask=known, other=0.0).to(tl.float32), softcap, SOFTCAP)
@@ -94,7 +94,7 @@ def cross_entropy_fwd_kernel(logits_ptr, labels_ptr, count_ptr, loss_ptr, z_loss
             col = start + tile
             x = tl.load(logits_ptr + col, mask=col < vocab, other=0.0, eviction_policy="evict_first").to(tl.float32)
             logit = _capped(x, softcap, SOFTCAP)
-            d = tl.where(col == label, entry, tl.fma(_softmax_exp(logit - top - log_z), a, -base))
+            d = tl.where(col == label, entry, tl.fma(_fast_exp(logit - top - log_z), a, -base))
             if SOFTCAP:
                 d = d * _cap_slope(logit, softcap)
             tl.store(dlogits_ptr + col, d.to(dlogits_ptr.dtype.element_ty), mask=col < vocab)
@@ -121,7 +121,7 @@ def cross_entropy_bwd_kernel(dloss_ptr, logits_ptr, labels_ptr, lse_ptr, count_p
     logit = _capped(tl.load(logits_ptr + col, mask=col < vocab, other=0.0).to(tl.float32), softcap, SOFTCAP)
     a = share * (1.0 + 2.0 * z_loss * lse)
     base = share * tl.div_rn(smoothing, vocab * 1.0)
-    d = tl.fma(_softmax_exp(logit - top - log_z), a, -base)
+    d = tl.fma(_fast_exp(logit - top - log_z), a, -base)
     d = tl.where(col == label, entry, d)
     if SOFTCAP:
         d = d * _cap_slope(logit, softcap)
@@ -190,21 +190,3 @@ def cross_entropy_bwd_(dloss, logits, labels, lse, ignore_index, label_smoothing
 
 def cross_entropy_scale_bwd(dloss, dlogits):
     return scaled(dlogits, dloss, dlogits.dtype)
-
-
-def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: InternLM2's vocabulary and a small one, with each option once."""
-    one = meta(dtype=torch.float32)
-    for vocab in (512, 92544):
-        logits, labels = meta(4096, vocab, dtype=dtype), meta(4096, dtype=torch.int64)
-        rows, lse = meta(4096, dtype=torch.float32), meta(4096, 2, dtype=torch.float32)
-        for label, e, c in (("", 0.0, 0.0), (", smoothing", 0.1, 0.0), (", soft-cap", 0.0, 30.0)):
-            o = -100, e, 0.0, c
-            yield f"vocabulary {vocab}{label}", lambda x=logits, y=labels, o=o: cross_entropy_fwd(x, y, *o, 1, False)
-            yield f"vocabulary {vocab}{label}, gradient", (
-                lambda x=logits, y=labels, o=o: cross_entropy_grad_fwd(x, y, *o, 1, False))
-            yield f"vocabulary {vocab}{label}", (
-                lambda x=logits, y=labels, r=rows, s=lse, o=o: cross_entropy_bwd(r, x, y, s, *o, 0))
-        if vocab == 512:
-            yield "mean", lambda x=logits, y=labels, s=lse: cross_entropy_bwd(one, x, y, s, -100, 0.0, 0.0, 0.0, 1)
-            yield "scale", lambda x=logits: cross_entropy_scale_bwd(one, x)

@@ -182,22 +182,3 @@ def flash_attention_bwd(dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_
 def _check(q, k, cu_q, cu_k, *results):
     return check_boundaries(cu_q, cu_k, q.shape[0], k.shape[0], CODES["flash_attention", "cu_seqlens_q"],
                             CODES["flash_attention", "cu_seqlens_k"], *results)
-
-
-def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: every tile, and each option for at least one size."""
-    cu, length = meta(9, dtype=torch.int32), 8192
-    for label, head_dim, packed, left, softcap, longest in (
-            ("d 128", 128, False, -1, 0.0, length), ("d 128, packed", 128, True, -1, 0.0, length),
-            ("d 128, packed, window", 128, True, 4096, 0.0, length), ("d 128, soft-cap", 128, False, -1, 30.0, length),
-            ("d 128, packed, at most 512", 128, True, -1, 0.0, 512), ("d 64, packed, at most 64", 64, True, -1, 0.0, 64),
-            ("d 64, packed", 64, True, -1, 0.0, length), ("d 96, packed", 96, True, -1, 0.0, length),
-            ("d 256, packed", 256, True, -1, 0.0, length)):
-        lead = (length,) if packed else (2, length)
-        q, k = meta(*lead, 32, head_dim, dtype=dtype), meta(*lead, 8, head_dim, dtype=dtype)
-        lse = meta(*lead[:-1], 32, length, dtype=torch.float32)
-        cu_q = cu if packed else None
-        options = cu_q, cu_q, longest, longest, left, 0, head_dim**-0.5, softcap
-        yield label, lambda q=q, k=k, o=options: flash_attention_fwd(q, k, k, *o)
-        if longest == length:
-            yield label, lambda q=q, k=k, lse=lse, o=options: flash_attention_bwd(q, q, k, k, q, lse, None, *o)

@@ -1,9 +1,11 @@
 """Flash attention backward. Contract: ops/flash_attention.py.
 
 With p = exp(s - lse) and delta = rowsum(dout * out) - dlse: ds = p * (dout v^T - delta), dq = scale * ds k,
-dk = scale * ds^T q, dv = p^T dout. One kernel computes dk and dv, a program for each tile of keys and key head, which walks
-the query rows of all heads of the group in order; another computes dq, a program for each tile of query rows and head. Both
-compute the scores again: two products more than one pass with atomic additions would take, and the same bits every time.
+dk = scale * ds^T q, dv = p^T dout.
+
+One kernel computes dk and dv: a program owns a tile of keys of one key head and loops over the query rows of all heads of the
+group in order. Another kernel computes dq: a program owns a tile of query rows of one head and loops over the keys. Both
+compute the scores again. This takes two more matrix products than one kernel with atomic additions, but it is deterministic.
 """
 
 from typing import NamedTuple
@@ -19,7 +21,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Tile(NamedTuple):
-    """What a program owns (keys, or query rows), what it walks along, columns of its results, warps, stages of the loads."""
+    """The keys (or query rows) that a program owns, the query rows (or keys) of one step of its loop, output columns, warps and
+    pipeline stages."""
 
     own: int
     other: int
@@ -29,11 +32,11 @@ class Tile(NamedTuple):
 
 
 def dkdv_tiles(head_dim: int, element_size: int, arch: int) -> list[tuple[bool, bool, Tile]]:
-    """(whether dk, whether dv, tile) of each launch.
+    """(whether it computes dk, whether it computes dv, tile) of each launch.
 
-    Up to 64 columns one program sums both; beyond, the two sums and the scores do not fit in registers together, and programs
-    of their own cost one product in eight of the backward. On Hopper the scores' product is at its best from 64 rows on; on
-    Ampere every warp holds its keys' rows of k and v in registers, which leaves room for few others.
+    For heads of at most 64 columns one launch computes both. For larger heads the two accumulators and the scores do not fit
+    in registers together, and two launches compute the scores twice, one matrix product of eight more. On Hopper the scores'
+    product is efficient from 64 rows on. On Ampere each warp holds its rows of k and v in registers, so the step is small.
     """
     width = triton.next_power_of_2(head_dim)
     if element_size == 4:
@@ -56,7 +59,7 @@ def dkdv_tiles(head_dim: int, element_size: int, arch: int) -> list[tuple[bool, 
 
 def dq_tile(head_dim: int, element_size: int, arch: int) -> Tile:
     width = triton.next_power_of_2(head_dim)
-    server = arch in (80, 90) or arch // 10 == 10  # the others have 99 KiB of shared memory
+    server = arch in (80, 90) or arch // 10 == 10  # other GPUs have 99 KiB of shared memory
     if element_size == 4:
         return Tile(32, 16, min(width, 128), 8, 2 if server or width <= 128 else 1)
     if width == 256:
@@ -70,10 +73,10 @@ def dq_tile(head_dim: int, element_size: int, arch: int) -> Tile:
 def flash_attention_bwd_delta_kernel(dout_ptr, out_ptr, lse_ptr, dlse_ptr, rows_ptr, length, heads,
                                      dout_batch, dout_row, dout_head, out_batch, out_row, out_head,
                                      HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """For each row lse in units of log2 and delta = rowsum(dout * out) - dlse, twice: four numbers, [.., rows, 4].
+    """Stores (lse, delta, lse, delta) for each row, [..., rows, 4]: lse in units of log2, delta = rowsum(dout * out) - dlse.
 
-    A row without keys gets infinity, which makes p 0, and 0. Of fewer numbers than threads the compiler has every thread
-    fetch all that it needs, 16 rows' here, whose addresses then take the registers of the sums.
+    A row without keys gets lse = inf, which makes p 0, and delta = 0. The values are stored twice because Triton lets every
+    thread load all values of a tensor that has fewer elements than threads; the addresses would need many registers.
     """
     tiles = (length + ROWS - 1) // ROWS
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -108,11 +111,11 @@ def _probabilities(score, lse, allowed, inner, outer, SOFTCAP: tl.constexpr, FLO
 
 @triton.jit
 def _score_gradient(p, dp, delta, tanh, allowed, SOFTCAP: tl.constexpr):
-    """Of the product q.k times scale."""
+    """The gradient of scale * q.k."""
     ds = p * (dp - delta)
     if SOFTCAP:
         ds = ds * tl.fma(-tanh, tanh, 1.0)
-    if allowed is not None:  # p is 0 there, but dp may be NaN: of a value that is NaN, or an upstream gradient
+    if allowed is not None:  # p is 0 there, but dp is NaN if v or the upstream gradient is
         ds = tl.where(allowed, ds, 0.0)
     return ds
 
@@ -120,8 +123,8 @@ def _score_gradient(p, dp, delta, tanh, allowed, SOFTCAP: tl.constexpr):
 @triton.jit
 def _load(ptr, first, col, stride, length, cols, MASKED: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr,
           WIDE: tl.constexpr):
-    """BLOCK rows from `first` on of a tensor whose row 0 is at ptr; zeros past `length` rows (if MASKED) and past `cols`
-    columns (unless FULL). WIDE: the rows of one tile lie more than 2^31 elements apart."""
+    """Loads BLOCK rows, beginning with row `first`, of a tensor whose row 0 is at ptr. Rows past `length` (if MASKED) and
+    columns past `cols` (unless FULL) are 0. WIDE: offsets within the tile need 64 bits."""
     row = tl.arange(0, BLOCK)
     offset = row[:, None] * stride
     if WIDE:
@@ -142,9 +145,10 @@ def _dkdv_walk(dk, dv, k, v, q_ptr, dout_ptr, rows_ptr, q_row, dout_row, key, st
                right, inner, outer, column, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, OUT_ONLY: tl.constexpr,
                DK: tl.constexpr, DV: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
                BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Query rows from start to end of one head join dk and dv of the columns from `column` on.
+    """Adds the query rows from start to end of one head to dk and dv, for the output columns from `column` on.
 
-    Scores are transposed, so that their rows stay in the registers in which dk and dv are summed.
+    The scores are computed transposed, [keys, queries], because p and ds then have the layout of the left operands of the
+    products with dout and q.
     """
     WHOLE: tl.constexpr = BLOCK_V == BLOCK_D
     d = tl.arange(0, BLOCK_D)
@@ -154,7 +158,7 @@ def _dkdv_walk(dk, dv, k, v, q_ptr, dout_ptr, rows_ptr, q_row, dout_row, key, st
         row = begin + tl.arange(0, BLOCK_M)
         q = _load(q_ptr, begin, d, q_row, queries, HEAD_DIM, True, HEAD_DIM == BLOCK_D, BLOCK_M, WIDE)
         score = tl.dot(k, tl.trans(q), input_precision="ieee")
-        # past the last row q, dout and delta are 0, and with them all that it adds
+        # Past the last row q, dout and delta are 0, so these rows add 0 to dk and dv.
         pairs = tl.load(rows_ptr + row[:, None] * 4 + tl.arange(0, 4)[None, :], mask=(row < queries)[:, None], other=0.0)
         lse, delta = tl.split(tl.reshape(pairs, (BLOCK_M, 2, 2)))
         lse, _ = tl.split(lse)
@@ -169,7 +173,7 @@ def _dkdv_walk(dk, dv, k, v, q_ptr, dout_ptr, rows_ptr, q_row, dout_row, key, st
         if DV:
             if WHOLE:
                 dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-            else:  # only the columns that are computed here
+            else:  # only the output columns of this program
                 values = _load(dout_ptr, begin, part, dout_row, queries, HEAD_DIM, True, HEAD_DIM % BLOCK_V == 0, BLOCK_M, WIDE)
                 dv = tl.dot(p.to(values.dtype), values, dv, input_precision="ieee")
         if DK:
@@ -210,10 +214,10 @@ def flash_attention_bwd_dkdv_kernel(dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, dk_
     else:
         first = tl.load(cu_q_ptr + sequence)
         queries = tl.load(cu_q_ptr + sequence + 1) - first
-    if window_right is not None:  # the first rows may see no key: what they hold, or was given for them, is not read
-        blind = tl.maximum(queries - keys - window_right, 0)
-        first += blind
-        queries -= blind
+    if window_right is not None:  # skip leading fully masked rows; their q and dout are never read and may be NaN
+        skipped = tl.maximum(queries - keys - window_right, 0)
+        first += skipped
+        queries -= skipped
     sequence = sequence.to(tl.int64)
     first = first.to(tl.int64)
     first_key = tl.cast(first_key, tl.int64)
@@ -235,7 +239,7 @@ def flash_attention_bwd_dkdv_kernel(dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, dk_
         q_rows = q_ptr + sequence * q_batch + head * q_head + first * q_row
         dout_rows = dout_ptr + sequence * dout_batch + head * dout_head + first * dout_row
         rows = rows_ptr + (sequence * lse_batch + head * lse_head + first) * 4
-        if window_left is not None:  # one loop: three would not leave the registers for the sums
+        if window_left is not None:  # one loop instead of three, which would need more registers
             dk, dv = _dkdv_walk(dk, dv, k, v, q_rows, dout_rows, rows, q_row, dout_row, key, a, end, keys, queries, shift,
                                 window_left, window_right, inner, outer, column, SOFTCAP, True, OUT_ONLY, DK, DV, WIDE,
                                 HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_V)
@@ -244,7 +248,7 @@ def flash_attention_bwd_dkdv_kernel(dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, dk_
                 dk, dv = _dkdv_walk(dk, dv, k, v, q_rows, dout_rows, rows, q_row, dout_row, key, a, b, keys, queries, shift,
                                     window_left, window_right, inner, outer, column, SOFTCAP, True, OUT_ONLY, DK, DV, WIDE,
                                     HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_V)
-            # rows past the last need no mask
+            # Rows past the last one need no mask: they add 0.
             dk, dv = _dkdv_walk(dk, dv, k, v, q_rows, dout_rows, rows, q_row, dout_row, key, b, end, keys, queries, shift,
                                 window_left, window_right, inner, outer, column, SOFTCAP, False, OUT_ONLY, DK, DV, WIDE,
                                 HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_V)
@@ -264,7 +268,7 @@ def flash_attention_bwd_dkdv_kernel(dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, dk_
 def _dq_walk(dq, q, dout, lse, delta, k_ptr, v_ptr, k_row, v_row, position, start, end, keys, left, right, inner, outer,
              column, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
              BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Keys from start to end join dq of the columns from `column` on."""
+    """Adds the keys from start to end to dq, for the output columns from `column` on."""
     d = tl.arange(0, BLOCK_D)
     part = column + tl.arange(0, BLOCK_V)
     for first_key in tl.range(start, end, BLOCK_N):
@@ -295,7 +299,7 @@ def flash_attention_bwd_dq_kernel(dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, dq_pt
                                   BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
     column = tl.program_id(0) % PARTS * BLOCK_V
     member = tl.program_id(0) // PARTS % group
-    slot = tiles - 1 - tl.program_id(0) // PARTS // group % tiles  # the longest rows first
+    slot = tiles - 1 - tl.program_id(0) // PARTS // group % tiles  # the tiles with the most keys first, for load balance
     kv_head = (tl.program_id(0) // PARTS // group // tiles).to(tl.int64)
     head = kv_head * group + member
     if valid_ptr is not None:
@@ -329,14 +333,12 @@ def flash_attention_bwd_dq_kernel(dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, dq_pt
     a, b, c, end = _edges(begin + shift, tl.minimum(begin + BLOCK_M, queries) - 1 + shift, keys, window_left, window_right,
                           BLOCK_N)
     dq = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    if window_left is not None:
-        dq = _dq_walk(dq, q, dout, lse, delta, k_rows, v_rows, k_row, v_row, position, a, b, keys, window_left, window_right,
-                      inner, outer, column, SOFTCAP, True, WIDE, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_V)
-    dq = _dq_walk(dq, q, dout, lse, delta, k_rows, v_rows, k_row, v_row, position, b, c, keys, window_left, window_right,
-                  inner, outer, column, SOFTCAP, False, WIDE, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_V)
-    dq = _dq_walk(dq, q, dout, lse, delta, k_rows, v_rows, k_row, v_row, position, c, end, keys, window_left, window_right,
-                  inner, outer, column, SOFTCAP, True, WIDE, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_V)
-    if window_right is not None:  # a row without keys, which hidden keys may have made NaN
+    edges = (a, b, c, end)
+    for part_of_mask in tl.static_range(0 if window_left is not None else 1, 3):
+        dq = _dq_walk(dq, q, dout, lse, delta, k_rows, v_rows, k_row, v_row, position, edges[part_of_mask],
+                      edges[part_of_mask + 1], keys, window_left, window_right, inner, outer, column, SOFTCAP,
+                      part_of_mask != 1, WIDE, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_V)
+    if window_right is not None:  # a fully masked row, which NaN in keys that it must not see may have made NaN
         dq = tl.where((position + window_right < 0)[:, None], 0.0, dq)
     col = column + tl.arange(0, BLOCK_V)
     place = sequence * dq_batch + (first + row)[:, None] * dq_row + head * dq_head + col[None, :]

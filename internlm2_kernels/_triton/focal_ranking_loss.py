@@ -1,4 +1,4 @@
-"""Focal ranking loss of pairs. Contract: ops/focal_ranking_loss.py. Each element by itself, one launch each way."""
+"""Focal ranking loss of pairs. Contract: ops/focal_ranking_loss.py. Elementwise: one kernel forward, one backward."""
 
 import torch
 import triton
@@ -12,10 +12,10 @@ BLOCK = 1024
 
 @triton.jit
 def _focal(d, gamma):
-    """(loss, d loss / dd) of differences chosen - rejected."""
+    """(loss, derivative of the loss) for the difference d = chosen - rejected."""
     s = _sigmoid(-d)
     nll = _softplus(-d)
-    # (2 s)^gamma with 2 s <= 1 = exp(gamma log(2 s)): below d = -87 s is 0, and with it the weight, but for gamma = 0
+    # (2 s)^gamma is exp(gamma log(2 s)), with 2 s <= 1. Below d = -87 s is 0, and the weight is 0 unless gamma is 0.
     weight = tl.where(gamma == 0.0, 1.0, _exponential(gamma * (0.6931471805599453 - _softplus(d))))
     ahead = d > 0.0
     loss = tl.where(ahead, weight * nll, nll)
@@ -63,9 +63,3 @@ def focal_ranking_loss_bwd(dloss, chosen, rejected, gamma):
     _launch(focal_ranking_loss_bwd_kernel, chosen, rejected, gamma, dloss_ptr=dloss, dchosen_ptr=dchosen,
             drejected_ptr=drejected)
     return dchosen, drejected
-
-
-def audit(dtype, meta):
-    x, d = meta(4096, dtype=dtype), meta(4096, dtype=torch.float32)
-    yield "pairs 4096", lambda: focal_ranking_loss_fwd(x, x, 2.0)
-    yield "pairs 4096", lambda: focal_ranking_loss_bwd(d, x, x, 2.0)

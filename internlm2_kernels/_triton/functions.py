@@ -1,7 +1,7 @@
 """Elementary functions of float32, which give the same results compiled and interpreted.
 
-`_softmax_exp` and `_softmax_tanh` take few instructions and are accurate enough for softmax. The other functions have errors of
-about 2 ulp. libdevice's functions are no alternative: they do not run in Triton's interpreter.
+`_fast_exp` and `_fast_tanh` take few instructions and are accurate enough for softmax. The other functions have errors of about
+2 ulp. libdevice's functions are no alternative: they do not run in Triton's interpreter.
 """
 
 import triton
@@ -9,17 +9,14 @@ import triton.language as tl
 
 
 @triton.jit
-def _softmax_exp(x):
-    """exp(x) where x is a logit minus a maximum or a log-sum-exp.
-
-    The error of exp2(x * log2(e)) is about |x| / 2 ulp, which softmax tolerates: a large |x| means a small result. It takes two
-    instructions, and tl.exp, which gives subnormal results too, takes five.
-    """
+def _fast_exp(x):
+    """exp(x) in two instructions; tl.exp takes five, because it also gives subnormal results. The error is about |x| / 2 ulp,
+    which softmax and sigmoid tolerate: where |x| is large, their results are close to 0 or 1."""
     return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
-def _softmax_tanh(x, scale):
+def _fast_tanh(x, scale):
     """tanh(scale * x) with an absolute error of 2^-22, as 1 - 2 / (exp(2 * scale * x) + 1).
 
     The reciprocal is the square of rsqrt, two instructions; Triton's division takes seven.

@@ -1,8 +1,8 @@
 """Generalised advantage estimation. Contract: ops/gae.py.
 
-A program walks its sequence backwards in blocks. What a position does to the state (A, V) is an affine map, A' = a A + b V
-+ c, V' = V or the position's own value; the maps of a block are composed by an associative scan, and the state at the
-block's end goes into the next. A masked position is the identity.
+One program processes one sequence backwards in blocks. A position maps the state (advantage A, next value V) to
+A' = a A + b V + c and V' = its own value; a masked position keeps the state. An associative scan composes the maps of a block,
+and the state at the beginning of a block is the input of the block before it.
 """
 
 import torch
@@ -18,7 +18,7 @@ BLOCK = 1024
 
 @triton.jit
 def _compose(a1, b1, c1, d1, e1, a2, b2, c2, d2, e2):
-    """First the map 1, then 2: (A, V) -> (a A + b V + c, d V + e); d is 0 or 1."""
+    """The map (A, V) -> (a A + b V + c, d V + e), d = 0 or 1, that applies map 1 and then map 2."""
     return (a1 * a2, a2 * b1 + b2 * d1, a2 * c1 + b2 * e1 + c2, d1 * d2, d2 * e1 + e2)
 
 
@@ -28,7 +28,7 @@ def gae_fwd_kernel(rewards_ptr, values_ptr, cu_ptr, mask_ptr, bootstrap_ptr, adv
     wrong = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, sequences + 1, BLOCK):
         wrong |= _out_of_order(cu_ptr, start + tl.arange(0, BLOCK), sequences, tokens)
-    if tl.max(wrong, axis=0) != 0:  # nothing is read then; all programs share the filling with NaN
+    if tl.max(wrong, axis=0) != 0:  # the inputs are not read, and all programs fill the results with NaN
         tl.atomic_or(error_ptr, ERROR)
         _fill(advantages_ptr, tokens, BLOCK)
         _fill(returns_ptr, tokens, BLOCK)
@@ -74,10 +74,3 @@ def gae_fwd(rewards, values, cu_seqlens, mask, bootstrap, gamma, lam):
                     sequences=sequences, tokens=rewards.shape[0], gamma=gamma, decay=gamma * lam,
                     ERROR=CODES["gae", "cu_seqlens"], BLOCK=BLOCK), num_warps=4)
     return advantages, returns
-
-
-def audit(dtype, meta):
-    x, cu = meta(65536, dtype=dtype), meta(65, dtype=torch.int32)
-    mask, bootstrap = meta(65536, dtype=torch.bool), meta(64, dtype=torch.float32)
-    yield "64 sequences", lambda: gae_fwd(x, x, cu, None, None, 1.0, 0.95)
-    yield "64 sequences, mask, bootstrap", lambda: gae_fwd(x, x, cu, mask, bootstrap, 0.99, 0.95)

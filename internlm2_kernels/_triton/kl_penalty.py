@@ -72,13 +72,3 @@ def kl_penalty_bwd(dkl, logprobs, ref_logprobs, mask, estimator, needs_ref):
     _launch(kl_penalty_bwd_kernel, logprobs, ref_logprobs, mask, estimator, dkl_ptr=dkl, dlogprobs_ptr=dlogprobs,
             dref_ptr=dref if needs_ref else None)
     return dlogprobs, dref
-
-
-def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles."""
-    x, d, mask = meta(8192, dtype=dtype), meta(8192, dtype=torch.float32), meta(8192, dtype=torch.bool)
-    for estimator in (1, 2, 3):
-        yield f"k{estimator}", lambda e=estimator: kl_penalty_fwd(x, x, None, e)
-        yield f"k{estimator}", lambda e=estimator: kl_penalty_bwd(d, x, x, None, e, True)
-    yield "k3, mask", lambda: kl_penalty_fwd(x, x, mask, 3)
-    yield "k3, mask, no reference", lambda: kl_penalty_bwd(d, x, x, mask, 3, False)

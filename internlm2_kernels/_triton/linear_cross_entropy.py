@@ -153,29 +153,3 @@ def linear_cross_entropy_bwd(dloss, hidden, weight, labels, token_weights, lse, 
 
 def linear_cross_entropy_scale_bwd(dloss, dhidden, dweight, hidden, weight):
     return scaled(dhidden, dloss, hidden.dtype), scaled(dweight, dloss, weight.dtype)
-
-
-def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: InternLM2-7B's head with each option, and an odd vocabulary."""
-    one = meta(dtype=torch.float32)
-    for vocab, depth, label in ((92544, 4096, "7B"), (1003, 96, "odd")):
-        hidden, weight = meta(8192, depth, dtype=dtype), meta(vocab, depth, dtype=dtype)
-        labels, rows = meta(8192, dtype=torch.int64), meta(8192, dtype=torch.float32)
-        lse = meta(8192, 2, dtype=torch.float32)
-        plain, rich = (None, -100, 0.0, 0.0, 0.0), (rows, -100, 0.1, 1e-4, 30.0)
-        for name, o in (("", plain), (", all options", rich))[: 2 if label == "7B" else 1]:
-            x = hidden, weight, labels
-            yield f"{label}{name}", lambda x=x, o=o: linear_cross_entropy_fwd(*x, *o, 1, False)
-            yield f"{label}{name}, gradient", lambda x=x, o=o: linear_cross_entropy_grad_fwd(*x, *o, 1, False, True, True)
-            yield f"{label}{name}", (
-                lambda x=x, o=o, rows=rows, lse=lse: linear_cross_entropy_bwd(rows, *x, o[0], lse, *o[1:], 0, True, True))
-        if label == "odd":
-            yield "mean", (
-                lambda x=x, lse=lse, o=plain: linear_cross_entropy_bwd(one, *x, None, lse, *o[1:], 1, True, True))
-            if dtype == torch.bfloat16:  # only float16 divides by the largest coefficient
-                halves = meta(8192, depth, dtype=torch.float16), meta(vocab, depth, dtype=torch.float16), labels
-                yield "odd, float16", (
-                    lambda x=halves, rows=rows, lse=lse, o=plain[1:]: linear_cross_entropy_bwd(
-                        rows, *x, None, lse, *o, 0, True, True))
-            grads = meta(8192, depth, dtype=dtype), meta(vocab, depth, dtype=torch.float32)
-            yield "scale", lambda x=x, g=grads: linear_cross_entropy_scale_bwd(one, *g, *x[:2])

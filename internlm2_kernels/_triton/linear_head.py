@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .common import architecture, launch
-from .functions import _softmax_exp
+from .functions import _fast_exp
 from .losses import _capped
 
 CHUNK_BYTES = 384 * 2**20  # memory for d loss / d logits: 2048 tokens of InternLM2's vocabulary in 16 bits
@@ -131,7 +131,7 @@ def linear_head_fwd_kernel(hidden_ptr, weight_ptr, labels_ptr, stored_ptr, top_p
         first = tl.where(logit == top[:, None], col[None, :], 2147483647)
         tl.store(index_ptr + at, tl.min(first, axis=1), mask=mask)
     less = logit - tl.where(top == float("-inf"), 0.0, top)[:, None]
-    e = _softmax_exp(less)
+    e = _fast_exp(less)
     tl.store(sum_ptr + at, tl.sum(e, axis=1), mask=mask)
     if moment_ptr is not None:
         tl.store(moment_ptr + at, tl.sum(tl.where(less == float("-inf"), 0.0, e * less), axis=1), mask=mask)
@@ -163,7 +163,7 @@ def _merged(top_ptr, sum_ptr, total_ptr, moment_ptr, index_ptr, row, mask, tiles
         there = (start + tl.arange(0, TILES) < tiles)[:, None] & mask[None, :]
         here = at + start // TILES * step
         m = tl.load(top_ptr + here, mask=there, other=float("-inf"))
-        w = _softmax_exp(m - safe[None, :])
+        w = _fast_exp(m - safe[None, :])
         part = tl.load(sum_ptr + here, mask=there, other=0.0)
         z = tl.fma(part, w, z)
         if total_ptr is not None:

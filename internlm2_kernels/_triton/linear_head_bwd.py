@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .common import architecture, launch
-from .functions import _expm1, _softmax_exp
+from .functions import _expm1, _fast_exp
 from .linear_head import _labels_in, _logits, _place, _product, block_sizes, gradient_chunks, scores_tile, tile_config
 from .losses import _cap_slope, _load_lse
 
@@ -37,14 +37,14 @@ def _coefficients(coefficients_ptr, peak_ptr, row, stride, mask):
     b = tl.load(coefficients_ptr + stride + row, mask=mask, other=0.0)
     c = tl.load(coefficients_ptr + 2 * stride + row, mask=mask, other=0.0)
     s = tl.load(coefficients_ptr + 3 * stride + row, mask=mask, other=0.0)
-    nothing = (a == 0.0) & (b == 0.0) & (c == 0.0) & (s == 0.0)
+    is_zero = (a == 0.0) & (b == 0.0) & (c == 0.0) & (s == 0.0)
     if peak_ptr is not None:
         peak = tl.load(peak_ptr)
         a = tl.div_rn(a, peak)
         b = tl.div_rn(b, peak)
         c = tl.div_rn(c, peak)
         s = tl.div_rn(s, peak)
-    return a, b, c, s, nothing
+    return a, b, c, s, is_zero
 
 
 @triton.jit(do_not_specialize=["rows", "first_token", "coefficient_stride"])
@@ -57,15 +57,15 @@ def linear_head_gradient_kernel(hidden_ptr, weight_ptr, labels_ptr, lse_ptr, coe
     block_n, row, col, logit = _logits(hidden_ptr, weight_ptr, rows, vocab, depth, hidden_stride, weight_stride, scale, softcap,
                                        SOFTCAP, EVEN, GROUP, BLOCK_M, BLOCK_N, BLOCK_K)
     mask = row < rows
-    a, b, c, s, nothing = _coefficients(coefficients_ptr, peak_ptr, row, coefficient_stride, mask)
+    a, b, c, s, is_zero = _coefficients(coefficients_ptr, peak_ptr, row, coefficient_stride, mask)
     top, log_z = _load_lse(lse_ptr, row, mask)
     _, own = _labels_in(block_n, labels_ptr, row, col, mask, first_token, vocab, BLOCK_N)
     y = (tl.sum(tl.where(own, logit, 0.0), axis=1) - top) - log_z
     entry = a * _expm1(y) + (c + s)
     x = (logit - top[:, None]) - log_z[:, None]
-    p = _softmax_exp(x)
+    p = _fast_exp(x)
     if ENTROPY:
-        entry -= b * tl.where(y == float("-inf"), 0.0, _softmax_exp(y) * y)
+        entry -= b * tl.where(y == float("-inf"), 0.0, _fast_exp(y) * y)
         px = tl.where(x == float("-inf"), 0.0, p * x)
         d = tl.fma(px, -b[:, None], tl.fma(p, a[:, None], c[:, None]))
     else:
@@ -75,7 +75,7 @@ def linear_head_gradient_kernel(hidden_ptr, weight_ptr, labels_ptr, lse_ptr, coe
         d = d * _cap_slope(logit, softcap)
     if scale is not None:
         d = d * scale
-    d = tl.where(nothing[:, None], 0.0, d)
+    d = tl.where(is_zero[:, None], 0.0, d)
     at = gradient_ptr + row.to(tl.int64)[:, None] * gradient_stride + col[None, :]
     tl.store(at, d.to(gradient_ptr.dtype.element_ty), mask=mask[:, None] & (col < vocab)[None, :])
 
@@ -93,19 +93,19 @@ def linear_head_stored_kernel(stored_ptr, labels_ptr, top_ptr, label_ptr, lse_pt
     stored = tl.load(at, mask=col < vocab, other=0.0).to(tl.float32)
     block_top = tl.load(top_ptr + row + tile.to(tl.int64) * stride, mask=tile * BLOCK_N < vocab, other=0.0)
     top, log_z = _load_lse(lse_ptr, row, row >= 0)
-    a, b, c, s, nothing = _coefficients(coefficients_ptr, peak_ptr, row, coefficient_stride, row >= 0)
+    a, b, c, s, is_zero = _coefficients(coefficients_ptr, peak_ptr, row, coefficient_stride, row >= 0)
     label = tl.load(labels_ptr + row).to(tl.int64)
     known = (label >= 0) & (label < vocab)
     x = (tl.load(label_ptr + row, mask=known, other=0.0) - top) - log_z
     entry = a * _expm1(x) + (c + s)
     if SOFTCAP:
         logit = stored + tl.where(block_top == float("-inf"), 0.0, block_top)[:, None]
-        d = tl.where(col == label, entry, tl.fma(_softmax_exp((logit - top) - log_z), a, c))
+        d = tl.where(col == label, entry, tl.fma(_fast_exp((logit - top) - log_z), a, c))
         d = d * _cap_slope(logit, softcap)
     else:
-        factor = a * _softmax_exp((block_top - top) - log_z)
+        factor = a * _fast_exp((block_top - top) - log_z)
         d = tl.where(col == label, entry, tl.fma(stored, factor[:, None], c))
-    d = tl.where(nothing, 0.0, d)
+    d = tl.where(is_zero, 0.0, d)
     tl.store(at, d.to(stored_ptr.dtype.element_ty), mask=col < vocab)
 
 
@@ -132,7 +132,7 @@ def linear_head_product_kernel(a_ptr, b_ptr, add_ptr, out_ptr, peak_ptr, rows, c
     at = row.to(tl.int64)[:, None] * out_row + col[None, :]
     mask = (row < rows)[:, None] & (col < cols)[None, :]
     x = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if add_ptr is not None:  # the accumulator starts with it, divided by the factor that the sum is multiplied by
+    if add_ptr is not None:  # the accumulator starts with add / peak, because the sum is multiplied by peak
         x = tl.load(add_ptr + at, mask=mask, other=0.0)
         if peak_ptr is not None:
             x = x / tl.load(peak_ptr)
@@ -146,9 +146,14 @@ def linear_head_product_kernel(a_ptr, b_ptr, add_ptr, out_ptr, peak_ptr, rows, c
 
 
 def chunk_buffer(ranges: list[tuple[int, int]], weight: torch.Tensor) -> torch.Tensor:
-    """Memory for one chunk of d loss / d logits: [rows, V rounded up to 16], so that rows are aligned to 16 bytes."""
-    longest = max(end - begin for begin, end in ranges)
-    return torch.empty((longest, -(-weight.shape[0] // 16) * 16), dtype=weight.dtype, device=weight.device)
+    """Memory for one chunk of d loss / d logits: [rows, V rounded up to 16], so that rows are aligned to 16 bytes.
+
+    The padding is 0: PyTorch's bfloat16 product on a CPU multiplies it by 0 and adds it, and the memory may contain NaN.
+    """
+    longest, vocab = max(end - begin for begin, end in ranges), weight.shape[0]
+    buffer = torch.empty((longest, -(-vocab // 16) * 16), dtype=weight.dtype, device=weight.device)
+    buffer[:, vocab:] = 0
+    return buffer
 
 
 def peak_of(coefficients, dtype):

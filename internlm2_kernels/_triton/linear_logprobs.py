@@ -111,17 +111,3 @@ def linear_logprobs_bwd(dlogprobs, dentropy, dlse, dsum, hidden, weight, tokens,
              dweight if needs_dweight else None, None if inv_temperature == 1.0 else inv_temperature, softcap, vocab_start,
              dentropy is not None)
     return dhidden, dweight
-
-
-def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: InternLM2-7B's head, plain and with all options."""
-    hidden, weight = meta(8192, 4096, dtype=dtype), meta(92544, 4096, dtype=dtype)
-    tokens, rows = meta(8192, dtype=torch.int64), meta(8192, dtype=torch.float32)
-    x, lse = (hidden, weight, tokens), meta(8192, 2, dtype=torch.float32)
-    plain, rich = (1.0, 0.0, 0, 92544), (1.25, 30.0, 0, 92544)
-    yield "7B", lambda: linear_logprobs_fwd(*x, *plain, False, False, False)
-    yield "7B, entropy", lambda: linear_logprobs_fwd(*x, *plain, True, False, False)
-    yield "7B, all options", lambda: linear_logprobs_fwd(*x, *rich, True, True, True)
-    yield "7B", lambda: linear_logprobs_bwd(rows, None, None, None, *x, lse, None, *plain, True, True)
-    yield "7B, entropy", lambda: linear_logprobs_bwd(rows, rows, None, None, *x, lse, rows, 1.25, *plain[1:], True, True)
-    yield "7B, all options", lambda: linear_logprobs_bwd(rows, rows, rows, rows, *x, lse, rows, *rich, True, True)

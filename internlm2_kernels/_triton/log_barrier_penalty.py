@@ -63,11 +63,3 @@ def log_barrier_penalty_bwd(dpenalty, rewards, bound, margin, clamp):
     drewards = torch.empty(rewards.shape, dtype=rewards.dtype, device=rewards.device)
     _launch(log_barrier_penalty_bwd_kernel, rewards, bound, margin, clamp, dpenalty_ptr=dpenalty, drewards_ptr=drewards)
     return drewards
-
-
-def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles."""
-    x, d = meta(4096, dtype=dtype), meta(4096, dtype=torch.float32)
-    for label, clamp in (("linear", False), ("clamp", True)):
-        yield label, lambda c=clamp: log_barrier_penalty_fwd(x, 5.0, 1e-3, c)
-        yield label, lambda c=clamp: log_barrier_penalty_bwd(d, x, 5.0, 1e-3, c)

@@ -1,10 +1,11 @@
 """Attention to a paged cache. Contract: ops/paged_attention.py; arithmetic: attention.py.
 
-A program takes a tile of rows of one key head: the new tokens of a sequence times the query heads of the group, which share
-each key that is read. Where there are too few tiles to fill a GPU, the splits of the keys go to programs of their own; each
-leaves its result in memory and a second kernel merges them in order. Otherwise a program walks all splits and merges them
-itself, as the forward of flash_attention does. Either way, and for any division of the splits among programs, the bits are
-the same. How many there are follows from the width of the block table: nothing waits for the lengths.
+One program computes a tile of rows of one key head. The rows are the new tokens of a sequence times the query heads of the
+group, so that they share every key that is read. If there are too few tiles to fill a GPU, the splits of the keys are
+distributed over several programs; each stores its results in memory, and a second kernel merges them in order. Otherwise one
+program processes all splits and merges them itself, as the forward of flash_attention does. The bits are the same for any
+distribution of the splits. The number of splits follows from the width of the block table, so the host does not wait for the
+sequence lengths.
 """
 
 import torch
@@ -28,10 +29,10 @@ from .attention import (
 )
 from .common import architecture, check_dtype, launch
 
-ENOUGH_PROGRAMS = 1024  # tiles beyond which splits need no programs of their own: eight for each multiprocessor of an H100
-MOST_PROGRAMS = 4096  # a wide table of short sequences starts no more, since most would find nothing to do
+ENOUGH_PROGRAMS = 1024  # with more programs than this, splits are not distributed: eight for each multiprocessor of an H100
+MOST_PROGRAMS = 4096  # limits the distribution, because with a wide table and short sequences most programs have no work
 LARGEST_WORKSPACE_BYTES = 2**28
-UNROLL = 16  # splits whose results are fetched together before they are merged one after the other
+UNROLL = 16  # splits whose results are loaded together, before they are merged in order
 
 
 @triton.jit
@@ -45,8 +46,9 @@ def _paged_walk(state, bad, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr
                 seen, start, end, keys, left, inner, outer, SOFTCAP: tl.constexpr, MULTI_SPLIT: tl.constexpr,
                 SPLIT: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
                 BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Key blocks from start to end, all of them masked: decoding waits for memory, not for that. `bad` marks keys from `seen`
-    on, the first that any row sees, whose block is not in the cache."""
+    """Processes the key blocks from start to end. All of them are masked, which is free while decoding is bound by memory.
+    `bad` marks keys whose entry of the block table is not in the cache; keys before `seen`, the first unmasked key of any row,
+    do not count."""
     acc, z, m, total, total_z, total_m = state
     offset = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -65,7 +67,7 @@ def _paged_walk(state, bad, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr
         inside = known & (entry >= 0) & (entry < blocks)
         bad |= (known & (inside == 0)).to(tl.int32)
         place = (entry.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE) * kv_heads + kv_head
-        # zeros where not inside, so that no NaN behind the end is seen
+        # Keys and values past the end of a sequence are loaded as 0, because the cache may contain NaN there.
         k = tl.load(k_ptr + place[:, None] * HEAD_DIM + d[None, :], mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
         v = tl.load(v_ptr + place[:, None] * HEAD_DIM + dv[None, :], mask=inside[:, None] & (dv < v_cols)[None, :], other=0.0)
         k_scale = None
@@ -123,15 +125,13 @@ def paged_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, ta
     seen = start
     if window_left is not None:
         seen = tl.maximum(keys - new + begin // group - window_left, 0)
-    nothing = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    none = tl.zeros((BLOCK_M,), tl.float32)
-    lowest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    acc, z, m = _empty(BLOCK_M, BLOCK_V)
+    state = (acc, z, m, acc, z, m)
     bad = tl.zeros((BLOCK_N,), tl.int32)
     count = tl.where(fits, (keys + SPLIT - 1) // SPLIT, -1)
     out_row = place * (kv_heads * group) + head
     mask = here[:, None] & (dv < v_cols)
     if partial_ptr is None:
-        state = (nothing, none, lowest, nothing, none, lowest)
         acc, z, m, total, total_z, total_m, bad = _paged_walk(
             state, bad, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, kv_head, kv_heads, blocks, v_cols, position,
             seen, start, end, keys, window_left, inner, outer, SOFTCAP, MULTI_SPLIT, SPLIT, BLOCK_SIZE, HEAD_DIM, BLOCK_N,
@@ -149,7 +149,6 @@ def paged_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, ta
         if (part == 0) & (first_split == 0):
             tl.store(counts_ptr + place, tl.zeros((BLOCK_M,), tl.int32) + count, mask=here)
         for split in tl.range(first_split, count, split_programs, num_stages=1):
-            state = (nothing, none, lowest, nothing, none, lowest)
             acc, z, m, total, total_z, total_m, bad = _paged_walk(
                 state, bad, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, kv_head, kv_heads, blocks, v_cols,
                 position, seen, tl.maximum(start, split * SPLIT), tl.minimum(end, split * SPLIT + SPLIT), keys, window_left,
@@ -167,7 +166,7 @@ def paged_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, ta
 @triton.jit(do_not_specialize=["tokens", "splits"])
 def paged_attention_fwd_merge_kernel(partial_ptr, statistics_ptr, counts_ptr, valid_ptr, out_ptr, lse_ptr, tokens, heads,
                                      splits, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr):
-    """One row of one head: its splits in order; a count below 0 stands for a sequence whose length cannot be."""
+    """Merges the splits of one row of one head in order. A count below 0 marks a sequence with an invalid length."""
     if valid_ptr is not None:
         if tl.load(valid_ptr) == 0:
             return
@@ -211,7 +210,8 @@ def paged_attention_fwd(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
     else:
         tiles = slots(tokens, sequences, group, tile.rows)
         valid = check_boundaries(cu_seqlens_q, None, tokens, 0, CODES["paged_attention", "cu_seqlens_q"], 0, out, lse)
-    stages = 1 if k_scale is not None and q.element_size() == 4 else tile.num_stages  # with two the wide keys spill
+    # Two stages of int8 keys that are converted to float32 would spill registers.
+    stages = 1 if k_scale is not None and q.element_size() == 4 else tile.num_stages
     programs = tiles * kv_heads * parts
     split_programs, partial, statistics, counts = 1, None, None, None
     if splits > 1 and programs < ENOUGH_PROGRAMS and tokens * heads * splits * head_dim * 4 <= LARGEST_WORKSPACE_BYTES:
@@ -237,22 +237,3 @@ def paged_attention_fwd(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
                     lse_ptr=lse, tokens=tokens, heads=heads, splits=splits, HEAD_DIM=head_dim,
                     BLOCK_D=triton.next_power_of_2(head_dim), UNROLL=UNROLL), num_warps=1)
     return out, lse
-
-
-def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: decode and prefill of a chunk, each head size, each kind of cache."""
-    def run(head_dim, tokens, cache_dtype=dtype, block_size=64, left=-1):
-        cache = meta(4096, block_size, 8, head_dim, dtype=cache_dtype)
-        scale = meta(4096, block_size, 8, dtype=torch.float32) if cache_dtype == torch.int8 else None
-        table, lengths = meta(8, 512, dtype=torch.int32), meta(8, dtype=torch.int32)
-        cu = meta(9, dtype=torch.int32) if tokens > 8 else None
-        paged_attention_fwd(meta(tokens, 32, head_dim, dtype=dtype), cache, cache, table, lengths, cu, tokens // 8, scale,
-                            scale, left, head_dim**-0.5, 0.0)
-
-    yield "decode, d 128", lambda: run(128, 8)
-    yield "decode, d 64", lambda: run(64, 8)
-    yield "decode, d 256", lambda: run(256, 8)
-    yield "decode, d 128, blocks of 1, window", lambda: run(128, 8, block_size=1, left=4096)
-    yield "decode, d 128, int8", lambda: run(128, 8, torch.int8)
-    yield "chunks of 2, d 128", lambda: run(128, 16)
-    yield "chunks of 1024, d 128", lambda: run(128, 8192)

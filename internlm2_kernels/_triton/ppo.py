@@ -1,7 +1,7 @@
 """What the kernels and launches of PPO's two losses share.
 
-Sums over the tokens: one program up to SINGLE tokens, beyond that programs of a fixed share each and a second launch that
-adds theirs in order.
+Up to SINGLE tokens one program computes all sums over the tokens. For more tokens several programs compute partial sums, and
+a second launch adds them in order.
 """
 
 import torch
@@ -10,26 +10,27 @@ import triton.language as tl
 
 from .common import check_dtype, launch, launch_elements
 
-SHARE = 4096  # tokens that a program has at least, beyond SINGLE
-SINGLE = 16384  # tokens up to which one program does all
-PROGRAMS = 264  # at most: two for each of an H100's 132 multiprocessors
+SHARE = 4096  # the fewest tokens of a program if there are several
+SINGLE = 16384  # the most tokens that one program processes alone
+PROGRAMS = 264  # the largest number of programs: two for each of an H100's 132 multiprocessors
 
 
 @triton.jit
 def _counted(x_ptr, index, known, counts):
-    """Elements in float32; 0 for what does not count: afterwards, because loads under that mask would go one by one."""
+    """Elements in float32, 0 where a token does not count. They are zeroed after the load, because a load under this mask could
+    not use 16-byte accesses."""
     return tl.where(counts, tl.load(x_ptr + index, mask=known, other=0.0).to(tl.float32), 0.0)
 
 
 @triton.jit
 def _mean(total, count):
-    """A sum over its number of terms; of none it is itself."""
+    """total / count, or total where count is 0."""
     return tl.div_rn(total, tl.where(count == 0.0, 1.0, count))
 
 
 @triton.jit
 def _sum_of(partial_ptr, known):
-    """What the programs' rows have in one column."""
+    """The sum of one column over the programs' partial sums."""
     return tl.sum(tl.load(partial_ptr, mask=known, other=0.0), axis=0)
 
 
@@ -42,7 +43,7 @@ def _store_results(loss, clipped, statistic, count, loss_ptr, clip_fraction_ptr,
 
 
 def arguments_of(op, mask, clip, **vectors):
-    """The kernels' arguments from the vectors by name, the first of which takes the gradient."""
+    """Kernel arguments for the vectors, by name. The gradient is that of the first vector."""
     for name, x in vectors.items():
         check_dtype(op, name, x)
     pointers = {f"{name}_ptr": x for name, x in vectors.items()}
@@ -50,12 +51,13 @@ def arguments_of(op, mask, clip, **vectors):
 
 
 def split(size: int) -> int:
-    """Programs that share `size` tokens."""
+    """The number of programs for `size` tokens."""
     return 1 if size <= SINGLE else min(PROGRAMS, triton.cdiv(size, SHARE))
 
 
 def forward(kernel, merge_kernel, sums, arguments, block):
-    """(loss, clip_fraction, statistic, count): by `kernel` alone, or by `merge_kernel` from `sums` numbers of each program."""
+    """(loss, clip_fraction, statistic, count). `kernel` computes them alone, or `merge_kernel` from `sums` partial sums of each
+    program."""
     size, device = arguments["size"], arguments["mask_ptr"].device
     names = "loss_ptr", "clip_fraction_ptr", "statistic_ptr", "count_ptr"
     results = {name: torch.empty((), dtype=torch.float32, device=device) for name in names}
@@ -68,7 +70,7 @@ def forward(kernel, merge_kernel, sums, arguments, block):
 
 
 def backward(kernel, dloss, x, count, arguments):
-    """The gradient of x, the first of the vectors."""
+    """The gradient of the first vector."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch_elements(kernel, x, 1024, dict(arguments, dloss_ptr=dloss, count_ptr=count, dx_ptr=dx))
     return dx

@@ -1,20 +1,19 @@
 """PPO's clipped policy loss and its statistics. Contract: ops/ppo_policy_loss.py; launches: ppo.py."""
 
-import torch
 import triton
 import triton.language as tl
 
 from .functions import _expm1_less_x, _exponential
 from .ppo import _counted, _mean, _store_results, _sum_of, arguments_of, backward, forward
 
-BLOCK = 4096  # tokens at a time
-SUMS = tl.constexpr(4)  # of a program: terms of the loss, clipped ones, approximate KL, count
+BLOCK = 4096  # tokens per step of a program
+SUMS = tl.constexpr(4)  # partial sums of a program: loss, number of clipped tokens, approximate KL, number of tokens
 LARGEST_LOG_RATIO = tl.constexpr(20.0)
 
 
 @triton.jit
 def _terms(logprobs_ptr, old_logprobs_ptr, advantages_ptr, mask_ptr, index, size, clip):
-    """(counts, log ratio before the clamp, after, unclipped term, clipped term); what does not count is 0."""
+    """(which tokens count, log ratio, clamped log ratio, unclipped term, clipped term). Tokens that do not count have 0."""
     known = index < size
     counts = tl.load(mask_ptr + index, mask=known, other=0) != 0
     free = _counted(logprobs_ptr, index, known, counts) - _counted(old_logprobs_ptr, index, known, counts)
@@ -29,7 +28,7 @@ def _terms(logprobs_ptr, old_logprobs_ptr, advantages_ptr, mask_ptr, index, size
 
 @triton.jit
 def _finish(loss, clipped, kl, count, loss_ptr, clip_fraction_ptr, statistic_ptr, count_ptr):
-    """The results from their sums."""
+    """The results from the sums over the tokens."""
     _store_results(_mean(0.0 - loss, count), clipped, _mean(kl, count), count, loss_ptr, clip_fraction_ptr, statistic_ptr,
                    count_ptr)
 
@@ -95,11 +94,3 @@ def ppo_policy_loss_fwd(logprobs, old_logprobs, advantages, mask, clip):
 def ppo_policy_loss_bwd(dloss, logprobs, old_logprobs, advantages, mask, count, clip):
     return backward(ppo_policy_loss_bwd_kernel, dloss, logprobs, count,
                     _arguments(logprobs, old_logprobs, advantages, mask, clip))
-
-
-def audit(dtype, meta):
-    one = meta(dtype=torch.float32)
-    for tokens in (8192, 1 << 20):
-        x, mask = meta(tokens, dtype=dtype), meta(tokens, dtype=torch.bool)
-        yield f"{tokens} tokens", lambda x=x, m=mask: ppo_policy_loss_fwd(x, x, x, m, 0.2)
-    yield f"{tokens} tokens", lambda: ppo_policy_loss_bwd(one, x, x, x, mask, one, 0.2)

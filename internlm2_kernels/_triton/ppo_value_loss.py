@@ -1,23 +1,22 @@
 """PPO's value loss and its statistics. Contract: ops/ppo_value_loss.py; launches: ppo.py.
 
-Variances: a block's mean and sum of squares about it, both from registers, join the total by Chan's formula (T. Chan et al.,
-Updating formulae for computing sample variances, 1979), so nothing cancels where the mean is far from 0.
+Variances: the mean of a block and the sum of squared deviations from it are merged into the total by the formula of T. Chan
+et al. (Updating formulae for computing sample variances, 1979). There is no cancellation if the mean is far from 0.
 """
 
-import torch
 import triton
 import triton.language as tl
 
 from .ppo import _counted, _mean, _store_results, _sum_of, arguments_of, backward, forward
 
-BLOCK = 2048  # tokens at a time
+BLOCK = 2048  # tokens per step of a program
 # Of a program: loss, clipped terms, count, mean and sum of squares of the errors, mean and sum of squares of the returns.
 SUMS = tl.constexpr(7)
 
 
 @triton.jit
 def _terms(values_ptr, old_values_ptr, returns_ptr, mask_ptr, index, size, clip, CLIP: tl.constexpr):
-    """(counts, value, return, free term, clipped term); what does not count is 0."""
+    """(which tokens count, value, return, unclipped term, clipped term). Tokens that do not count have 0."""
     known = index < size
     counts = tl.load(mask_ptr + index, mask=known, other=0) != 0
     value = _counted(values_ptr, index, known, counts)
@@ -34,7 +33,7 @@ def _terms(values_ptr, old_values_ptr, returns_ptr, mask_ptr, index, size, clip,
 
 @triton.jit
 def _moments(x, counts, count):
-    """(mean, sum of squares about it) of the x that count."""
+    """(mean, sum of squared deviations from it) of the elements that count."""
     mean = _mean(tl.sum(tl.where(counts, x, 0.0), axis=0), count)
     away = tl.where(counts, x - mean, 0.0)
     return mean, tl.sum(away * away, axis=0)
@@ -42,7 +41,7 @@ def _moments(x, counts, count):
 
 @triton.jit
 def _join(n, mean, squares, n_more, mean_more, squares_more):
-    """Count, mean and sum of squares about it of both together."""
+    """The count, mean and sum of squared deviations of two sets together."""
     total = n + n_more
     part = _mean(n_more, total)
     away = mean_more - mean
@@ -141,13 +140,3 @@ def ppo_value_loss_fwd(values, old_values, returns, mask, clip):
 
 def ppo_value_loss_bwd(dloss, values, old_values, returns, mask, count, clip):
     return backward(ppo_value_loss_bwd_kernel, dloss, values, count, _arguments(values, old_values, returns, mask, clip))
-
-
-def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: few and many tokens, with and without the clip."""
-    one = meta(dtype=torch.float32)
-    for tokens, clip in ((8192, 0.2), (8192, -1.0), (1 << 20, 0.2)):
-        x, mask = meta(tokens, dtype=dtype), meta(tokens, dtype=torch.bool)
-        label = f"{tokens} tokens{', clip' if clip > 0 else ''}"
-        yield label, lambda x=x, m=mask, c=clip: ppo_value_loss_fwd(x, x, x, m, c)
-        yield label, lambda x=x, m=mask, c=clip: ppo_value_loss_bwd(one, x, x, x, m, one, c)

@@ -1,7 +1,7 @@
 """Split of the packed projection, rotation, cache write. Contract: ops/qkv_rope.py.
 
-A program takes one tile of a token's slots. Slot s of a token is column block s of qkv: in each key/value group first its
-query heads, then its key, then its value. A slot is read and written once, whatever it is.
+One program processes a tile of the slots of one token. Slot s is block s of the columns of qkv: each key/value group has
+first its query heads, then its key, then its value. Every slot is read once and written once.
 """
 
 import torch
@@ -13,15 +13,16 @@ from .common import check_dtype, launch
 
 
 def tile_config(slots: int, half: int, element_size: int) -> tuple[int, int, int]:
-    """Slots of a tile, columns of a half, and warps: 64 bytes a thread, four 16-byte loads in flight."""
+    """(slots of a tile, columns of half a slot, warps): 64 bytes per thread, which are four 16-byte loads."""
     block = triton.next_power_of_2(half)
     tile = min(triton.next_power_of_2(slots), max(1, 1024 // block))
     return tile, block, max(1, tile * block * element_size // 1024)
 
 
 @triton.jit
-def _turn(a, b, cos_ptr, sin_ptr, position, table_rows, half, rotated, BLOCK: tl.constexpr, INVERSE: tl.constexpr):
-    """The tile's halves turned by the angle of `position`, NaN where that is outside the table; values kept unturned."""
+def _rotate(a, b, cos_ptr, sin_ptr, position, table_rows, half, rotated, BLOCK: tl.constexpr, INVERSE: tl.constexpr):
+    """Rotates the halves of queries and keys by the angle of `position`, and keeps values. A position outside the table gives
+    NaN."""
     pair = tl.arange(0, BLOCK)
     inside = (position >= 0) & (position < table_rows)
     cos = tl.load(cos_ptr + position * half + pair, mask=inside & (pair < half), other=float("nan"))[None, :]
@@ -35,17 +36,18 @@ def _turn(a, b, cos_ptr, sin_ptr, position, table_rows, half, rotated, BLOCK: tl
 
 @triton.jit
 def _quantize(first, second, mask):
-    """Rows of the tile as whole numbers of at most 127, rounded half to even, and their scale = max |x| / 127."""
+    """The rows of the tile quantized to integers from -127 to 127, rounded half to even, and scale = max |x| / 127 of each
+    row."""
     a_in = tl.where(mask, first.to(tl.float32), 0.0)
     b_in = tl.where(mask, second.to(tl.float32), 0.0)
     a, b = a_in, b_in
     size = tl.maximum(tl.where(a == a, tl.abs(a), float("inf")), tl.where(b == b, tl.abs(b), float("inf")))
     scale = tl.div_rn(tl.max(size, axis=1), 127.0)
     divisor = tl.where(scale == 0.0, 1.0, scale)[:, None]
-    # Adding and taking away 1.5 * 2^23 rounds half to even. What is not finite has no quotient: any value will do.
+    # Adding and subtracting 1.5 * 2^23 rounds half to even. Rows that are not finite get any value: their scale is not finite.
     a = (tl.div_rn(tl.where(tl.abs(a) < float("inf"), a, 0.0), divisor) + 12582912.0) - 12582912.0
     b = (tl.div_rn(tl.where(tl.abs(b) < float("inf"), b, 0.0), divisor) + 12582912.0) - 12582912.0
-    nan = tl.max(((a_in != a_in) | (b_in != b_in)).to(tl.int32), axis=1) != 0  # a maximum may lose a NaN
+    nan = tl.max(((a_in != a_in) | (b_in != b_in)).to(tl.int32), axis=1) != 0  # tl.max may drop a NaN
     scale = tl.where(nan, float("nan"), scale)
     return tl.minimum(tl.maximum(a, -127.0), 127.0), tl.minimum(tl.maximum(b, -127.0), 127.0), scale
 
@@ -61,7 +63,7 @@ def qkv_rope_fwd_kernel(qkv_ptr, cos_ptr, sin_ptr, positions_ptr, q_ptr, k_ptr, 
     token = tl.program_id(0).to(tl.int64) // tiles
     slot = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     kv_head = slot // (GROUP + 2)
-    kind = slot % (GROUP + 2)  # below GROUP: a query head; GROUP: the key; GROUP + 1: the value
+    kind = slot % (GROUP + 2)  # less than GROUP: a query head; GROUP: the key; GROUP + 1: the value
     position = token
     if positions_ptr is not None:
         position = tl.load(positions_ptr + token).to(tl.int64)
@@ -73,7 +75,7 @@ def qkv_rope_fwd_kernel(qkv_ptr, cos_ptr, sin_ptr, positions_ptr, q_ptr, k_ptr, 
     x_ptr = qkv_ptr + token * qkv_stride + (slot * (2 * half))[:, None] + col
     a = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(x_ptr + half, mask=mask, other=0.0).to(tl.float32)
-    first, second = _turn(a, b, cos_ptr, sin_ptr, position, table_rows, half, (kind <= GROUP)[:, None], BLOCK, False)
+    first, second = _rotate(a, b, cos_ptr, sin_ptr, position, table_rows, half, (kind <= GROUP)[:, None], BLOCK, False)
     first = first.to(q_ptr.dtype.element_ty)
     second = second.to(q_ptr.dtype.element_ty)
 
@@ -139,7 +141,7 @@ def qkv_rope_bwd_kernel(dq_ptr, dk_ptr, dv_ptr, cos_ptr, sin_ptr, positions_ptr,
     b = tl.load(dq_ptr + half, mask=q_mask, other=0.0).to(tl.float32)
     b += tl.load(dk_ptr + half, mask=k_mask, other=0.0).to(tl.float32)
     b += tl.load(dv_ptr + half, mask=v_mask, other=0.0).to(tl.float32)
-    first, second = _turn(a, b, cos_ptr, sin_ptr, position, table_rows, half, (kind <= GROUP)[:, None], BLOCK, True)
+    first, second = _rotate(a, b, cos_ptr, sin_ptr, position, table_rows, half, (kind <= GROUP)[:, None], BLOCK, True)
     out = ((token * slots + slot) * (2 * half))[:, None] + col
     tl.store(dqkv_ptr + out, first.to(dqkv_ptr.dtype.element_ty), mask=mask)
     tl.store(dqkv_ptr + out + half, second.to(dqkv_ptr.dtype.element_ty), mask=mask)
@@ -190,22 +192,3 @@ def qkv_rope_bwd(dq, dk, dv, cos, sin, positions):
                 dv_stride=dv.stride(0), dv_head_stride=dv.stride(1), GROUP=heads // kv_heads, KV_HEADS=kv_heads,
                 POSITION_ERROR=CODES["qkv_rope", "positions"], TILE=tile, BLOCK=block), num_warps=num_warps)
     return dqkv
-
-
-def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: the three models' heads, each kind of cache."""
-    cos, positions, slots = meta(32768, 64, dtype=torch.float32), meta(4096, dtype=torch.int64), meta(4096, dtype=torch.int64)
-    cache, cache8 = meta(512, 64, 8, 128, dtype=dtype), meta(512, 64, 8, 128, dtype=torch.int8)
-    scale = meta(512, 64, 8, dtype=torch.float32)
-    for heads in (16, 32, 48):
-        qkv = meta(4096, (heads + 16) * 128, dtype=dtype)
-        dq, dk = meta(4096, heads, 128, dtype=dtype), meta(4096, 8, 128, dtype=dtype)
-        label = f"{heads} and 8 heads of 128"
-        yield label, lambda x=qkv, h=heads: qkv_rope_fwd(x, cos, cos, positions, h, 8)
-        yield label, lambda dq=dq, dk=dk: qkv_rope_bwd(dq, dk, dk, cos, cos, positions)
-        yield f"{label}, cache", (
-            lambda x=qkv, h=heads: qkv_rope_cache_fwd(x, cos, cos, positions, h, 8, cache, cache, None, None, slots))
-        yield f"{label}, int8 cache", (
-            lambda x=qkv, h=heads: qkv_rope_cache_fwd(x, cos, cos, positions, h, 8, cache8, cache8, scale, scale, slots))
-    small, cos2 = meta(4096, 6, dtype=dtype), meta(32768, 1, dtype=torch.float32)
-    yield "1 and 1 heads of 2", lambda: qkv_rope_fwd(small, cos2, cos2, positions, 1, 1)

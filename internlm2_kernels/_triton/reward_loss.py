@@ -1,10 +1,11 @@
 """Reward loss from packed hidden states or from their last tokens. Contract: ops/reward_loss.py.
 
-Forward: a program takes 16 pairs, computes their rewards and, since slopes depend on the pair and on how many pairs there
-are only, their slopes too; up to 16 pairs it is the only launch, beyond that a second adds the programs' losses in order.
-Backward: a program takes a tile of columns, writes the last tokens' gradients and adds dhead_weight up over the sequences
-in order; the other tokens' zeros are a fill before it. Boundaries are judged sequence by sequence on the way; who comes last
-(the second launch, each tile of columns) puts NaN over everything if one was wrong.
+Forward: one program computes the rewards of 16 pairs, their losses, and the derivatives of the losses, which depend only on
+the pair and on the number of pairs. With more than 16 pairs a second launch adds the programs' losses in order.
+Backward: one program owns a tile of columns. It writes the gradients of the last tokens and sums dhead_weight over the
+sequences in order. The gradients of all other tokens are filled with 0 before the launch.
+Both check the boundaries of every sequence that they process. If one is invalid, the last step (the second launch of the
+forward, every program of the backward) overwrites the results with NaN.
 """
 
 import torch
@@ -17,13 +18,13 @@ from .common import check_dtype, launch
 from .focal_ranking_loss import _focal
 from .log_barrier_penalty import _barrier
 
-ROWS = 32  # rewards of a forward program: 16 pairs
-BACKWARD_ROWS = 16  # at a time
+ROWS = 32  # rewards per program of the forward: 16 pairs
+BACKWARD_ROWS = 16  # sequences per step of the backward
 
 
 @triton.jit
 def _last(cu_ptr, row, sequences, tokens):
-    """(the sequence's last token, whether its boundaries can be used); without boundaries the row itself."""
+    """(last token of the sequence, whether its boundaries are valid). Without boundaries every row is a last token."""
     known = row < sequences
     if cu_ptr is None:
         return row, known
@@ -124,11 +125,11 @@ def reward_loss_bwd_kernel(dloss_ptr, drewards_ptr, hidden_ptr, weight_ptr, cu_p
         dw = tl.where(bad, float("nan"), dw)
         if dhidden_ptr is not None:
             if bad:
-                tl.debug_barrier()  # what other threads have stored comes first
-                nothing = tl.full((ROWS, BLOCK), float("nan"), dhidden_ptr.dtype.element_ty)
+                tl.debug_barrier()  # after the stores of the other threads
+                nan = tl.full((ROWS, BLOCK), float("nan"), dhidden_ptr.dtype.element_ty)
                 for start in range(0, tokens, ROWS):
                     row = start + tl.arange(0, ROWS).to(tl.int64)
-                    tl.store(dhidden_ptr + row[:, None] * depth + col[None, :], nothing,
+                    tl.store(dhidden_ptr + row[:, None] * depth + col[None, :], nan,
                              mask=(row < tokens)[:, None] & (col < depth)[None, :])
     if dweight_ptr is not None:
         tl.store(dweight_ptr + col, dw.to(dweight_ptr.dtype.element_ty), mask=col < depth)
@@ -178,14 +179,3 @@ def reward_loss_fwd(hidden, head_weight, cu_seqlens, gamma, penalty_weight, boun
 
 def reward_loss_bwd(dloss, drewards, hidden, head_weight, cu_seqlens, slopes, needs_dhidden, needs_dweight):
     return _backward("reward_loss", dloss, drewards, hidden, head_weight, cu_seqlens, slopes, needs_dhidden, needs_dweight)
-
-
-def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: a batch of one launch and one of two, the backward's options."""
-    hidden, weight = meta(32768, 4096, dtype=dtype), meta(4096, dtype=dtype)
-    one = meta(dtype=torch.float32)
-    for pairs in (8, 64):
-        cu, rewards = meta(2 * pairs + 1, dtype=torch.int32), meta(2 * pairs, dtype=torch.float32)
-        yield f"{pairs} pairs", lambda cu=cu: reward_loss_fwd(hidden, weight, cu, 2.0, 0.02, 5.0, 1e-3)
-    yield "64 pairs", lambda: reward_loss_bwd(one, None, hidden, weight, cu, rewards, True, True)
-    yield "64 pairs, rewards too", lambda: reward_loss_bwd(one, rewards, hidden, weight, cu, rewards, True, True)

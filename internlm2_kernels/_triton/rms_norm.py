@@ -1,9 +1,9 @@
 """RMS normalization. Contract: ops/rms_norm.py.
 
-Up to `LARGEST_TILE` columns (`LARGEST_BACKWARD_TILE` in the backward) a program holds whole rows in registers and reads
-them once. Beyond, a program walks its row twice, the second time mostly from the L2 cache. The tile depends on the columns
-alone, so a row's bits depend on its own values (and on whether rows begin on 16-byte boundaries, which decides the width
-of a load and with it the order of the sum).
+Up to LARGEST_TILE columns (LARGEST_BACKWARD_TILE in the backward) a program holds whole rows in registers and reads them
+once. For more columns a program reads its row twice, the second time mostly from the L2 cache. The tile depends only on the
+number of columns, so a row's bits depend only on its own values and on whether rows are aligned to 16 bytes: the alignment
+decides the width of a load, and the width decides the order of the sum.
 """
 
 from typing import NamedTuple
@@ -15,9 +15,9 @@ import triton.language as tl
 from .common import check_dtype, launch, rows_of
 
 LARGEST_TILE = 16384
-LARGEST_BACKWARD_TILE = 8192  # the sums for dweight live in registers beside the row; at 16384 they spill
+LARGEST_BACKWARD_TILE = 8192  # the row and the partial sums of dweight are both in registers; 16384 would spill
 PROGRAMS = 264  # persistent programs of the backward: two for each of an H100's 132 multiprocessors
-WIDE_PROGRAMS = 32  # the same for rows beyond the largest tile, whose partial sums take more memory
+WIDE_PROGRAMS = 32  # for rows beyond the largest tile, whose partial sums need more memory
 
 
 class Tile(NamedTuple):
@@ -27,14 +27,15 @@ class Tile(NamedTuple):
 
 
 def tile_config(cols: int) -> Tile:
-    """16 elements a thread: two (2-byte) or four (4-byte) 16-byte loads in flight, and 2048 or more elements a program."""
+    """16 elements per thread, which are two 16-byte loads of a 2-byte dtype or four of a 4-byte one, and at least 2048 elements
+    per program."""
     block = min(triton.next_power_of_2(cols), LARGEST_TILE)
     rows = max(1, min(64, 2048 // block))
     return Tile(rows, block, max(1, rows * block // 512))
 
 
 def backward_stages(block: int, element_size: int) -> int:
-    """Row tiles in flight ahead of the one in work: two where an A100's shared memory has room for three tensors of them."""
+    """Pipeline stages: two if three tensors of row tiles fit twice in the shared memory of an A100, otherwise one."""
     return 3 if block * element_size <= 16384 else 2
 
 
@@ -110,7 +111,7 @@ def rms_norm_bwd_kernel(dy_ptr, dresidual_ptr, h_ptr, weight_ptr, rstd_ptr, dx_p
                         HF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """dx = rstd * (g - x_hat * mean(g * x_hat)) + dresidual with g = dy * weight; partial sums of dy * x_hat.
 
-    Program p takes the row tiles p, p + programs, ...: programs that run together read neighbouring rows.
+    Program p processes the row tiles p, p + programs, ..., so that concurrent programs read neighbouring rows.
     """
     first = tl.program_id(0).to(tl.int64) * ROWS
     col = tl.arange(0, BLOCK)
@@ -126,7 +127,7 @@ def rms_norm_bwd_kernel(dy_ptr, dresidual_ptr, h_ptr, weight_ptr, rstd_ptr, dx_p
         h = tl.load(h_ptr + h_row[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
         x_hat = h * rstd[:, None]
-        if partial_ptr is not None:  # first, so that dy dies early
+        if partial_ptr is not None:  # before dx, so that the registers of dy are free early
             dweight += dy * (x_hat.to(dtype).to(tl.float32) if HF else x_hat)
         g = dy * weight[None, :]
         mean = tl.div_rn(tl.sum(g * x_hat, axis=1), cols * 1.0)
@@ -176,7 +177,7 @@ def rms_norm_bwd_wide_dweight_kernel(dy_ptr, h_ptr, rstd_ptr, partial_ptr, rows,
                                      dy_inner, dy_outer_stride, dy_inner_stride,
                                      h_inner, h_outer_stride, h_inner_stride,
                                      HF: tl.constexpr, BLOCK: tl.constexpr):
-    """Partial sum p of a tile of columns: rows p, p + programs, ... of dy * x_hat."""
+    """Partial sum p of dy * x_hat for a tile of columns, over the rows p, p + programs, ..."""
     first = tl.program_id(0).to(tl.int64) % programs
     col = tl.program_id(0).to(tl.int64) // programs * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -195,7 +196,7 @@ def rms_norm_bwd_wide_dweight_kernel(dy_ptr, h_ptr, rstd_ptr, partial_ptr, rows,
 
 @triton.jit(do_not_specialize=["partials"])
 def rms_norm_dweight_kernel(partial_ptr, dweight_ptr, partials, cols, PARTIALS: tl.constexpr, BLOCK: tl.constexpr):
-    """dweight = the sum of all partial sums, in an order that their number alone decides."""
+    """dweight = the sum of the partial sums, in an order that depends only on their number."""
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((PARTIALS, BLOCK), tl.float32)
     for start in range(0, partials, PARTIALS):
@@ -284,18 +285,3 @@ def _backward_wide(arguments, rows, cols, device, hf, needs_dweight):
            dict({name: arguments[name] for name in names}, partial_ptr=partial, rows=rows, programs=programs, HF=hf,
                 BLOCK=block), num_warps=4)
     return partial
-
-
-def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles: every tile of the tables, each option at one size or more."""
-    for cols in (1, 128, 2048, 4096, 6144, 16384, 65536):
-        x, weight, rstd = meta(4096, cols, dtype=dtype), meta(cols, dtype=dtype), meta(4096, dtype=torch.float32)
-        yield f"cols {cols}", lambda x=x, w=weight: rms_norm_fwd(x, w, 1e-5, False)
-        yield f"cols {cols}, residual", lambda x=x, w=weight: rms_norm_add_fwd(x, x, w, 1e-5, False)
-        yield f"cols {cols}", lambda x=x, w=weight, r=rstd: rms_norm_bwd(x, None, x, w, r, False, True)
-        yield f"cols {cols}, residual", lambda x=x, w=weight, r=rstd: rms_norm_bwd(x, x, x, w, r, False, True)
-        if cols == 4096:
-            full = meta(cols, dtype=torch.float32)
-            yield f"cols {cols}, hf, float32 weight", lambda x=x, w=full: rms_norm_fwd(x, w, 1e-5, True)
-            yield f"cols {cols}, hf, residual", lambda x=x, w=weight, r=rstd: rms_norm_bwd(x, x, x, w, r, True, True)
-            yield f"cols {cols}, no dweight", lambda x=x, w=weight, r=rstd: rms_norm_bwd(x, None, x, w, r, False, False)

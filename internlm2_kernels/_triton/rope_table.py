@@ -62,12 +62,3 @@ def rope_table_fwd(positions, inv_freq, divisor, magnitude, float32_angles):
                dict(positions_ptr=positions, inv_freq_ptr=inv_freq, cos_ptr=cos, sin_ptr=sin, rows=rows, half=half,
                     DIVISOR=divisor, MAGNITUDE=magnitude, FLOAT32=float32_angles, BLOCK=BLOCK), num_warps=4)
     return cos, sin
-
-
-def audit(dtype, meta):
-    """Launches whose kernels the static audit compiles."""
-    if dtype != torch.float32:
-        return
-    positions, inv_freq = meta(4096, dtype=torch.int64), meta(64, dtype=torch.float64)
-    yield "float64 angles", lambda: rope_table_fwd(positions, inv_freq, 1.0, 1.0, False)
-    yield "float32 angles", lambda: rope_table_fwd(positions, inv_freq, 1.0, 1.0, True)

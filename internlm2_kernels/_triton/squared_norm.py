@@ -1,7 +1,7 @@
 """Sum of squares over a list of tensors. Contract: ops/squared_norm.py.
 
-A program sums one chunk of one tensor, a second launch the chunks' sums, in float64, in order. One launch a dtype: a list
-is of one dtype but for rare cases.
+One program sums one chunk of one tensor, and a second launch adds the chunks' sums in float64, in order. There is one launch
+for each dtype in the list.
 """
 
 import torch
@@ -11,8 +11,8 @@ import triton.language as tl
 from .common import check_dtype, launch
 from .tables import _address_of, _find_chunk, aligned, table
 
-CHUNK = 32768  # elements of a program
-BLOCK = 4096  # at a time
+CHUNK = 32768  # elements per program
+BLOCK = 4096  # elements per step of a program
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -24,7 +24,7 @@ def squared_norm_chunks_kernel(table_ptr, partial_ptr, tensors, DTYPE: tl.conste
     x_ptr = _address_of(table_ptr, tensors, 1, tensor, DTYPE, ALIGNED) + chunk * CHUNK
     size = tl.load(table_ptr + 2 * (tensors + 1) + tensor) - chunk * CHUNK
     total = tl.zeros((BLOCK,), tl.float32)
-    if size >= CHUNK:  # without masks, 16 bytes at a time
+    if size >= CHUNK:  # no masks, so that loads have 16 bytes
         for start in range(0, CHUNK, BLOCK):
             x = tl.load(x_ptr + start + tl.arange(0, BLOCK)).to(tl.float32)
             total += x * x
@@ -66,7 +66,3 @@ def squared_norm_fwd(tensors):
     launch(squared_norm_sum_kernel, 1, device,
            dict(partial_ptr=partial, total_ptr=total, size=chunks, BLOCK=1024), num_warps=4)
     return total
-
-
-def audit(dtype, meta):
-    yield "300 tensors", lambda: squared_norm_fwd([meta(1 << 20, dtype=dtype) for _ in range(300)])

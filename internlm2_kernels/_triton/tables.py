@@ -1,11 +1,12 @@
-"""Tables of tensors for kernels that work on a whole list in one launch: addresses and the place of each tensor's chunks.
+"""Tables that let one launch process a whole list of tensors: their addresses and the chunks that each is divided into.
 
-A table is an int64 tensor [rows, n + 1] on the device: row 0 counts the chunks before each tensor (column n: all of them),
-the other rows are the caller's, one column a tensor. It is made on the host and copied from pinned memory without waiting.
+A table is an int64 tensor [rows, n + 1] on the device. Row 0 holds the number of chunks before each of the n tensors, and in
+column n the number of all chunks. The caller defines the other rows, with one column for each tensor. The table is built on
+the host and copied asynchronously from pinned memory.
 
-CUDA graphs: while a stream is being captured, pinned memory must not be allocated, and what the recorded copy reads must
-stay as it is for as long as the graph is replayed. So the first call outside a capture sets an arena of pinned memory
-aside for each device; captured tables take their part of it for good. It holds thousands of parameters' tables.
+CUDA graphs: during a capture pinned memory must not be allocated, and the memory that a captured copy reads must not change
+while the graph may be replayed. Therefore the first call outside a capture allocates an arena of pinned memory for each
+device, and captured tables occupy parts of it permanently. The arena has room for the tables of thousands of parameters.
 """
 
 import itertools
@@ -18,7 +19,7 @@ ARENA_ELEMENTS = 1 << 20  # 8 MiB of int64
 
 
 class _Arena:
-    """Pinned memory that captured copies read; nothing in it is used twice."""
+    """Pinned memory that captured copies read. No part of it is reused."""
 
     def __init__(self):
         self.memory = torch.empty(ARENA_ELEMENTS, dtype=torch.int64, pin_memory=True)
@@ -37,7 +38,7 @@ _arenas: dict[torch.device, _Arena] = {}
 
 
 def table(chunk: int, sizes: list[int], rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, int]:
-    """The table of tensors of `sizes` elements in chunks of `chunk`, and the number of chunks."""
+    """(table, number of chunks) for tensors of `sizes` elements, which are divided into chunks of `chunk` elements."""
     counts = list(itertools.accumulate((-(-size // chunk) for size in sizes), initial=0))
     if device.type == "meta":
         return torch.empty((1 + len(rows), len(counts)), dtype=torch.int64, device=device), counts[-1]
@@ -52,13 +53,14 @@ def table(chunk: int, sizes: list[int], rows: list[list[int]], device: torch.dev
     else:
         if device not in _arenas:
             _arenas[device] = _Arena()
-        pinned = host.pin_memory()  # the caching allocator keeps it until the copy is done
+        pinned = host.pin_memory()  # the caching allocator does not reuse it before the copy is done
     return pinned.to(device, non_blocking=True), counts[-1]
 
 
 @triton.jit
 def _find_chunk(table_ptr, tensors, chunk):
-    """(tensor, chunk of it): the last tensor with no more than `chunk` chunks before it, found by bisection."""
+    """(tensor, chunk of that tensor) of a chunk of the list: the last tensor with at most `chunk` chunks before it, found
+    by bisection."""
     low = chunk * 0
     high = low + tensors
     while low + 1 < high:
@@ -71,7 +73,7 @@ def _find_chunk(table_ptr, tensors, chunk):
 
 @triton.jit
 def _address_of(table_ptr, tensors, row, tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The pointer in a row of the table; ALIGNED: all of them are multiples of 16 bytes."""
+    """The address of a tensor, from a row of the table. ALIGNED: all addresses are multiples of 16."""
     ptr = tl.load(table_ptr + row * (tensors + 1) + tensor).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         ptr = tl.multiple_of(ptr, 16)
@@ -79,5 +81,5 @@ def _address_of(table_ptr, tensors, row, tensor, DTYPE: tl.constexpr, ALIGNED: t
 
 
 def aligned(*lists) -> bool:
-    """Whether every tensor begins on a 16-byte boundary."""
+    """Whether all tensors are aligned to 16 bytes."""
     return all(t.data_ptr() % 16 == 0 for tensors in lists for t in tensors)

@@ -2,7 +2,7 @@
 
 import torch
 
-from .._checks import check_device, check_layout, check_shape, fail
+from .._checks import check_device, check_shape, check_tensor, fail
 
 
 def check_cache(op, tensors, like, of, heads=None):
@@ -32,8 +32,3 @@ def check_cache(op, tensors, like, of, heads=None):
             fail(ValueError, op, scale_name, "a contiguous tensor", f"strides {scale.stride()}")
         check_device(op, scale_name, scale, like, of)
 
-
-def check_tensor(op, name, value):
-    if not isinstance(value, torch.Tensor):
-        fail(TypeError, op, name, "a tensor", type(value).__name__)
-    check_layout(op, name, value)

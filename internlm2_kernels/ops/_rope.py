@@ -2,7 +2,7 @@
 
 import torch
 
-from .._checks import check_device, fail
+from .._checks import check_device, check_tensor, fail
 
 
 def rows_of_table(cos, sin, positions, acc):
@@ -29,8 +29,7 @@ def rotate(x, cos, sin, interleaved=False):
 def check_tables(op, x, cos, sin, positions, tokens, head_dim, argument):
     """cos, sin [P, d/2] and positions (or one table row a token), all on the device of `argument`."""
     for name, table in (("cos", cos), ("sin", sin)):
-        if not isinstance(table, torch.Tensor):
-            fail(TypeError, op, name, "a tensor", type(table).__name__)
+        check_tensor(op, name, table)
         if table.dtype != torch.float32 and (table.dtype != torch.float64 or x.dtype != torch.float64):
             fail(TypeError, op, name, "float32", table.dtype)
         check_device(op, name, table, x, argument)
@@ -45,8 +44,9 @@ def check_tables(op, x, cos, sin, positions, tokens, head_dim, argument):
         if cos.shape[0] != tokens:
             fail(ValueError, op, "cos", f"one row a token, {tokens}, where positions are not given", cos.shape[0])
         return
-    if not isinstance(positions, torch.Tensor) or positions.dtype not in (torch.int32, torch.int64):
-        fail(TypeError, op, "positions", "an int32 or int64 tensor", getattr(positions, "dtype", type(positions).__name__))
+    check_tensor(op, "positions", positions, "an int32 or int64 tensor")
+    if positions.dtype not in (torch.int32, torch.int64):
+        fail(TypeError, op, "positions", "an int32 or int64 tensor", positions.dtype)
     if tuple(positions.shape) != tuple(x.shape[: positions.dim()]) or positions.numel() != tokens:
         fail(ValueError, op, "positions", f"one position a token, the leading shape of {argument}",
              list(positions.shape))

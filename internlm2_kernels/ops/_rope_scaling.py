@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .._checks import check_choice, fail
+from .._checks import check_choice, check_number, fail
 
 _KEYS = {"default": set(), "linear": set(), "dynamic": set(), "llama3": {"low_freq_factor", "high_freq_factor"},
          "yarn": {"beta_fast", "beta_slow", "attention_factor", "truncate"}}
@@ -40,7 +40,10 @@ def _dynamic_base(head_dim, base, factor, scaling):
     trained, length = _positive(scaling, "max_position_embeddings"), _positive(scaling, "seq_len")
     if length <= trained:
         return base
-    return base * (factor * length / trained - (factor - 1)) ** (head_dim / (head_dim - 2))
+    try:
+        return base * (factor * length / trained - (factor - 1)) ** (head_dim / (head_dim - 2))
+    except OverflowError:
+        fail(ValueError, "rope_table", "scaling['seq_len']", "a length that keeps the base finite", length)
 
 
 def _llama3(plain, factor, scaling):
@@ -78,10 +81,7 @@ def _yarn(wavelengths, head_dim, base, factor, scaling):
 
 
 def _positive(scaling, key):
-    value = scaling.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        fail(ValueError, "rope_table", f"scaling[{key!r}]", "a positive number", repr(value))
-    return value
+    return check_number("rope_table", f"scaling[{key!r}]", scaling.get(key), "a positive number", lambda v: v > 0)
 
 
 def check_scaling(head_dim, scaling):

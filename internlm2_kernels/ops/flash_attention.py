@@ -168,6 +168,7 @@ def flash_attention(q, k, v, *, causal=False, scale=None, window=None, softcap=0
     check_same("flash_attention", "k", k, q, "q")
     check_same("flash_attention", "v", v, q, "q")
     check_flag("flash_attention", "causal", causal)
+    check_flag("flash_attention", "return_lse", return_lse)
     cu_q, cu_k = _check_layout(q, k, v, cu_seqlens_q, cu_seqlens_k)
     check_heads("flash_attention", q, k, "k")
     scale, left, right, softcap = check_options("flash_attention", q.shape[-1], scale, window, softcap)

@@ -11,6 +11,7 @@ from .._checks import (
     check_float,
     check_mask,
     check_number,
+    check_tensor,
     check_vector,
     fail,
 )
@@ -77,9 +78,9 @@ def gae(rewards, values, cu_seqlens, *, mask=None, bootstrap=None, gamma=1.0, la
     cu = check_cu_seqlens("gae", "cu_seqlens", cu_seqlens, rewards, "rewards")
     mask = None if mask is None else check_mask("gae", mask, rewards, "rewards")
     if bootstrap is not None:
-        if not isinstance(bootstrap, torch.Tensor) or bootstrap.dtype not in FLOAT_DTYPES:
-            got = getattr(bootstrap, "dtype", type(bootstrap).__name__)
-            fail(TypeError, "gae", "bootstrap", "a floating-point tensor", got)
+        check_tensor("gae", "bootstrap", bootstrap, "a floating-point tensor")
+        if bootstrap.dtype not in FLOAT_DTYPES:
+            fail(TypeError, "gae", "bootstrap", "a floating-point tensor", bootstrap.dtype)
         if bootstrap.shape != (cu.shape[0] - 1,):
             fail(ValueError, "gae", "bootstrap", f"shape [{cu.shape[0] - 1}] (sequences)", list(bootstrap.shape))
         check_device("gae", "bootstrap", bootstrap, rewards, "rewards")

@@ -7,9 +7,10 @@ from .._checks import (
     check_boundaries,
     check_cu_seqlens,
     check_device,
+    check_flag,
     check_float,
-    check_layout,
     check_longest,
+    check_tensor,
     fail,
     last_stride_1,
 )
@@ -100,11 +101,9 @@ _FWD = PAGED_ATTENTION.overloads["fwd"]
 
 
 def _check_integers(argument, value, shape, meaning, q):
-    if not isinstance(value, torch.Tensor):
-        fail(TypeError, "paged_attention", argument, "an int32 tensor", type(value).__name__)
+    check_tensor("paged_attention", argument, value, "an int32 tensor")
     if value.dtype != torch.int32:
         fail(TypeError, "paged_attention", argument, "torch.int32", value.dtype)
-    check_layout("paged_attention", argument, value)
     if value.dim() != len(shape) or any(want is not None and got != want for got, want in zip(value.shape, shape, strict=True)):
         fail(ValueError, "paged_attention", argument, meaning, list(value.shape))
     check_device("paged_attention", argument, value, q, "q")
@@ -173,6 +172,7 @@ def paged_attention(q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=
     check_heads("paged_attention", q, k_cache, "k_cache")
     scale, left, _, softcap = check_options("paged_attention", q.shape[-1], scale, window, softcap)
     max_q = check_bound("paged_attention", "max_seqlen_q", max_seqlen_q)
+    check_flag("paged_attention", "return_lse", return_lse)
     seq_lens = _check_integers("seq_lens", seq_lens, (None,), "shape [sequences]", q)
     sequences = seq_lens.shape[0]
     block_table = _check_integers("block_table", block_table, (sequences, None), f"shape [{sequences}, max_blocks]", q)

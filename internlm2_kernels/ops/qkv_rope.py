@@ -5,11 +5,11 @@ from typing import NamedTuple
 import torch
 
 from .._autograd import once_differentiable
-from .._checks import as_rows, check_device, check_float, check_values, fail
+from .._checks import as_rows, check_device, check_float, check_tensor, check_values, fail
 from .._device_errors import Index
 from .._native import native
 from .._registry import Op
-from ._cache import check_cache, check_tensor
+from ._cache import check_cache
 from ._rope import check_tables, rotate, rows_of_table
 
 

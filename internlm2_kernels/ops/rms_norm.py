@@ -4,7 +4,16 @@ import torch
 
 from .._autocast import promoted, weight_under_autocast
 from .._autograd import distinct, once_differentiable
-from .._checks import as_rows, check_choice, check_device, check_float, check_same, check_shape, fail
+from .._checks import (
+    as_rows,
+    check_choice,
+    check_device,
+    check_float,
+    check_same,
+    check_shape,
+    check_tensor,
+    fail,
+)
 from .._registry import Op
 
 
@@ -98,8 +107,7 @@ def rms_norm(x, weight, eps=1e-5, residual=None, *, rounding="once", backend=Non
     if residual is not None:
         x, residual = promoted(x, residual)
     check_float("rms_norm", "x", x)
-    if not isinstance(weight, torch.Tensor):
-        fail(TypeError, "rms_norm", "weight", "a tensor", type(weight).__name__)
+    check_tensor("rms_norm", "weight", weight)
     cols = x.shape[-1:]
     if not cols or cols[0] == 0:
         fail(ValueError, "rms_norm", "x", "a last dimension of at least 1", list(x.shape))
@@ -114,9 +122,8 @@ def rms_norm(x, weight, eps=1e-5, residual=None, *, rounding="once", backend=Non
     if residual is not None:
         check_same("rms_norm", "residual", residual, x, "x")
         check_shape("rms_norm", "residual", residual, x.shape, "the shape of x")
+    check_choice("rms_norm", "rounding", rounding, ("once", "hf"))
     hf = rounding == "hf"
-    if not hf:
-        check_choice("rms_norm", "rounding", rounding, ("once", "hf"))
     chosen = RMS_NORM.select(x, backend)
     if chosen == "reference":
         return reference(x, weight, eps, residual, rounding=rounding)

@@ -2,7 +2,7 @@
 
 import torch
 
-from .._checks import check_choice, fail
+from .._checks import check_choice, check_number, check_tensor, fail
 from .._registry import Op
 from ._rope_scaling import check_scaling, inverse_frequencies
 
@@ -29,6 +29,8 @@ def _fake_fwd(positions, inv_freq, divisor, magnitude, float32_angles):
     shape = (positions.shape[0], inv_freq.shape[0])
     return (positions.new_empty(shape, dtype=torch.float32), positions.new_empty(shape, dtype=torch.float32))
 
+
+MAX_HEAD_DIM = 2**16  # far beyond any head; a typing error must not ask for all memory
 
 ROPE_TABLE = Op(
     name="rope_table",
@@ -60,18 +62,18 @@ def rope_table(length_or_positions, head_dim, *, base=1e6, scaling=None, angles=
               Source: arXiv:2104.09864 eq. 15
     """
     if isinstance(length_or_positions, torch.Tensor):
+        check_tensor("rope_table", "length_or_positions", length_or_positions)
         if length_or_positions.dtype not in (torch.int32, torch.int64):
             fail(TypeError, "rope_table", "length_or_positions", "int32 or int64 positions", length_or_positions.dtype)
         if length_or_positions.dim() != 1:
             fail(ValueError, "rope_table", "length_or_positions", "one dimension", list(length_or_positions.shape))
     elif isinstance(length_or_positions, bool) or not isinstance(length_or_positions, int | torch.SymInt):
         fail(TypeError, "rope_table", "length_or_positions", "an int or a tensor", type(length_or_positions).__name__)
-    elif length_or_positions < 0:
-        fail(ValueError, "rope_table", "length_or_positions", "a length >= 0", length_or_positions)
-    if not isinstance(head_dim, int) or head_dim < 2 or head_dim % 2:
-        fail(ValueError, "rope_table", "head_dim", "an even int >= 2", head_dim)
-    if isinstance(base, bool) or not isinstance(base, int | float) or not 0 < base < float("inf"):
-        fail(ValueError, "rope_table", "base", "a positive number", repr(base))
+    elif not 0 <= length_or_positions < 2**31:
+        fail(ValueError, "rope_table", "length_or_positions", "a length from 0 to 2^31 - 1", length_or_positions)
+    if not isinstance(head_dim, int) or not 2 <= head_dim <= MAX_HEAD_DIM or head_dim % 2:
+        fail(ValueError, "rope_table", "head_dim", f"an even int from 2 to {MAX_HEAD_DIM}", head_dim)
+    base = check_number("rope_table", "base", base, "a positive number", lambda v: 1e-30 <= v <= 1e30)
     check_choice("rope_table", "angles", angles, ("float64", "float32"))
     check_scaling(head_dim, scaling)
     positions, inv_freq, divisor, magnitude = _resolve(length_or_positions, head_dim, base, scaling, angles, device)

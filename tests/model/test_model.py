@@ -208,13 +208,48 @@ def test_attention_is_written_for_any_group_size(generator):
                 torch.testing.assert_close(got[t, head], p @ v[start : t + 1, head // 6])
 
 
-PACKINGS = ([7, 1, 19, 12], [5, 9], [20, 4], [3, 3, 3, 3, 5, 3], [40, 2, 17, 2], [31, 31], [64, 1])
+@pytest.mark.parametrize("checkpoint_layers", [False, True], ids=["kept", "computed again"])
+@pytest.mark.parametrize("operators", [None, internlm2.plain], ids=["kernels", "plain"])
+def test_a_float32_model_trains_under_autocast(operators, checkpoint_layers, generator):
+    """The residual stream and the losses stay float32; products and attention run in bfloat16; gradients are float32."""
+    model = InternLM2(TINY, operators=operators, checkpoint_layers=checkpoint_layers)
+    tokens, cu_seqlens = packed(LENGTHS, generator)
+    gold, gold_grads = gradients(model, tokens, tokens, cu_seqlens)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.hidden_states(tokens, cu_seqlens).dtype == torch.float32
+        assert model(tokens, cu_seqlens).dtype == torch.bfloat16
+        loss, grads = gradients(model, tokens, tokens, cu_seqlens)
+    assert loss.dtype == torch.float32 and loss != gold and abs(loss - gold) < 1e-3 * gold
+    for name, gradient in grads.items():
+        assert gradient.dtype == torch.float32
+        assert 0 < (gradient - gold_grads[name]).norm() < 0.02 * gold_grads[name].norm(), name
+
+
+def test_log_probabilities_and_rewards_are_float32_under_autocast(generator):
+    model, reward_model = InternLM2(TINY), RewardModel(TINY)
+    tokens, cu_seqlens = packed([7, 12], generator)
+
+    def numbers():
+        return (model.logprobs(tokens, tokens.flip(0), cu_seqlens), reward_model.values(tokens, cu_seqlens),
+                reward_model.rewards(tokens, cu_seqlens), *reward_model.loss(tokens, cu_seqlens))  # fmt: skip
+
+    gold = numbers()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = numbers()
+    for a, b in zip(got, gold, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0.01, atol=0.01)
+    got[-2].backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in reward_model.parameters())
+
+
+PACKINGS = ([7, 1, 19, 12], [5, 9], [20, 4], [3, 3, 3, 3, 5, 3], [40, 2, 17, 2], [31, 31])
 
 
 @pytest.mark.parametrize(("kind", "backend"), [
     ("loss", "aot_eager"),
-    ("logprobs", "aot_eager"),
-    ("reward", "aot_eager"),
+    pytest.param("logprobs", "aot_eager", marks=pytest.mark.slow),
+    pytest.param("reward", "aot_eager", marks=pytest.mark.slow),
     pytest.param("loss", "inductor", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_one_graph_serves_all_packings(kind, backend, generator):
@@ -225,7 +260,7 @@ def test_one_graph_serves_all_packings(kind, backend, generator):
     def step(tokens, labels, cu_seqlens):
         if kind == "reward":
             return model.loss(tokens, cu_seqlens)[0]
-        return model.loss(tokens, labels, cu_seqlens) if kind == "loss" else model.logprobs(tokens, labels, cu_seqlens).sum()
+        return (model.loss if kind == "loss" else model.logprobs)(tokens, labels, cu_seqlens)
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -237,7 +272,7 @@ def test_one_graph_serves_all_packings(kind, backend, generator):
         for run in (step, compiled):
             model.zero_grad()
             value = run(tokens, labels, cu_seqlens)
-            value.backward()
+            value.sum().backward()
             results.append([value.detach(), *(p.grad.clone() for p in model.parameters())])
         tolerance = dict(rtol=0, atol=0) if backend == "aot_eager" else dict(rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(*results, **tolerance)

@@ -118,7 +118,7 @@ def test_bad_arguments_are_named(tokenizer):
 
 def test_files_that_are_no_fit_are_refused(tmp_path, trained):
     (tmp_path / "bad.model").write_bytes(b"not a model")
-    with pytest.raises(ValueError, match="bad.model is not a SentencePiece model"):
+    with pytest.raises(ValueError, match=r"sentencepiece \S+ cannot load .*bad.model: .*it is not a SentencePiece model"):
         Tokenizer(tmp_path / "bad.model")
     with pytest.raises(FileNotFoundError):
         Tokenizer(tmp_path / "none.model")
@@ -132,6 +132,20 @@ def test_files_that_are_no_fit_are_refused(tmp_path, trained):
         sentencepiece.SentencePieceTrainer.train(**common, model_writer=file, byte_fallback=True)
     with pytest.raises(ValueError, match="spaces.model must give text back exactly"):
         Tokenizer(tmp_path / "spaces.model")
+
+
+def test_a_library_that_refuses_the_model_is_named(tmp_path, monkeypatch):
+    """What sentencepiece 0.2.2 says of the released model: the fault is that version's, not the file's."""
+
+    def refuse(model_proto):
+        raise RuntimeError("INTERNAL: piece must not include null character.")
+
+    (tmp_path / "sound.model").write_bytes(b"")
+    monkeypatch.setattr(sentencepiece, "SentencePieceProcessor", refuse)
+    monkeypatch.setattr(sentencepiece, "__version__", "0.2.2")
+    with pytest.raises(ValueError, match="sentencepiece 0.2.2 cannot load .*null character.*install 0.2.3 or 0.2.1") as caught:
+        Tokenizer(tmp_path / "sound.model")
+    assert "not a SentencePiece model" not in str(caught.value)
 
 
 def test_user_defined_markers_are_reserved_and_user_defined_text_is_not(tmp_path):

@@ -25,7 +25,7 @@ def packed(lengths, key_lengths, heads, kv_heads, head_dim, **options):
 
 
 def on_every_set(op, sample, generator, label):
-    """The ladder of each build for an instruction set; gold, which takes the time, is computed once."""
+    """The ladder for each instruction set; the expensive float64 gold is computed once."""
     if not SETS:
         pytest.skip("no cpp backend on this system")
     upstream = draw_upstream(op, sample, 1.0, generator)
@@ -36,10 +36,10 @@ def on_every_set(op, sample, generator, label):
         assert_ladder(op, [Draw(sample, got, upstream, by)], f"{label} {isa}")
 
 
-# The backward in C++ walks blocks of 144 queries and 192 keys: three and more of each, none of them whole at the end.
+# The backward in C++ walks blocks of 144 queries and 192 keys. The cases have three or more of each, and the last is not full.
 CASES = (
     dense(300, 450, 2, 1, 64, causal=True),
-    dense(450, 300, 1, 1, 64, causal=True),  # 150 rows, a block of them, have no key
+    dense(450, 300, 1, 1, 64, causal=True),  # the first 150 rows, more than a block, are fully masked
     dense(300, 450, 6, 1, 64),
     dense(450, 300, 1, 1, 128, return_lse=True),
     dense(500, 500, 1, 1, 128, causal=True, window=(200, 0)),
@@ -60,7 +60,7 @@ def test_blocks_in_cpp(case, dtype, generator):
     on_every_set(FLASH, FLASH.workload.sample(case, dtype, CPU, generator), generator, case)
 
 
-# Triton's have 64 to 128 of each.
+# Triton's blocks have 64 to 128 queries and keys.
 TRITON = (dense(140, 200, 2, 1, 32, window=(90, 20), softcap=5.0),
           packed((1, 135), (140, 150), 2, 1, 32, causal=True, return_lse=True))
 
@@ -76,9 +76,8 @@ def test_blocks_in_triton(case, dtype, generator):
 
 # ------------------------------------------------------------------------------------------------ almost equal weights
 def with_small_scores(sample):
-    """Scores around 0: sums of weights round the same way at every key, and float32 must not drift with their number.
-
-    Several draws count as one: of a single one plain PyTorch's largest error is now and then half of what it usually is.
+    """Scores close to 0: every key's weight rounds in the same direction, and float32 sums must not drift with the number of
+    keys. The batch pools several draws, because the largest error of a single one varies by a factor of two.
     """
     return replaced(sample, **{name: value * 1e-3 for name, value in sample.inputs.items() if name in ("q", "k", "k_cache")})
 
@@ -98,7 +97,7 @@ def test_weights_that_are_almost_equal_over_a_cache(new, draws, generator):
 
 
 def test_no_more_states_than_the_threads_need(as_it_comes, generator):
-    """15 units for two threads, each of 16 splits along the keys: were every split's state kept, 30 MiB of them would be."""
+    """15 tiles for two threads, each with 16 splits along the keys: keeping the state of every split would take 30 MiB."""
     if "cpp" not in FLASH.usable["cpu"]:
         pytest.skip("no cpp backend on this system")
     draw = lambda tokens: torch.randn(1, tokens, 1, 128, generator=generator).bfloat16()

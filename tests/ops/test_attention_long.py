@@ -26,15 +26,14 @@ def isa(request):
 
 
 def drawn(length, generator, count=64):
-    """`count` positions drawn uniformly, in order, the last one included."""
+    """`count` positions in increasing order, drawn uniformly; the last position is always among them."""
     return torch.cat((torch.randint(length - 1, (count - 1,), generator=generator).sort().values, torch.tensor([length - 1])))
 
 
 def assert_rows(positions, length, tensors):
-    """The ladder (no tolerance but its own) on the rows at `positions`: all, each quarter of the sequence, the last one.
-
-    `tensors`: {name: (got, the peer's, float64)}, a row a position. Rows late in a causal sequence are smaller by orders of
-    magnitude, which the scale of all would hide.
+    """The error ladder on the rows at `positions`: all of them, each quarter of the sequence, and the last row. `tensors` is
+    {name: (got, SDPA's, float64)} with one row for each position. Rows late in a causal sequence are smaller by orders of
+    magnitude, which the scale of all rows would hide.
     """
     quarters = positions * 4 // length
     parts = {"": quarters >= 0, "last": positions == length - 1, **{f"{i + 1}/4": quarters == i for i in range(4)}}
@@ -47,7 +46,8 @@ def assert_rows(positions, length, tensors):
 # --------------------------------------------------------------------------------------------------- 200,000 tokens
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_two_hundred_thousand_tokens(dtype, generator):
-    """Under 1 GiB of extra memory; 64 rows, all heads, on the ladder beside SDPA in the same dtype on the same rows."""
+    """Under 1 GiB of extra memory; 64 rows of all heads keep the ladder, compared with SDPA in the same dtype on the same rows.
+    """
     length = 200_000
     q, k, v = (torch.randn(1, length, heads, 64, generator=generator).to(dtype) for heads in (2, 1, 1))
     out, extra = peak_extra(lambda: flash_attention(q, k, v, causal=True, backend="cpp"))
@@ -67,7 +67,7 @@ def row_of_reference(q, k, v):
 # -------------------------------------------------------------------------------------- 65,536 tokens, with gradients
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_at_64k_tokens(dtype, generator):
-    """Under 1 GiB of extra memory; 64 rows of out, dQ, dK and dV on the ladder beside SDPA on expanded keys."""
+    """Under 1 GiB of extra memory; 64 rows of out, dQ, dK and dV keep the ladder, compared with SDPA on expanded keys."""
     length = 65_536
     q, k, v, dout = (torch.randn(1, length, heads, 64, generator=generator).to(dtype) for heads in (2, 1, 1, 2))
     sample, upstream = Sample({"q": q, "k": k, "v": v, "causal": True}, ("q", "k", "v")), {"out": dout}
@@ -83,7 +83,8 @@ def test_gradients_at_64k_tokens(dtype, generator):
 
 
 def gradients_of_reference(q, k, v, dout, positions, block=512):
-    """out, dq, dk, dv in float64 at the given tokens; q, dout [T, H, d], k, v [T, 1, d]; a block of queries at a time."""
+    """out, dq, dk, dv in float64 at the given tokens, computed a block of queries at a time. q, dout [T, H, d], k, v [T, 1, d].
+    """
     length, heads, dim = q.shape
     k, v, scale = k[:, 0], v[:, 0], dim**-0.5
     out, dq = torch.zeros(2, len(positions), heads, dim, dtype=torch.float64)
@@ -127,7 +128,7 @@ LENGTHS = {1: (32_768,), 8: (8192, 5000, 32_768, 64, 4096, 12_289, 700, 20_000)}
 @pytest.mark.parametrize("batch", LENGTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decoding_has_the_bits_of_prefill_at_32k(dtype, batch, isa, generator):
-    """1, 7 and 64 new tokens a sequence against the cache, at its end and at two other places, and one packed prefill."""
+    """1, 7 and 64 new tokens for each sequence, at the end of its cache and at two other places, against one packed prefill."""
     lengths = LENGTHS[batch]
     q, k, v = (torch.randn(sum(lengths), heads, 64, generator=generator).to(dtype) for heads in (4, 2, 2))
     starts = ends(lengths)[:-1].long()

@@ -14,14 +14,14 @@ ISAS = ("avx2", "avx512", "avx512_bf16", "amx")
 
 
 def builds(op):
-    """The compiled builds of `op` that this processor runs."""
+    """The builds of `op` for instruction sets that this processor has."""
     best = ISAS.index(ik._registry._C.best_cpu_isa())
     return [isa for isa in OPS[op].isas if ISAS.index(isa) <= best]
 
 
 # ------------------------------------------------------------------------------------------------- formulas by hand
 def by_hand(row, label, smoothing, z_loss, softcap):
-    """Loss and gradient of one row of logits, number by number."""
+    """Loss and gradient of one row of logits in plain Python."""
     capped = [softcap * math.tanh(x / softcap) if softcap else x for x in row]
     top = max(capped)
     lse = top + math.log(sum(math.exp(x - top) for x in capped))
@@ -60,7 +60,7 @@ def test_loss_and_gradient_by_hand(backend, options, generator):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype,tolerance", ((torch.float32, 1e-4), (torch.bfloat16, 2**-8)), ids=("float32", "bfloat16"))
 def test_a_certain_label_keeps_its_gradient(backend, dtype, tolerance):
-    """p = 0.96: in bfloat16 too the label's entry is -(1 - p) rounded once, not 1 less a rounded p."""
+    """A label of probability 0.96: in bfloat16 its gradient is -(1 - p) rounded once, not 1 minus a rounded p."""
     logits = torch.zeros(3, 129, dtype=dtype)
     logits[:, 5] = 8.0
     logits.requires_grad_()
@@ -73,7 +73,7 @@ def test_a_certain_label_keeps_its_gradient(backend, dtype, tolerance):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ("none", "mean", "sum"))
 def test_the_z_loss_apart(backend, reduction, generator):
-    """The weighted term z lse^2 that the loss contains, reduced as the loss is, without a gradient of its own."""
+    """return_z_loss gives the weighted term z lse^2 that the loss contains, reduced like the loss and without a gradient."""
     dtype, tolerance = (torch.float32, 3e-6) if backend == "triton" else (torch.float64, 1e-13)
     logits, labels = draw(generator, 6, 70, scale=3.0, dtype=dtype).requires_grad_(), torch.tensor([3, -100, 0, 69, 5, 8])
     weights = torch.tensor([1.0, 7.0, 0.5, 0.0, 2.0, 1.0], dtype=dtype)
@@ -102,7 +102,7 @@ def test_the_z_loss_apart(backend, reduction, generator):
 @pytest.mark.parametrize("dtype,shift", ((torch.float32, 2.0**20), (torch.float64, 2.0**49)), ids=("float32", "float64"))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_shift_of_all_logits_changes_no_gradient(backend, dtype, shift, generator):
-    """Multiples of 1/8 that a shift leaves exact, though their lse is then rounded to 1/8 too."""
+    """Logits are multiples of 1/8, which the shift keeps exact although lse is then rounded to 1/8 too."""
     if backend == "triton" and dtype == torch.float64:
         pytest.skip("takes no float64")
     logits = (draw(generator, 6, 70, scale=24.0, dtype=dtype).round() / 8).requires_grad_()
@@ -118,7 +118,9 @@ def test_a_shift_of_all_logits_changes_no_gradient(backend, dtype, shift, genera
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", (math.nan, math.inf))
 def test_an_ignored_row_takes_no_upstream(backend, bad, generator):
-    """Not even NaN or infinity, which 0 times it would not stop; and its neighbours keep theirs. Nor does one of weight 0."""
+    """Not even a NaN or infinite upstream reaches an ignored row, although 0 times it is NaN; the other rows keep their
+    gradients. The same holds for a token of weight 0.
+    """
     hidden, weight, labels = head(generator)
     logits = draw(generator, 7, 40).requires_grad_()
     labels, upstream = labels % 40, torch.ones(7)
@@ -146,7 +148,7 @@ def test_an_ignored_row_takes_no_upstream(backend, bad, generator):
 def test_masked_vocabulary_and_large_logits(backend, generator):
     logits = draw(generator, 3, 70, scale=1e4)
     logits[:, 20:50] = -math.inf
-    logits[2] = 0.0  # and a row where all are alike
+    logits[2] = 0.0  # a row of equal logits
     logits.requires_grad_()
     loss = ik.cross_entropy(logits, torch.tensor([3, 60, 0]), reduction="none", backend=backend)
     torch.testing.assert_close(loss, F.cross_entropy(logits, torch.tensor([3, 60, 0]), reduction="none"), rtol=1e-6, atol=1e-3)
@@ -174,7 +176,7 @@ def test_all_labels_ignored(backend, reduction, dtype, generator):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ("mean", "sum"))
 def test_token_weights_whose_sum_is_0(backend, reduction, generator):
-    """The mean divides by 1 then, in loss and gradients."""
+    """The mean then divides by 1, in the loss and in the gradients."""
     hidden, weight, labels = head(generator, tokens=5)
     labels[4] = -100
     losses = ik.linear_cross_entropy(hidden, weight, labels, reduction="none", backend="reference")
@@ -218,7 +220,7 @@ def test_logprobs_and_entropy(backend, generator):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("op", ("cross_entropy", "linear_cross_entropy", "linear_logprobs"))
 def test_a_token_has_its_bits_in_any_batch(op, dtype, generator):
-    """T = 1, 2, 3, 17, 4096; first and last place."""
+    """At the first and the last place of 1, 2, 3, 17 and 4096 tokens."""
     cols, vocab = 40, 261
     hidden, weight = draw(generator, 4096, cols, dtype=dtype), draw(generator, vocab, cols, scale=0.3, dtype=dtype)
     logits = draw(generator, 4096 if op == "cross_entropy" else 1, vocab, scale=3.0, dtype=dtype)
@@ -242,7 +244,8 @@ def test_a_token_has_its_bits_in_any_batch(op, dtype, generator):
 
 @pytest.mark.parametrize("backend", NATIVE)
 def test_rows_of_words_that_are_no_label(backend, generator):
-    """In bfloat16 their gradients are small beside a label's: each row of dweight is right by its own size."""
+    """In bfloat16 their gradients are small compared with those of labels: each row of dweight is accurate relative to itself.
+    """
     hidden, weight, labels = head(generator, tokens=48, cols=64, vocab=300, dtype=torch.bfloat16)
     labels %= 20
     for reduction in ("mean", "none"):

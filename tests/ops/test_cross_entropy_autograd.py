@@ -50,7 +50,7 @@ def test_one_registered_call_each_way(backend, generator):
                 loss = call(**options)
                 loss.backward(upstream.expand(loss.shape))
             assert [name for name, _ in raw_calls(recorder)] == [f"{op}_{name}" for name in names], options
-        with torch.no_grad(), Recorder() as recorder:  # without gradients: the loss alone
+        with torch.no_grad(), Recorder() as recorder:  # without gradients the forward returns only the loss
             call()
         assert [name for name, _ in raw_calls(recorder)] == [f"{op}_fwd"]
     with Recorder() as recorder:  # on CPU an upstream of 1 leaves the gradient as it is
@@ -63,7 +63,7 @@ def test_one_registered_call_each_way(backend, generator):
 
 
 def test_an_upstream_of_1_copies_no_gradient(generator):
-    """On CPU, where the upstream can be looked at: float32 gradients are handed out as they are."""
+    """On CPU the upstream can be read: when it is 1, float32 gradients are returned without a copy."""
     hidden, weight, labels = head(generator)
     with Recorder() as recorder:
         ik.linear_cross_entropy(hidden, weight, labels, backend="cpp").backward()
@@ -71,14 +71,14 @@ def test_an_upstream_of_1_copies_no_gradient(generator):
     got = {"hidden": hidden.grad, "weight": weight.grad}
     hidden.grad = weight.grad = None
     loss = ik.linear_cross_entropy(hidden, weight, labels, backend="cpp")
-    loss.backward(torch.ones(()), retain_graph=True)  # nothing leaves that a second walk needs
+    loss.backward(torch.ones(()), retain_graph=True)  # saved buffers stay for a second backward
     assert_bitwise({"hidden": hidden.grad, "weight": weight.grad}, got)
 
 
 @pytest.mark.parametrize("upstream", (1.0, 1 / 3))
 @pytest.mark.parametrize("backend", NATIVE)
 def test_16_bit_gradients_are_rounded_once(backend, upstream, generator):
-    """Under a loss scale too: the float32 gradients times the upstream, and then one rounding."""
+    """Under a loss scale too: the float32 gradients are multiplied with the upstream and then rounded once."""
     hidden, weight, labels = head(generator)
     hidden, weight = (t.detach().to(torch.bfloat16).requires_grad_() for t in (hidden, weight))
     with Recorder() as recorder:
@@ -92,7 +92,7 @@ def test_16_bit_gradients_are_rounded_once(backend, upstream, generator):
 @pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("upstream", (1.0, 0.5))
 def test_results_of_a_kept_graph_may_be_written(backend, upstream, generator):
-    """By a hook, or by who asked for them: another backward through the same graph gives the same."""
+    """A hook or the caller may change the gradients in place: another backward through the same graph gives the same result."""
     hidden, weight, labels = head(generator)
     logits = draw(generator, 7, 40).requires_grad_()
     for leaves, loss in (((logits,), ik.cross_entropy(logits, labels % 40, backend=backend)),
@@ -112,7 +112,7 @@ def test_results_of_a_kept_graph_may_be_written(backend, upstream, generator):
 
 @pytest.mark.parametrize("backend", NATIVE)
 def test_a_graph_can_be_walked_again(backend, generator):
-    """What was saved is not what was handed out: gradients that are changed in place change no later backward."""
+    """Saved buffers are not the returned ones: gradients changed in place change no later backward."""
     hidden, weight, labels = head(generator)
     logits = draw(generator, 7, 40).requires_grad_()
     loss = (ik.cross_entropy(logits, labels % 40, backend=backend)
@@ -123,7 +123,7 @@ def test_a_graph_can_be_walked_again(backend, generator):
     want = {name: leaf.grad.clone() for name, leaf in leaves.items()}
     for again in (True, False):
         for leaf in leaves.values():
-            leaf.grad.mul_(0)  # what a careless clipping may do
+            leaf.grad.mul_(0)  # an in-place clipping by the caller
         loss.backward(retain_graph=again)
         assert_bitwise({name: leaf.grad for name, leaf in leaves.items()}, want)
     with pytest.raises(RuntimeError, match="second time"):
@@ -131,7 +131,7 @@ def test_a_graph_can_be_walked_again(backend, generator):
 
 
 def test_sizes_without_numbers(generator):
-    """Under a fake mode, as memory estimates run a model: shapes of losses and gradients, nothing is looked at."""
+    """Under a fake tensor mode, as in memory estimates: shapes of losses and gradients without reading any value."""
     from torch._subclasses import FakeTensorMode
 
     hidden, weight, labels = (t.detach() for t in head(generator))
@@ -153,7 +153,7 @@ def test_upstream_scales(backend, generator):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_head_may_be_the_embedding(backend, generator):
-    """One weight used twice: its gradients add."""
+    """Gradients of a weight that is used twice add up."""
     _, weight, tokens = head(generator)
     ik.linear_cross_entropy(F.embedding(tokens, weight), weight, tokens.roll(-1), backend=backend).backward()
     got, weight.grad = weight.grad, None
@@ -163,7 +163,7 @@ def test_the_head_may_be_the_embedding(backend, generator):
 
 @pytest.mark.parametrize("backend", NATIVE)
 def test_float16_gradients_of_a_mean_do_not_underflow(backend, generator):
-    """A loss scale reaches dhidden before it is rounded to float16."""
+    """The loss scale is applied to dhidden before it is rounded to float16."""
     hidden, weight, labels = head(generator, tokens=64, dtype=torch.float16)
     loss = 2.0**13 * ik.linear_cross_entropy(1e-3 * hidden, 1e-2 * weight, labels, backend=backend)
     (got,) = torch.autograd.grad(loss, hidden)

@@ -1,4 +1,4 @@
-"""Wrong inputs: each gets the error that names operator, argument, what is expected and what came, on every backend."""
+"""Wrong inputs: each raises an error that names operator, argument, what is expected and what was given, on every backend."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ X, W = torch.randn(4, 8), torch.ones(8)
 NAN = float("nan")
 Q, K = torch.randn(6, 4, 8), torch.randn(6, 2, 8)
 COS, SIN = ik.rope_table(6, 8)
+COS32, _ = ik.rope_table(6, 32)
 QKV = torch.randn(6, 64)
 POSITIONS = torch.arange(6)
 HEADS = {"num_heads": 4, "num_kv_heads": 2}
@@ -36,7 +37,7 @@ def packed(cu_q, cu_k=None, **options):
 
 
 def decode(**changes):
-    """One token of each of two sequences, 3 and 5 keys long, in blocks of 2."""
+    """One new token for each of two sequences with 3 and 5 keys, in blocks of 2."""
     arguments = {"q": PQ[:2], "k_cache": torch.randn(6, 2, 2, 32), "v_cache": torch.randn(6, 2, 2, 32),
                  "block_table": torch.tensor([[0, 1, -9], [5, 4, 3]], dtype=torch.int32), "seq_lens": int32(3, 5), **changes}
     return lambda: ik.paged_attention(**arguments)
@@ -77,8 +78,8 @@ CASES = [
     (lambda: ik.swiglu(X[:, :7]), ValueError, "swiglu: gate: expected an even last dimension (packed gate and up), got 7"),
     (lambda: ik.swiglu(torch.tensor(1.0)), ValueError, "swiglu: gate: expected at least one dimension, got []"),
     (lambda: ik.swiglu(X, 3), TypeError, "swiglu: up: expected a tensor, got int"),
-    (lambda: ik.rope_table(8, 7), ValueError, "rope_table: head_dim: expected an even int >= 2, got 7"),
-    (lambda: ik.rope_table(-1, 8), ValueError, "rope_table: length_or_positions: expected a length >= 0, got -1"),
+    (lambda: ik.rope_table(8, 7), ValueError, "rope_table: head_dim: expected an even int from 2 to 65536, got 7"),
+    (lambda: ik.rope_table(-1, 8), ValueError, "rope_table: length_or_positions: expected a length from 0 to 2^31 - 1, got -1"),
     (lambda: ik.rope_table(8.5, 8), TypeError, "rope_table: length_or_positions: expected an int or a tensor, got float"),
     (lambda: ik.rope_table(X, 8), TypeError,
      "rope_table: length_or_positions: expected int32 or int64 positions, got torch.float32"),
@@ -153,7 +154,7 @@ CASES = [
      "rope_table: scaling['beta_fast']: expected a positive number, got 'a'"),
     (lambda: ik.rope_table(8, 8, scaling={"type": "llama3", "factor": 2.0, "original_max_position_embeddings": 8,
                                           "low_freq_factor": 4, "high_freq_factor": 4}), ValueError,
-     "rope_table: scaling['high_freq_factor']: expected more than low_freq_factor, 4, got 4"),
+     "rope_table: scaling['high_freq_factor']: expected more than low_freq_factor, 4.0, got 4.0"),
     (qkv(QKV.clone().requires_grad_(), COS, SIN, cache=cache()), ValueError,
      "qkv_rope: cache: expected None where gradients are recorded (the write is not differentiable), got a cache"),
     (flash([1.0]), TypeError, "flash_attention: q: expected a tensor, got list"),
@@ -274,6 +275,28 @@ CASES = [
     (decode(q=PQ[:2].clone().requires_grad_()), ValueError,
      "paged_attention: q, k_cache, v_cache: expected tensors that require no gradient (there is no backward), got "
      "requires_grad=True"),
+    # Layouts that have no strides, arrays and tensors in place of options, sizes for which there is no memory.
+    (lambda: ik.rms_norm(X, W.to_sparse()), TypeError,
+     "rms_norm: weight: expected a dense (strided) tensor, got torch.sparse_coo"),
+    (lambda: ik.rms_norm(X, W, residual=torch.nested.nested_tensor([W, W[:3]])), TypeError,
+     "rms_norm: residual: expected a dense (strided) tensor, got a nested one"),
+    (lambda: ik.rms_norm(X.to_mkldnn(), W), TypeError, "rms_norm: x: expected a dense (strided) tensor, got torch._mkldnn"),
+    (lambda: ik.rms_norm(X, W, rounding=torch.ones(2)), ValueError,
+     "rms_norm: rounding: expected 'once' or 'hf', got tensor([1., 1.])"),
+    (lambda: ik.apply_rope(PQ, PK, COS32.to_sparse(), COS32), TypeError,
+     "apply_rope: cos: expected a dense (strided) tensor, got torch.sparse_coo"),
+    (lambda: ik.apply_rope(PQ, PK, COS32, COS32, interleaved=torch.ones(2)), ValueError,
+     "apply_rope: interleaved: expected False or True, got tensor([1., 1.])"),
+    (flash(return_lse=torch.ones(2)), TypeError, "flash_attention: return_lse: expected True or False, got tensor([1., 1.])"),
+    (lambda: ik.rope_table(17, 10**30), ValueError,
+     f"rope_table: head_dim: expected an even int from 2 to 65536, got {10**30}"),
+    (lambda: ik.rope_table(10**30, 8), ValueError,
+     f"rope_table: length_or_positions: expected a length from 0 to 2^31 - 1, got {10**30}"),
+    (lambda: ik.nn.RotaryEmbedding(2**31, 16), ValueError,
+     "rope_table: head_dim: expected an even int from 2 to 65536, got 2147483648"),
+    (lambda: ik.rope_table(8, 8, base=1e-320), ValueError, "rope_table: base: expected a positive number, got 1e-320"),
+    (lambda: ik.rope_table(torch.arange(3).to_sparse(), 8), TypeError,
+     "rope_table: length_or_positions: expected a dense (strided) tensor, got torch.sparse_coo"),
 ]
 
 
@@ -287,7 +310,7 @@ def test_wrong_input(call, kind, message, backend):
 
 @pytest.mark.parametrize("backend", ("reference", "cpp"))
 def test_nothing_is_written_on_an_error(backend):
-    """A bad position or slot is found before the cache is touched."""
+    """A bad position or slot raises an error before the cache is written."""
     for bad in ({"positions": torch.tensor([0, 1, 2, 3, 4, 6])}, {"slots": torch.tensor([0, 1, 2, 3, 4, 8])}):
         target = cache(slots=bad.get("slots", torch.arange(6)))
         with pytest.raises(ValueError):

@@ -1,4 +1,5 @@
-"""What is special to flash_attention: FlashAttention's conventions case by case, packed sequences, views, gradients' errors."""
+"""What is special to flash_attention: FlashAttention's conventions case by case, packed sequences, views, errors of gradients.
+"""
 
 import functools
 import math
@@ -39,7 +40,7 @@ def ends(*lengths):
 
 
 def seen_keys(queries, keys, backend, **options):
-    """Which keys each query sees: values are unit vectors and scores are equal, so the output shows the probabilities."""
+    """Which keys each query attends to. Values are unit vectors and scores are equal, so the output shows the probabilities."""
     q, k = torch.zeros(1, queries, 1, 32), torch.zeros(1, keys, 1, 32)
     v = torch.eye(32)[:keys].reshape(1, keys, 1, 32)
     return [[int(p > 0) for p in row[:keys]] for row in flash_attention(q, k, v, backend=backend, **options)[0, :, 0]]
@@ -67,7 +68,7 @@ def test_masks(queries, keys, options, mask, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_without_keys(dtype, backend):
-    """Output 0, lse -inf, gradients 0, and the other rows are those of the sequence without them."""
+    """Fully masked rows have output 0, lse -inf and gradients 0; the other rows are those of the sequence without them."""
     q, k, v = (randn(1, n, 2, 32, dtype=dtype, seed=n + i).requires_grad_() for i, n in enumerate((7, 3, 3)))
     out, lse = flash_attention(q, k, v, causal=True, return_lse=True, backend=backend)
     assert not out[:, :4].any() and (lse[..., :4] == -math.inf).all() and lse[..., 4:].isfinite().all()
@@ -78,7 +79,7 @@ def test_rows_without_keys(dtype, backend):
 
 
 def test_sequences_of_no_length(backend):
-    """Empty sequences in front, between and behind, of queries only, of keys only, of both."""
+    """Empty sequences at the front, in between and at the end: of queries only, of keys only, and of both."""
     queries, keys = (0, 3, 0, 2, 4, 0), (0, 5, 4, 0, 4, 0)
     q, k, v = randn(9, 4, 32), randn(13, 2, 32, seed=1), randn(13, 2, 32, seed=2)
     out, lse = flash_attention(q, k, v, cu_seqlens_q=ends(*queries), cu_seqlens_k=ends(*keys), return_lse=True,
@@ -94,7 +95,7 @@ def test_sequences_of_no_length(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_packed_is_batch_invariant(dtype, native):
-    """A sequence's bits are the same alone, dense, and packed at any place among others; its gradients too."""
+    """A sequence has the same bits alone, dense, and packed at any place among others; so have its gradients."""
     lengths = (37, 300, 1, 130)
     q, k, v, dout = (randn(sum(lengths), heads, 64, dtype=dtype, seed=heads + i) for i, heads in enumerate((4, 2, 2, 4)))
     q, k, v = (t.requires_grad_() for t in (q, k, v))
@@ -116,7 +117,8 @@ def test_packed_is_batch_invariant(dtype, native):
 @pytest.mark.parametrize("keys", (100, 4095, 4096, 4097, 9000))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_a_row_does_not_depend_on_how_many_there_are(dtype, keys, native):
-    """The last 1, 7 and 100 queries alone give the bits they have among all: tiles and splits leave no trace."""
+    """The last 1, 7 and 100 queries alone have the bits that they have among all: tiling and splits along the keys do not show.
+    """
     q, k, v = randn(1, keys, 4, 32, dtype=dtype), randn(1, keys, 2, 32, dtype=dtype, seed=1), randn(1, keys, 2, 32, dtype=dtype)
     q = q[:, -min(keys, 200):]
     whole, whole_lse = flash_attention(q, k, v, causal=True, return_lse=True, backend=native)
@@ -126,7 +128,7 @@ def test_a_row_does_not_depend_on_how_many_there_are(dtype, keys, native):
 
 
 def test_views_of_a_packed_projection_are_read_in_place(native):
-    """q, k, v as slices of one tensor [T, H + 2 G, d]: no copy is made, and the bits are those of copies."""
+    """q, k and v as slices of one tensor [T, H + 2 G, d] are not copied, and give the bits that copies give."""
     qkv, cu = randn(50, 6 + 2 * 2, 64), ends(20, 30)
     views = qkv.split((6, 2, 2), 1)
     with Recorder() as recorder:
@@ -138,7 +140,7 @@ def test_views_of_a_packed_projection_are_read_in_place(native):
 
 
 def test_after_qkv_rope(backend):
-    """The model's own chain, against the same chain on the reference in float64."""
+    """qkv_rope followed by attention, as in the model, compared with the reference in float64."""
     cos, sin = rope_table(40, 64)
     qkv = randn(40, 8 * 64)
     run = lambda x, chosen: flash_attention(
@@ -157,7 +159,7 @@ def gradients(function, tensors):
 
 @functools.cache
 def gradients_of_others(shape, seed):
-    """(bf16 q, k, v, dout, their float64 gradients, SDPA's gradients in each of its two forms)."""
+    """(q, k, v and dout in bfloat16, their float64 gradients, the gradients of SDPA in each of its two forms)."""
     heads, kv_heads, dim = shape
     data = [randn(1, 2048, h, dim, seed=4 * seed + i).bfloat16() for i, h in enumerate((heads, kv_heads, kv_heads, heads))]
     with instruction_set(NATIVE[-1][1]):
@@ -167,10 +169,9 @@ def gradients_of_others(shape, seed):
 
 @pytest.mark.parametrize("shape", EXACTNESS, ids=str)
 def test_bf16_gradients_are_more_exact_than_sdpas(shape, native):
-    """SDPA on CPU adds up dK and dV over blocks in bfloat16; ours are rounded once: at most 0.8 of its error.
-
-    The error of a gradient is the root mean square over all its elements in three draws of q, k, v and dout, taken for each
-    shape apart; SDPA's is that of its more exact form, `enable_gqa` or keys expanded beforehand.
+    """On CPU, SDPA adds up dK and dV over blocks in bfloat16; ours are rounded once, and have at most 0.8 of its error. The
+    error of a gradient is the root mean square over all elements in three draws of q, k, v and dout, for each shape separately.
+    SDPA's is that of its more accurate form: `enable_gqa`, or keys expanded beforehand.
     """
     errors = {name: torch.zeros(3, dtype=torch.float64) for name in "qkv"}  # ours, SDPA's two forms
     for seed in range(3):
@@ -184,7 +185,7 @@ def test_bf16_gradients_are_more_exact_than_sdpas(shape, native):
 
 
 def test_the_float64_kernel_is_exact(native):
-    """What the other tests take as gold: the cpp kernel in float64 against the plain reference."""
+    """The cpp kernel in float64, which other tests use as gold, against the plain reference."""
     q, k, v = (randn(2, 90, h, 40, seed=h).double() for h in (4, 2, 2))
     got, lse = flash_attention(q, k, v, window=(30, 4), softcap=3.0, return_lse=True, backend=native)
     for i in range(2):
@@ -210,12 +211,12 @@ def test_infinity_and_nan_stay_in_their_sequence(native):
     out = flash_attention(q, k, v, causal=True, cu_seqlens_q=cu, backend=native)
     clean = flash_attention(q, k.nan_to_num(0), v.nan_to_num(posinf=0), causal=True, cu_seqlens_q=cu, backend=native)
     touched = torch.zeros(60, 2, dtype=torch.bool)
-    touched[:20, 0], touched[20:40, 1] = True, True  # earlier rows of a tile too: 0 times infinity is not a number
+    touched[:20, 0], touched[20:40, 1] = True, True  # also rows before it in its tile: 0 times infinity is NaN
     assert torch.equal(out[~touched], clean[~touched]) and not out[25:40, 1].isfinite().any()
 
 
 def test_flash_attention_module(generator):
-    """Separate and packed-together inputs, dense and packed sequences, are the function's."""
+    """The module on separate and on packed inputs, dense and packed sequences, returns what the function returns."""
     qkv = torch.randn(2, 10, 3, 4, 32, generator=generator)
     module = nn.FlashAttention(causal=True, window=(5, 0))
     want = flash_attention(*qkv.unbind(2), causal=True, window=(5, 0))
@@ -231,7 +232,9 @@ def test_flash_attention_module(generator):
 
 
 def test_the_module_names_what_it_cannot_take():
-    """Options at construction, with the function's own words; inputs before anything is asked of them."""
+    """Wrong options raise the function's errors at construction, and wrong inputs raise theirs before their attributes are
+    used.
+    """
     q = randn(1, 4, 2, 32)
     for options in ({"causal": "yes"}, {"causal": 1}, {"window": "x"}, {"window": (-2, 0)}, {"window": (1.0, 0)},
                     {"scale": -1}, {"scale": math.nan}, {"softcap": -1.0}, {"softcap": 1e37}):

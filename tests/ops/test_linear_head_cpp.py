@@ -1,4 +1,4 @@
-"""The compiled loss heads work in chunks of tokens: the seams between them, their memory, labels refused before writing."""
+"""The compiled loss heads work in chunks of tokens: boundaries between chunks, memory, and labels checked before any write."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def head(generator, tokens, cols, vocab, dtype):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 def test_a_token_has_its_bits_across_chunks(dtype, generator):
-    """First and last of 1 to 4096 tokens: loss, lse and the gradient of hidden, which no other token enters."""
+    """The first and the last of 1 to 4096 tokens: loss, lse and the gradient of hidden, which depend on no other token."""
     hidden, weight, labels = head(generator, 4096, 18, 70, dtype)
 
     def both(chosen):
@@ -45,7 +45,7 @@ def test_a_token_has_its_bits_across_chunks(dtype, generator):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
 def test_gradients_across_chunks(dtype, generator):
-    """Several chunks, the last a short one, add up: three products of the one sweep and four of the two."""
+    """The gradients of several chunks add up, the last of them short: three products in one sweep, four in two."""
     tokens = 1300
     hidden, weight, labels = head(generator, tokens, 33, 450, dtype)
     wide = [t.double().requires_grad_() for t in (hidden, weight)]
@@ -64,13 +64,15 @@ def test_gradients_across_chunks(dtype, generator):
 
 
 def test_memory_does_not_grow_with_tokens(generator):
-    """Beyond the results: one chunk of scores. The logits of 4,224 tokens alone would take 277 MB in float32."""
+    """In addition to the results the call takes one chunk of scores; the logits of 4,224 tokens alone would take 277 MB in
+    float32.
+    """
     vocab, cols, growth = 16384, 32, {}
     for tokens in (1056, 4224):
         hidden, weight, labels = head(generator, tokens, cols, vocab, torch.bfloat16)
         call = lambda: ops("linear_cross_entropy_grad_fwd")(hidden, weight, labels, None, *OPTIONS, MEAN, False, True, True)  # noqa: B023
         deterministic = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(False)  # or fresh memory would be filled, also what the call never touches
+        torch.use_deterministic_algorithms(False)  # otherwise fresh memory is filled, including what the call never touches
         try:
             call()
             results, growth[tokens] = peak_extra(call)
@@ -84,7 +86,8 @@ def test_memory_does_not_grow_with_tokens(generator):
 def test_labels_are_refused_before_anything_is_written(bad, generator):
     logits, labels = torch.randn(6, 40, generator=generator), torch.tensor([1, 2, 3, 4, bad, 5])
     before, lse = logits.clone(), torch.zeros(6)
-    with pytest.raises(RuntimeError, match=f"ValueError: cross_entropy: labels: expected values from 0 to 39 or ignore_index, got {bad}"):
+    expected = f"ValueError: cross_entropy: labels: expected values from 0 to 39 or ignore_index, got {bad}"
+    with pytest.raises(RuntimeError, match=expected):
         ops("cross_entropy_bwd_")(torch.ones(()), logits, labels, lse, *OPTIONS, MEAN)
     assert_bitwise({"logits": logits}, {"logits": before})
     hidden, weight, _ = head(generator, 6, 8, 40, torch.float32)

@@ -1,4 +1,4 @@
-"""linear_logprobs: whether a token is the arg-max, and its bits in any batch and place on Triton."""
+"""linear_logprobs: whether a token is the arg-max, and the bits of a token at any place of any batch in Triton."""
 
 import pytest
 import torch
@@ -30,13 +30,13 @@ def head(device, generator):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_hits(backend, dtype, device, head):
-    """Over several blocks of the vocabulary, each token of it in turn is a hit for its rows and for no others."""
+    """Each token of a vocabulary of several blocks in turn is a hit for its own rows and for no others."""
     usable(backend, device)
     hidden, weight = head(40, 24, 1031, dtype)
     top = (hidden.double() @ weight.double().T).topk(2)
     best, second = top.indices.unbind(1)
     tokens = torch.where(torch.arange(40, device=device) % 3 == 0, second, best)
-    distinct = top.values[:, 0] - top.values[:, 1] > 1e-4  # of more exact logits: those nearer may round to a tie
+    distinct = top.values[:, 0] - top.values[:, 1] > 1e-4  # of float64 logits: closer ones may round to equal numbers
     assert distinct.sum() > 30
     weight.requires_grad_()
     logprobs, entropy, hits = ik.linear_logprobs(hidden, weight, tokens, temperature=0.7, return_entropy=True,
@@ -54,7 +54,7 @@ def test_hits(backend, dtype, device, head):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_first_of_equal_logits_is_the_hit(backend, device):
-    """In one vector of a block, in another block; a row of NaN hits nothing."""
+    """Equal logits in one vector of a block and in another block; a row of NaN hits nothing."""
     usable(backend, device)
     weight = torch.zeros(2100, 16, device=device)
     weight[[300, 301, 2050]] = 1.0
@@ -90,7 +90,8 @@ def test_hits_compiled(backend, entropy, device, head):
 @pytest.mark.parametrize("counts", ((2, 3, 17, 150), pytest.param((4096,), marks=pytest.mark.slow)), ids=str)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 def test_a_token_has_its_bits_in_any_batch(dtype, counts, device, generator, head):
-    """Triton: alone, and first and last of 150 and 4096 tokens, which are several tiles; dhidden's product is a library's."""
+    """In Triton: alone, and first and last of 150 and 4096 tokens, which are several tiles. dhidden's product is a library's.
+    """
     usable("triton", device)
     hidden, weight = head(4096, 18, 70, dtype)
     labels = torch.randint(70, (4096,), generator=generator, device=device)
@@ -112,8 +113,10 @@ def test_a_token_has_its_bits_in_any_batch(dtype, counts, device, generator, hea
 
 @pytest.mark.parametrize("backend", ("cpp", "triton"))
 def test_certain_tokens_keep_their_digits(backend, device, generator):
-    """float32 losses of 1e-6 to 1e-3 beside an lse of 20 to 70: a unit of that lse is as large as they are, so it must not
-    enter. Median errors of such rows, loss and gradient of hidden, are no larger than log_softmax's of the same logits."""
+    """float32 losses of 1e-6 to 1e-3 with an lse of 20 to 70: a unit in the last place of that lse is as large as the loss, so
+    it must not enter. The median errors of such rows, of loss and of the gradient of hidden, are at most those of log_softmax
+    on the same logits.
+    """
     usable(backend, device)
     draw = lambda *shape: torch.randn(*shape, generator=generator, device=device, dtype=torch.float64)
     weight, labels = draw(500, 64), torch.randint(500, (400,), generator=generator, device=device)

@@ -1,4 +1,4 @@
-"""What the shared checks do not cover of the C++ losses and optimizer: random bits, long runs, whole ranges, refusals."""
+"""What the shared checks do not cover of the C++ losses and optimizer: random bits, long runs, whole ranges, errors."""
 
 import math
 
@@ -22,7 +22,7 @@ def isa(request):
 
 # -------------------------------------------------------------------------------------------------------- random bits
 def philox(counter, key):
-    """Philox4x32-10 in numpy, from the paper: counter [4, n] and key of two words -> [4, n] words."""
+    """Philox4x32-10 in NumPy, written from the paper: counter [4, n] and a key of two words give words [4, n]."""
     c, k, mask = [np.asarray(word, np.uint64) for word in counter], list(key), np.uint64(0xFFFFFFFF)
     for _ in range(10):
         a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
@@ -32,7 +32,7 @@ def philox(counter, key):
 
 
 def rounded(x, seed, tensor, stream, step):
-    """float32 x stored as bfloat16 with the random bits of the contract, as uint16."""
+    """float32 x rounded to bfloat16 with the contract's random bits, as uint16."""
     e = np.arange((len(x) + 7) // 8, dtype=np.uint64)
     other = np.full_like(e, tensor * 4 + stream), np.full_like(e, step)
     words = philox((e & np.uint64(0xFFFFFFFF), e >> np.uint64(32), *other), (seed & 0xFFFFFFFF, seed >> 32))
@@ -69,7 +69,9 @@ def step(states, *, skipped=None, total_sq=None, grad_scale=None, found_inf=None
 
 
 def test_stored_bits_are_philox(isa, generator):
-    """Every stream, several tensors, ragged sizes: what is stored is the exact sum plus the contract's random bits."""
+    """Every stream, several tensors, sizes that are no multiple of a vector: the stored value is the exact sum plus the random
+    bits.
+    """
     seed, first = 0x1234_5678_9ABC_DEF0 & (2**63 - 1), 11
     states = []
     for size in SIZES:
@@ -85,13 +87,13 @@ def test_stored_bits_are_philox(isa, generator):
             got = s[name].view(torch.int16).numpy().view(np.uint16)
             if exact is not None:
                 assert np.array_equal(got, rounded(exact.numpy(), seed, first + i, stream, 3)), (i, name)
-            else:  # the update's own last bit is the kernel's affair: at most a few of 70,000 lie on an edge
+            else:  # the kernel's update may differ in its last bit: at most a few of 70,000 then round to the other neighbour
                 assert (got != rounded(w.numpy(), seed, first + i, stream, 3)).sum() <= 4 + len(got) // 5000, (i, name)
         assert s["steps"] == 3
 
 
 def test_rounding_of_what_has_no_neighbour(isa):
-    """Infinity and NaN pass, the largest finite numbers stay finite, numbers that bfloat16 has stay."""
+    """Infinity and NaN stay, the largest finite numbers stay finite, and numbers that bfloat16 represents exactly stay."""
     largest = float(torch.finfo(torch.float32).max)
     g = torch.tensor([largest, -largest, math.inf, -math.inf, math.nan, 1.5, 0.0, -0.0] * 40)
     s = {"params": torch.zeros(320, dtype=torch.bfloat16), "grads": g, "masters": None, "steps": torch.tensor(0.0),
@@ -131,7 +133,7 @@ def test_small_updates_are_not_lost():
 
 @pytest.mark.parametrize(("beta2", "count"), ((0.95, 400), (0.999, 9000)))
 def test_bfloat16_second_moments_reach_their_level(beta2, count):
-    """To nearest, beta2 = 0.999 stalls at a quarter of the true value."""
+    """Rounded to nearest with beta2 = 0.999 they would stop at a quarter of the true value."""
     g = 0.01
     s = {"params": torch.zeros(4096), "grads": torch.full((4096,), g), "masters": None, "steps": torch.tensor(0.0),
          "exp_avgs": torch.zeros(4096), "exp_avg_sqs": torch.zeros(4096)}
@@ -153,7 +155,7 @@ def equal(states, others):
 
 
 def test_many_tensors_at_once_are_each_by_itself(isa, generator):
-    """The list's chunks, threads and tails change no bit; neither does a transposed layout."""
+    """How a list is cut into chunks and distributed over threads changes no bit; neither does a transposed layout."""
     states = [state(size, torch.bfloat16, generator=generator) for size in SIZES]
     together, alone = copied(states), copied(states)
     threads = torch.get_num_threads()
@@ -193,7 +195,7 @@ def test_norm_clips_scales_and_skips(generator):
 
 
 def test_norm_of_any_mixture(isa):
-    """Squares of float32 beyond its range either way are summed in double."""
+    """Squares that overflow or underflow float32 are summed in double."""
     full = lambda count, value, dtype: torch.full((count,), value, dtype=dtype)
     mixed = [full(3, 1e-30, torch.float32), full(100_003, 2.0, torch.bfloat16), full(5, 3.0, torch.float16)]
     assert float(ik.squared_norm(mixed, backend="cpp")) == 400_012 + 45
@@ -233,20 +235,20 @@ def relative(got, gold):
 
 
 def test_accurate_over_whole_ranges(isa):
-    """Logarithm, log(1 + x), exp(x) - 1 and exp(x) - 1 - x through the losses that are made of them."""
+    """log(x), log(1 + x), exp(x) - 1 and exp(x) - 1 - x, through the losses that use them."""
     eps = torch.finfo(torch.float32).eps
     d = torch.cat((torch.linspace(-60, 40, 200_001), torch.logspace(-20, 0, 20_001), -torch.logspace(-20, 0, 20_001)))
     zero = torch.zeros_like(d)
     gold = torch.nn.functional.softplus(-d.double(), threshold=1000)
     assert relative(ik.focal_ranking_loss(d, zero, gamma=0.0, backend="cpp"), gold) < 4 * eps
     gold *= torch.where(d > 0, (2 * torch.sigmoid(-d.double())) ** 2, 1.0)
-    normal = gold > 1e-37  # three exponentials of -d multiplied leave float32's range near 28
+    normal = gold > 1e-37  # the product of three exponentials of -d leaves float32's range near 28
     assert relative(ik.focal_ranking_loss(d, zero, backend="cpp")[normal], gold[normal]) < 12 * eps
 
     x = torch.linspace(-4.99, 4.99, 200_001)
     gold = -(torch.log(5 - x.double()) + torch.log(5 + x.double()))
     got = ik.log_barrier_penalty(x, backend="cpp").double()
-    assert float((got - gold).abs().max()) < 12 * eps  # two logarithms of up to 5 in size, which may cancel
+    assert float((got - gold).abs().max()) < 12 * eps  # two logarithms of magnitude up to 5, which may cancel
 
     x = torch.cat((torch.logspace(-18, 1.5, 100_001), -torch.logspace(-18, 1.5, 100_001)))
     small, exact = x.abs() < 1e-3, x.double()
@@ -266,7 +268,7 @@ def test_focal_gradient_flows_through_the_weight():
 
 
 def test_losses_at_the_ends():
-    """Infinite and NaN rewards give what their formulas give, and no more."""
+    """Infinite and NaN rewards give what the formulas give."""
     ends = torch.tensor([math.inf, -math.inf, math.nan, 1e38, -1e38, 0.0], requires_grad=True)
     for gamma in (0.0, 1.5, 2.0):
         loss = ik.focal_ranking_loss(ends, torch.zeros(6), gamma=gamma, backend="cpp")
@@ -284,7 +286,7 @@ def test_losses_at_the_ends():
 
 @pytest.mark.parametrize("size", (5, 513, 10_000))
 def test_masked_entries_never_leak(isa, size, generator):
-    """NaN and infinity where the mask is off change nothing; nothing counted gives 0 and zero gradients."""
+    """NaN and infinity where the mask is off change nothing. With an empty mask loss and gradients are 0."""
     draw = lambda: torch.randn(size, generator=generator)
     mask = torch.rand(size, generator=generator) > 0.4
     inputs = [draw() for _ in range(3)]

@@ -1,4 +1,4 @@
-"""A forked child must not wait for threads that exist in its parent only: DataLoader workers call operators too."""
+"""A forked child must not wait for threads that exist in its parent only; DataLoader workers call operators too."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from internlm2_kernels._registry import _C
 pytestmark = pytest.mark.skipif(_C is None or not hasattr(os, "fork"), reason="needs the compiled library and fork")
 
 # Every pass of every operator as the public functions call it, at a size that runs on two threads; then the same calls in a
-# forked child, bit for bit. The child compares with NumPy: torch's own kernels are what hangs after a fork.
+# forked child, bit for bit. The child compares with NumPy, because torch's own kernels hang after a fork.
 CHILD = """
     import os, sys, signal
     sys.path.insert(0, {tests!r})

@@ -1,4 +1,4 @@
-"""What is special to paged_attention: the bits of a prefill, garbage that must not be read, int8 caches."""
+"""What is special to paged_attention: the bits of a prefill, memory that must not be read, int8 caches."""
 
 import math
 
@@ -75,7 +75,7 @@ def test_the_bits_of_prefill_in_other_shapes(heads, kv_heads, dim, size, window,
 
 
 def test_batch_invariant(native, generator):
-    """A sequence's bits do not change with what else is decoded."""
+    """A sequence's bits do not depend on the other sequences of the batch."""
     lengths = [5, 700, 64, 1, 4200]
     k, v = (torch.randn(sum(lengths), 2, 64, generator=generator).bfloat16() for _ in range(2))
     k_cache, v_cache, table = paged(k, v, lengths, 16, generator)
@@ -87,7 +87,7 @@ def test_batch_invariant(native, generator):
 
 
 def test_what_qkv_rope_wrote_is_what_attention_reads(backend, generator):
-    """Projection to int8 cache to attention, against the same chain without a cache: within int8's error."""
+    """Projection, int8 cache and attention, compared with the same chain without a cache: within the error of int8."""
     tokens, heads, kv_heads, dim, size = 37, 4, 2, 64, 8
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim, generator=generator)
     cos, sin = rope_table(tokens, dim)
@@ -107,9 +107,9 @@ def test_what_qkv_rope_wrote_is_what_attention_reads(backend, generator):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_int8_bits_and_the_number_of_new_tokens(dtype, native, generator):
-    """The last token's bits are those it has alone, however many are new with it. With bfloat16 queries avx512_bf16 has two
-    arithmetics, integer products up to 8 lanes (new tokens x query heads of a group) and converted bytes beyond: there each
-    keeps its bits.
+    """The last token's bits are those it has alone, however many tokens are new with it. With bfloat16 queries avx512_bf16 has
+    two kinds of arithmetic: integer products up to 8 lanes (new tokens x query heads of a group), and bytes converted to
+    bfloat16 beyond. Each keeps its own bits.
     """
     keys, heads, kv_heads, dim = 300, 4, 2, 64
     q = torch.randn(40, heads, dim, generator=generator).to(dtype)
@@ -137,7 +137,7 @@ def test_a_scale_of_zero_counts_as_one(backend):
 
 
 def test_prefill_into_an_empty_cache(backend, generator):
-    """Every key of a sequence is of a new token, beside a sequence with no new token at all."""
+    """All keys of one sequence belong to new tokens; another sequence has no new token."""
     k, v = (torch.randn(9, 1, 32, generator=generator) for _ in range(2))
     k_cache, v_cache, table = paged(k, v, [4, 5], 4, generator)
     q = torch.randn(5, 2, 32, generator=generator)

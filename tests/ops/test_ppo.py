@@ -1,4 +1,4 @@
-"""What is special to the PPO operators: a plain loop, masks over NaN, clipping's branches, statistics."""
+"""What is special to the PPO operators: comparison with a plain loop, masks over NaN, branches of the clipping, statistics."""
 
 import math
 
@@ -18,7 +18,7 @@ def wide(backend):
 
 
 def loop(rewards, values, lengths, mask, bootstrap, gamma, lam):
-    """One position after the other, in Python's numbers."""
+    """Generalised advantage estimation as a plain loop over Python numbers."""
     advantages, begin = [], 0
     for length, last in zip(lengths, bootstrap, strict=True):
         carried, following, passed = 0.0, last, []
@@ -45,7 +45,7 @@ def test_gae_is_the_loop(backend, gamma, lam, generator):
     mask = torch.rand(total, generator=generator) > 0.4
     mask[5:] |= torch.arange(total - 5) % 7 == 0
     options = ((None, None), (mask, None), (None, bootstrap), (mask, bootstrap), (mask.double(), bootstrap))
-    for counts, last in options[3:4] if backend == "triton" else options:  # interpreted, each takes two seconds
+    for counts, last in options[3:4] if backend == "triton" else options:  # the interpreter takes two seconds for each
         want = loop(rewards.tolist(), values.tolist(), lengths, [True] * total if counts is None else counts.tolist(),
                     [0.0] * len(lengths) if last is None else last.tolist(), gamma, lam)
         advantages, returns = ik.gae(rewards, values, cu, mask=counts, bootstrap=last, gamma=gamma, lam=lam, backend=backend)
@@ -81,7 +81,9 @@ def test_gae_of_a_sequence_has_its_bits_beside_any_other(backend, generator):
 # ------------------------------------------------------------------------------------------------------ policy loss
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_policy_branches_by_hand(backend):
-    """Where the clipped term is the smaller, no gradient; where they are equal, the whole; beyond a log-ratio of 20, none."""
+    """No gradient where the clipped term is the smaller, the whole gradient where both are equal, none beyond a log-ratio of
+    20.
+    """
     dtype, tolerance = wide(backend)
     ratios = [1.0, 1.1, 1.5, 1.5, 0.5, 0.5, 0.9]
     advantages = [2.0, 2.0, 2.0, -2.0, 2.0, -2.0, -1.0]
@@ -102,7 +104,7 @@ def test_policy_branches_by_hand(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_approximate_kl_near_the_old_policy(backend):
-    """x^2 / 2 at x = 1e-4: exp(x) - 1 - x would be rounding errors alone in float32."""
+    """x^2 / 2 at x = 1e-4, where exp(x) - 1 - x in float32 would consist of rounding errors."""
     x = torch.full((64,), 1e-4)
     x[1::2] *= -1
     _, stats = ik.ppo_policy_loss(x, torch.zeros(64), torch.ones(64), torch.ones(64), backend=backend)
@@ -121,7 +123,7 @@ def value(backend, mask, *tensors):
 @pytest.mark.parametrize("loss", (policy, value))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_masked_has_no_influence(loss, backend, generator):
-    """NaN, infinities and anything else; the mean is over what counts."""
+    """Masked elements may be NaN, infinite or anything else; the mean is over the unmasked elements."""
     mask = torch.rand(4, 50, generator=generator) > 0.4
     tensors = [torch.randn(4, 50, generator=generator) for _ in range(3)]
     results = []
@@ -155,7 +157,9 @@ def test_nothing_counts(loss, backend, size):
 # ------------------------------------------------------------------------------------------------------- value loss
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_value_loss_by_hand(backend):
-    """Unclipped half a mean square; clipped the larger of both, whose gradient is absent where the old value decides."""
+    """Without a clip half the mean square error. With a clip the larger of both terms, without gradient where the clipped one
+    decides.
+    """
     values = torch.tensor([1.0, 1.0, 3.0, -2.0], requires_grad=True)
     old, returns = torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([2.0, 3.0, 5.0, -3.0])
     mask = torch.ones(4)
@@ -169,7 +173,7 @@ def test_value_loss_by_hand(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_explained_variance(backend, generator):
-    returns = torch.randn(5000, generator=generator) + 1000.0  # a mean far from 0 costs a one-pass variance its digits
+    returns = torch.randn(5000, generator=generator) + 1000.0  # a one-pass variance would lose all digits
     values = returns + 0.5 * torch.randn(5000, generator=generator)
     mask = torch.rand(5000, generator=generator) > 0.1
     _, stats = ik.ppo_value_loss(values, values, returns, mask, backend=backend)
@@ -183,7 +187,7 @@ def test_explained_variance(backend, generator):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tokens", (1, 7, 5000, 20000))
 def test_explained_variance_of_constant_returns(tokens, backend, generator):
-    """0, though the mean of many 0.1 is another number; but not where one return differs, or there is no variance."""
+    """Constant returns give 0, although the mean of many 0.1 rounds to another number; a single different return does not."""
     values = torch.randn(tokens, generator=generator)
     mask = torch.rand(tokens, generator=generator) > 0.1
     mask[0] = True
@@ -209,7 +213,7 @@ def test_explained_variance_of_constant_returns(tokens, backend, generator):
 # -------------------------------------------------------------------------------------------------------------- KL
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_k3_near_equality(backend):
-    """x^2 / 2 to float32's precision, and its slope x: no differences of numbers near 1."""
+    """x^2 / 2 and its slope x to float32's precision, computed without differences of numbers near 1."""
     x = torch.tensor([1e-5, -1e-5, 3e-4, -3e-4, 1e-2], requires_grad=True)
     kl = ik.kl_penalty(x, torch.zeros(5), estimator="k3", backend=backend)
     exact = torch.expm1(-x.detach().double()) + x.detach().double()
@@ -222,7 +226,7 @@ def test_k3_near_equality(backend):
 @pytest.mark.parametrize("estimator", ("k1", "k2", "k3"))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masked_tokens_have_no_influence_on_kl(backend, estimator, generator):
-    """Padding may hold anything, and so may its upstream: kl and both gradients are 0 there, and unchanged elsewhere."""
+    """Padding and its upstream gradient may hold anything: kl and both gradients are 0 there and unchanged elsewhere."""
     mask = torch.tensor([True, False] * 20)
     results = []
     for padding in ((0.0, 0.0), (-math.inf, -200.0), (-200.0, 0.0), (math.nan, -math.inf)):
@@ -242,7 +246,8 @@ def test_masked_tokens_have_no_influence_on_kl(backend, estimator, generator):
 
 @pytest.mark.parametrize("backend", NATIVE)
 def test_one_registered_call_each_way_and_compiled(backend, generator):
-    """Loss and statistics from one call; fullgraph, with the dictionary, equal to the bit."""
+    """One registered call returns loss and statistics; compiled with fullgraph, the dictionary included, it has the same bits.
+    """
     a, b, c = (torch.randn(40, generator=generator).requires_grad_() for _ in range(3))
     mask = torch.rand(40, generator=generator) > 0.3
     losses = {"ppo_policy_loss": lambda: ik.ppo_policy_loss(a, b, c, mask, backend=backend),
@@ -258,7 +263,7 @@ def test_one_registered_call_each_way_and_compiled(backend, generator):
         for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
             loss, stats = function()
             gradients = torch.autograd.grad(loss, (a, b, c), allow_unused=True)
-            assert (gradients[1] is not None) == (name == "kl_penalty") and gradients[2] is None  # targets take none
+            assert (gradients[1] is not None) == (name == "kl_penalty") and gradients[2] is None  # targets take no gradient
             assert not any(stat.requires_grad for stat in stats.values())
             results.append({"loss": loss.detach(), "gradient": gradients[0], **stats})
         assert_bitwise(results[1], results[0], name)

@@ -1,4 +1,5 @@
-"""What is special to the reward model's losses: gradients derived by hand, the barrier's continuation, packed sequences."""
+"""What is special to the reward model's losses: gradients derived by hand, the continuation of the barrier, packed sequences.
+"""
 
 import math
 
@@ -15,7 +16,7 @@ EDGE = 5 - 1e-3
 
 
 def wide(backend):
-    """The widest dtype of the backend, and what its results may be off by."""
+    """The widest dtype of the backend, and the tolerance of its results."""
     return (torch.float32, 2e-6) if backend == "triton" else (torch.float64, 1e-13)
 
 
@@ -27,7 +28,7 @@ def slope(function, x):
 
 # ---------------------------------------------------------------------------------------------------- focal ranking
 def focal_by_hand(d, gamma):
-    """Loss and its derivative at one difference."""
+    """The loss and its derivative at one difference."""
     s, softplus = 1 / (1 + math.exp(d)), max(-d, 0) + math.log1p(math.exp(-abs(d)))
     if d <= 0:
         return softplus, -s
@@ -51,7 +52,9 @@ def test_focal_gradient_by_hand(backend, gamma):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_focal_gradient_goes_through_the_weight(backend):
-    """At 0, where a head that starts at zero stands, -1/2; at 0.5 -0.552: a detached weight would give -0.215."""
+    """The gradient is -1/2 at 0, where a head initialised with zeros starts, and -0.552 at 0.5; with a detached weight it would
+    be -0.215.
+    """
     dtype, _ = wide(backend)
     _, gradient = slope(lambda x: ik.focal_ranking_loss(x, torch.zeros_like(x), backend=backend),
                         torch.tensor([0.0, 0.5], dtype=dtype))
@@ -73,7 +76,7 @@ def test_focal_far_out(backend, gamma):
 # ---------------------------------------------------------------------------------------------------------- barrier
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_barrier_by_hand_and_its_continuation(backend):
-    """Value and slope go on from the edge on both sides; a derivative twice as large at the very edge would be a kink."""
+    """Value and slope are continuous at both edges; the derivative at the edge itself must not be counted twice."""
     dtype, tolerance = wide(backend)
     inside = torch.tensor([0.0, 1.5, -4.9, 4.99], dtype=dtype)
     value, gradient = slope(lambda x: ik.log_barrier_penalty(x, backend=backend), inside)
@@ -122,7 +125,7 @@ def test_the_margin_is_absolute(backend, outside):
 
 # ------------------------------------------------------------------------------------------------------ reward loss
 def packed(generator, lengths=(3, 1, 5, 2), cols=24, dtype=torch.float32, scale=1.0):
-    """hidden and head (leaves), cu_seqlens and the rows that count."""
+    """hidden and head, which require gradients, cu_seqlens, and the last row of each sequence."""
     cu = torch.tensor([0, *lengths]).cumsum(0)
     hidden = torch.randn(int(cu[-1]), cols, generator=generator).to(dtype).requires_grad_()
     head = (scale * torch.randn(cols, generator=generator) * cols**-0.5).to(dtype).requires_grad_()
@@ -131,7 +134,7 @@ def packed(generator, lengths=(3, 1, 5, 2), cols=24, dtype=torch.float32, scale=
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_to_the_published_form_where_both_are_defined(backend, generator):
-    """XTuner's: clamped logits, -logsigmoid times the focal weight, 0.01 times the penalties' sum over the pairs."""
+    """XTuner's form: clamped logits, -logsigmoid times the focal weight, 0.01 times the sum of penalties over the pairs."""
     dtype, tolerance = wide(backend)
     hidden, head, cu, last = packed(generator, dtype=dtype, scale=2.0)
     loss, rewards = ik.reward_loss(hidden, head, cu, backend=backend)
@@ -154,7 +157,7 @@ def test_only_last_rows_have_gradients(backend, generator):
     rest = torch.ones(hidden.shape[0], dtype=torch.bool)
     rest[last] = False
     with torch.no_grad():
-        hidden[rest] = math.nan  # no other row is looked at
+        hidden[rest] = math.nan  # no other row is read
     gathered = hidden.detach()[last].requires_grad_()
     upstream = torch.tensor(0.7), torch.randn(4, generator=generator)
     got = torch.autograd.grad(ik.reward_loss(hidden, head, cu, backend=backend), (hidden, head), upstream)
@@ -186,7 +189,7 @@ def test_one_registered_call_each_way_and_no_more_work_than_asked(backend, gener
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_head_far_outside_comes_back(backend, generator):
-    """Rewards of 40 are inside the bound after at most 200 steps of AdamW at lr 1e-2, and stay there."""
+    """Rewards of 40 are inside the bound after at most 200 steps of AdamW at learning rate 1e-2, and stay there."""
     hidden = torch.randn(1, 48, generator=generator) + 0.3 * torch.randn(16, 48, generator=generator)  # much in common
     head = torch.nn.Parameter(torch.linalg.lstsq(hidden, torch.full((16, 1), 40.0)).solution[:, 0])
     optimizer = ik.FusedAdamW([head], lr=1e-2, weight_decay=0.0, backend=backend if backend != "triton" else None)
@@ -199,7 +202,7 @@ def test_a_head_far_outside_comes_back(backend, generator):
         optimizer.step()
         largest.append(float(rewards.detach().abs().max()))
     assert largest[0] == pytest.approx(40, rel=1e-3)
-    if backend == "triton":  # interpreted, it takes its time: on its way
+    if backend == "triton":  # the interpreter is slow: it suffices that the rewards fall
         assert largest[-1] < 36
     else:
         assert max(largest[200:]) < 5, largest[::20]
@@ -217,7 +220,7 @@ def test_no_sequences(backend):
 
 @pytest.mark.parametrize("backend", NATIVE)
 def test_compiled_with_a_float32_head(backend, generator):
-    """A bfloat16 model keeps its head in float32: fullgraph, equal to the bit, the head's gradient float32."""
+    """A bfloat16 model with a float32 head: fullgraph, the same bits, and a float32 gradient for the head."""
     hidden, head, cu, _ = packed(generator, dtype=torch.bfloat16)
     head = head.detach().float().requires_grad_()
     call = lambda: ik.reward_loss(hidden, head, cu, backend=backend)

@@ -1,4 +1,5 @@
-"""What is special to rms_norm: both roundings, the residual's rounding, scale invariance, Llama's order of casts."""
+"""What is special to rms_norm: both kinds of rounding, the residual's rounding, scale invariance, the order of casts in Llama.
+"""
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ BACKENDS = ("reference", "cpp", "triton")
 
 
 def released_order(x, weight, eps):
-    """The released model's order, written out: normalise in float32, round, multiply in the activation's dtype."""
+    """The released model's order: normalise in float32, round, multiply in the activation's dtype."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype)
@@ -47,7 +48,7 @@ def test_zero_rows_and_huge_values_stay_finite(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_per_head_norm_reads_a_packed_slice_in_place(backend, generator):
-    """The queries inside a packed projection, [T, heads, d] with a gap between tokens."""
+    """The queries inside a packed projection: [T, heads, d] with a gap between tokens."""
     packed = torch.randn(6, 10, 32, generator=generator)
     weight = torch.randn(32, generator=generator)
     queries = packed[:, 2:8]
@@ -66,7 +67,7 @@ def test_a_frozen_weight_gets_no_work(generator):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_residual_alone_gives_the_weight_no_gradient(backend, generator):
-    """An optimizer would decay a weight whose gradient is zero instead of absent."""
+    """The weight's gradient is None, because an optimizer would decay a weight whose gradient is zero."""
     x = torch.randn(4, 16, generator=generator, requires_grad=True)
     weight = torch.ones(16, requires_grad=True)
     _, h = rms_norm(x, weight, 1e-5, x.detach(), backend=backend)

@@ -1,4 +1,4 @@
-"""What is special to the rotary operators: exact angles, the scalings, layouts, the paged write."""
+"""What is special to the rotary operators: exact angles, scalings, layouts, writes to a paged cache."""
 
 import math
 
@@ -13,7 +13,7 @@ BACKENDS = ("reference", "cpp", "triton")
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_angles_are_exact_at_200k(backend):
-    """Against Python's own float64; the float32 product of the released model is off by up to 0.0144 rad there."""
+    """Compared with Python's float64; the released model's float32 product is off by up to 0.0144 rad there."""
     positions = torch.tensor([0, 1, 199_999, 200_000])
     cos, sin = rope_table(positions, 128, backend=backend)
     coarse_cos, coarse_sin = rope_table(positions, 128, angles="float32", backend=backend)
@@ -28,7 +28,7 @@ def test_angles_are_exact_at_200k(backend):
 
 
 def released_tables(positions, head_dim, base, scaling=None):
-    """The released model's computation, step by step in float32: frequencies, positions, their product."""
+    """The released model's computation in float32: frequencies, positions, and their product."""
     kind, factor = (None, 1.0) if scaling is None else (scaling["type"], scaling["factor"])
     if kind == "dynamic":
         trained, length = scaling["max_position_embeddings"], scaling["seq_len"]
@@ -45,7 +45,7 @@ def released_tables(positions, head_dim, base, scaling=None):
 @pytest.mark.parametrize("head_dim,base", ((128, 1e6), (96, 5e7)))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float32_angles_are_the_released_models(backend, head_dim, base, scaling):
-    """To float32's rounding at any position: float64 frequencies that are rounded afterwards are off by 0.015 at 200,000."""
+    """Equal to float32's rounding at any position; float64 frequencies rounded afterwards would be off by 0.015 at 200,000."""
     positions = torch.tensor([0, 1, 4095, 4096, 32_767, 32_768, 131_071, 199_999, 200_000])
     got = rope_table(positions, head_dim, base=base, scaling=scaling, angles="float32", backend=backend)
     for name, ours, theirs in zip(("cos", "sin"), got, released_tables(positions, head_dim, base, scaling), strict=True):
@@ -53,7 +53,9 @@ def test_float32_angles_are_the_released_models(backend, head_dim, base, scaling
 
 
 def test_dynamic_ntk_values():
-    """The published bases: base 1e6, trained 32768, factor 2 gives 3.05e6 at 64k and 11.65e6 at 200k; below, unchanged."""
+    """The published bases: base 1e6 and 32768 trained positions with factor 2 give 3.05e6 at 64k and 11.65e6 at 200k; up to
+    32768 the base is unchanged.
+    """
     def base_of(factor, length):
         scaling = {"type": "dynamic", "factor": factor, "max_position_embeddings": 32768, "seq_len": length}
         _, sin = rope_table(torch.tensor([1]), 128, scaling=scaling)
@@ -74,7 +76,7 @@ def test_dynamic_ntk_values():
     {"rope_type": "dynamic", "factor": 2.0},
 ), ids=lambda s: f"{s['rope_type']}{s['factor']}")
 def test_scalings_equal_transformers(scaling):
-    """Against Hugging Face's own initialisation of the inverse frequencies: in float32 to the last bit, so far out too."""
+    """Hugging Face's initialisation of the inverse frequencies in float32, to the last bit, at far positions too."""
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -101,7 +103,7 @@ def test_a_long_table_changes_no_short_one():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rotation_keeps_lengths_and_relative_angles(backend, generator):
-    """Scores depend on distances only: q at 5 with k at 2 scores like q at 105 with k at 102."""
+    """Scores depend only on distances: q at 5 with k at 2 scores like q at 105 with k at 102."""
     q, k = torch.randn(2, 1, 1, 64, generator=generator)
     cos, sin = rope_table(128, 64)
     at = lambda x, p: apply_rope(x, x, cos, sin, torch.tensor([p]), backend=backend)[0]
@@ -124,7 +126,7 @@ def test_interleaved_is_a_permutation_of_halves(backend, generator):
 @pytest.mark.parametrize("heads,kv_heads", ((4, 2), (8, 2), (12, 2), (3, 3)))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_layout(backend, heads, kv_heads, generator):
-    """Group by group: its query heads, its key, its value; equal to splitting and rotating apart."""
+    """Each group holds its query heads, its key and its value; the result equals splitting first and then rotating."""
     group, d, tokens = heads // kv_heads, 16, 5
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * d, generator=generator)
     cos, sin = rope_table(tokens, d)
@@ -140,7 +142,7 @@ def test_packed_layout(backend, heads, kv_heads, generator):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
 @pytest.mark.parametrize("backend", ("cpp", "triton"))
 def test_cache_write(backend, dtype, kind, positions, generator):
-    """Equal to the reference bit for bit: values, scales, and what is not written stays as it was."""
+    """The cache equals the reference's bit for bit, values and scales; slots that are not written keep their contents."""
     tokens, heads, kv_heads, d = 9, 6, 2, 32
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * d, generator=generator).to(dtype)
     qkv[4] = 0

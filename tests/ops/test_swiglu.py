@@ -1,4 +1,4 @@
-"""What is special to swiglu: extreme gates, packed equals two tensors, saved inputs are never written."""
+"""What is special to swiglu: extreme gates, one packed tensor equals two tensors, saved inputs are never written."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ BACKENDS = ("reference", "cpp", "triton")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_extreme_gates(backend, dtype):
-    """silu saturates: to gate above, to zero below, without NaN forward or backward."""
+    """silu(g) tends to g for large g and to 0 for small g, without NaN in the forward or backward."""
     gate = torch.tensor([-30000.0, -200.0, -88.0, -87.0, -20.0, 0.0, 20.0, 88.0, 89.0, 200.0, 30000.0], dtype=dtype)
     gate.requires_grad_()
     up = torch.ones_like(gate).requires_grad_()
@@ -30,7 +30,7 @@ def test_infinities_and_nan_pass(backend):
     assert y[0] == float("inf") and y[1].isnan() and y[2].isfinite()
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:])  # PyTorch's own sigmoid rounds differently by place in the tensor
+@pytest.mark.parametrize("backend", BACKENDS[1:])  # PyTorch's sigmoid rounds differently depending on the place in the tensor
 def test_packed_equals_two_tensors(backend, generator):
     packed = torch.randn(3, 2, 2, 40, generator=generator, requires_grad=True)
     gate, up = (half.detach().clone().requires_grad_() for half in packed.chunk(2, -1))
@@ -42,7 +42,7 @@ def test_packed_equals_two_tensors(backend, generator):
 
 
 def test_exp_is_accurate_over_its_whole_range():
-    """silu(g) / g = sigmoid(g): the vector exp within 2 units in the last place of float32."""
+    """silu(g) / g = sigmoid(g): the vectorised exp is within 2 units in the last place of float32."""
     gate = torch.cat((torch.linspace(-87, 87, 200_001), torch.logspace(-30, 1, 20_000), -torch.logspace(-30, 1, 20_000)))
     got = swiglu(gate, torch.ones_like(gate), backend="cpp").double()
     gold = gate.double() * torch.sigmoid(gate.double())

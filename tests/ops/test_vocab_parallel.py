@@ -1,4 +1,4 @@
-"""A vocabulary on two gloo ranks: loss and gradients of the sharded head are those of one process, within the error ladder."""
+"""A vocabulary sharded over two gloo ranks: loss and gradients are those of one process, within the error ladder."""
 
 from importlib.util import find_spec
 
@@ -39,7 +39,7 @@ def draw(options, dtype):
 
 
 def sharded(rank, inputs, upstream):
-    """What the ladder looks at: the loss, where wanted the z-loss, dhidden and the whole dweight."""
+    """The tensors that the ladder compares: the loss, the z-loss where wanted, dhidden and the whole dweight."""
     begin, end = ROWS[rank]
     hidden, shard = inputs["hidden"].clone().requires_grad_(), inputs["weight"][begin:end].clone().requires_grad_()
     rest = {key: value for key, value in inputs.items() if key not in ("hidden", "weight")}
@@ -55,7 +55,7 @@ def sharded(rank, inputs, upstream):
 
 
 def _bad_label(rank):
-    """As on CUDA, where no label's value is looked at before the kernels run: what is NaN in loss and dhidden, by token."""
+    """As on CUDA, where labels are not read before the kernels run: which tokens have NaN in loss and dhidden."""
     if find_spec("triton") is None:
         return None
     inputs, _ = draw({"tokens": 4}, torch.float32)
@@ -70,7 +70,7 @@ def _bad_label(rank):
 
 
 def _ignored_and_not_finite(rank):
-    """How far dhidden is from one process's where a row that does not count holds infinity or NaN, by options."""
+    """The difference of dhidden from one process's, for each of the options, where an ignored row holds infinity or NaN."""
     begin, end = ROWS[rank]
     off = {}
     for bad in (float("inf"), float("nan")):
@@ -147,7 +147,7 @@ def test_two_ranks_are_one(results):
 
 
 def test_wrong_input_raises_on_every_rank_before_anything_is_sent(results):
-    """A rank that waits for one that has raised would hang."""
+    """Every rank raises: a rank that waited for one that raised would hang."""
     name = "vocab_parallel_linear_cross_entropy"
     for rank, result in results.items():
         smallest = VOCAB - (ROWS[rank][1] - ROWS[rank][0])
@@ -161,7 +161,7 @@ def test_wrong_input_raises_on_every_rank_before_anything_is_sent(results):
 
 
 def test_shards_that_do_not_cover_raise_on_every_rank(results):
-    """As many rows as there are, but both from 0; an overlap; a gap; everything on both ranks."""
+    """Both shards starting at 0, an overlap, a gap, and the whole vocabulary on both ranks."""
     for result in results.values():
         assert len(result["uncovered"]) == 4
         for message in result["uncovered"]:
@@ -176,7 +176,7 @@ def test_an_ignored_row_may_hold_anything(results):
 
 
 def test_a_bad_label_on_a_device_is_nan(results):
-    """Its loss and its row of dhidden, and nobody else's."""
+    """Its loss and its row of dhidden are NaN, and no others."""
     pytest.importorskip("triton")
     for result in results.values():
         for nans in result["bad label"].values():

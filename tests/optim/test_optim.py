@@ -17,7 +17,7 @@ from internlm2_kernels.ops._philox import bits16, philox
 @pytest.mark.parametrize("options", ({}, {"maximize": True, "weight_decay": 0.0}, {"betas": (0.0, 0.5), "eps": 1e-3},
                                      {"lr": torch.tensor(0.02)}, {"lr": torch.tensor([0.02], dtype=torch.float64)}), ids=str)
 def test_float32_is_torchs(backend, options):
-    """Several steps over groups of their own learning rate and decay."""
+    """Several steps over groups with different learning rates and decays."""
     ours, theirs = parameters(), parameters()
     second = {"lr": 0.003, "weight_decay": 0.3, "betas": (0.8, 0.9), "eps": 1e-6}
     wanted = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1, **options}
@@ -68,7 +68,7 @@ def test_float64(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_clipping_is_clip_grad_norm(backend):
-    """One norm over all groups and dtypes; gradients themselves are left as they are."""
+    """One norm over all groups and dtypes; the gradients themselves are not changed."""
     ours, theirs = parameters(), parameters()
     ours[3], theirs[3] = (torch.nn.Parameter(p[3].detach().bfloat16()) for p in (ours, theirs))
     a = ik.FusedAdamW(in_groups(ours, weight_decay=0.0), lr=0.01, max_grad_norm=0.5, backend=backend)
@@ -88,7 +88,7 @@ def test_clipping_is_clip_grad_norm(backend):
 
 
 def test_random_bits_are_philox():
-    """The vectors that Random123 publishes, and the order in which elements take the halves of words."""
+    """The test vectors published with Random123, and the order in which elements use the halves of the words."""
     ones, words = 0xFFFFFFFF, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
     one = lambda numbers: tuple(torch.tensor([n]) for n in numbers)
     for counter, key, want in (((0,) * 4, (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -103,7 +103,8 @@ def test_random_bits_are_philox():
 
 @pytest.mark.parametrize("backend", ("cpp", "triton"))
 def test_stored_random_bits_are_the_references(backend):
-    """With betas of 0 the moments are g and g^2 themselves: what is stored is rounding alone, equal to the bit."""
+    """With betas of 0 the moments are g and g^2, so that the stored values show only the rounding; they are equal bit for bit.
+    """
     generator = torch.Generator().manual_seed(4)
     g, moment = torch.randn(1003, generator=generator), torch.zeros(1003, dtype=torch.bfloat16)
     g[:4] = torch.tensor([math.inf, -math.inf, 3.4e38, -3.4e38])
@@ -115,7 +116,9 @@ def test_stored_random_bits_are_the_references(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parts_of_a_tensor_have_its_bits(backend):
-    """Cut where eight elements share a counter and where they do not, across a kernel's chunk, and far into the counter."""
+    """Parts that start where eight elements share a counter and where they do not, beyond a kernel's chunk, and far along the
+    counter.
+    """
     generator = torch.Generator().manual_seed(6)
     size = 9001 if backend == "triton" else 70_001
     draw = lambda *shape: torch.randn(*shape, generator=generator).bfloat16()
@@ -140,7 +143,7 @@ def test_wrong_offsets_are_refused_before_any_write():
 
 
 def test_backends_have_the_same_bits():
-    """Random bits too, in every stream, for parameters that lie in memory in another order than they are indexed."""
+    """Including random bits, in every stream, for parameters whose memory order is not their index order."""
     results = []
     for backend in BACKENDS:
         params = parameters(torch.bfloat16)
@@ -151,7 +154,7 @@ def test_backends_have_the_same_bits():
         results.append([p.detach().float() for p in params])
     for same in zip(*results, strict=True):
         for other in same[1:]:
-            assert (same[0] != other).sum() <= 1  # an ulp of float32 may turn a bfloat16 bit, of few
+            assert (same[0] != other).sum() <= 1  # one ulp of float32 may change the rounding to bfloat16 of few elements
             torch.testing.assert_close(same[0], other, rtol=2**-7, atol=0)
 
 
@@ -159,7 +162,7 @@ def test_backends_have_the_same_bits():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_any_memory_layout(backend, dtype):
-    """Transposed, permuted, with gaps; gradients laid out otherwise or expanded; a layout that changes between steps."""
+    """Transposed, permuted and with gaps; gradients with another layout, or expanded; a layout that changes between steps."""
     base = parameters(dtype, shapes=((6, 10), (4, 8, 3), (5, 12), (9, 2)))
     plain = [torch.nn.Parameter(p.detach().clone()) for p in base]
     gaps = torch.full((5, 20), 7.0, dtype=dtype)
@@ -181,7 +184,7 @@ def test_any_memory_layout(backend, dtype):
         odd[0].data = odd[0].data.contiguous()  # as .to(memory_format=...) does
     assert (gaps[:, :3] == 7).all() and (gaps[:, 15:] == 7).all()
     saved = copy.deepcopy(pair[0].state_dict())
-    pair[1].load_state_dict(saved)  # the state of contiguous parameters
+    pair[1].load_state_dict(saved)  # the state as contiguous parameters have it
     for optimizer, params in zip(pair, (plain, odd), strict=True):
         steps(optimizer, params, 2, 5)
     assert all(torch.equal(p, q) for p, q in zip(plain, odd, strict=True))
@@ -193,7 +196,7 @@ def test_missing_gradients_closure_and_nothing_at_all(backend):
     pair = [(ours, ik.FusedAdamW(ours, lr=0.01, max_grad_norm=100.0, backend=backend)),
             (theirs, torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1))]
     for params, optimizer in pair:
-        assert optimizer.step() is None  # no gradient anywhere
+        assert optimizer.step() is None  # no parameter has a gradient
         for seed in range(4):
             draw_gradients(params, seed)
             params[seed % 3].grad = None
@@ -229,7 +232,7 @@ def test_one_registered_call_a_group_and_one_for_the_norm():
 
 # ------------------------------------------------------------------------------------------------------------- masters
 def test_what_is_written_to_parameters_from_outside():
-    """A master is what a step starts from; refresh_masters takes the parameter's word, and so does a change of dtype."""
+    """A step starts from the master; refresh_masters takes over the parameter's value, and so does a change of dtype."""
     params = parameters(torch.bfloat16)
     optimizer = ik.FusedAdamW(params, lr=0.01, weight_decay=0.0)
     steps(optimizer, params, 1)
@@ -254,7 +257,7 @@ def test_what_is_written_to_parameters_from_outside():
 # ------------------------------------------------------------------------------------------------------------ compiled
 @pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
 def test_a_compiled_step(compiler):
-    """No graph break, before the state exists and after; the learning rate may change; the bits of the eager step."""
+    """No graph break, with and without state; the learning rate may change; the same bits as the eager step."""
     torch._dynamo.reset()
     results, graphs = [], []
     for compiled in (False, True):
@@ -292,7 +295,9 @@ def test_a_compiled_step_with_a_tensor_for_its_learning_rate_is_compiled_once():
 
 # ----------------------------------------------------------------------------------------------------- many small steps
 def test_small_updates_are_not_lost():
-    """10,000 updates of 1e-5 at |w| = 1, 0.0013 of a bfloat16's spacing there: masters by their sum, rounding on average."""
+    """10,000 updates of 1e-5 at |w| = 1, each 0.0013 of bfloat16's spacing there: masters keep their sum, stochastic rounding
+    keeps it on average.
+    """
     count, lr, size = 10_000, 1e-5, 8192
     weights = torch.ones(size)
     weights[1::2] = -1

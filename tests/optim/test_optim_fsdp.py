@@ -1,4 +1,5 @@
-"""FusedAdamW on FSDP2's DTensor parameters, two gloo ranks: one norm, the unsharded run's steps, state that checkpoints."""
+"""FusedAdamW on FSDP2's DTensor parameters and two gloo ranks: one norm, the steps of the unsharded run, state in checkpoints.
+"""
 
 import copy
 import math
@@ -17,7 +18,7 @@ CLIP = 0.01
 
 
 class Model(torch.nn.Module):
-    """Rows that two ranks share unevenly; of the last weight's one row a rank has none."""
+    """Rows that two ranks share unevenly; one rank has no part of the last weight, which is a single row."""
 
     def __init__(self, dtype):
         super().__init__()
@@ -42,7 +43,7 @@ def batch(step, rank, dtype):
 
 
 def train(model, optimizer, steps, ranks, dtype, poison=None):
-    """One step a batch; the loss is the mean over `ranks`, which FSDP takes over the group."""
+    """One step for each batch. The loss is the mean over `ranks`, which FSDP takes over the group."""
     norms = []
     for step in steps:
         optimizer.zero_grad()
@@ -78,7 +79,7 @@ def check(rank, mesh, dtype, options):
     found["state"] = sorted({(name, sharded, str(kind)) for name, sharded, kind in kinds})
     found["empty"] = many.state[sharded.b]["exp_avg"].to_local().numel()
 
-    # A gradient that is not finite on one rank alone is skipped by both.
+    # Both ranks skip the step if a gradient is not finite on one of them.
     def poison(model):
         local = model.gain.grad.to_local()
         if rank == 1:
@@ -93,7 +94,7 @@ def check(rank, mesh, dtype, options):
 
 
 def resume(rank, mesh, dtype, options, model, optimizer):
-    """Through the names of distributed checkpoints and through the optimizer's own state: the bits of going on."""
+    """Through distributed checkpoints and through the optimizer's own state: the bits of a run that was not interrupted."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     named = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
@@ -116,7 +117,7 @@ def resume(rank, mesh, dtype, options, model, optimizer):
 
 
 def bits(mesh):
-    """Weights after steps at given gradients, whole and sharded: rows that ranks share unevenly, that begin anywhere."""
+    """Weights after steps with given gradients, whole and sharded, with rows that ranks share unevenly."""
     found = {}
     for backend, last in (("reference", 9), ("cpp", 65_539), ("triton", 9)):
         shapes = (2, 512), (7, 6), (9, 5), (7,), (3, last)
@@ -181,7 +182,7 @@ def test_sharded_steps_are_the_unsharded_ones(case, results):
 @pytest.mark.parametrize("backend", ("reference", "cpp", "triton"))
 @pytest.mark.parametrize("rank", (0, 1))
 def test_shards_round_as_the_whole_does(backend, rank, everything):
-    """Weights of 1 with gradients of 1: what differs between elements is random bits alone."""
+    """Weights and gradients are all 1, so that elements differ only by their random bits."""
     found = everything[f"bits of {rank}"]
     assert found[backend, 0] == [True] * 5, "rows have their places in the whole tensor"
     assert found[backend, 1].count(True) <= 1, "columns have numbers of their own"

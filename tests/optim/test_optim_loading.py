@@ -1,4 +1,6 @@
-"""FusedAdamW's loading: masters that another optimizer or other weights made stale, values that no state has, the count."""
+"""Loading of FusedAdamW: masters made stale by another optimizer or other weights, impossible values, the count of skipped
+steps.
+"""
 
 import copy
 import math
@@ -21,7 +23,7 @@ def resumed_through(state, params, kind=ik.FusedAdamW, **options):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_steps_of_another_optimizer_are_not_undone(dtype):
-    """PyTorch's AdamW keeps the masters that it loads, in the parameters' dtype, and never touches them."""
+    """PyTorch's AdamW keeps loaded masters, in the parameters' dtype, and never updates them."""
     params = parameters(dtype)
     ours = ik.FusedAdamW(params, lr=0.01, weight_decay=0.0)
     steps(ours, params, 3)
@@ -30,7 +32,7 @@ def test_steps_of_another_optimizer_are_not_undone(dtype):
     steps(theirs, params, 10, 3)
     assert theirs.state[params[0]]["master"].dtype == dtype
     weights = [p.detach().clone() for p in params]
-    with pytest.warns(UserWarning, match="FusedAdamW: state_dict: master: those of 5 parameters are no float32"):
+    with pytest.warns(UserWarning, match="FusedAdamW: state_dict: master: the masters of 5 parameters are not float32"):
         back = resumed_through(theirs.state_dict(), params)
     back.param_groups[0]["lr"] = 1e-6
     steps(back, params, 1, 13)
@@ -41,7 +43,7 @@ def test_steps_of_another_optimizer_are_not_undone(dtype):
 
 @pytest.mark.parametrize("compiled", (False, True))
 def test_a_master_that_is_not_its_parameter_takes_its_value(compiled):
-    """In the first step after loading, so that weights may be loaded before the optimizer or after."""
+    """This happens in the first step after loading, so that weights may be loaded before the optimizer or after."""
     params = parameters(torch.bfloat16)
     ours = ik.FusedAdamW(params, lr=0.01, backend="cpp")
     steps(ours, params, 2)
@@ -69,7 +71,7 @@ def test_a_master_that_is_not_its_parameter_takes_its_value(compiled):
 
 
 def test_a_sound_state_is_loaded_without_a_word(tmp_path):
-    """Also where weights follow the state, where they are not finite, and where a copy is made in between."""
+    """Also where weights are loaded after the state, where they are not finite, and with a copy in between."""
     params = parameters(torch.bfloat16)
     ours = ik.FusedAdamW(params, lr=0.01, skip_nonfinite=False)
     steps(ours, params, 2)
@@ -128,7 +130,7 @@ def test_steps_of_one_element_or_plain_numbers():
 
 
 def test_how_many_steps_were_skipped_is_kept_by_groups_too():
-    """Distributed checkpoints pass on groups and state alone, and so does PyTorch's AdamW. Nothing where nothing was."""
+    """Distributed checkpoints and PyTorch's AdamW pass on groups and state only. A count of 0 is not stored."""
     params = parameters()
     optimizer = ik.FusedAdamW(in_groups(params, lr=0.1))
     steps(optimizer, params, 1)

@@ -1,4 +1,4 @@
-"""FusedAdamW on FSDP2 over tensor parallelism, a mesh of two times two gloo ranks: one norm, one decision, one set of bits."""
+"""FusedAdamW on FSDP2 with tensor parallelism, a mesh of two times two gloo ranks: one norm, one decision, one set of bits."""
 
 import math
 
@@ -47,7 +47,7 @@ def locals_of(optimizer):
 
 
 def steps_and_norms(rank, mesh):
-    """Clipped steps beside the whole model's, then one whose gradient is infinite on the last rank alone."""
+    """Clipped steps compared with the whole model's, then one step with an infinite gradient on the last rank only."""
     whole, split = Model(), split_model(mesh)
     one, many = (FusedAdamW(m.parameters(), lr=0.1, eps=1e-2, max_grad_norm=CLIP) for m in (whole, split))
     norms = []
@@ -70,7 +70,7 @@ def steps_and_norms(rank, mesh):
 
 
 def resumed(mesh, split, optimizer):
-    """Through the names of distributed checkpoints: the state's bits, and how many steps were skipped."""
+    """Through distributed checkpoints: the bits of the state, and the number of skipped steps."""
     named = get_optimizer_state_dict(split, optimizer)
     model = split_model(mesh)
     model.load_state_dict(split.state_dict())
@@ -81,7 +81,7 @@ def resumed(mesh, split, optimizer):
 
 
 def bits(mesh):
-    """Weights and gradients of 1: what differs between elements is random bits alone."""
+    """Weights and gradients are all 1, so that elements differ only by their random bits."""
     whole, split = Model(1.0), split_model(mesh, 1.0)
     for model in (whole, split):
         optimizer = FusedAdamW(model.parameters(), lr=1e-2, **RANDOM)
@@ -100,7 +100,7 @@ def bits(mesh):
 
 
 def refusals(mesh):
-    """Sums that lie nowhere, of a parameter; gradients that are such sums are added up. Rows that follow no order."""
+    """Partial parameters and unordered rows are refused; partial gradients are added up."""
     found, local = {}, torch.ones(4, 6)
     make = lambda *placements: torch.nn.Parameter(DTensor.from_local(local.clone(), mesh, placements))
     try:
@@ -175,7 +175,7 @@ def test_placements_that_are_added_up_or_refused(results):
 
 
 class Mesh:
-    """As much of a mesh as the places of shards are computed from."""
+    """The part of a mesh from which the places of shards are computed."""
 
     def __init__(self, shape, coordinate):
         self.size, self.get_coordinate = shape.__getitem__, lambda: coordinate
@@ -183,7 +183,7 @@ class Mesh:
 
 @pytest.mark.parametrize("rows,tp,dp", ((16, 2, 2), (7, 2, 3), (11, 4, 3), (1, 2, 2), (23, 3, 5)))
 def test_rows_that_ranks_share_unevenly(rows, tp, dp):
-    """Parts of tensor parallelism's parts, one after the other, each with its place; what is split otherwise is refused."""
+    """Parts of tensor parallelism's parts in order, each with its place; other ways of splitting are refused."""
     placements = torch.distributed.tensor.placement_types._StridedShard(0, split_factor=tp), Shard(0)
     places, parts = [], [part.chunk(dp) for part in torch.arange(rows).chunk(tp)]
     for j, part in enumerate(parts):

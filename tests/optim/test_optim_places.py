@@ -1,4 +1,4 @@
-"""FusedAdamW's random bits by a parameter's place in the optimizer, and its float64."""
+"""FusedAdamW's random bits depend on a parameter's place in the optimizer; float64 parameters."""
 
 import copy
 
@@ -16,7 +16,7 @@ def ones(count, dtype=torch.bfloat16, size=1024):
 
 
 def stepped(optimizer, params, which):
-    """The parameters after two steps in which those of `which` have gradients of 1."""
+    """The parameters after two steps in which the parameters in `which` have gradients of 1."""
     for i, p in enumerate(params):
         p.grad = torch.ones_like(p) if i in which else None
     optimizer.step()
@@ -27,7 +27,9 @@ def stepped(optimizer, params, which):
 # --------------------------------------------------------------------------------------------------------- random bits
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bits_are_the_same_whichever_others_have_gradients(backend):
-    """Experts take turns: over two groups, beside parameters of another dtype. No two parameters share their bits."""
+    """As with experts of which few get tokens: over two groups, with parameters of another dtype in between. No two parameters
+    share random bits.
+    """
     def run(which):
         params = ones(2) + ones(1, torch.float32) + ones(2)
         groups = [{"params": params[:3]}, {"params": params[3:]}]
@@ -75,7 +77,7 @@ def test_indices_of_which_the_counter_has_no_room_are_refused():
 @pytest.mark.parametrize("lr", (0.01, torch.tensor(0.003, dtype=torch.float64)), ids=str)
 @pytest.mark.parametrize("beside", (False, True))
 def test_float64_is_torchs_for_any_learning_rate(backend, lr, beside):
-    """Neither number is one of float32's. Clipped by float64's norm, beside a parameter of float32 too, which comes first."""
+    """Learning rates that float32 cannot hold. Clipped by the norm in float64; a float32 parameter comes first."""
     make = lambda: (ones(1, torch.float32, 7) if beside else []) + ones(2, torch.float64, 7)
     ours, theirs = make(), make()
     theirs = [torch.nn.Parameter(p.detach().double()) for p in theirs]
@@ -102,7 +104,7 @@ def test_the_operators_float64(lr):
 
 
 def test_a_schedule_of_a_float_fills_each_dtypes_rate():
-    """One group of both dtypes, whose rate changes: each list has its own."""
+    """One group with both dtypes whose learning rate changes: each dtype has its own tensor of it."""
     params = ones(1, torch.float32, 5) + ones(1, torch.float64, 5)
     optimizer = ik.FusedAdamW(params, lr=0.0, weight_decay=0.0, backend="cpp")
     steps(optimizer, params, 1)

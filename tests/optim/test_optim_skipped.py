@@ -1,4 +1,4 @@
-"""FusedAdamW's steps that change nothing: gradients and learning rates that are not finite, scaled losses, bad numbers."""
+"""Steps of FusedAdamW that change nothing: gradients and learning rates that are not finite, scaled losses, wrong numbers."""
 
 import math
 
@@ -63,7 +63,7 @@ def test_grad_scaler(backend, max_grad_norm, unscaled):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_clipping_too_unless_asked_for(backend):
-    """By default the norm decides; as PyTorch's AdamW does it, NaN reaches the weights."""
+    """By default the norm decides. Without the check NaN reaches the weights, as in PyTorch's AdamW."""
     for skip in (True, False):
         params = parameters(torch.bfloat16)
         optimizer = ik.FusedAdamW(params, lr=0.1, backend=backend, skip_nonfinite=skip)
@@ -104,7 +104,7 @@ def test_a_learning_rate_on_the_device_that_is_not_finite_skips_all_groups(backe
 @pytest.mark.parametrize("key,value", (("lr", math.nan), ("lr", -1.0), ("lr", 1e39), ("betas", (1.0, 0.9)), ("eps", 0.0),
                                        ("eps", 1e-60), ("weight_decay", math.inf), ("maximize", "x")), ids=str)
 def test_numbers_that_went_wrong_after_construction(key, value):
-    """In the second group: the first has not moved either."""
+    """The wrong number is in the second group; the first group's parameters have not changed either."""
     params = parameters()
     optimizer = ik.FusedAdamW(in_groups(params, lr=0.1))
     steps(optimizer, params, 1)

@@ -1,4 +1,4 @@
-"""FusedAdamW's state: to and from PyTorch's AdamW, resuming to the bit, and what it refuses."""
+"""The state of FusedAdamW: to and from PyTorch's AdamW, bitwise resuming, and what is refused."""
 
 import copy
 import math
@@ -34,7 +34,7 @@ def test_state_goes_to_and_comes_from_torch():
 @pytest.mark.parametrize("options", ({}, {"master_weights": False}, {"moment_dtype": torch.bfloat16}, {
     "master_weights": False, "stochastic_rounding": True, "moment_dtype": torch.bfloat16, "seed": 11}), ids=str)
 def test_resume_is_bitwise(backend, options, tmp_path):
-    """Through a file; moments and masters keep their dtype, which the base class would cast to the parameter's."""
+    """Through a file. Moments and masters keep their dtype, which the base class would cast to the parameter's."""
     straight = parameters(torch.bfloat16)
     make = lambda params: ik.FusedAdamW(in_groups(params, lr=0.02), lr=0.01, max_grad_norm=1.0, backend=backend, **options)
     a = make(straight)
@@ -48,7 +48,7 @@ def test_resume_is_bitwise(backend, options, tmp_path):
     for p in resumed:
         assert {n: v.dtype for n, v in b.state[p].items()} == {n: wanted[n] for n in a.state[straight[0]]}
     assert_bitwise(state_of(b), state_of(a))
-    pickled = pickle.loads(pickle.dumps((a, straight)))  # parameters and optimizer, tied as they were
+    pickled = pickle.loads(pickle.dumps((a, straight)))  # parameters and optimizer together, so that they stay tied
     copied = copy.deepcopy((a, straight))
     steps(a, straight, 3, 3)
     for optimizer, params in ((b, resumed), pickled, copied):
@@ -110,7 +110,7 @@ def test_a_wrong_state_is_refused_and_changes_nothing():
 
 
 def test_hooks_on_loading():
-    """A pre hook may give another dictionary; a post hook sees what was loaded and has the last word."""
+    """A pre-hook may return another dictionary; a post-hook sees the loaded state and may change it."""
     params = parameters(torch.bfloat16)
     optimizer = ik.FusedAdamW(params)
     steps(optimizer, params, 2)

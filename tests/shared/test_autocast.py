@@ -8,12 +8,12 @@ import internlm2_kernels as ik
 from internlm2_kernels import OPS
 from internlm2_kernels.testing import draw_upstream, flat, run
 
-# The arguments of which two may have different floating-point dtypes: they meet in the dtype that they promote to.
+# The arguments that may have different floating-point dtypes: they are computed in the dtype that they promote to.
 MIXED = {
     "rms_norm": ("x", "residual"), "swiglu": ("gate", "up"), "apply_rope": ("q", "k"),
     "focal_ranking_loss": ("chosen", "rejected"), "kl_penalty": ("logprobs", "ref_logprobs"), "gae": ("rewards", "values"),
     "ppo_policy_loss": ("logprobs", "old_logprobs", "advantages"), "ppo_value_loss": ("values", "old_values", "returns"),
-    # a float32 head beside 16-bit hidden states is accepted without autocast too
+    # a float32 head with 16-bit hidden states is accepted without autocast too
     "reward_loss": ("head_weight",), "reward_loss_from_last": ("head_weight",),
 }
 WIDE = {"cross_entropy", "focal_ranking_loss", "kl_penalty", "gae", "ppo_policy_loss", "ppo_value_loss", "log_barrier_penalty",
@@ -33,7 +33,9 @@ def under(op, backend, dtype=torch.bfloat16):
 @pytest.mark.parametrize("other", (torch.bfloat16, torch.float16), ids=("bfloat16", "float16"))
 @pytest.mark.parametrize("name", MIXED)
 def test_mixed_dtypes_promote(name, other, backend, generator):
-    """One argument after another in a 16-bit dtype beside float32: as if all were float32, and its gradient its own dtype."""
+    """One argument after another in a 16-bit dtype and the rest in float32: results as if all were float32, gradients in the
+    dtype of each argument.
+    """
     op = OPS[name]
     case = next(c for c in smoke_cases(op) if name != "rms_norm" or c.dims.get("residual"))
     sample = sample_of(op, case, torch.float32, torch.device("cpu"), generator)
@@ -66,7 +68,7 @@ def test_dtype_of_every_output(name, backend, generator):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_float32_stream_stays_float32(backend, generator):
-    """What a float32 model has under autocast: a residual in float32 beside the bfloat16 output of a linear layer."""
+    """A float32 model under autocast: the residual is float32 while the linear layer's output is bfloat16."""
     x, residual = torch.randn(5, 64, generator=generator).bfloat16(), torch.randn(5, 64, generator=generator)
     for weight in (torch.ones(64), torch.ones(64, dtype=torch.bfloat16)):
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -21,9 +21,8 @@ PERIOD = 1024  # the large tensors repeat these rows, so the small call gives ev
 
 @dataclass(frozen=True)
 class Wide:
-    """Sizes at which an operator passes 2^31 elements; `gib`: memory that it takes. What counts the rows is `counted`.
-
-    Arguments in `expanded` are one row, repeated in no memory; those in `same` take the memory of another.
+    """Sizes at which an operator passes 2^31 elements. `gib` is the memory that the test takes; `counted` names what counts the
+    rows. Arguments in `expanded` are one row, expanded without taking memory; those in `same` share the memory of another.
     """
 
     op: str
@@ -31,7 +30,7 @@ class Wide:
     dims: dict
     gib: int = 17
     backward: bool = True
-    batched: tuple[str, ...] = ()  # beside the operator's own
+    batched: tuple[str, ...] = ()  # in addition to the operator's own
     expanded: tuple[str, ...] = ()
     same: dict[str, str] = field(default_factory=dict)
     name: str = ""
@@ -76,7 +75,7 @@ def free_gib() -> float:
 
 @pytest.mark.slow
 def test_every_operator_has_its_sizes():
-    sized = {wide.op for wide in WIDE} | large.COVERED  # which the imports above filled
+    sized = {wide.op for wide in WIDE} | large.COVERED  # filled by the imported test modules
     assert sized == set(OPS), "state the sizes at which the operator passes 2^31 elements"
 
 
@@ -100,7 +99,7 @@ def test_beyond_two_to_the_31(wide, generator, as_it_comes):
     assert max(v.numel() for v in [*large.inputs.values(), *got.values()] if isinstance(v, torch.Tensor)) > 2**31
     for name, value in want.items():
         if value.shape[0] != PERIOD:
-            continue  # a sum over all rows is another number, held to the ladder elsewhere
+            continue  # a sum over all rows differs from the small call's; other tests judge it
         assert value.isfinite().all() and value.any(), name
         for i in range(times):
             assert torch.equal(got[name][i * PERIOD: (i + 1) * PERIOD], value), f"{name}, repeat {i}"

@@ -1,6 +1,5 @@
-"""More than 2^31 elements through the cpp operators of losses and rewards, one operator at a time; see large.py.
-
-The large call has a power of two times the rows of the small one: means over it differ by exact factors.
+"""More than 2^31 elements through the cpp operators of losses and rewards, one operator at a time; see large.py. The large call
+has a power of two times the rows of the small one, so that the two means differ by an exact factor.
 """
 
 from dataclasses import dataclass, field
@@ -35,7 +34,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.usefixtur
 # ---------------------------------------------------------------------------------------------------- results row by row
 @dataclass(frozen=True)
 class Far:
-    """An operator whose rows or elements are computed each by itself; `gib`: the results' memory."""
+    """An operator that computes each row or element independently; `gib` is the memory of its results."""
 
     op: str
     dims: dict
@@ -84,7 +83,7 @@ def entropy_of(sample, logits, upstream, **options):
 
 
 def test_cross_entropy_mean(generator):
-    """Loss and gradient in one sweep, and the gradient times the upstream."""
+    """The forward that returns the loss and its gradient, and the gradient scaled by the upstream."""
     need(9)
     first, last = drawn("cross_entropy", {"rows": ROWS, "cols": COLS}, generator, 2.0, ("logits",))
     large = joined("cross_entropy", first, last, TIMES)
@@ -95,7 +94,7 @@ def test_cross_entropy_mean(generator):
 
 
 def test_cross_entropy_in_place(generator):
-    """The gradient over the logits: these are real."""
+    """The gradient overwrites the logits, so the logits take real memory here."""
     need(5)
     first, last = drawn("cross_entropy", {"rows": ROWS, "cols": COLS}, generator)
     large = joined("cross_entropy", first, last, TIMES)
@@ -113,9 +112,8 @@ def test_cross_entropy_in_place(generator):
 @covers("reward_loss", "reward_loss_from_last")
 @pytest.mark.parametrize("op", ("reward_loss", "reward_loss_from_last"))
 def test_rewards(op, generator):
-    """38 sequences of 27 tokens, or 1026 last ones, again and again.
-
-    Hidden values and the upstream of the rewards are small integers: the weight's gradient is then an exact sum.
+    """38 sequences of 27 tokens, or 1026 last tokens, repeated. Hidden values and the upstream of the rewards are small
+    integers, so that the weight's gradient is an exact sum.
     """
     need(5)
     packed = op == "reward_loss"
@@ -140,7 +138,8 @@ def test_rewards(op, generator):
 
 # -------------------------------------------------------------------------------------------------------------------- PPO
 def moments(parts, masks):
-    """Mean and variance of what the masks keep, PARTS - 1 times the first part and once the last, in float64."""
+    """Mean and variance in float64 of the elements that the masks keep: PARTS - 1 copies of the first part, and the last part.
+    """
     kept = [part.double()[mask] for part, mask in zip(parts, masks, strict=True)]
     weigh = lambda f: (PARTS - 1) * f(kept[0]).sum() + f(kept[1]).sum()
     count = weigh(torch.ones_like)
@@ -155,7 +154,7 @@ def moments(parts, masks):
     ("ppo_value_loss", {}, ("values", "old_values", "returns")),
 ), ids=("policy", "value, clipped", "value"))
 def test_ppo(op, options, scaled, generator):
-    """The last part has the first one's mask: the count is then PARTS times the small one."""
+    """The last part has the same mask as the first, so that the count is PARTS times the small one."""
     need(5)
     size = float(PARTS if op == "ppo_policy_loss" else PARTS**0.5)
     first, last = drawn(op, {"targets": ELEMENTS, **options}, generator, size, scaled, ("mask",))
@@ -168,7 +167,7 @@ def test_ppo(op, options, scaled, generator):
     assert_repeats(got[d], results[0][d], results[1][d], d)
     assert_adds_up(got["loss"] * PARTS, results[0]["loss"], results[1]["loss"], PARTS, "loss")
     for name in ("clip_fraction", "approx_kl"):
-        if name in got:  # as large in the last part as elsewhere: each of its numbers is one of 2^31
+        if name in got:  # the upstream is as large in the last part as elsewhere: each number there is one of 2^31
             near(got[name], ((PARTS - 1) * results[0][name].double() + results[1][name].double()) / PARTS, name, 0.0)
     if op == "ppo_value_loss":
         both, masks = (first.inputs, last.inputs), [s.inputs["mask"] for s in (first, last)]
@@ -179,7 +178,7 @@ def test_ppo(op, options, scaled, generator):
 
 @covers("gae")
 def test_gae(generator):
-    """As many tokens as cu_seqlens, int32, can count: 2^31 - 1. Sequences of 513, the last one shorter."""
+    """2^31 - 1 tokens, the most that cu_seqlens in int32 can count, in sequences of 513; the last one is shorter."""
     need(17)
     tokens = 2**31 - 1
     whole, rest = divmod(tokens, ELEMENTS)

@@ -18,18 +18,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.usefixtur
 # ------------------------------------------------------------------------------------------------- a large vocabulary
 @dataclass(frozen=True)
 class Head:
-    """Four tokens under a weight of 2^31 elements: the rows of the vocabulary, and what they must be."""
+    """Four tokens and a weight of 2^31 elements: the rows of the vocabulary, and the expected results."""
 
     hidden: torch.Tensor
     parts: tuple[torch.Tensor, torch.Tensor]  # of the weight
     labels: torch.Tensor
 
     def size(self):
-        """What logits are sums of, with both signs: the size by which the operators' own ladder goes."""
+        """The magnitude of the terms of either sign that a logit sums, as in the operators' own ladder."""
         return max(float((self.hidden.double().abs() @ part.double().abs().T).max()) for part in self.parts)
 
     def gold(self):
-        """lse, the labels' logits and the probabilities of the two parts, in float64."""
+        """In float64: lse, the labels' logits and the probabilities of the two parts."""
         logits = [self.hidden.double() @ part.double().T for part in self.parts]
         sums = torch.stack((logits[0].logsumexp(-1) + torch.log(torch.tensor(BLOCKS - 1.0).double()),
                             logits[1].logsumexp(-1)), -1)
@@ -72,7 +72,7 @@ def assert_head_gradients(head, dhidden, dweight, slopes):
 
 
 def test_linear_cross_entropy_of_a_large_weight(head):
-    """The weight's gradient is summed in float32: 8 GiB, beside its own 4."""
+    """The weight's gradient is summed in float32: 8 GiB in addition to its own 4."""
     need(17)
     hidden, weight = head.hidden.clone().requires_grad_(), repeated(head.parts[0], BLOCKS, head.parts[1]).requires_grad_()
     assert weight.numel() > 2**31
@@ -112,7 +112,7 @@ SEED, INDEX = 2**40 + 7, 5
 
 
 def step(param, grad, master, exp_avg, exp_avg_sq, stochastic_rounding=False):
-    """One step in place that forgets the moments (betas 0), so that they may be the same memory at every repeat."""
+    """One step in place with betas of 0, which forgets the moments, so that every repeat may share their memory."""
     scalar = lambda value, dtype=torch.float32: torch.full((), value, dtype=dtype)
     STEP["cpp"]([param], [grad], [] if master is None else [master], [exp_avg], [exp_avg_sq], [scalar(2.0)],
                 scalar(0, torch.int64), None, None, None, scalar(1e-2), 0.0, 0.0, 1e-8, 0.1, 0.0, stochastic_rounding, False,
@@ -125,7 +125,9 @@ def eighths(most, generator):
 
 @covers("adamw")
 def test_adamw(generator):
-    """bfloat16 moments are rounded stochastically, by bits that no repeat shares: theirs are sums that need no rounding."""
+    """bfloat16 moments are rounded stochastically with bits that no two repeats share, so the sums are chosen to need no
+    rounding.
+    """
     need(13)
     draw = lambda: {"param": torch.randn(ELEMENTS, generator=generator).bfloat16(),
                     "grad": eighths(8, generator).bfloat16(), "exp_avg": eighths(8, generator).bfloat16(),
@@ -143,7 +145,7 @@ def test_adamw(generator):
 
 
 def test_adamw_with_a_master(generator):
-    """Parameter and master take 12 GiB; float32 moments 16 more, were each repeat's not the same."""
+    """Parameter and master take 12 GiB; float32 moments would take 16 more if the repeats did not share them."""
     need(14)
     draw = lambda: [torch.randn(ELEMENTS, generator=generator) for _ in range(2)]
     parts = [(master.bfloat16(), grad.bfloat16(), master) for master, grad in (draw(), draw())]
@@ -158,7 +160,7 @@ def test_adamw_with_a_master(generator):
 
 
 def test_adamw_rounds_by_the_element(generator):
-    """Stochastic rounding of the last part's elements takes the bits of their own places, beyond 2^31."""
+    """Stochastic rounding of the last part uses the random bits of its own element indices, which are beyond 2^31."""
     need(5)
     draw = lambda: (torch.randn(ELEMENTS, generator=generator).bfloat16(), eighths(8, generator).bfloat16())
     (first, grad), (last, last_grad) = draw(), draw()

@@ -1,4 +1,4 @@
-"""Every module and the optimizer: pickled, saved, copied, and freed when the last reference goes."""
+"""Every module and the optimizer can be pickled, saved and copied, and is freed when the last reference goes."""
 
 import copy
 import gc
@@ -47,7 +47,7 @@ def test_a_copy_computes_the_same(name, again):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_deep_copy_shares_nothing(name):
-    """Neither memory nor a reference that would keep the first one alive; moved apart, each stays as it is."""
+    """A deep copy shares no memory with the original and does not keep it alive; moving one leaves the other unchanged."""
     module = MODULES[name]()
     tensors = [*module.parameters(), *module.buffers()]
     twin = copy.deepcopy(module)
@@ -74,7 +74,7 @@ def test_freed_without_the_cycle_collector(name):
         optimizer.load_state_dict(optimizer.state_dict())
         return optimizer
 
-    make()  # what torch imports at a first use holds references for a while
+    make()  # modules that torch imports at a first use hold references for a while
     gc.collect()
     gc.disable()
     try:

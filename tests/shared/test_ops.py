@@ -26,7 +26,7 @@ from internlm2_kernels.testing import Draw, assert_ladder, draw_upstream, flat, 
 from internlm2_kernels.workloads import Case
 
 backend, native, pytest_generate_tests = parameters.backend, parameters.native, parameters.pytest_generate_tests
-INTERPRETED_EXAMPLES = 3  # of test_property; Triton's interpreter takes up to seconds for each
+INTERPRETED_EXAMPLES = 3  # of test_property: Triton's interpreter takes up to seconds for each
 
 
 # --------------------------------------------------------------------------------------------------- right values
@@ -43,22 +43,22 @@ def test_ladder(op, variant, backend, dtype, direction, device, seed, record_pro
 
 
 def _spoilt(x):
-    """(what is wrong, tensor): what a kernel with a forgotten edge would return."""
+    """Pairs (what is wrong, tensor): results of a kernel that forgot an edge."""
     if x.any():
         yield "zeros", torch.zeros_like(x)
     yield "NaN", torch.full_like(x, float("nan"))
-    if x.numel() < 33:  # a loss, a statistic
+    if x.numel() < 33:  # a loss or a statistic
         return
     for what, index in (("last row", (-1,)), ("last column", (..., -1)), ("first row", (0,))):
         wrong = x.clone()
         if x.dim() > 1 and x[index].abs().max() > x.abs().max() / 2:
             wrong[index] = 0
-        else:  # one number says little by being 0, and a row may rightly be 0 or small: another's value
+        else:  # it may rightly be 0
             wrong[index] = -torch.where(x[index] < 0, -1, 1) * x.abs().max()
         yield f"{what} lost", wrong
     wrong = x.clone().flatten()
     wrong[-16:] = wrong[-32:-16]
-    if (wrong - x.flatten()).abs().max() > x.abs().max() / 4:  # rows may rightly be 0 or small
+    if (wrong - x.flatten()).abs().max() > x.abs().max() / 4:  # rows may be 0 or small
         yield "last tile shifted", wrong.view(x.shape)
     wrong = x.clone().flatten()
     wrong[x.numel() // 2] = float("nan")
@@ -83,7 +83,7 @@ def test_the_ladder_turns_red(op, dtype, scale, device, generator):
 
 
 def test_gradcheck(op, variant, backend, device, generator):
-    """In float64, where finite differences mean something; Triton and CUDA do not take float64."""
+    """Finite differences in float64; Triton and CUDA do not take float64."""
     if backend not in ("reference", "cpp") or "backward" not in op.directions:
         pytest.skip(f"{backend} of {op.name} has no float64 backward")
     for case in small_cases(op):
@@ -92,7 +92,7 @@ def test_gradcheck(op, variant, backend, device, generator):
         if not 0 < sum(leaf.numel() for leaf in leaves) < 3000:
             continue
         if not all(v.isfinite().all() for v in run(op, sample, backend).values()):
-            continue  # an infinity less an infinity is no finite difference
+            continue  # finite differences of infinities are not numbers
 
         def function(*tensors, sample=sample):
             return flat(op.public(**{**sample.inputs, **dict(zip(sample.grad, tensors, strict=True))}, backend=backend))
@@ -101,7 +101,7 @@ def test_gradcheck(op, variant, backend, device, generator):
 
 
 def _dims(op):
-    """Sizes around the edges of vectors and tiles, and every mixture of options, from the cases that the operator has."""
+    """Sizes around the edges of vectors and tiles, and every combination of the options in the operator's cases."""
     cases = small_cases(op)
     limits = {"rows": (0, 40, 1), "tokens": (0, 40, 1), "cols": (1, 150, 1), "kv_heads": (1, 3, 1), "heads": (1, 6, 1),
               "head_dim": (2, 140, 2), **op.workload.domain}
@@ -120,7 +120,7 @@ def _dims(op):
 
 
 def test_property(op, device, request, monkeypatch):
-    """Any shape that Hypothesis can think of keeps the ladder, forward and backward, on every backend."""
+    """Every shape that Hypothesis draws keeps the ladder, forward and backward, on every backend."""
     parameters.small_tiles(monkeypatch)
     count = itertools.count()
 
@@ -144,14 +144,14 @@ def test_property(op, device, request, monkeypatch):
 
 # ------------------------------------------------------------------------------- registered, compiled, exported
 def _passes(op, sample, backend, generator):
-    """The calls of the operator's passes that a forward and backward of the public function make."""
+    """The calls of the operator's passes in one forward and backward of the public function."""
     with Recorder() as recorder:
         run(op, sample, backend, draw_upstream(op, sample, 1.0, generator))
     return [call for call in recorder.calls if call[0].namespace == "internlm2"]
 
 
 def test_opcheck(op, backend, native, device, generator):
-    """Schema, fakes and strides of every pass, on the arguments that the public function itself hands over."""
+    """Schema, fakes and strides of every pass, on the arguments that the public function itself passes."""
     seen = set()
     for case in smoke_cases(op):
         for overload, args in _passes(op, sample_of(op, case, torch.float32, device, generator), backend, generator):
@@ -164,7 +164,7 @@ def test_opcheck(op, backend, native, device, generator):
 
 
 def test_fakes_of_triton(op, device, generator, monkeypatch):
-    """Its launchers allocate what the fakes say; all else that opcheck looks at is the same code for every backend."""
+    """Triton's launchers allocate what the fakes say. The rest of opcheck concerns code that all backends share."""
     if "triton" not in op.backends or "triton" not in op.usable[device.type]:
         pytest.skip("no Triton here")
     parameters.small_tiles(monkeypatch)
@@ -174,12 +174,13 @@ def test_fakes_of_triton(op, device, generator, monkeypatch):
 
 def _compiled_equals_eager(op, sample, backend, upstream, compiler):
     torch._dynamo.reset()
-    compiled = torch.compile(lambda **inputs: op.public(**inputs, backend=backend), fullgraph=True, backend=compiler)
+    public = op.public  # a property that imports at its first use, which cannot be traced
+    compiled = torch.compile(lambda **inputs: public(**inputs, backend=backend), fullgraph=True, backend=compiler)
     assert_bitwise(run(op, sample, lambda **inputs: compiled(**inputs), upstream), run(op, sample, backend, upstream), compiler)
 
 
 def test_fullgraph(op, backend, native, device, generator):
-    """Without a graph break, equal to the bit; the grid under aot_eager, one case under inductor."""
+    """The compiled function has no graph break and equals eager bit for bit: all cases under aot_eager, one under inductor."""
     for case in smoke_cases(op):
         sample = sample_of(op, case, torch.bfloat16 if torch.bfloat16 in op.dtypes else torch.float32, device, generator)
         upstream = draw_upstream(op, sample, 1.0, generator)
@@ -188,14 +189,16 @@ def test_fullgraph(op, backend, native, device, generator):
 
 
 def test_export(op, backend, native, device, generator):
-    """torch.export gives a program with our operator in it and the same bits."""
+    """torch.export gives a program that contains our operator and returns the same bits."""
     sample = sample_of(op, smoke_cases(op)[0], torch.float32, device, generator)
     tensors = {n: v for n, v in sample.inputs.items() if isinstance(v, torch.Tensor)}
     fixed = {n: v for n, v in sample.inputs.items() if n not in tensors}
 
+    public = op.public
+
     class Module(torch.nn.Module):
         def forward(self, **inputs):
-            return op.public(**inputs, **fixed, backend=backend)
+            return public(**inputs, **fixed, backend=backend)
 
     with torch.no_grad():
         program = torch.export.export(Module(), (), tensors)
@@ -205,7 +208,7 @@ def test_export(op, backend, native, device, generator):
 
 
 def test_switching_the_backend_recompiles(op, device, generator):
-    """A compiled function follows `use_backend`: a stale choice would be silent."""
+    """A compiled function follows `use_backend`; it must not keep an earlier choice silently."""
     from internlm2_kernels import use_backend
 
     called = []
@@ -216,7 +219,8 @@ def test_switching_the_backend_recompiles(op, device, generator):
 
     sample = sample_of(op, smoke_cases(op)[0], torch.float32, device, generator)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda **inputs: op.public(**inputs), backend=compiler)
+    public = op.public
+    compiled = torch.compile(lambda **inputs: public(**inputs), backend=compiler)
     native = "cpp" if device.type == "cpu" else "triton"
     seen = []
     for backend in (native, "reference", native):

@@ -25,7 +25,7 @@ def test_activation_checkpointing(op, backend, native, device, generator):
 
 
 def test_only_wanted_gradients(op, backend, native, device, generator):
-    """Each differentiable argument alone gets the gradient that it gets among all."""
+    """Each differentiable argument alone gets the same gradient as together with the others."""
     if "backward" not in op.directions:
         pytest.skip("no backward")
     for case in smoke_cases(op)[:2]:
@@ -38,7 +38,7 @@ def test_only_wanted_gradients(op, backend, native, device, generator):
 
 
 def test_each_output_alone(op, backend, native, device, generator):
-    """A loss that uses one output only: the others' gradients are absent, not garbage."""
+    """A loss that uses one output only: the gradients of the other outputs count as zero and are not read."""
     if "backward" not in op.directions:
         pytest.skip("no backward")
     for case in smoke_cases(op)[:2]:
@@ -59,14 +59,14 @@ def _floating(outputs):
 
 
 def _upstream(op, sample, scale, generator):
-    """Gradients of the outputs that take one, in their order."""
+    """Upstream gradients of the differentiable outputs, in their order."""
     takes = [o.requires_grad for o in _outputs(op, sample, "reference")]
     drawn = draw_upstream(op, sample, scale, generator)
     return [drawn[name] for name, one in zip(op.outputs, takes, strict=False) if one]
 
 
 def test_double_backward_says_no(op, backend, native, device, generator):
-    """Whichever way a gradient's own gradient is asked for: a missing part would be a wrong derivative without a word."""
+    """Every way of asking for a gradient's own gradient raises an error, because a missing part would be a wrong derivative."""
     if "backward" not in op.directions:
         pytest.skip("no backward")
     sample = with_leaves(_first(op, device, generator))
@@ -94,7 +94,7 @@ def test_double_backward_says_no(op, backend, native, device, generator):
         for mine, theirs in zip(gradient(upstream), gradient(upstream, "reference"), strict=True):
             if not theirs.requires_grad or torch.autograd.grad(
                     theirs.sum(), leaf, allow_unused=True, retain_graph=True)[0] is None:
-                continue  # linear, or of the other argument alone: there is no second derivative
+                continue  # the gradient does not depend on this argument: there is no second derivative
             with said():
                 torch.autograd.grad(mine.sum(), leaf, allow_unused=True, retain_graph=True)
             with said():
@@ -102,7 +102,9 @@ def test_double_backward_says_no(op, backend, native, device, generator):
 
 
 def test_functorch_transforms_say_no(op, backend, native, device, generator):
-    """Inside them an operator does not see that its input takes a gradient: chosen or automatic, kernels refuse."""
+    """Inside a functorch transform an operator cannot see that its input requires a gradient: kernels refuse, whether chosen by
+    name or automatically.
+    """
     sample = _first(op, device, generator)
     name = (*sample.grad, next(n for n, v in sample.inputs.items() if isinstance(v, torch.Tensor)))[0]
     x = sample.inputs[name]
@@ -124,11 +126,11 @@ def test_functorch_transforms_say_no(op, backend, native, device, generator):
     (want,) = torch.autograd.grad(loss("reference")(leaf), leaf)
     torch.testing.assert_close(torch.func.grad(loss("reference"))(x), want)
     assert not torch._C._are_functorch_transforms_active()
-    _outputs(op, sample, backend)  # and outside all is as before
+    _outputs(op, sample, backend)  # outside the transform the operator works as before
 
 
 def test_batched_upstream_gradients(op, backend, native, device, generator):
-    """vmap over the backward alone (vectorised Jacobians) is right: each upstream gradient gives its own gradient."""
+    """vmap over the backward alone (vectorised Jacobians) is right: every upstream gradient gives its own gradient."""
     if "backward" not in op.directions:
         pytest.skip("no backward")
     sample = with_leaves(_first(op, device, generator))
@@ -143,7 +145,7 @@ def test_batched_upstream_gradients(op, backend, native, device, generator):
 
 
 def test_functorch_transforms_inside_a_compiled_function(device):
-    """They are seen while it is traced: an error, not a gradient of zeros."""
+    """The transform is seen while the function is traced, and raises an error instead of giving gradients of zero."""
     from internlm2_kernels import swiglu
 
     gradient = torch.func.grad(lambda x: swiglu(x).sum())
@@ -152,7 +154,7 @@ def test_functorch_transforms_inside_a_compiled_function(device):
 
 
 def test_forward_mode_says_no(op, backend, native, device, generator):
-    """A dropped tangent would be a wrong derivative without a word."""
+    """Forward-mode derivatives raise an error, because a dropped tangent would be a wrong derivative."""
     if not (sample := _first(op, device, generator)).grad:
         pytest.skip("nothing to differentiate")
     name = sample.grad[0]
@@ -189,7 +191,8 @@ def test_a_compiled_reference_under_autocast(name, device, generator):
     op = OPS[name]
     sample = _first(op, device, generator)
     torch._dynamo.reset()
-    function = lambda **inputs: op.public(**inputs, backend="reference")
+    public = op.public
+    function = lambda **inputs: public(**inputs, backend="reference")
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     upstream = draw_upstream(op, sample, 1.0, generator)
     for enabled in (True, False):
@@ -200,7 +203,7 @@ def test_a_compiled_reference_under_autocast(name, device, generator):
 
 
 def test_meta_tensors(op, device, generator):
-    """Shapes and dtypes without data, of results and gradients, in and out of autocast, whoever is asked."""
+    """Meta tensors give the shapes and dtypes of results and gradients, in and out of autocast, on every backend."""
     for case in smoke_cases(op):
         sample = sample_of(op, case, torch.float32, device, generator)
         want = _outputs(op, sample, None)

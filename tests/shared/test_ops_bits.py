@@ -37,7 +37,7 @@ def skip_without(op, variant, dtype):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 def test_bitwise_repeatable(op, variant, backend, native, dtype, device, generator):
-    """Equal bits over repeats and for 1 and 2 threads, at a size that does run in parallel."""
+    """Repeats, and runs with 1 and 2 threads, give equal bits at a size that is distributed over threads."""
     skip_without(op, variant, dtype)
     case = max(smoke_cases(op), key=row_count)
     if variant[1] != "interpreted":
@@ -80,11 +80,11 @@ def test_bitwise_in_another_process(device):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 def test_batch_invariant(op, variant, backend, native, dtype, device, generator):
-    """A row's bits do not change with what else is in the batch: alone, in front, in the middle, at the end."""
+    """A row has the same bits alone, and at the front, in the middle and at the end of a batch."""
     skip_without(op, variant, dtype)
     for case in smoke_cases(op)[: 2 if variant[1] == "interpreted" else None]:
         count = row_count(case)
-        if count == 0:  # packed: its sequences are their own tests' business
+        if count == 0:  # packed sequences have tests of their own
             continue
         sample = sample_of(op, case, dtype, device, generator)
         whole = run(op, sample, backend)
@@ -129,7 +129,7 @@ def may_be_strided(op, sample):
 
 
 def test_strides_of_all_at_once(op, variant, backend, native, device, generator):
-    """As test_strides, every argument and upstream gradient strided in the same call: four calls instead of forty."""
+    """As test_strides, with every argument and upstream gradient strided in the same call: few calls, for the interpreter."""
     sample = sample_of(op, smoke_cases(op)[0], torch.float32, device, generator)
     upstream = draw_upstream(op, sample, 1.0, generator)
     want = run(op, sample, backend, upstream)
@@ -141,7 +141,7 @@ def test_strides_of_all_at_once(op, variant, backend, native, device, generator)
 
 
 def test_leading_dimensions(op, variant, backend, native, device, generator):
-    """Four leading dimensions give the rows of the flat call; what the first dimension counts is split in three."""
+    """Inputs whose rows are split over three leading dimensions give the rows of the flat call."""
     case = smoke_cases(op)[0]
     if op.name == "rope_table" or not op.workload.rowwise:
         pytest.skip(f"the dimensions of {op.name} are fixed")
@@ -157,7 +157,7 @@ def test_leading_dimensions(op, variant, backend, native, device, generator):
 
 
 def test_leading_dimensions_backward(op, variant, backend, native, device, generator):
-    """Gradients through four leading dimensions, of a contiguous and of a transposed input."""
+    """The same for gradients, with contiguous and with transposed inputs."""
     if "backward" not in op.directions or not op.workload.rowwise:
         pytest.skip("no backward, or fixed dimensions")
     case = smoke_cases(op)[0]
@@ -178,7 +178,7 @@ def test_leading_dimensions_backward(op, variant, backend, native, device, gener
 
 @pytest.mark.parametrize("shape", ((0,), (0, 3), (2, 0, 3), (2, 3, 0)), ids=str)
 def test_nothing_in_any_dimension(op, backend, native, shape, device, generator):
-    """Empty leading dimensions of every rank, and the expanded gradient that `.sum().backward()` brings."""
+    """Empty leading dimensions at every place, with the expanded upstream gradient that `.sum().backward()` brings."""
     if not op.workload.rowwise:
         pytest.skip(f"the dimensions of {op.name} are fixed")
     case = smoke_cases(op)[0]
@@ -206,7 +206,7 @@ def test_inputs_are_never_written(op, variant, backend, native, device, generato
 
 
 def test_native_calls_run_no_aten_compute(op, backend, device, generator):
-    """A cpp call does its work itself: besides our operators only allocation and views are dispatched."""
+    """A cpp call computes everything itself: apart from our operators only allocations and views are dispatched."""
     if backend != "cpp":
         pytest.skip("the rule is cpp's")
     allowed = {"empty", "new_empty", "empty_like", "view", "_unsafe_view", "slice", "detach", "alias", "reshape", "arange",

@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True) of every operator with options that change from call to call, and with sizes left open."""
+"""torch.compile(fullgraph=True) of every operator, with options that change from call to call and with symbolic sizes."""
 
 import inspect
 
@@ -28,7 +28,8 @@ def drawn(op, device, generator):
 
 def compiled(op, **options):
     torch._dynamo.reset()
-    return torch.compile(lambda **inputs: op.public(**inputs), fullgraph=True, backend="aot_eager", **options)
+    public = op.public  # a property that imports at its first use, which cannot be traced
+    return torch.compile(lambda **inputs: public(**inputs), fullgraph=True, backend="aot_eager", **options)
 
 
 def test_there_are_options():
@@ -36,14 +37,14 @@ def test_there_are_options():
 
 
 def test_dynamic(op, device, generator):
-    """dynamic=True takes sizes, and numbers too, for unknowns."""
+    """dynamic=True makes sizes and numbers symbolic."""
     sample, upstream = drawn(op, device, generator)
     function = compiled(op, dynamic=True)
     assert_bitwise(run(op, sample, lambda **inputs: function(**inputs), upstream), run(op, sample, None, upstream), "dynamic")
 
 
 def test_options_that_change(op, device, generator):
-    """A clip or a temperature that is annealed: from its second value on the compiler takes it for an unknown."""
+    """A clip or a temperature that changes during training: from its second value on the compiler makes it symbolic."""
     sample, upstream = drawn(op, device, generator)
     for option in float_options(op):
         function = compiled(op)
@@ -54,10 +55,10 @@ def test_options_that_change(op, device, generator):
 
 
 def one_tensor_twice(name, x):
-    """A loss as a function of x, where two arguments are the same tensor object."""
+    """A loss as a function of x in which two arguments are the same tensor object."""
     other, mask, labels = x.detach().neg(), torch.ones_like(x, dtype=torch.bool), torch.arange(8, device=x.device)
     return {
-        "ppo_value_loss": lambda x: ik.ppo_value_loss(x, other, other, mask, clip=0.2)[0],  # the first epoch's old values
+        "ppo_value_loss": lambda x: ik.ppo_value_loss(x, other, other, mask, clip=0.2)[0],  # first epoch
         "ppo_value_loss, values": lambda x: ik.ppo_value_loss(x, x, other, mask)[0],
         "ppo_policy_loss": lambda x: ik.ppo_policy_loss(x, other, other, mask)[0],
         "ppo_policy_loss, logprobs": lambda x: ik.ppo_policy_loss(x, x, other, mask)[0],

@@ -18,7 +18,7 @@ def chosen():
 
 @pytest.mark.parametrize("order", tuple(itertools.permutations(range(3))), ids=str)
 def test_blocks_that_end_in_any_order_leave_nothing(order):
-    """After each end the youngest block that is still open counts, and after the last one nothing does."""
+    """After each end the youngest block that is still open decides the backend; after the last end none is forced."""
     before = chosen()
     names = ("reference", "cpp", "reference")
     blocks = [use_backend(name) for name in names]

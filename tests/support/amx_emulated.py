@@ -1,4 +1,4 @@
-"""A pytest plugin (`-p amx_emulated`): the library that INTERNLM2_TEST_LIBRARY names stands in for the package's own."""
+"""A pytest plugin (`-p amx_emulated`) that loads the library named by INTERNLM2_TEST_LIBRARY in place of the package's own."""
 
 import importlib.util
 import os

@@ -1,4 +1,5 @@
-"""The cells of the shared checks, from the registry alone: operator / backend / direction / dtype / instruction set."""
+"""The cells of the shared checks (operator / backend / direction / dtype / instruction set), derived from the registry alone.
+"""
 
 import os
 import platform
@@ -13,17 +14,17 @@ SETS = ("avx2", "avx512", "avx512_bf16", "amx")
 
 
 def variants(device: str, op) -> list[tuple[str, str]]:
-    """(backend, instruction set) pairs that run on this device; on CPU every compiled check runs for each build of `op`."""
+    """The pairs (backend, instruction set) that run on this device; on the CPU `cpp` has one for each build of `op`."""
     if device == "cuda":
         return [("reference", ""), ("triton", ""), ("cuda", "")]
     native = sys.platform == "linux" and platform.machine() == "x86_64" and os.environ.get("USE_CPP", "1") != "0"
-    best = _C.best_cpu_isa() if _C else "avx2" if native else ""  # a missing library is missing cells, not fewer
+    best = _C.best_cpu_isa() if _C else "avx2" if native else ""  # without the library its cells are missing
     sets = [isa for isa in SETS[: SETS.index(best) + 1 if best else 0] if isa in op.isas and _granted(isa)]
     return [("reference", ""), *(("cpp", isa) for isa in sets), ("triton", "interpreted")]
 
 
 def _granted(isa: str) -> bool:
-    """A sandbox may refuse the tiles that the processor has: then nobody can run them here."""
+    """Whether the instruction set may be used: a sandbox may refuse the AMX tiles that the processor has."""
     if isa != "amx":
         return True
     previous = _C.cpu_isa()
@@ -36,7 +37,7 @@ def _granted(isa: str) -> bool:
 
 
 def expected(device: str) -> tuple[set[str], set[str]]:
-    """The cells that must run on this device, and those of backends that belong to another."""
+    """The cells that must run on this device, and the cells of backends that need another device."""
     here, elsewhere = set(), set()
     for op in OPS.values():
         runnable = {backend for backend, _ in variants(device, op)} | ({"cpp"} if device == "cpu" else set())

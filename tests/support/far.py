@@ -1,5 +1,6 @@
-"""Runs Triton's kernels on tensors whose offsets pass 2^31, of which few pages are touched; in a process of its own, for a
-32-bit offset reads elsewhere or ends it."""
+"""Runs Triton's kernels on tensors with offsets beyond 2^31, of which few pages are touched. They run in a process of their
+own, because a 32-bit offset would read other memory or end the process.
+"""
 
 import os
 import subprocess
@@ -28,7 +29,7 @@ print("all right")
 
 
 def assert_far(checks: str, device) -> None:
-    """Runs `checks` after START; skips the test where memory is not committed when touched."""
+    """Runs the code `checks` after START in a new process. Skips the test where memory is not committed on first touch."""
     if device.type != "cpu":
         pytest.skip("relies on memory that is committed when touched")
     out = subprocess.run([sys.executable, "-c", START + checks + END], capture_output=True, text=True,

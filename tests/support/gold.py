@@ -53,10 +53,9 @@ def problems(op_name: str, dtype: torch.dtype, direction: str, device: torch.dev
 
 
 def interpreted(found: tuple[Problem, ...], dtype: torch.dtype) -> tuple[Problem, ...]:
-    """What Triton's interpreter, which takes up to seconds a call, runs of them.
-
-    Every smoke case in every dtype, the first of them with all draws; odd sizes in float32, where the kernels' arithmetic is
-    the same; small upstream gradients in float16, where they could be rounded to 0.
+    """The part of the problems that Triton's interpreter runs, which takes up to seconds a call: every smoke case in every
+    dtype, the first of them with all draws; odd sizes in float32 only, since the kernels compute in float32 for every dtype;
+    small upstream gradients in float16 only, where they could be rounded to 0.
     """
     kept = []
     for problem in found:

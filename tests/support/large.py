@@ -1,9 +1,7 @@
-"""What the tests beyond 2^31 elements share: large tensors of which few pages are in memory, and what results must be.
-
-A large tensor is `times` - 1 times some rows and once others, which lie beyond 2^31 elements (see `repeated`): inputs take
-the memory of the two, results are real. Results by row must have the bits of two small calls; sums and means must be what
-these add up to, at most two roundings (`testing.EPS_TERMS`) of the sum of their sizes away, which is less than the last
-rows alone give.
+"""Helpers for the tests beyond 2^31 elements. A large tensor consists of `times` - 1 copies of some rows, followed by other
+rows that lie beyond 2^31 elements (see `repeated`). Inputs share the memory of the two parts; results take real memory. Results
+by row must have the bits of two small calls. Sums and means must equal what the parts add up to, within two roundings
+(`testing.EPS_TERMS`) of the sum of their magnitudes, which is less than the last rows alone contribute.
 """
 
 import ctypes
@@ -18,13 +16,13 @@ from internlm2_kernels.testing import EPS_TERMS
 from internlm2_kernels.workloads import Case, Sample
 
 # The small number of rows is no power of two, so that an index that wrapped around would find another row's numbers.
-ROWS, COLS, TIMES = 1026, 4096, 512  # of matrices: 2^31 + 2^22 elements
-ELEMENTS, PARTS = 513 * 4096, 1024  # of vectors: the same number
+ROWS, COLS, TIMES = 1026, 4096, 512  # for matrices: 2^31 + 2^22 elements
+ELEMENTS, PARTS = 513 * 4096, 1024  # for vectors: the same number of elements
 COVERED: set[str] = set()  # the operators that have such a test
 
 
 def covers(*operators):
-    """Decorates a test beyond 2^31 elements of the operators."""
+    """Decorator that records which operators a test beyond 2^31 elements covers."""
     COVERED.update(operators)
     return lambda test: test
 
@@ -37,9 +35,8 @@ MAP_FIXED = 0x10
 
 
 def repeated(first: torch.Tensor, times: int, last: torch.Tensor) -> torch.Tensor:
-    """`first` times - 1 times and then `last`, contiguous; in the memory of the two where each fills whole pages.
-
-    A kernel may write to it only what it would write at every repeat.
+    """A contiguous tensor of `times` - 1 copies of `first` followed by `last`. Where each fills whole pages it takes the memory
+    of the two only; a kernel may then write to it only what it would write to every copy.
     """
     size = first.numel() * first.element_size()
     assert first.shape == last.shape and first.dtype == last.dtype, (first.shape, last.shape)
@@ -50,7 +47,7 @@ def repeated(first: torch.Tensor, times: int, last: torch.Tensor) -> torch.Tenso
     both = torch.frombuffer(mmap.mmap(pages, 2 * size), dtype=torch.uint8).view(2, size)
     for row, value in zip(both, (first, last), strict=True):
         row.copy_(value.contiguous().view(torch.uint8).view(-1))
-    reserved = torch.frombuffer(mmap.mmap(-1, times * size, flags=mmap.MAP_PRIVATE), dtype=torch.uint8)  # unmaps all when freed
+    reserved = torch.frombuffer(mmap.mmap(-1, times * size, flags=mmap.MAP_PRIVATE), dtype=torch.uint8)  # unmaps all of it
     for i in range(times):
         at = reserved.data_ptr() + i * size
         got = libc.mmap(at, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | MAP_FIXED, pages,
@@ -61,13 +58,15 @@ def repeated(first: torch.Tensor, times: int, last: torch.Tensor) -> torch.Tenso
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Of contiguous tensors; as fast as memory, where torch.equal takes seconds a GiB."""
+    """Whether two contiguous tensors have equal bits. It runs at the speed of memory, where torch.equal takes seconds for a
+    GiB.
+    """
     assert a.is_contiguous() and b.is_contiguous() and a.dtype == b.dtype and a.shape == b.shape, (a.shape, b.shape)
     return libc.memcmp(a.data_ptr(), b.data_ptr(), a.numel() * a.element_size()) == 0
 
 
 def need(gib: float) -> None:
-    """Skips the test where that much memory is not free."""
+    """Skips the test unless that much memory is free."""
     with open("/proc/meminfo") as file:
         free = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) / 2**20
     if free < gib:
@@ -75,7 +74,7 @@ def need(gib: float) -> None:
 
 
 def joined(op, first: Sample, last: Sample, times: int) -> Sample:
-    """The large sample: what counts rows repeated, the rest as it is."""
+    """The large sample: the arguments that count rows are repeated, the others stay as they are."""
     same_rows = lambda v: isinstance(v, torch.Tensor) and v.dim() > 0
     batched = OPS[op].workload.batched
     inputs = {name: repeated(value, times, last.inputs[name]) if name in batched and same_rows(value) else value
@@ -84,7 +83,7 @@ def joined(op, first: Sample, last: Sample, times: int) -> Sample:
 
 
 def drawn(op, dims, generator, last_size=1.0, scaled=(), shared=(), dtype=torch.bfloat16):
-    """Two samples: of the rows that are repeated, and of the last ones, whose arguments `scaled` are larger."""
+    """Two samples: the rows that are repeated, and the last rows, whose arguments in `scaled` are larger."""
     first, last = (sample_of(OPS[op], Case("large", dims), dtype, "cpu", generator) for _ in range(2))
     inputs = {name: first.inputs[name] if name in shared else value * last_size if name in scaled else value
               for name, value in last.inputs.items()}
@@ -92,7 +91,7 @@ def drawn(op, dims, generator, last_size=1.0, scaled=(), shared=(), dtype=torch.
 
 
 def assert_repeats(got, first, last, label=""):
-    """`got` is `first` again and again and `last` at its end, to the bit."""
+    """`got` must consist of copies of `first` with `last` at its end, bit for bit."""
     rows, times = first.shape[0], got.shape[0] // first.shape[0]
     assert got.shape[0] == rows * times and got.dtype == first.dtype, (label, got.shape)
     for want in (first, last):
@@ -102,7 +101,7 @@ def assert_repeats(got, first, last, label=""):
 
 
 def assert_adds_up(got, first, last, times, label=""):
-    """`got` is times - 1 times `first` plus `last`, up to the rounding of the results."""
+    """`got` must be (times - 1) * `first` + `last`, up to the rounding of the results."""
     terms = (times - 1) * first.double(), last.double()
     bound = EPS_TERMS * torch.finfo(got.dtype).eps * sum(term.abs() for term in terms).max()
     assert terms[1].abs().max() > 16 * bound, f"{label}: the last rows must be seen"
@@ -111,7 +110,7 @@ def assert_adds_up(got, first, last, times, label=""):
 
 
 def near(got, gold, label, terms=1.0):
-    """Two roundings of what the numbers are made of, which is no smaller than the largest."""
+    """`got` must be within two roundings of the largest of its terms, and those are at least as large as gold's maximum."""
     bound = EPS_TERMS * torch.finfo(got.dtype).eps * max(float(gold.abs().max()), terms)
     error = float((got.double() - gold).abs().max())
     assert error <= bound, f"{label}: {error:.3g} off, at most {bound:.3g}"

@@ -10,10 +10,8 @@ def resident() -> int:
 
 
 def peak_extra(call):
-    """(result, largest growth of the resident size during the call in bytes), looked at every 5 ms.
-
-    What earlier tests freed and glibc kept is given back first: a call that took its buffers from there would grow by
-    nothing, and another of the same size by all of them.
+    """(result, largest growth of the resident size during the call in bytes), sampled every 5 ms. Memory that earlier tests
+    freed and that glibc kept is given back first: a call that reused it would otherwise seem to grow by nothing.
     """
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)

@@ -17,7 +17,8 @@ import pytest
 from cells import variants
 from shared import OPS, instruction_set
 
-# Tiles in which the interpreter takes as long for a few rows as for many: smaller ones, so that short sequences fill several.
+# The interpreter takes as long for a tile with few rows in use as for a full one. Smaller tiles are faster, and short sequences
+# then fill several of them.
 INTERPRETED_TILES = {"gae": {"BLOCK": 32}}
 
 

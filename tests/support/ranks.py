@@ -1,4 +1,4 @@
-"""A test's processes of one `torch.distributed` group on this machine."""
+"""Starts the processes of one `torch.distributed` group on this machine, for tests with several ranks."""
 
 import socket
 
@@ -6,7 +6,7 @@ import torch.multiprocessing as mp
 
 
 def run_ranks(rank_main, count):
-    """What rank_main(rank, port, results) put into `results` in each of `count` processes."""
+    """Runs rank_main(rank, port, results) in `count` processes and returns what they stored in `results`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

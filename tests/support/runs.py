@@ -9,7 +9,7 @@ from internlm2.config import ModelConfig
 from internlm2.data import PackedBatches, TokenStore
 from internlm2.training.config import DataConfig, OptimizerConfig, TrainConfig
 from internlm2.training.display import RunDisplay
-from internlm2.training.pretrain import build_learner
+from internlm2.training.stages.pretrain import build_learner
 from internlm2.training.trainer import Trainer
 
 MODEL = ModelConfig(vocab_size=64, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, intermediate_size=48)

@@ -15,7 +15,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @contextlib.contextmanager
 def instruction_set(isa: str):
-    """Force the build for one instruction set inside the block; what is none of them changes nothing."""
+    """Selects the build for one instruction set inside the block. A name that is no instruction set changes nothing."""
     if isa not in SETS:
         yield
         return
@@ -52,7 +52,7 @@ def assert_bitwise(got: dict, want: dict, label: str = "") -> None:
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
-    """The bit patterns, so that 0.0 and -0.0 differ; every NaN counts as the same one."""
+    """The bit patterns as integers, so that 0.0 and -0.0 differ; all NaN values count as equal."""
     if not x.is_floating_point():
         return x
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
@@ -64,19 +64,19 @@ def replaced(sample: Sample, **inputs) -> Sample:
 
 
 def rows_between(op: Op, sample: Sample, count: int, begin: int, end: int) -> Sample:
-    """The sample's rows [begin, end): what a smaller batch holds."""
+    """The sample restricted to its rows [begin, end)."""
     part = {name: value[begin:end] for name, value in sample.inputs.items()
             if name in op.workload.batched and isinstance(value, torch.Tensor) and value.shape[0] == count}
     return replaced(sample, **part)
 
 
 def row_count(case: Case) -> int:
-    """What the first dimension of the batched arguments counts; 0 for a case that has none."""
+    """The number of rows that the first dimension of the batched arguments counts; 0 for a case that has none."""
     return next((case.dims[key] for key in ("rows", "tokens", "batch") if key in case.dims), 0)
 
 
 def widened(case: Case) -> Case:
-    """The case at a size that does run in parallel."""
+    """The case at a size that the kernels distribute over threads."""
     larger = {"rows": 1031, "tokens": 1031, "queries": 300, "keys": 300, "targets": 1031, "pairs": 300,
               "sequences": 300, "elements": 300000}
     dims = {key: larger.get(key, value) for key, value in case.dims.items()}
@@ -86,7 +86,7 @@ def widened(case: Case) -> Case:
 
 
 class Recorder(TorchDispatchMode):
-    """Records every operator that is dispatched, with detached copies of its tensors."""
+    """Records every operator that is dispatched, with detached copies of the tensors given to ours."""
 
     def __init__(self):
         super().__init__()
@@ -102,7 +102,7 @@ class Recorder(TorchDispatchMode):
 
 
 def strided_copies(x: torch.Tensor):
-    """(name, tensor equal to x with other strides): sliced from something larger, transposed, with a stride above 1."""
+    """Pairs (name, tensor equal to x with other strides): a slice of a larger tensor, a transposed tensor, last stride 2."""
     wide = torch.full((*x.shape[:-1], x.shape[-1] + 13), float("nan") if x.is_floating_point() else -1,
                       dtype=x.dtype, device=x.device)
     wide[..., 5: 5 + x.shape[-1]] = x

@@ -1,5 +1,7 @@
 """Attention in AMX tiles on any processor with AVX512_BF16: the AMX objects are built again with their instructions emulated
-(tests/support/amx_emulation.h), linked with the other objects of the build, and the tests of attention run on that library at level amx."""
+(tests/support/amx_emulation.h) and linked with the other objects of the build; the tests of attention run on that library at
+instruction set amx. Where the processor has AMX, all fast tests run on the tiles themselves.
+"""
 
 import os
 import subprocess
@@ -13,7 +15,8 @@ from test_native_build import lines, objects  # noqa: F401, a fixture
 from internlm2_kernels._registry import _C
 
 TESTS = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(_C is None or _C.best_cpu_isa() not in ("avx512_bf16", "amx"), reason="needs AVX512_BF16")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(_C is None or _C.best_cpu_isa() not in ("avx512_bf16", "amx"),
+                                                    reason="needs AVX512_BF16")]
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +46,8 @@ def run(command):
     assert done.returncode == 0, done.stderr
 
 
-# Of the tests that run at every instruction set those at level amx: values on the error ladder, the same bits at one and two
-# threads, whatever else is in the batch and in decoding as in prefill, nothing read from poisoned neighbours.
+# The tests of every instruction set, at amx only: the error ladder, equal bits at one and two threads, in any batch, and in
+# decode as in prefill, with memory around the inputs filled with NaN.
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("file,among", (("shared/test_ops.py", "test_ladder"),
                                         ("shared/test_ops_bits.py", "test_bitwise_repeatable"),
@@ -61,7 +64,9 @@ def test_emulated(library, file, among):
 
 
 def test_the_tiles_are_what_is_tested(library):
-    """At level amx sums have another order than at avx512_bf16; the library is the emulated one, and chooses amx for nobody."""
+    """At instruction set amx sums have another order than at avx512_bf16. The library is the emulated one, which never chooses
+    amx by itself.
+    """
     code = (f"import sys; sys.path.insert(0, {str(TESTS / 'support')!r}); import amx_emulated, torch\n"
             "from internlm2_kernels import flash_attention, _C\n"
             "q = torch.randn(1, 200, 4, 128, generator=torch.Generator().manual_seed(0)).bfloat16()\n"

@@ -10,6 +10,7 @@ import pytest
 
 from internlm2_kernels._registry import _C
 
+pytestmark = pytest.mark.slow  # builds all CUDA sources with g++, then emulates every thread
 FOLDER = Path(__file__).parents[1] / "support" / "cuda_emulator"
 
 

@@ -52,3 +52,22 @@ def test_the_operator_table_is_up_to_date():
     from tools.docs import PAGE, with_table
 
     assert with_table(PAGE.read_text()) == PAGE.read_text(), "stale: run `make docs`"
+
+
+def test_comments_are_drawn_from_all_languages_with_their_place(tmp_path):
+    from tools import draw_comments as tool
+
+    (tmp_path / "a.py").write_text('x = "# not a comment at all here"  # the first comment of four words\n\n\ndef f():\n'
+                                   '    """Says what the function does.\n\n    And more.\n    """\n    # two lines that are\n'
+                                   '    # one comment together\n    return 1  # short\n')
+    (tmp_path / "b.cpp").write_text('// one comment that fills\n// two lines of text\nconst char* s = "// no comment";\n'
+                                    '/* and a block\n   of several more words */\nint x;  // behind the code it stands\n')
+    places = lambda name: [(c.first, c.last) for c in tool.comments_of(tmp_path / name)]
+    assert places("a.py") == [(1, 1), (5, 8), (9, 10)] and places("b.cpp") == [(1, 2), (4, 5), (6, 6)]
+    done = subprocess.run([sys.executable, "-m", "tools.draw_comments", "--count", "5", "--seed", "2"], cwd=ROOT,
+                          capture_output=True, text=True, check=True).stdout
+    drawn = re.findall(r"^--- \d+\. (\S+):(\d+)$", done, re.M)
+    assert len(drawn) == 5
+    for name, line in drawn:
+        marked = re.search(rf"{re.escape(name)}:{line}\n(?: .*\n)?> (.*)", done).group(1)
+        assert marked == (ROOT / name).read_text().splitlines()[int(line) - 1]

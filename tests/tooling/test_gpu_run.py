@@ -1,4 +1,4 @@
-"""`make gpu` as far as it goes without a GPU: arguments, phases and their time, ended processes, the collection of checks."""
+"""`make gpu` as far as it runs without a GPU: arguments, phases and their time, ended processes, collection of the checks."""
 
 import os
 import subprocess
@@ -98,7 +98,9 @@ def test_a_phase_is_ended_with_all_that_it_started(tmp_path, monkeypatch, code, 
 
 
 def test_output_comes_as_it_is_printed(tmp_path, monkeypatch):
-    """Also from a process that has started itself again, as the benchmarks do: or the watch would take it for silent."""
+    """Also from a process that has replaced itself with exec, as the benchmarks do; otherwise the watchdog would end it as
+    silent.
+    """
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     code = ("import os, sys, time\nif len(sys.argv) == 1: os.execv(sys.executable, [sys.executable, sys.orig_argv[-1], 'x'])\n"
             "for i in range(10): print(i); time.sleep(0.6)")
@@ -117,7 +119,7 @@ def test_a_log_has_an_end(tmp_path, monkeypatch, capsys):
 
 
 def _running(pid):
-    """Ended children of others stay as zombies where nobody waits for them."""
+    """Whether the process runs; ended children of other processes stay as zombies where nobody waits for them."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except FileNotFoundError:
@@ -125,7 +127,7 @@ def _running(pid):
 
 
 class Told:
-    """Stands in for `Log.stream`: what was called, and what it is to answer."""
+    """Replaces `Log.stream`: records the calls, and gives prepared answers."""
 
     def __init__(self, monkeypatch, *answers):
         self.calls, self.answers = [], list(answers)
@@ -186,7 +188,7 @@ def test_tools_that_are_missing_or_refuse_are_a_line(monkeypatch, tmp_path):
 
 
 def test_all_phases_leave_at_most_8_files(monkeypatch, tmp_path, capsys):
-    """With a benchmark record killed amid its writing, and the demo's many files."""
+    """Also when a benchmark was killed while it wrote a record, and with the demo's many files."""
     cuda_as(monkeypatch)
 
     def stream(self, command, limit_s=None, silent_s=None, **env):
@@ -223,7 +225,7 @@ def test_the_sanitizer_takes_small_cases_of_cuda_kernels_and_counters_one_large(
 
 
 def test_the_checks_are_collected_for_a_gpu():
-    """Without running them: every operator on every GPU backend, in float32, bfloat16 and float16."""
+    """They are collected and not run: every operator on every GPU backend, in float32, bfloat16 and float16."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     found = subprocess.run([sys.executable, "-m", "pytest", *gpu.TESTS, "--device", "cuda", "--seed", "5", "--collect-only"],
                            cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)

@@ -1,4 +1,5 @@
-"""The benchmarks on a GPU as far as they go without one: plan, what outlives a kill, what fails there, the report."""
+"""The GPU benchmarks as far as they run without a GPU: the plan, what is kept after a kill, failures on the device, the report.
+"""
 
 import dataclasses
 import json
@@ -176,7 +177,7 @@ def test_one_of_two_backends_may_be_red():
 
 # --------------------------------------------------------------------------------------------------------- the report
 def synthetic(folder, monkeypatch):
-    """A run as a GPU would leave it; the numbers are made up and stay in the test's folder."""
+    """A run as a GPU would leave it, with invented numbers; it stays in the test's folder."""
     info = record.machine(CPU) | {"node": "nvidia-test", "device": "NVIDIA Test", "device_type": "cuda", "gpu_state": "clocks"}
     monkeypatch.setattr(record, "machine", lambda device: info)
     run, timer = record.Record(folder, CUDA, PEAKS, {"ops": ["flash_attention"]}, commit_id="c" * 40), bench()
@@ -199,7 +200,7 @@ def test_report_of_a_gpu_run(tmp_path, monkeypatch):
     run = synthetic(tmp_path, monkeypatch)
     command.render(run.path)
     text = run.path.with_suffix(".md").read_text()
-    for part in ("NVIDIA Test; torch", "triton", "ccccccc", "x cudnn", "x flash", "x efficient", "x flex", "cudnn 0.90 < 1",
+    for part in ("NVIDIA Test; torch", "triton", "ccccccc", "x others", "efficient 2.50 [", "flex 1.40 [", "cudnn 0.90 < 1",
                  "torch's bf16 matrix product 800.00 TFLOP/s", "efficient cannot run"):
         assert part in text, part
     assert run.path.with_suffix(".png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -226,7 +227,7 @@ def test_json_of_a_run_is_whole_after_every_pass(tmp_path):
 
 
 def test_peers_of_attention_are_checked_at_sizes_that_they_take():
-    """SDPA forced to flash has a form for the CPU, and so has the plain one: layout, groups and mask are right."""
+    """Flash SDPA and plain SDPA also run on the CPU: layout, groups and mask are right."""
     from benchmarks import peers
     op, math = OPS["flash_attention"], peers.Peer(peers._sdpa("MATH"), ("cpu",), peers._dense_inputs)
     taken = {"flash": peers.PEERS["flash_attention"]["flash"], "efficient": math}
@@ -240,7 +241,7 @@ def test_peers_of_attention_are_checked_at_sizes_that_they_take():
 
 
 def test_flex_decoding_is_the_decoding_of_one_token(monkeypatch):
-    """FlexAttention, not compiled: the layouts that it is given and gives back, and what it refuses."""
+    """FlexAttention, not compiled: the layouts that it takes and returns, and what it refuses."""
     from torch.nn.attention.flex_attention import flex_attention
 
     from benchmarks import peers

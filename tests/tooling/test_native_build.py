@@ -1,4 +1,4 @@
-"""Properties of the compiled library that no call would show: what its objects define, what it registers, as what."""
+"""Properties of the compiled library that no call shows: the symbols of its objects, its registrations and their signatures."""
 
 import re
 import shutil
@@ -31,7 +31,7 @@ def lines(*command):
 
 
 def test_instruction_set_objects_define_no_shared_symbol(objects):
-    """A weak symbol in both builds is one function to the linker: AVX-512 code would run where AVX2 was chosen."""
+    """The linker keeps one copy of a weak symbol that both builds define: AVX-512 code would run where AVX2 was chosen."""
     for isa, namespace in (("avx2", "AVX2"), ("avx512", "AVX512"), ("avx512_bf16", "AVX512_BF16"), ("amx", "AMX")):
         pattern = "*.cpp" if isa in ("avx2", "avx512") else "*attention*.cpp"
         names = {path.name for path in (ROOT / "csrc" / "cpu").rglob(pattern)}
@@ -39,7 +39,7 @@ def test_instruction_set_objects_define_no_shared_symbol(objects):
         assert {path.name.removesuffix(f".{isa}.o") for path in found} >= names
         for path in found:
             if path.name.removesuffix(f".{isa}.o") not in names:
-                continue  # of a source that is gone
+                continue  # its source has been removed
             defined = [line.split() for line in lines("nm", "-C", "--defined-only", path)]
             assert defined
             for fields in defined:
@@ -59,7 +59,7 @@ def test_no_object_uses_more_than_its_instruction_set(objects):
 
 
 def test_tiles_are_in_their_own_objects_alone(objects):
-    """The instructions themselves, not their emulation, and nowhere else."""
+    """Tile instructions, and not their emulation, are in the AMX objects and in no others."""
     for path in (objects / "cpu").rglob("*.o"):
         instructions = {line.split("\t")[-1].split()[0] for line in lines("objdump", "-d", "--no-show-raw-insn", path)
                         if "\t" in line}
@@ -77,14 +77,14 @@ SCHEMA_TYPES = {"Tensor": "Tensor", "Optional[Tensor]": "Tensor?", "List[Tensor]
 
 
 def of_schema(schema):
-    """A schema's types in the words of `_C.signatures()`."""
+    """The types of a schema as `_C.signatures()` writes them."""
     parts = lambda values: ", ".join(SCHEMA_TYPES[str(value.type)] for value in values)
     returns = parts(schema.returns)
     return f"({parts(schema.arguments)}) -> {returns if len(schema.returns) == 1 else f'({returns})'}"
 
 
 def test_signatures_are_the_schemas():
-    """The dispatcher never compares them: an int read as a double is garbage, a Tensor read as optional a crash."""
+    """The dispatcher does not compare them: an int read as a double would be garbage, a Tensor read as optional a crash."""
     signatures = _C.signatures()
     expected = {f"{op.name}_{name}.{backend}": of_schema(overloads[backend]._schema)
                 for op in OPS.values() for name, overloads in op.overloads.items() for backend in overloads
@@ -99,7 +99,7 @@ def test_a_wrong_signature_would_be_seen():
 
 
 def test_every_registration_has_its_schema():
-    """A misspelt overload is silent: it dangles."""
+    """A misspelt overload raises no error when it is registered: it is an implementation without a schema."""
     assert not [line for line in torch._C._dispatch_find_dangling_impls() if "internlm2::" in line]
 
 

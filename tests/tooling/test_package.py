@@ -1,4 +1,4 @@
-"""The package as an installation: what importing needs, what it says without its parts, what the archives hold."""
+"""The installed package: what an import needs, its messages where parts are missing, the contents of the archives."""
 
 import os
 import re
@@ -32,7 +32,7 @@ importlib.util.find_spec = lambda name, package=None: None if name == "triton" e
 
 
 def test_importing_pulls_in_nothing_heavy():
-    """torch brings what it brings; beyond it no Triton, no einops, no progress bars."""
+    """Apart from torch's own imports, no Triton, no einops and no progress bars."""
     out = python("import torch, sys; before = set(sys.modules); import internlm2_kernels;"
                  "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))")
     assert out.returncode == 0, out.stderr
@@ -41,7 +41,7 @@ def test_importing_pulls_in_nothing_heavy():
 
 @pytest.mark.slow
 def test_importing_costs_little():
-    """Under 0.3 s beyond torch; the median of seven, each in a fresh process."""
+    """Under 0.3 s in addition to torch: the median of seven imports, each in a fresh process."""
     code = "import torch, time; t = time.perf_counter(); import internlm2_kernels; print(time.perf_counter() - t)"
     assert sorted(float(python(code).stdout) for _ in range(7))[3] < 0.3
 
@@ -88,7 +88,7 @@ def test_torchs_own_switch_forces_avx2():
 
 
 def test_house_rules():
-    """Layers: implementations import no operator, the kernels know nothing of the model; public docstrings are complete."""
+    """Implementations import no operator, the kernels do not import the model, and public docstrings are complete."""
     import internlm2_kernels
     from tools.docs import section
 
@@ -141,7 +141,7 @@ def test_archives(tmp_path):
 
 
 def test_an_isolated_build_stops_with_one_sentence(tmp_path):
-    """Where torch is not to be seen, no silent pure-Python build."""
+    """Where torch cannot be imported the build stops; it does not silently become pure Python."""
     code = ("import sys, importlib.util as u; real = u.find_spec;"
             "u.find_spec = lambda n, p=None: None if n == 'torch' else real(n, p);"
             f"sys.argv = ['setup.py', '-q', 'build_ext', '-b', {str(tmp_path)!r}]; exec(open('setup.py').read(),"

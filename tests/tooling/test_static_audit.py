@@ -1,4 +1,4 @@
-"""The static audit of GPU kernels: complete, without spills, and able to fail."""
+"""The static audit of GPU kernels: every kernel is in it, and each of its rules can fail."""
 
 import ast
 import json
@@ -11,61 +11,46 @@ import pytest
 
 import internlm2_kernels
 from internlm2_kernels import OPS
-from tools import audit, compile_kernels
+from tools import audit, audit_rules, compile_kernels, sass
 
 pytest.importorskip("triton")
 PACKAGE = Path(internlm2_kernels.__file__).parent
-ROWS = audit.read(audit.TABLE)["rows"]
 TRITON_OPS = [name for name, op in OPS.items() if "triton" in op.backends]
 
 
 def run(*command):
-    """A process whose Triton is the compiler, not the interpreter."""
+    """Runs Python in a process whose Triton is the compiler and not the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=PACKAGE.parent)
 
 
-# Kernels that only 16-bit inputs take.
+# Kernels that run for 16-bit inputs only.
 ONE_DTYPE = {"linear_head_product_kernel": "bfloat16", "linear_head_peak_kernel": "bfloat16"}
-# What launches of a pass may be called, beside the operator's own name.
+# Words of which a pass's kernels have one in their name.
 WORDS = {"bwd": ("bwd", "gradient", "scale"), "fwd": ("fwd", "merge", "chunks"), "step_": ("step",)}
 
 
 def kernels_of(path: Path) -> set[str]:
-    """Functions with a decorator of `triton.jit` that nothing in the file calls as a device function: the kernels."""
+    """The kernels of a file: functions decorated with `triton.jit` whose name does not begin with an underscore."""
     return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)
             and any("jit" in ast.unparse(d) for d in node.decorator_list) and not node.name.startswith("_")}
 
 
-def test_every_kernel_is_in_the_table():
-    """Every @triton.jit kernel of the package, for three architectures, in every dtype that its operator takes."""
+def test_every_kernel_is_launched():
+    """Every kernel of the package is launched in every dtype that its operator takes, and every pass launches something."""
+    code = ("import json, sys; from tools import compile_kernels as a\n"
+            "print(json.dumps([x.key for op in sys.argv[1:] for dtype in a.DTYPES for x in a.launches(op, dtype)]))")
+    out = run("-c", code, *TRITON_OPS)
+    assert out.returncode == 0, out.stderr
+    found = json.loads(out.stdout)
     for path in (PACKAGE / "_triton").glob("*.py"):
         for kernel in kernels_of(path):
             assert kernel.endswith("_kernel"), f"{kernel}: a kernel's name ends in _kernel, a device function's begins with _"
             ops = [path.stem] if path.stem in OPS else TRITON_OPS  # attention.py and losses.py belong to several
             dtypes = ("bfloat16", "float32") if len(OPS[ops[0]].dtypes) > 1 else ("float32",)
-            dtypes = (ONE_DTYPE[kernel],) if kernel in ONE_DTYPE else dtypes
-            for dtype in dtypes:
-                for arch in (80, 90, 100):
-                    assert any(key.startswith(f"{name}/{kernel}/") and key.endswith(f"/{dtype}/sm_{arch}") for key in ROWS
-                               for name in ops), f"{kernel} {dtype} sm_{arch}: launch it in audit(), run tools.audit --write"
-
-
-def test_every_cuda_source_is_in_the_table():
-    for path in (PACKAGE.parent / "csrc" / "cuda").glob("*.cu"):
-        for arch in ("80", "90a", "100a"):
-            assert any(key.startswith(f"cuda/{path.name}/") and key.endswith(f"/sm_{arch}") for key in ROWS), (path.name, arch)
-
-
-def test_table_is_of_the_launches_that_are_shipped():
-    """What the launchers launch now, and nothing else; each pass of an operator launches something that is audited."""
-    code = ("import json; from internlm2_kernels import OPS; from tools import compile_kernels as a\n"
-            "found = {l.key: l.kernel.__name__ for op in OPS if 'triton' in OPS[op].backends for dtype in a.DTYPES "
-            "for l in a.launches(op, dtype)}\nprint(json.dumps(found))")
-    out = run("-c", code)
-    assert out.returncode == 0, out.stderr
-    found = json.loads(out.stdout)
-    assert set(found) == {key.rsplit("/sm_", 1)[0] for key in ROWS if not key.startswith("cuda/")}, "run tools.audit --write"
+            for dtype in (ONE_DTYPE[kernel],) if kernel in ONE_DTYPE else dtypes:
+                mine = [key for key in found if key.split("/")[0] in ops and key.split("/")[1] == kernel]
+                assert any(key.endswith(f"/{dtype}") for key in mine), f"{kernel} {dtype}: launch it in tools/audited.py"
     for name in TRITON_OPS:
         for pass_name in OPS[name].schemas:
             words = WORDS[next(word for word in WORDS if word in pass_name)]
@@ -73,41 +58,26 @@ def test_table_is_of_the_launches_that_are_shipped():
             assert any(word in kernel for kernel in own for word in words), (name, pass_name)
 
 
-def test_committed_table_has_no_problem():
-    assert audit.find_problems(ROWS) == []
+GOOD = {"registers": 40, "stack_bytes": 0, "spills_in_loops": 0, "shared_bytes": 1000, "mma": 4, "wgmma": 0, "tcgen05": 0,
+        "loads": "4x128 1x32", "stores": "2x128", "source": "x"}
 
 
-def test_model_sizes_move_sixteen_bytes_at_a_time():
-    """Every bfloat16 kernel of a size that models have loads and stores 128 bits a thread; the rest are scalars and
-    statistics: a position, a slot, a scale. Not so the sums over few numbers, checks, int8 caches with their scales, and
-    scans backwards; `some` have beside their wide accesses a masked path for ends, or leave a number for many elements."""
-    others = ("cuda/", "dweight_kernel", "cols 128", "cols 1/", "cols 1,", "head of 2/", "heads of 2/",
-              "check_kernel", "merge_kernel", "delta_kernel", "int8", "blocks of 1", "odd", "reduce_rows_kernel",
-              "coefficients_kernel", "sum_kernel", "prepare_kernel", "peak_kernel", "gae_fwd_kernel",
-              "ppo_value_loss_fwd_kernel")
-    some = ("reward_loss", "adamw_step_kernel", "squared_norm", "ppo_", "linear_head_", "cross_entropy_fwd_kernel",
-            "cross_entropy_bwd_kernel")
-    writes = ("adamw_step", "cross_entropy_bwd", "linear_head_product", "ppo_policy_loss_bwd", "ppo_value_loss_bwd",
-              "reward_loss_bwd")  # of `some`, those that write as much as they read
-    for key, facts in ROWS.items():
-        if "/bfloat16/" in key and not any(part in key for part in others):
-            for access in ("loads", "stores"):
-                widths = {int(bits): int(count) for count, bits in (w.split("x") for w in facts[access].split())}
-                bulk = 128 * widths.get(128, 0) / sum(bits * count for bits, count in widths.items())
-                least = 0.7 if not any(part in key for part in some) else 0.25 if access == "loads" else 0.4
-                if access == "loads" or least == 0.7 or any(part in key for part in writes):
-                    assert bulk > least, f"{key} {access}: {facts[access]}"
+@pytest.mark.parametrize("key,changes,word", (
+    ("swiglu/swiglu_fwd_kernel/x/bfloat16/sm_80", {"loads": "1x128 9x32"}, "loads are 16 bytes wide"),
+    ("swiglu/swiglu_fwd_kernel/x/bfloat16/sm_80", {"stores": "9x16"}, "stores are 16 bytes wide"),
+    ("flash_attention/flash_attention_fwd_kernel/x/bfloat16/sm_80", {"mma": 0}, "expected mma alone"),
+    ("flash_attention/flash_attention_fwd_kernel/x/bfloat16/sm_90", {"wgmma": 1}, "expected wgmma alone"),
+    ("linear_logprobs/linear_head_fwd_kernel/x/bfloat16/sm_100", {}, "do not use tcgen05")))
+def test_broken_rules_are_found(key, changes, word):
+    (line,) = audit_rules.problems({key: {**GOOD, **changes}})
+    assert key in line and word in line
 
 
-def test_products_of_16_bits_use_the_tensor_cores():
-    """mma.sync on Ampere, wgmma on Hopper (mma.sync adds up in another order there, and is slower), tcgen05 on Blackwell."""
-    kernels = [key for key in ROWS if "attention/" in key and "/bfloat16/" in key and not key.startswith("cuda/")
-               and not any(part in key for part in ("check_kernel", "merge_kernel", "delta_kernel"))]
-    assert len(kernels) > 60
-    its_own = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}
-    for key in kernels:
-        used = {name for name in its_own.values() if ROWS[key][name] > 0}
-        assert used == {its_own[key.rsplit("/", 1)[1]]}, (key, used)
+def test_rules_that_are_kept():
+    assert audit_rules.problems({f"swiglu/swiglu_fwd_kernel/x/{dtype}/sm_80": {**GOOD, "loads": loads} for dtype, loads in (
+        ("bfloat16", "4x128 1x32"), ("float32", "9x32"))}) == []
+    assert audit_rules.problems({"op/kernel/x/float32/sm_80": GOOD}, {"op/kernel/x/float32": "a reason"}) == [
+        "op/kernel/x/float32 does not spill: take it out of ALLOWED_STACK"]
 
 
 def test_each_kind_of_product_is_counted():
@@ -122,7 +92,7 @@ def test_each_kind_of_product_is_counted():
 
 
 def test_problems_are_found():
-    good = next(facts for key, facts in ROWS.items() if key.endswith("sm_80"))
+    good = GOOD
     assert audit.find_problems({"op/kernel/x/float32/sm_80": good}) == []
     (spill,) = audit.find_problems({"op/kernel/x/float32/sm_80": {**good, "stack_bytes": 8}})
     assert "spills: 8 bytes" in spill
@@ -132,37 +102,48 @@ def test_problems_are_found():
 
 
 def test_a_spill_passes_with_a_reason_only(monkeypatch):
-    key, good = "op/kernel/x/float32", next(facts for key, facts in ROWS.items() if key.endswith("sm_80"))
+    key, good = "op/kernel/x/float32", GOOD
     spill = lambda stack, inside: audit.find_problems(
         {f"{key}/sm_80": {**good, "stack_bytes": stack, "spills_in_loops": inside}})
     assert len(spill(8, 0)) == 1
     monkeypatch.setitem(audit.ALLOWED_STACK, key, "for this test")
     assert spill(8, 0) == spill(8, 1) == spill(1000, 1) == []
-    monkeypatch.setitem(audit.ALLOWED_STACK, key, audit.BESIDE_LOOPS)  # a reason that the machine code has to bear out
+    monkeypatch.setitem(audit.ALLOWED_STACK, key, audit.OUTSIDE_LOOPS)  # a reason that the machine code must confirm
     assert spill(8, 0) == [] and len(spill(8, 1)) == len(spill(audit.LARGEST_STACK_BYTES + 1, 0)) == 1
     monkeypatch.delitem(audit.ALLOWED_STACK, key)
     monkeypatch.setitem(audit.ALLOWED_STACK, f"{key}/sm_90", "for another architecture")
     assert len(spill(8, 0)) == 1
 
 
-def test_reasons_are_of_kernels_that_spill():
-    for key in audit.ALLOWED_STACK:
-        rows = [facts for name, facts in ROWS.items() if key in (name, name.rsplit("/sm_", 1)[0])]
-        assert any(facts["stack_bytes"] for facts in rows), f"{key} does not spill: take it out of ALLOWED_STACK"
-
-
-def test_spills_in_loops_are_counted(monkeypatch, tmp_path):
-    listing = """
+LISTING = """
         /*0000*/  STL [R1], R2 ;
-        /*0010*/  LDG.E R4, [R6] ;
+        /*0010*/  LDG.E.128 R4, [R6] ;
         /*0020*/  LDL R2, [R1+0x4] ;
         /*0030*/  @!P1 HMMA.16816.F32 R4, R8, R2, R4 ;
-        /*0040*/  @P0 BRA 0x20 ;
-        /*0050*/  LDL R3, [R1] ;
-        /*0060*/  @P2 BRA 0x10 ;
-        /*0070*/  EXIT ;"""
-    monkeypatch.setattr(compile_kernels.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, stdout=listing))
-    assert compile_kernels.spills_in_loops("cuobjdump", tmp_path) == 1  # the inner loop's, not those around it
+        /*0040*/  @P3 BRA 0x70 ;
+        /*0050*/  FMUL R9, R9, R9 ;
+        /*0060*/  FFMA R9, R9, R9, R9 ;
+        /*0070*/  FADD.FTZ R3, R3, R4 ;
+        /*0080*/  @P0 BRA 0x20 ;
+        /*0090*/  LDL R3, [R1] ;
+        /*00a0*/  @P2 BRA 0x10 ;
+        /*00b0*/  MUFU.EX2 R1, R2 ;
+        /*00c0*/  EXIT ;"""
+
+
+def test_spills_in_loops_are_counted():
+    (code,) = sass.parse(LISTING).values()
+    assert sass.spills_in_loops(code) == 1  # the access in the inner loop, not those around it
+
+
+def test_instructions_of_the_hot_loop_are_counted():
+    """The inner loop without the code that its branch jumps over: LDL, HMMA, BRA, FADD, BRA."""
+    (code,) = sass.parse(LISTING).values()
+    assert str(sass.hot_loop(code)) == "loop 5 1 0 1 0"
+    (code,) = sass.parse(LISTING.replace("HMMA", "MOV")).values()  # arithmetic without tensor cores: all of the loop
+    assert str(sass.hot_loop(code)) == "loop 7 0 1 2 0"
+    (code,) = sass.parse(LISTING.replace("BRA", "NOP")).values()
+    assert str(sass.hot_loop(code)) == "all 13 1 1 2 1"
 
 
 def test_differences_are_found():
@@ -189,7 +170,7 @@ def test_write_then_read(tmp_path):
 
 
 def test_command_compiles_from_an_interpreted_process():
-    """One operator for real, from a process in which kernels are the interpreter's; its rows are the committed ones."""
+    """Compiles one operator from a process in which Triton is interpreted."""
     out = subprocess.run([sys.executable, "-m", "tools.audit", "--op", "rope_table"], capture_output=True,
                          text=True, cwd=PACKAGE.parent, env={**os.environ, "TRITON_INTERPRET": "1"})
     assert out.returncode == 0, out.stderr
@@ -197,14 +178,14 @@ def test_command_compiles_from_an_interpreted_process():
 
 
 def test_specialization_is_triton_s_own():
-    """What the audit compiles is what a launch of the same arguments would compile."""
+    """The audit compiles what a launch with the same arguments would compile."""
     code = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 from internlm2_kernels import OPS
-from tools import compile_kernels as audit
+from tools import audited, compile_kernels as audit
 from internlm2_kernels._triton import common
 backend, count = make_backend(GPUTarget("cuda", 90, 32)), 0
 def compare(kernel, arguments, options):
@@ -221,8 +202,7 @@ def compare(kernel, arguments, options):
 common.record = compare
 for op in OPS:
     if "triton" in OPS[op].backends:
-        module = __import__(f"internlm2_kernels._triton.{op}", fromlist=[op])
-        for _, call in module.audit(torch.bfloat16, lambda *s, dtype: torch.empty(s, dtype=dtype, device="meta")):
+        for _, call in getattr(audited, op)(torch.bfloat16, lambda *s, dtype: torch.empty(s, dtype=dtype, device="meta")):
             call()
 print(count)
 """
@@ -232,10 +212,10 @@ print(count)
 
 
 def test_changed_sources_are_compiled_again():
-    """A row stands for its kernel as long as compiler and source are those that made it; then it is not compiled again."""
+    """A row stays valid while compiler and source are unchanged; its kernel is then not compiled again."""
     compilers = {"triton": "1", "nvcc": "2"}
-    row = next(iter(ROWS.values()))
-    older = {name: value for name, value in row.items() if name != "tcgen05"}  # an audit that knew less wrote it
+    row = next(iter(audit.read(audit.TABLE)["rows"].values()))  # with every field that the audit knows now
+    older = {name: value for name, value in row.items() if name != "tcgen05"}  # written by an audit with fewer fields
     committed = {"compilers": compilers, "rows": {"op/a/sm_80": row, "cuda/f/b/sm_80": row, "op/old/sm_80": older}}
     assert set(audit.unchanged(committed, compilers)) == {"op/a/sm_80", "cuda/f/b/sm_80"}
     assert set(audit.unchanged(committed, {"triton": "1", "nvcc": None})) == {"op/a/sm_80"}

@@ -1,4 +1,4 @@
-"""Timing and the error ladder, on which the benchmark suite stands: fair turns, paired ratios, and a ladder that turns red."""
+"""Timing and the error ladder, on which the benchmarks rely: balanced turns, paired ratios, and a ladder that can fail."""
 
 import contextlib
 import math
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 class Clock:
-    """A clock that only contenders move, so that what timing computes is known exactly."""
+    """A clock that only the contenders advance, so that the expected result is known exactly."""
 
     def __init__(self, monkeypatch):
         self.ns = 0
@@ -35,14 +35,14 @@ class Clock:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_turns_are_balanced(count):
-    """Over 2 x count rounds every contender has every place equally often, and nobody always follows the same one."""
+    """Over 2 x count rounds every contender has every place equally often, and none always follows the same one."""
     places = [(who, place) for r in range(2 * count) for place, who in enumerate(turns(count, r))]
     assert {places.count(p) for p in places} == {2}
     assert sorted(turns(count, 3)) == list(range(count))
 
 
 def test_paired_ratios_cancel_the_machines_drift(monkeypatch):
-    """A machine that gets 3 times slower half-way leaves the ratio and its spread untouched."""
+    """A machine that becomes 3 times slower half-way changes neither the ratio nor its spread."""
     clock, calls = Clock(monkeypatch), []
     drift = lambda: 3.0 if len(calls) > 60 else 1.0
     ours, peer = clock.contender("ours", 2, back=4, drift=drift), clock.contender("peer", 5, back=10, drift=drift)
@@ -74,7 +74,7 @@ def test_slow_forms_are_screened_within_their_family_only(monkeypatch):
 
 
 class FakeCuda:
-    """Streams, graphs and events of a pretended device: a graph replays what was captured by moving the clock."""
+    """Streams, graphs and events of a simulated device: a graph replays its capture by advancing the clock."""
 
     def __init__(self, clock, monkeypatch, refuses=False):
         cuda, outer = torch.cuda, self
@@ -114,7 +114,7 @@ class FakeCuda:
 
 @pytest.mark.parametrize("refuses", [False, True], ids=["graph", "launches"])
 def test_cuda_times_a_replay_of_all_input_sets(monkeypatch, refuses):
-    """The device path on a pretended device: one replay runs every set, times are per set, backward has a graph too."""
+    """On a simulated device: one replay runs every set, times are for one set, and the backward has a graph too."""
     clock = Clock(monkeypatch)
     cuda = FakeCuda(clock, monkeypatch, refuses)
     contenders = [clock.contender("ours", 1, back=2), clock.contender("peer", 3, back=6), clock.contender("clone", 1)]
@@ -130,7 +130,9 @@ def test_cuda_times_a_replay_of_all_input_sets(monkeypatch, refuses):
 
 
 def test_cuda_launches_what_is_long_and_what_waits(monkeypatch):
-    """Neither is captured, the others are; a call that is queued ahead has a device that is busy until it is queued."""
+    """Long calls and calls that wait for the device are launched and not captured. A queued call has a device that is busy
+    until it is queued.
+    """
     clock = Clock(monkeypatch)
     cuda = FakeCuda(clock, monkeypatch)
     waiting = clock.contender("waiting", 2)
@@ -218,3 +220,14 @@ def test_a_baseline_that_overflows_excuses_nothing():
     gold[0] = -math.inf  # an infinity of gold must be met exactly
     assert not testing._rung("y", torch.ones(4), base, gold, 0.0).ok
     assert testing._rung("y", torch.tensor([-math.inf, 1.0, 1.0, 1.0]), base, gold, 0.0).ok
+
+
+def test_errors_of_all_draws_are_pooled():
+    """Errors of 2, 2, 2 and the baseline's of 1, 1, 4: red for the first draw alone, and within 1.25 for all of them."""
+    gold = [torch.full((100,), 1e6, dtype=torch.float64)] * 3
+    with_errors = lambda *errors: [g + error for g, error in zip(gold, errors, strict=True)]
+    ours, base = with_errors(2.0, 2.0, 2.0), with_errors(1.0, 1.0, 4.0)
+    assert not testing._rung("y", ours[:1], base[:1], gold[:1], 0.0).ok
+    assert testing._rung("y", ours, base, gold, 0.0).ok
+    assert not testing._rung("y", with_errors(2.0, 2.0, 9.0), base, gold, 0.0).ok  # more than twice the largest
+    assert not testing._rung("y", [*ours[:2], None], base, gold, 0.0).ok

@@ -9,8 +9,9 @@ from runs import small_config, small_store
 import internlm2.plain
 from internlm2.config import ModelConfig
 from internlm2.data import PackedBatches
-from internlm2.training import agreement, pretrain
+from internlm2.demo import agreement
 from internlm2.training.config import DataConfig, OptimizerConfig
+from internlm2.training.stages import pretrain
 
 
 def config(tmp_path, steps):

@@ -12,10 +12,10 @@ import pytest
 import torch
 from runs import small_config
 
-from internlm2 import demo as demo_module
 from internlm2.cli import main
+from internlm2.demo import run as demo_module
+from internlm2.demo.report import StepCost, markdown, summarize
 from internlm2.training.metrics import read_log
-from internlm2.training.report import StepCost, markdown, summarize
 from internlm2.training.runfolder import RunLock, saved_config, usable_cpus
 
 RECIPE = """

@@ -10,7 +10,7 @@ from runs import assert_same_bits, small_config, small_store
 from internlm2.data import IGNORE_INDEX, PackedBatch, PackedBatches
 from internlm2.training.config import OptimizerConfig
 from internlm2.training.learner import Learner
-from internlm2.training.pretrain import build_learner
+from internlm2.training.stages.pretrain import build_learner
 
 
 @pytest.fixture(params=("plain", "kernels"))

@@ -13,13 +13,13 @@ import torch
 from runs import MODEL, assert_same_bits, deterministic_part, small_config, small_trainer, weights
 
 from internlm2.checkpoint import load_model
+from internlm2.demo.paired import PairedTrainer
 from internlm2.model import InternLM2
 from internlm2.reward import RewardModel
 from internlm2.storage import CheckpointError
 from internlm2.training.checkpoints import RunCheckpoints
 from internlm2.training.metrics import read_log
-from internlm2.training.paired import PairedTrainer
-from internlm2.training.pretrain import build_learner
+from internlm2.training.stages.pretrain import build_learner
 from internlm2.training.trainer import Trainer
 
 

@@ -8,7 +8,7 @@ import torch
 from internlm2.config import PRESETS
 from internlm2.model import InternLM2
 from internlm2.reward import RewardModel
-from internlm2.training.ppo import gather_experience, policy_loss, value_loss
+from internlm2.training.stages.ppo import gather_experience, policy_loss, value_loss
 from internlm2_kernels import FusedAdamW
 
 TINY = dataclasses.replace(PRESETS["tiny"], vocab_size=32)

@@ -1,4 +1,6 @@
-"""What is special to Triton's attention: splits and their merge, one result for prefill and decode, every tile, bad indices."""
+"""What is special to Triton's attention: splits along the keys and their merge, equal bits in prefill and decode, every tile,
+bad indices.
+"""
 
 import math
 import os
@@ -35,7 +37,7 @@ def randn(device, generator):
 
 @pytest.fixture
 def short_splits(monkeypatch):
-    """Splits of one block of keys or a few, so that short sequences have several."""
+    """Splits of one or a few blocks of keys, so that short sequences have several."""
     for module in (flash, paged):
         monkeypatch.setattr(module, "SPLIT", 128)
 
@@ -50,7 +52,9 @@ def clean_word(device):
 
 # ------------------------------------------------------------------------------------------------- tables and options
 def test_tables_keep_what_decides_bits():
-    """Rows and warps are all that the number of rows may change; splits are whole blocks; every head size has a tile."""
+    """The number of query rows may change only the rows and warps of a tile. Splits are whole blocks, and every head size has a
+    tile.
+    """
     for arch in ARCHITECTURES:
         for size in (2, 4):
             for head_dim in range(32, 257, 8):
@@ -88,7 +92,9 @@ for op, labels in wanted.items():
 
 
 def test_every_warp_owns_whole_rows_of_scores():
-    """What decides the order in which a row is summed, in prefill and in decode: read off the compiled kernels."""
+    """The warp layout decides the order in which a row is summed, in prefill and in decode. It is read from the compiled
+    kernels.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = subprocess.run([sys.executable, "-c", LAYOUTS], capture_output=True, text=True, env=environment)
     assert out.returncode == 0 and len(out.stdout.splitlines()) == 8, out.stdout + out.stderr[-3000:]
@@ -126,7 +132,7 @@ def test_several_splits(options, dtype, device, generator, short_splits):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_bound_on_the_keys_changes_no_bit(dtype, device, randn):
-    """With at most one split the merge is left out, which must be the same as merging one."""
+    """With at most one split the merge kernel is not launched; the result must equal a merge of one split."""
     q, k, v = (randn(100, heads, 32, dtype=dtype) for heads in (2, 1, 1))
     cu = ends([30, 70], device)
     call = lambda bound: ik.flash_attention(q, k, v, causal=True, cu_seqlens_q=cu, max_seqlen_q=bound, max_seqlen_k=bound,
@@ -136,7 +142,7 @@ def test_a_bound_on_the_keys_changes_no_bit(dtype, device, randn):
 
 
 def into_cache(k, v, lengths, block_size, generator):
-    """Keys and values [T, G, d] of the sequences in shuffled blocks: caches, table."""
+    """Caches and block table that hold the keys and values [T, G, d] of the sequences in shuffled blocks."""
     counts = [-(-n // block_size) for n in lengths]
     order = torch.randperm(sum(counts) + 1, generator=generator, device=k.device).int()
     table = torch.full((len(lengths), max(counts) + 1), 2**30, dtype=torch.int32, device=k.device)
@@ -155,7 +161,9 @@ def into_cache(k, v, lengths, block_size, generator):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("chunk,window,alone", ((1, None, True), (7, (100, 0), True), (64, None, False)), ids=str)
 def test_decode_is_prefill_bit_for_bit(dtype, chunk, window, alone, device, generator, randn, short_splits, monkeypatch):
-    """Three splits of keys; `alone`: the splits in programs of their own, then merged, otherwise walked by one program."""
+    """Three splits along the keys. `alone`: every split in a program of its own and then merged; otherwise one program walks
+    all of them.
+    """
     lengths, heads, kv_heads, head_dim = (300, 129), 4, 2, 32
     q, k, v = (randn(sum(lengths), h, head_dim, dtype=dtype) for h in (heads, kv_heads, kv_heads))
     want, want_lse = ik.flash_attention(q, k, v, causal=True, window=window, cu_seqlens_q=ends(lengths, device),
@@ -188,7 +196,7 @@ def test_division_of_the_splits_changes_no_bit(most, device, generator, short_sp
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
 def test_forward_is_batch_invariant_over_tiles(dtype, device, randn):
-    """A sequence by itself (a tile of few rows) and among longer ones (the large tile)."""
+    """A sequence alone (a tile of few rows) has the same bits as among longer ones (the large tile)."""
     lengths = (50, 0, 131, 1)
     q, k, v = (randn(sum(lengths), heads, 64, dtype=dtype) for heads in (2, 1, 1))
     together = ik.flash_attention(q, k, v, causal=True, cu_seqlens_q=ends(lengths, device), max_seqlen_q=131,
@@ -201,7 +209,7 @@ def test_forward_is_batch_invariant_over_tiles(dtype, device, randn):
 
 # ------------------------------------------------------------------------------------------------- layouts
 def test_views_of_a_packed_projection_are_read_in_place(device, randn):
-    """q, k, v and the upstream gradient as slices: the same bits as of copies."""
+    """Slices for q, k, v and the upstream gradient give the same bits as copies."""
     qkv, upstream = randn(2, 40, 2, 4, 32), randn(2, 40, 4, 64)[..., 16:48]
     views = qkv[:, :, :, :2].flatten(2, 3), qkv[:, :, :, 2], qkv[:, :, :, 3]
     results = []
@@ -244,7 +252,7 @@ BAD = ([1, 4, 9], [0, 5, 4, 9], [0, 4, 8], [0, 4, 10], [0, 2**30, 9], [-3, 4, 9]
 @pytest.mark.parametrize("which", ("q", "k"))
 @pytest.mark.parametrize("bad", BAD, ids=str)
 def test_boundaries_that_cannot_be(bad, which, device, randn, clean_word):
-    """All results of the call are NaN, nothing outside is touched, the error names the argument."""
+    """All results of the call are NaN, nothing outside is written, and the error names the argument."""
     bad = torch.tensor(bad, dtype=torch.int32, device=device)
     good = torch.tensor([0, *range(1, bad.shape[0] - 1), 9], dtype=torch.int32, device=device)
     cu_q, cu_k = (bad, good) if which == "q" else (good, bad)
@@ -269,7 +277,7 @@ def paged_call(inputs, backend="triton"):
 @pytest.mark.parametrize("wrong", (("block_table", (1, 0), -1), ("block_table", (1, 1), 10**6), ("seq_lens", 1, 0),
                                    ("seq_lens", 1, 2), ("seq_lens", 1, 10**6)), ids=str)
 def test_paged_indices_that_cannot_be(wrong, alone, device, generator, clean_word, short_splits, monkeypatch):
-    """Rows of that sequence are NaN, the others as they were."""
+    """The rows of that sequence are NaN; the others are unchanged."""
     argument, index, value = wrong
     monkeypatch.setattr(paged, "ENOUGH_PROGRAMS", 10**6 if alone else 0)
     case = Case("edge", {"new": (1, 3, 2), "cached": (20, 140, 7), "heads": 4, "kv_heads": 2, "head_dim": 32,
@@ -306,7 +314,7 @@ def test_int8_scale_of_zero_counts_as_one_and_nan_stays_nan(device, generator):
     want, _ = paged_call(inputs)
     for name in ("k_scale", "v_scale"):
         inputs[name][first, 3] = 0.0
-    inputs["v_scale"][inputs["block_table"][0, 2].long(), 5:] = math.nan  # behind the end of 21 keys
+    inputs["v_scale"][inputs["block_table"][0, 2].long(), 5:] = math.nan  # past the end of the 21 keys
     assert torch.equal(paged_call(inputs)[0], want) and want.isfinite().all()
     inputs["k_scale"][last, 1] = math.nan
     got, _ = paged_call(inputs)

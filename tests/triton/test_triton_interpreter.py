@@ -1,4 +1,4 @@
-"""The repairs of Triton's interpreter: each is in force in this process, and each is needed."""
+"""The repairs of Triton's interpreter: each of them is active in this process, and each is needed."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def test_this_process_runs_repaired(device):
 
 def test_repaired():
     found = probe("repaired")
-    assert found["cast"] == 1.0  # every value as PyTorch rounds it, NaN, infinity and overflow among them
+    assert found["cast"] == 1.0  # every value as PyTorch rounds it, including NaN, infinity and overflow
     assert found["dot"] < 1e-6
     assert found["loop"] == 5.0
     assert "arithmetic on bfloat16 operands" in found["add"]
@@ -39,7 +39,7 @@ def test_repaired():
 
 
 def test_bare_is_wrong():
-    """If a Triton release makes a line of this fail, that repair can go."""
+    """If this fails with a new Triton release, that repair can be removed."""
     found = probe("bare")
     assert found["cast"] < 0.9, "float32 to bfloat16 no longer truncates"
     assert found["dot"] > 1.0, "dot understands bfloat16 now"
@@ -49,7 +49,7 @@ def test_bare_is_wrong():
 
 
 def test_rounding_against_torch(generator, device):
-    """Every half-way case and its neighbours, subnormals and the largest values, against PyTorch's own rounding."""
+    """All half-way cases and their neighbours, subnormals and the largest values, compared with PyTorch's rounding."""
     import interpreter
 
     high = torch.randint(0, 2**16, (20000,), generator=generator, device=device).cpu().numpy().astype(np.uint32)

@@ -1,4 +1,5 @@
-"""What is special to the Triton backend: its larger tiles, indices found on the device, offsets beyond 2^31, its launches."""
+"""What is special to the Triton backend: its larger tiles, bad indices found on the device, offsets beyond 2^31, its launches.
+"""
 
 import inspect
 
@@ -22,7 +23,7 @@ def triton_module(name):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The launches of a test, recorded and not run."""
+    """The test's launches, recorded and not run."""
     calls = []
     monkeypatch.setattr(triton_module("common"), "record", lambda *call: calls.append(call))
     return calls
@@ -40,7 +41,7 @@ def check_rms_norm(dims, dtype, device, generator):
 @pytest.mark.parametrize("dims", ({"rows": 5, "cols": 300}, {"rows": 35, "cols": 257, "residual": True, "rounding": "hf"},
                                   {"rows": 7, "cols": 65, "residual": True, "weight": "float32"}), ids=str)
 def test_rms_norm_rows_beyond_the_largest_tile(dims, dtype, device, generator, monkeypatch):
-    """With the limits lowered, so that small rows take the wide kernels, several tiles a row."""
+    """The limits are lowered, so that small rows take the kernels for wide rows, with several tiles a row."""
     module = triton_module("rms_norm")
     monkeypatch.setattr(module, "LARGEST_TILE", 64)
     monkeypatch.setattr(module, "LARGEST_BACKWARD_TILE", 64)
@@ -53,7 +54,7 @@ def test_rms_norm_long_rows(cols, device, generator):
 
 
 def test_rms_norm_wide_forward_and_narrow_agree(device, generator, monkeypatch):
-    """Two kernels, one function: beyond their different orders of summation they give the same."""
+    """Both kernels give the same result up to their orders of summation."""
     x, w = torch.randn(3, 500, generator=generator, device=device), torch.ones(500, device=device)
     narrow = ik.rms_norm(x, w, backend="triton")
     monkeypatch.setattr(triton_module("rms_norm"), "LARGEST_TILE", 128)
@@ -70,7 +71,7 @@ def test_rope_table_of_far_positions(far, device):
 
 
 def test_dweight_partial_sums_depend_on_the_number_of_rows_alone(launched):
-    """The same order of summation on every device, for every layout of the rows."""
+    """The order of summation is the same on every device and for every layout of the rows."""
     fwd, bwd = triton_module("rms_norm").rms_norm_fwd, triton_module("rms_norm").rms_norm_bwd
     for rows, cols in ((5, 64), (8192, 4096), (8192, 32768), (100_000, 128)):
         weight, rstd = torch.empty(cols, device="meta"), torch.empty(rows, device="meta")
@@ -96,7 +97,7 @@ def test_every_pass_has_a_launcher_of_its_schema():
             assert len(inspect.signature(launcher).parameters) == len(schema.arguments), launcher
 
 
-EMPTY = ("rows", "tokens", "batch", "sequences")  # what a case has none of
+EMPTY = ("rows", "tokens", "batch", "sequences")  # the dimensions of which an empty case has 0
 NUMBERS = {"adamw", "ppo_policy_loss", "ppo_value_loss", "reward_loss", "reward_loss_from_last", "squared_norm"}
 
 
@@ -154,7 +155,7 @@ def test_apply_rope_position_out_of_range(bad, interleaved, device, generator, c
         assert torch.equal(out[[0, 1, 2, 4]], expected[[0, 1, 2, 4]])
     with pytest.raises(ValueError, match=r"^apply_rope: positions: expected values from 0 to the rows of cos minus 1, got"):
         ik.check()
-    ik.check()  # reported once
+    ik.check()  # an error is reported once
 
 
 def qkv_case(device, generator, dtype=torch.float32):
@@ -176,7 +177,7 @@ def test_qkv_rope_position_out_of_range(device, generator, clean_word):
 
 @pytest.mark.parametrize("quantized", (False, True))
 def test_qkv_rope_slot_out_of_range(quantized, device, generator, clean_word):
-    """A bad slot is not written and leaves q, k, v as they are; a bad position is not cached either."""
+    """A token with a bad slot is not cached and its q, k and v are right; a token with a bad position is not cached either."""
     qkv, cos, sin = qkv_case(device, generator)
     positions = torch.tensor([8, 0, 1, 100, 2], device=device)
     slots = torch.tensor([0, 12, -2, 3, 11], device=device)
@@ -215,10 +216,10 @@ def test_validate(device, generator, clean_word):
     bad = torch.tensor([0, 5], device=device)
     with pytest.raises(ValueError, match="apply_rope: positions"), ik.validate():
         torch.ops.internlm2.apply_rope_fwd.triton(q, q, cos, sin, bad, False, False)
-    with pytest.raises(KeyError, match="mine"), ik.validate():  # the block's own exception passes
+    with pytest.raises(KeyError, match="mine"), ik.validate():  # the block's own exception is raised
         torch.ops.internlm2.apply_rope_fwd.triton(q, q, cos, sin, bad, False, False)
         raise KeyError("mine")
-    with pytest.raises(ValueError, match="apply_rope: positions"), ik.validate():  # left over: raised before the block
+    with pytest.raises(ValueError, match="apply_rope: positions"), ik.validate():  # an error from before the block
         raise AssertionError("the block must not begin")
     with ik.validate():
         torch.ops.internlm2.apply_rope_fwd.triton(q, q, cos, sin, torch.tensor([1, 0], device=device), False, False)

@@ -47,7 +47,7 @@ def test_every_chunk_is_found(device):
 
 
 def test_squared_norm_of_a_list(device, randn):
-    """Several dtypes and chunks, tensors that begin anywhere, empty ones; float64 sums the chunks."""
+    """Several dtypes and chunks, tensors at unaligned addresses, empty tensors; chunks are summed in float64."""
     chunk = __import__("internlm2_kernels._triton.squared_norm", fromlist=["x"]).CHUNK
     tensors = [randn(chunk + 5), randn(0), randn(7, 9, dtype=torch.bfloat16), randn(33)[1:], randn(3, dtype=torch.float16),
                randn(1001, dtype=torch.bfloat16)[3:], 1e-3 * randn(2 * chunk)]
@@ -83,7 +83,7 @@ def step(call, lists, skipped, device, total=None, scale=None, found=None, *, ma
                          ((torch.bfloat16, torch.float32, True, False), (torch.bfloat16, torch.bfloat16, False, True),
                           (torch.float32, torch.bfloat16, False, False), (torch.float16, torch.float32, True, False)), ids=str)
 def test_adamw_over_a_list(dtype, moments, masters, stochastic, device, randn):
-    """Clipped and unscaled, every tensor with its own step and random bits, beginning on any address."""
+    """Clipped and unscaled gradients; every tensor has its own step and random bits, and starts at any address."""
     mine = state(randn, dtype, moments, masters)
     before, right = copied(mine), copied(mine)
     scale, total = torch.tensor(4.0, device=device), torch.tensor(900.0, device=device)
@@ -95,20 +95,20 @@ def test_adamw_over_a_list(dtype, moments, masters, stochastic, device, randn):
         for i, (old, got, want) in enumerate(zip(before[name], mine[name], right[name], strict=True)):
             different = got != want
             if got.dtype == torch.float32 and name in ("params", "masters"):
-                # A weight less its update, and an average of both signs, may nearly vanish: the error is one of their terms.
+                # Weight minus update, and an average over both signs, may cancel: the error is relative to the terms.
                 average, new = before["exp_avgs"][i].float().abs(), right["exp_avgs"][i].float().abs()
                 terms = old.abs() + (old - want).abs() * (1 + average / new.clamp(min=1e-30))
                 assert ((got - want).abs() <= 2 * torch.finfo(torch.float32).eps * terms).all()
             elif got.dtype == torch.float32:
                 torch.testing.assert_close(got, want, rtol=4e-6, atol=1e-8)
-            else:  # the same bits, but where the value lies at the edge of two
+            else:  # the same bits, except where the value is close to half-way between two
                 assert float(different.float().mean() if got.numel() else 0) < 0.01
                 torch.testing.assert_close(got, want, rtol=2 * torch.finfo(got.dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("why", ("infinite norm", "NaN norm", "found_inf"))
 def test_adamw_skips(why, device, randn):
-    """Nothing moves but `skipped`."""
+    """Nothing changes except the counter `skipped`."""
     mine = state(randn, torch.bfloat16, torch.float32, True)
     before = copied(mine)
     skipped = torch.full((), 5, dtype=torch.int64, device=device)
@@ -120,7 +120,9 @@ def test_adamw_skips(why, device, randn):
 
 
 def test_adamw_over_several_dtypes(device, randn):
-    """bfloat16 and float32 parameters in one list: each as if it were alone, its random bits by its place in the list."""
+    """bfloat16 and float32 parameters in one list: each is updated as if it were alone, with random bits by its place in the
+    list.
+    """
     low, full = (state(randn, dtype, torch.bfloat16, False) for dtype in (torch.bfloat16, torch.float32))
     mixed = {name: [x for pair in zip(low[name], full[name], strict=True) for x in pair] for name in low}
     right = copied(mixed)
@@ -133,7 +135,7 @@ def test_adamw_over_several_dtypes(device, randn):
 
 
 def test_stochastic_rounding_keeps_the_mean_and_finite_numbers(device):
-    """An update of 1/16 ulp moves one parameter in sixteen; the largest finite number stays, infinity and NaN pass."""
+    """An update of 1/16 ulp changes one parameter in sixteen; the largest finite number, infinity and NaN stay as they are."""
     size = 4096
     param = torch.ones(size, dtype=torch.bfloat16, device=device)
     param[:3] = torch.tensor([float("inf"), float("nan"), torch.finfo(torch.bfloat16).max])

@@ -1,4 +1,6 @@
-"""Triton's loss kernels on rows whose offsets pass 2^31. Operators on vectors copy what is strided: no such offsets there."""
+"""Triton's loss kernels on rows whose offsets pass 2^31. Operators on vectors have no such offsets, since they copy strided
+inputs.
+"""
 
 from far import assert_far
 

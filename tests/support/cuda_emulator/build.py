@@ -44,7 +44,7 @@ def _replace(text: str, pattern: str, by: str) -> str:
 
 
 def _sources(folder: Path) -> list[Path]:
-    """Copies with launches, stream and registration replaced; everything inside the kernels stays as it is."""
+    """Copies of the sources in which launches, stream and registration are replaced; the kernels' own code is unchanged."""
     (folder / "cuda").mkdir(parents=True)
     for header in [*CSRC.glob("*.h"), *CSRC.glob("cuda/*.cuh")]:
         shutil.copy(header, folder / header.relative_to(CSRC))
@@ -67,7 +67,7 @@ def _sources(folder: Path) -> list[Path]:
 
 
 def build(folder: Path) -> Path:
-    """The shared library, made in `folder`."""
+    """Builds the shared library in `folder`."""
     torch_dir = Path(torch.__file__).parent
     flags = ["-O1", "-std=c++20", "-fPIC", "-w", "-ffp-contract=off", "-DINTERNLM2_CUDA", "-DINTERNLM2_CPU(...)=((void)0)",
              "-isystem", str(torch_dir / "include"), "-isystem", str(cuda_include())]

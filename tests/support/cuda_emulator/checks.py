@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def ladder(name, case, dtype):
-    """Forward and backward within the error ladder; every output poisoned beforehand, so that all of it must be written."""
+    """Forward and backward within the error ladder; fresh memory is filled with NaN, so that every output must be written."""
     op, generator = ik.OPS[name], torch.Generator().manual_seed(7)
     sample = op.workload.sample(case, dtype, CPU, generator)
     upstream = draw_upstream(op, sample, 1.0, generator)
@@ -45,7 +45,7 @@ def qkv_rope_shapes():
 
 
 def alignment_changes_no_bit():
-    """A row that is not 16-byte aligned takes single accesses: in the same order."""
+    """A row that is not aligned to 16 bytes is read in single accesses, with sums in the same order."""
     x, weight = torch.randn(6, 7, 256), torch.randn(128)
     want = ik.rms_norm(x[:, 1:6, 8:136].contiguous(), weight, backend="cuda")
     assert torch.equal(ik.rms_norm(x[:, 1:6, 8:136], weight, backend="cuda"), want)
@@ -60,7 +60,7 @@ def alignment_changes_no_bit():
 
 
 def caches(library):
-    """Outputs and caches equal the reference's bit for bit; a bad index touches nothing, is NaN, and sets its bit."""
+    """Outputs and caches equal the reference's bit for bit; a bad index writes nothing, gives NaN, and sets its error bit."""
     word = ctypes.CDLL(library).error_word
     word.restype = ctypes.POINTER(ctypes.c_int)
     for dtype in LOW:

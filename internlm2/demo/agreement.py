@@ -1,8 +1,8 @@
-"""Do the kernels learn as plain PyTorch operators do? Two checks over whole runs of the demo's model.
+"""Does a model learn with the kernels as it does with plain PyTorch operators? Two checks over whole runs of the demo's model.
 
-float32:  from the same weights on the same batches, the first 20 losses agree to 1e-4.
-bfloat16: the mean of the last 50 losses lies within 2 standard deviations of that of three plain runs, which differ in the
-          seed of their weights. The kernels' run shares the first plain run's seed; all see the same batches.
+float32:  the first 20 losses of both sides, from the same weights on the same batches, differ by at most 1e-4.
+bfloat16: the mean of the kernels' last 50 losses lies within 2 standard deviations of the mean over three plain runs. The
+          plain runs differ in the seed of their weights; the kernels' run has the first one's seed; all see the same batches.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from internlm2.storage import atomic_file
 from internlm2.training.config import TrainConfig
 from internlm2.training.display import RunDisplay
 from internlm2.training.learner import Learner
-from internlm2.training.pretrain import RECIPES, build_batches, build_learner, prepare_corpus
 from internlm2.training.runfolder import RunLock, resolve_machine
 from internlm2.training.schedule import cosine_with_warmup
+from internlm2.training.stages.pretrain import RECIPES, build_batches, build_learner, prepare_corpus
 
 FIRST, LAST = 20, 50
 LARGEST_DIFFERENCE, STANDARD_DEVIATIONS = 1e-4, 2.0
@@ -34,11 +34,11 @@ Stream = Callable[[], PackedBatches]
 
 @dataclass(frozen=True)
 class Agreement:
-    """What was found.
+    """The result of the comparison.
 
-    float32_difference: largest |loss of kernels - loss of plain| over the first 20 steps
+    float32_difference: largest difference between the losses of kernels and plain operators over the first 20 steps
     kernels_mean:       mean of the kernels' last 50 losses in bfloat16
-    plain_means:        the same of the plain runs
+    plain_means:        mean of the last 50 losses of each plain run in bfloat16
     """
 
     float32_difference: float
@@ -47,7 +47,7 @@ class Agreement:
 
     @property
     def deviations(self) -> float:
-        """Distance of kernels_mean from the plain runs' mean, in their standard deviations."""
+        """How far kernels_mean is from the mean of the plain runs, in standard deviations of the plain runs."""
         distance = abs(self.kernels_mean - statistics.fmean(self.plain_means))
         return distance / statistics.stdev(self.plain_means)
 
@@ -62,12 +62,13 @@ class Agreement:
             f" (allowed {LARGEST_DIFFERENCE:.0e})",
             f"bfloat16: mean of the last {LAST} losses {self.kernels_mean:.4f}; plain {plain}:"
             f" {self.deviations:.2f} standard deviations apart (allowed {STANDARD_DEVIATIONS:.0f})",
-            "the kernels learn as plain operators do" if self.holds else "the kernels do NOT learn as plain operators do",
+            "the model learns with the kernels as with plain operators" if self.holds else
+            "the model does NOT learn with the kernels as with plain operators",
         ]
 
 
 def losses(learner: Learner, config: TrainConfig, stream: Stream, count: int, display: RunDisplay) -> list[float]:
-    """The first `count` losses of a run of config.steps, without checkpoints or log."""
+    """The first `count` losses of a run of config.steps steps, which writes no checkpoints and no log."""
     display.start_at(0)
     found = []
     batches = stream()
@@ -84,9 +85,9 @@ def losses(learner: Learner, config: TrainConfig, stream: Stream, count: int, di
 
 
 def measure(config: TrainConfig, stream: Stream, plain: str = "plain", kernels: str = "kernels") -> tuple[Agreement, dict]:
-    """The agreement of two sets of operators on a configuration, and all the losses it was taken from.
+    """The agreement of two sets of operators on a configuration, and all the losses that it was computed from.
 
-    Errors: ValueError where config.steps has no 50 steps beyond the warm-up
+    Errors: ValueError where fewer than 50 of config.steps follow the warm-up
     """
     if config.steps < config.optimizer.warmup_steps + LAST:
         raise ValueError(f"steps must be at least {config.optimizer.warmup_steps + LAST}, got {config.steps}")
@@ -106,7 +107,7 @@ def measure(config: TrainConfig, stream: Stream, plain: str = "plain", kernels: 
 
 
 def check(device: str = "cpu", out: str = "runs/demo-check", steps: int = 150) -> int:
-    """Measures the agreement on the demo's model and text, writes OUT/agreement.json; returns 0 if it holds, else 1."""
+    """Measures the agreement on the demo's model and text and writes OUT/agreement.json. Returns 0 if it holds, else 1."""
     overrides = [f"device={device}", f"out={out}", f"steps={steps}"]
     config = resolve_machine(load_config(TrainConfig, RECIPES / "demo.toml", overrides))
     torch.set_num_threads(config.threads)

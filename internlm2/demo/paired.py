@@ -1,7 +1,7 @@
-"""PairedTrainer: trains a model on the kernels, and its twin on plain PyTorch operators beside it, step by step.
+"""PairedTrainer: trains a model on the kernels and the same model on plain PyTorch operators, one step of each in turn.
 
-Both start from the same weights and see the same batches; which of them goes first alternates, so that a machine whose
-speed drifts favours neither. The twin is part of every checkpoint, so the comparison survives a stop as the run does.
+Both start from the same weights and see the same batches. Which of them goes first alternates, so that a machine whose speed
+drifts favours neither. The plain model is part of every checkpoint, so that the comparison continues where the run does.
 """
 
 import ctypes
@@ -20,9 +20,9 @@ from internlm2.training.trainer import Trainer
 
 
 class PairedTrainer(Trainer):
-    """A Trainer whose log also holds plain_loss, plain_step_s and plain_validation_loss of a twin.
+    """A Trainer whose log also holds plain_loss, plain_step_s and plain_validation_loss, of the plain model.
 
-    plain: the twin's learner, built as the trainer's own with operators="plain"
+    plain: the learner of the plain model, built like the trainer's own but with operators="plain"
     """
 
     title = "kernels and plain"
@@ -58,7 +58,7 @@ class PairedTrainer(Trainer):
 
 
 def timed_step(learner: Learner, batches: Sequence[PackedBatch], lr: float, device: torch.device) -> tuple[StepResult, float]:
-    """One optimizer step and its wall time in seconds, the device's work included."""
+    """One optimizer step, and its wall time in seconds including the device's work."""
     _wait_for(device)
     started = time.perf_counter()
     result = learner.step(batches, lr)
@@ -69,9 +69,10 @@ def timed_step(learner: Learner, batches: Sequence[PackedBatch], lr: float, devi
 def probe(
     learner: Learner, batches: Sequence[PackedBatch], lr: float, device: torch.device, repeats: int = 2
 ) -> tuple[float, int | None]:
-    """(median seconds of a step, bytes a step needs beyond weights and optimizer state; None where the system cannot say).
+    """The median time of a step in seconds, and the memory in bytes that a step needs beyond weights and optimizer state.
 
-    Trains the learner: give it one that is thrown away. Bytes hold the gradients, what backward keeps, and scratch.
+    The memory holds the gradients, what forward keeps for backward, and workspace; None where the system cannot tell. The
+    learner is trained by the measurement, so it must not be used afterwards.
     """
     timed_step(learner, batches, lr, device)  # the first step allocates optimizer state and selects kernels
     seconds = [timed_step(learner, batches, lr, device)[1] for _ in range(repeats)]
@@ -91,11 +92,12 @@ def _wait_for(device: torch.device) -> None:
 
 
 def _give_back_free_memory(device: torch.device) -> None:
-    """Memory that the allocator keeps for reuse would count as held before the step, and so hide what the step needs."""
+    """Returns freed memory to the system. What the allocator keeps for reuse would be counted as in use before the step, and
+    the step would seem to need less."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif sys.platform == "linux":
         try:
             ctypes.CDLL(None).malloc_trim(0)
-        except AttributeError:  # another C library than glibc
+        except AttributeError:  # the C library is not glibc
             pass

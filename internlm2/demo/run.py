@@ -1,9 +1,9 @@
-"""The demo: text to tokenizer to trained model in a few minutes, with the same model on plain PyTorch beside it.
+"""The demo: in a few minutes from text to a tokenizer to a trained model, compared with the same model on plain PyTorch.
 
     python -m internlm2 demo
     python -m internlm2 demo --device cuda --out runs/gpu --minutes 2
 
-Stopped by a signal or a kill, the same command continues. A finished run in the folder is moved aside, never overwritten.
+After a signal or a kill the same command continues the run. A finished run in the folder is renamed, never overwritten.
 """
 
 import dataclasses
@@ -14,37 +14,37 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from internlm2.cli import exit_status
 from internlm2.config import load_config
+from internlm2.demo.lengths import LENGTHS, measure_lengths
+from internlm2.demo.paired import PairedTrainer, probe
+from internlm2.demo.report import StepCost, markdown, summarize, write_report
 from internlm2.model import InternLM2
 from internlm2.tokenizer import Tokenizer
 from internlm2.training.config import TrainConfig
 from internlm2.training.display import RunDisplay
-from internlm2.training.lengths import LENGTHS, measure_lengths
 from internlm2.training.metrics import read_log
-from internlm2.training.paired import PairedTrainer, probe
-from internlm2.training.pretrain import RECIPES, Corpus, build_batches, build_learner, describe, prepare_corpus
-from internlm2.training.report import StepCost, markdown, summarize, write_report
 from internlm2.training.runfolder import RunLock, resolve_config, resolve_machine, saved_config
+from internlm2.training.stages.pretrain import RECIPES, Corpus, build_batches, build_learner, describe, prepare_corpus
+from internlm2.training.trainer import exit_status
 
 RECIPE = RECIPES / "demo.toml"
 FINISHED = "comparison.json"
 MIN_STEPS = 30
-# A GPU needs larger batches to be busy; both stop at about one pass over the corpus.
+# The most steps that a run takes, about one pass over the corpus. A GPU needs larger batches to be busy.
 FOR_DEVICE = {"cpu": ("steps=600",), "cuda": ("steps=300", "data.tokens_per_batch=8192")}
-# Checkpoints, validation, the report, and steps slower than the probed ones take a share of the time too.
+# Steps get this share of the time that is left after the report: checkpoints, validation and slower steps need the rest.
 SHARE_FOR_STEPS, REPORT_S = 0.88, 12.0
-LENGTHS_S = 20.0  # for the last part, tokens/s over context length
+LENGTHS_S = 20.0  # for the last part, which measures tokens/s over context length
 PROMPT = 'def read_lines(path):\n    """'
 SAMPLE_TOKENS, TEMPERATURE = 200, 0.7
 
 
 def demo(device: str = "cpu", out: str = "runs/demo", minutes: float = 3.4) -> int:
-    """Runs the demo; returns the exit status.
+    """Runs the demo and returns the exit status.
 
     device:  "cpu" or "cuda"
-    out:     the run's folder
-    minutes: time for everything; the number of steps is what the measured time of a step leaves room for, at least 30
+    out:     folder of the run
+    minutes: time for everything. A few timed steps decide how many steps fit, at least 30
     """
     if minutes <= 0:
         raise ValueError(f"minutes must be positive, got {minutes}")
@@ -91,7 +91,7 @@ def _demo(device: str, folder: Path, deadline: float, console: Console) -> int:
 
 
 def _probe_both(config: TrainConfig, corpus: Corpus) -> tuple[list[float], StepCost]:
-    """Seconds of one step of each side, and the memory it needs; on models that are thrown away."""
+    """The time of one step of each side in seconds, and the memory that it needs; measured on models of their own."""
     times, bytes_ = [], []
     for operators in ("kernels", "plain"):
         stream, _ = build_batches(config, corpus)
@@ -105,7 +105,7 @@ def _probe_both(config: TrainConfig, corpus: Corpus) -> tuple[list[float], StepC
 
 
 def _fit_into(config: TrainConfig, seconds: float, step_s: float) -> TrainConfig:
-    """The configuration with as many steps as the time leaves room for, and a warm-up in proportion."""
+    """The configuration with as many steps as fit into the time, and a warm-up in proportion to them."""
     steps = int((seconds - REPORT_S - LENGTHS_S) * SHARE_FOR_STEPS / step_s)
     steps = min(max(steps, MIN_STEPS), config.steps)
     optimizer = dataclasses.replace(config.optimizer, warmup_steps=max(5, steps // 5))
@@ -114,7 +114,7 @@ def _fit_into(config: TrainConfig, seconds: float, step_s: float) -> TrainConfig
 
 @torch.no_grad()
 def sample_text(model: InternLM2, tokenizer: Tokenizer, prompt: str, count: int = SAMPLE_TOKENS, seed: int = 0) -> str:
-    """The prompt and what the model writes after it: `count` tokens drawn at temperature 0.7, or fewer up to </s>."""
+    """The prompt and the model's continuation: `count` tokens drawn at temperature 0.7, or fewer where it writes </s>."""
     device = model.output.weight.device
     generator = torch.Generator().manual_seed(seed)
     ids = tokenizer.encode(prompt, bos=True)
@@ -130,6 +130,6 @@ def sample_text(model: InternLM2, tokenizer: Tokenizer, prompt: str, count: int 
 
 
 def _move_aside(folder: Path) -> Path:
-    """Renames a finished run to the first free FOLDER-N."""
+    """Renames a finished run to FOLDER-N with the first free N."""
     target = next(p for n in itertools.count(1) if not (p := folder.with_name(f"{folder.name}-{n}")).exists())
     return folder.rename(target)

@@ -1,4 +1,4 @@
-"""Tokens a second over context length: the same model on the kernels and on plain operators, in turns."""
+"""Tokens per second over context length, of the same model on the kernels and on plain operators, which take turns."""
 
 import statistics
 import time
@@ -18,9 +18,9 @@ def measure_lengths(
     kernels: InternLM2, plain: InternLM2, lengths: Sequence[int] = LENGTHS, seconds: float = 20.0,
     show: Callable[[str], None] = lambda text: None,
 ) -> list[dict]:  # fmt: skip
-    """One sequence of each length through the forward pass (no logits), the two models in turns.
+    """Times the forward pass (without logits) over one sequence of each length; the two models take turns.
 
-    seconds: for all lengths together; a length gets at least two pairs of runs, at most nine
+    seconds: for all lengths together; each length gets at least two and at most nine pairs of runs
     Returns, for each length, the median tokens/s of both sides and the median of the paired ratios.
     """
     rows = []

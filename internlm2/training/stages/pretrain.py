@@ -1,9 +1,9 @@
-"""Pre-training: text in, a language model out.
+"""Pre-training: from text to a language model.
 
     python -m internlm2 train internlm2/recipes/tiny.toml
     python -m internlm2 train internlm2/recipes/tiny.toml out=runs/mine data.source=my_texts/ optimizer.lr=1e-3
 
-Started again with the same folder, a run continues where it was stopped.
+A run that was stopped continues when it is started again with the same folder.
 """
 
 import itertools
@@ -40,10 +40,10 @@ class Corpus:
 
 
 def prepare_corpus(config: TrainConfig, say: Callable[[str], None] = print) -> Corpus:
-    """Reads and tokenizes the corpus into OUT/data, or opens it where a start before this one has finished that.
+    """Reads and tokenizes the corpus into OUT/data, or opens that folder where an earlier start of the run has written it.
 
-    The folder appears at once or not at all, with a sha256 manifest; the run keeps using it, so it does not depend on
-    the source staying as it is. Errors: ValueError for a bad source, CheckpointError for a damaged folder.
+    The folder appears complete or not at all, with a sha256 manifest. A continued run uses it again, so the source may
+    change in the meantime. Errors: ValueError for a bad source, CheckpointError for a damaged folder.
     """
     folder = Path(config.out) / "data"
     if not folder.exists():
@@ -63,10 +63,10 @@ def prepare_corpus(config: TrainConfig, say: Callable[[str], None] = print) -> C
 
 
 def _make_tokenizer(config: TrainConfig, texts: list[str], path: Path, say: Callable[[str], None]) -> Tokenizer:
-    """The tokenizer of the configuration, in the run's own folder."""
+    """Trains the tokenizer at `path`, or copies the one that the configuration names to it."""
     vocab_size = config.model.vocab_size
     if not config.data.tokenizer:
-        # The merges of a small vocabulary are frequent ones: a part of the texts shows them all.
+        # A part of the texts is enough: the merges of a small vocabulary are frequent everywhere.
         sample, size = [], 0
         for text in texts:
             sample.append(text)
@@ -86,7 +86,7 @@ def _make_tokenizer(config: TrainConfig, texts: list[str], path: Path, say: Call
 
 
 def build_learner(config: TrainConfig, *, operators: str | None = None, seed: int | None = None) -> Learner:
-    """A fresh model of config.model with its optimizer; operators and seed override the configuration's."""
+    """A new model of config.model with its optimizer; operators and seed override those of the configuration."""
     model = InternLM2(
         config.model,
         operators=OPERATORS[operators or config.operators],
@@ -98,16 +98,16 @@ def build_learner(config: TrainConfig, *, operators: str | None = None, seed: in
 
 
 def build_batches(config: TrainConfig, corpus: Corpus) -> tuple[PackedBatches, list[PackedBatch]]:
-    """The training stream, and the validation batches: always the same ones, spread over the held-out documents."""
+    """The training stream, and the validation batches: the same ones at every validation, spread over the held-out documents."""
     sizes = config.data.tokens_per_batch, config.data.max_seqlen
     held_out = PackedBatches(corpus.validation, *sizes, seed=0)
-    # One pass at most: a small held-out part is not counted twice.
+    # At most one pass, so that no held-out token counts twice.
     count = min(config.validation_batches, max(1, len(corpus.validation.tokens) // config.data.tokens_per_batch))
     return PackedBatches(corpus.train, *sizes, seed=config.seed), list(itertools.islice(held_out, count))
 
 
 def run(config: TrainConfig, say: Callable[[str], None] = print) -> FitResult:
-    """Trains, or continues, the run in config.out to its end."""
+    """Runs the training in config.out to its end, from the start or from its newest checkpoint."""
     with RunLock(Path(config.out)):
         config = resolve_config(config)
         torch.set_num_threads(config.threads)
@@ -120,7 +120,7 @@ def run(config: TrainConfig, say: Callable[[str], None] = print) -> FitResult:
 
 
 def describe(config: TrainConfig) -> str:
-    """One line: what is trained, on what, how."""
+    """One line that says which model is trained, how, and where."""
     where = f"cpu, {config.threads} threads" if config.device == "cpu" else torch.cuda.get_device_name()
     tokens = config.data.tokens_per_batch * config.accumulation
     return (

@@ -1,4 +1,4 @@
-"""What a finished demo leaves to look at: the loss curve, the table of kernels against plain operators, a sample."""
+"""The files that a finished demo writes: loss curves, a table that compares kernels with plain operators, generated text."""
 
 import json
 import platform
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from internlm2.demo.lengths import lengths_table, plot_lengths
 from internlm2.storage import atomic_file
 from internlm2.training.config import TrainConfig
-from internlm2.training.lengths import lengths_table, plot_lengths
 
 WARM_UP_STEPS = 3
 LAST = 50
@@ -18,14 +18,14 @@ LAST = 50
 
 @dataclass(frozen=True)
 class StepCost:
-    """Bytes that one step needs beyond weights and optimizer state, for each side; None where it cannot be told."""
+    """Bytes that one step needs beyond weights and optimizer state, for each side; None where the system cannot tell."""
 
     kernels: int | None
     plain: int | None
 
 
 def summarize(config: TrainConfig, log: list[dict], cost: StepCost) -> dict:
-    """The figures of a paired run, from its log. Ratios above 1 favour the kernels."""
+    """The figures of a paired run, from its log. A ratio above 1 means that the kernels are faster."""
     timed = log[WARM_UP_STEPS:] or log
     ratios = sorted(r["plain_step_s"] / r["step_s"] for r in timed)
     tokens = config.data.tokens_per_batch * config.accumulation
@@ -59,7 +59,7 @@ def summarize(config: TrainConfig, log: list[dict], cost: StepCost) -> dict:
 
 
 def markdown(summary: dict) -> str:
-    """The table, with what it was measured on and how."""
+    """The table as Markdown, followed by what it was measured on and how."""
     kernels, plain = summary["sides"]["kernels"], summary["sides"]["plain"]
     ratio, low, high = summary["ratio"]["median"], *summary["ratio"]["quartiles"]
 
@@ -88,19 +88,19 @@ def markdown(summary: dict) -> str:
         f"{summary['steps']} steps of {summary['tokens_per_step']:,} tokens, {summary['parameters'] / 1e6:.1f} M parameters"
         f" in float32, computing in {summary['compute_dtype']}; {summary['device']}; torch {summary['torch']}.",
         "Both sides start from the same weights, see the same batches, and take turns in going first. A step is forward,"
-        " backward, clipping and AdamW; its memory is what it needs beyond weights and optimizer state.",
+        " backward, clipping and AdamW; memory of a step is what it needs beyond weights and optimizer state.",
     ]
     if summary["steps"] < summary["planned_steps"]:
-        lines += ["", f"The time was up {summary['planned_steps'] - summary['steps']} steps before the planned end: the machine"
-                  " had become slower. The learning rate had not come down all the way."]
+        lines += ["", f"The time was up {summary['planned_steps'] - summary['steps']} steps before the planned end, since the"
+                  " machine had become slower. The learning rate had not yet fallen to its final value."]
     if summary.get("lengths"):
         lines += ["", "One sequence through the forward pass, the two sides in turns:", "", lengths_table(summary["lengths"])]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
 def write_report(folder: Path, summary: dict, log: list[dict], sample: str) -> list[Path]:
-    """Writes loss.png, lengths.png, sample.txt, comparison.md and comparison.json; returns their paths. The last one marks
-    the end."""
+    """Writes loss.png, lengths.png, sample.txt, comparison.md and comparison.json and returns their paths. comparison.json is
+    written last: where it exists, the demo is finished."""
     paths = [folder / name for name in ("loss.png", "lengths.png", "sample.txt", "comparison.md", "comparison.json")]
     plot_losses(paths[0], log)
     plot_lengths(paths[1], summary["lengths"])

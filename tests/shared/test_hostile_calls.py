@@ -1,0 +1,125 @@
+"""Calls that no caller should make: each returns, or raises a TypeError or ValueError that begins with the operator's name.
+
+A call takes the arguments of a smoke case and replaces up to three of them by something hostile. What an operator returns for
+such arguments is not looked at: only that no other error, no endless loop and no request for memory beyond reason comes of it.
+"""
+
+import decimal
+import fractions
+import inspect
+import random
+import signal
+
+import pytest
+import torch
+from shared import sample_of, smoke_cases
+
+from internlm2_kernels import OPS, FusedAdamW, nn, use_backend
+
+CALLS = 20_000
+# Who speaks first in an error, where it is not the operator: torch's own base class has its words for an optimizer's params.
+SPEAKERS = {"RotaryEmbedding": "rope_table: ", "use_backend": "backend: ", "FusedAdamW": ""}
+SECONDS = 20  # after which a call counts as endless; the slowest takes a tenth of a second
+CPU = torch.device("cpu")
+SCALARS = (
+    None, True, False, 0, 1, -1, 3, 2**31, 2**63, 10**30, -10**30, 10**400, 0.0, -0.0, 0.5, -1.5, 1e-320, 1e39, 1e308,
+    float("nan"), float("inf"), float("-inf"), 1j, fractions.Fraction(1, 3), decimal.Decimal("0.1"), "", "mean", "hf",
+    "cuda", b"x", (), [], {}, (1, 2), [-1, 0], (2**70, 0), (0.5, "a"), {"type": "yarn"}, {"factor": 1e400}, {1: 2}, object(),
+    int, print, {"type": "linear", "factor": 10**400}, {"rope_type": "llama3", "factor": 0}, {"rope_type": ["yarn"]},
+    {"type": "dynamic", "factor": 2.0, "max_position_embeddings": 10**30, "seq_len": 10**300},
+)
+
+
+def hostile_tensors(value, draw):
+    """Makers of tensors that are wrong in one way each, from a tensor or from nothing."""
+    x = value if isinstance(value, torch.Tensor) else torch.ones(3, 4)
+    dense = x.detach()
+    as_float = dense if dense.is_floating_point() else dense.float()
+    yield from (
+        lambda: dense.to_sparse(), lambda: dense.to("meta"), lambda: dense.unsqueeze(0), lambda: dense[None, None],
+        lambda: dense.flatten(), lambda: dense.sum(), lambda: dense[:0], lambda: dense[..., :0], lambda: dense.transpose(0, -1),
+        lambda: dense.expand(2, *dense.shape), lambda: as_float.float().requires_grad_(), lambda: as_float.to(torch.complex64),
+        lambda: torch.empty(0), lambda: torch.tensor(0.5), lambda: torch.tensor(3), lambda: torch.ones(2, 3).to_sparse_csr(),
+        lambda: as_float.float().to_mkldnn(), lambda: torch.full_like(dense, 2**30 if dense.dtype != torch.int8 else 100),
+        lambda: torch.full_like(as_float, float("nan")), lambda: -dense, lambda: dense.numpy(), lambda: dense.tolist(),
+        lambda: torch.nn.Parameter(as_float.float()), lambda: dense.flip(0), lambda: [dense, None],
+        lambda: [dense, dense.double()], lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        *(lambda dtype=dtype: dense.to(dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16,
+                                                          torch.int8, torch.int32, torch.int64, torch.bool, torch.uint8)),
+    )
+
+
+def hostile(value, draw):
+    """Something in place of `value`, None where the draw has nothing to offer for it."""
+    if draw.random() < (0.75 if isinstance(value, torch.Tensor) else 0.15):
+        maker = draw.choice(list(hostile_tensors(value, draw)))
+        try:
+            return maker()
+        except (RuntimeError, TypeError, NotImplementedError, IndexError):  # this tensor cannot be made so
+            return None
+    return draw.choice(SCALARS)
+
+
+def endless(*_):
+    raise AssertionError(f"the call took more than {SECONDS} s")
+
+
+def outcome(function, arguments, names):
+    """"" for a result or a named error, and otherwise what came."""
+    signal.signal(signal.SIGALRM, endless)
+    signal.alarm(SECONDS)
+    try:
+        function(**arguments)
+    except (TypeError, ValueError) as error:
+        return "" if str(error).startswith(names) else f"{type(error).__name__}: {error}"
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        signal.alarm(0)
+    return ""
+
+
+def candidates():
+    """(name, function, usual arguments) of every operator on its smoke cases, of the modules and of the optimizer."""
+    generator = torch.Generator().manual_seed(0)
+    for op in OPS.values():
+        options = {p.name: p.default for p in inspect.signature(op.public).parameters.values()
+                   if p.default is not p.empty and p.name != "device"}  # torch itself names a wrong device
+        for case in smoke_cases(op)[:2]:
+            yield op.name, op.public, {**options, **sample_of(op, case, torch.float32, CPU, generator).inputs}
+    parameter = torch.nn.Parameter(torch.ones(3))
+    for module, usual in (
+        (nn.RMSNorm, {"normalized_shape": 8}), (nn.RotaryEmbedding, {"head_dim": 8, "max_length": 16}), (nn.FlashAttention, {}),
+        (FusedAdamW, {"params": [parameter]}), (use_backend, {"backend": "cpp"}),
+    ):
+        options = {p.name: p.default for p in inspect.signature(module).parameters.values() if p.default is not p.empty}
+        build = {use_backend: lambda **given: use_backend(**given).__enter__(),
+                 nn.RMSNorm: lambda **given: nn.RMSNorm(**given, device="meta")}.get(module, module)
+        yield module.__name__, build, {n: v for n, v in {**options, **usual}.items() if n not in ("device", "dtype")}
+
+
+def hostile_calls(seed, count):
+    draw, all_candidates = random.Random(seed), list(candidates())
+    for _ in range(count):
+        name, function, usual = draw.choice(all_candidates)
+        changes = {argument: hostile(usual[argument], draw) for argument in draw.sample(list(usual), min(len(usual),
+                                                                                        draw.choice((1, 1, 2, 3))))}
+        if name in OPS and "backend" not in changes:
+            changes["backend"] = draw.choice((None, "reference", "cpp"))
+        yield name, function, {**usual, **changes}, changes
+
+
+def run_calls(seed, count):
+    wrong = {}
+    for name, function, arguments, changes in hostile_calls(seed, count):
+        found = outcome(function, arguments, SPEAKERS.get(name, f"{name}: "))
+        if found:
+            wrong.setdefault(f"{name}: {found[:150]}", {k: str(v)[:80] for k, v in changes.items()})
+    return wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_hostile_calls(seed):
+    wrong = run_calls(seed, CALLS // 4)
+    assert not wrong, "\n".join(f"{message}\n    {changes}" for message, changes in wrong.items())

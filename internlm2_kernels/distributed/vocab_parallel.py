@@ -4,11 +4,11 @@ import torch
 import torch.distributed as dist
 
 from .._autograd import once_differentiable
-from .._checks import check_flag, check_labels, check_values, fail, last_stride_1
+from .._checks import check_labels, check_values, fail, last_stride_1
 from .._device_errors import CODES, Index, declare, error_word
 from .._native import native
 from ..ops._head import as_matrix, check_head, check_weights
-from ..ops._losses import check_ignore_index, check_loss_options, check_reduction, reduced_losses
+from ..ops._losses import check_loss_options, reduced_losses
 from ..ops.linear_logprobs import BWD, FWD, LINEAR_LOGPROBS
 
 NAME = "vocab_parallel_linear_cross_entropy"
@@ -102,19 +102,19 @@ class _Losses(torch.autograd.Function):
 def vocab_parallel_linear_cross_entropy(hidden, weight, labels, *, vocab_start, vocab_size, group=None, ignore_index=-100,
                                         label_smoothing=0.0, z_loss=0.0, softcap=0.0, token_weights=None, reduction="mean",
                                         return_z_loss=False, backend=None):
-    """`linear_cross_entropy` with rows [vocab_start, vocab_start + V_local) of the head's weight on this rank.
+    """`linear_cross_entropy` where this rank holds the rows [vocab_start, vocab_start + V_local) of the head's weight.
 
-    Shapes:   hidden [..., D] and labels [...], the same on all ranks of `group` (default: all); weight [V_local, D]; shards of
-              any sizes that together cover vocab_size rows -> loss [] or [...], the same on all ranks; with return_z_loss
+    Shapes:   hidden [..., D] and labels [...], the same on all ranks of `group` (default: all); weight [V_local, D], shards of
+              any sizes that cover vocab_size rows together -> loss [] or [...], the same on all ranks; with return_z_loss
               (loss, z_loss)
-    Dtypes:   as `linear_cross_entropy`; float32 (float64) statistics travel: two or three numbers a token forward, and
-              dhidden [T, D] in hidden's dtype backward
-    Backward: saves hidden, weight, labels and lse (8 bytes a token); dhidden is summed over the ranks, dweight stays local.
+    Dtypes:   as for `linear_cross_entropy`. The ranks exchange two or three float32 (float64) numbers for each token forward,
+              and dhidden [T, D] in hidden's dtype backward
+    Backward: saves hidden, weight, labels and lse (8 bytes a token). dhidden is summed over the ranks; dweight stays local.
               Deterministic as far as the group's all-reduce is
-    Errors:   ValueError, TypeError as `linear_cross_entropy`, and for a shard outside the vocabulary. The values of labels are
-              checked before anything is sent, so that all ranks raise or none. Shards with a gap or an overlap raise on every
-              rank on the CPU; on CUDA all results are NaN. A label outside [0, vocab_size) makes its own loss and gradient NaN
-              on CUDA. `internlm2_kernels.check()` reports both
+    Errors:   ValueError and TypeError as for `linear_cross_entropy`, and for a shard outside the vocabulary. The values of
+              labels are checked before anything is sent, so that all ranks raise or none does. Shards with a gap or an overlap
+              raise on every rank on the CPU; on CUDA all results are NaN. A label outside [0, vocab_size) makes its own loss
+              and gradient NaN on CUDA. `internlm2_kernels.check()` reports both
     Cost:     four products of this rank's share of the flops.   Source: arXiv:1909.08053 section 3
     """
     hidden, weight = check_head(NAME, hidden, weight)
@@ -125,10 +125,8 @@ def vocab_parallel_linear_cross_entropy(hidden, weight, labels, *, vocab_start, 
         fail(ValueError, NAME, "vocab_start", f"at most vocab_size - V_local = {vocab_size - weight.shape[0]}", vocab_start)
     shape = hidden.shape[:-1]
     labels = check_labels(NAME, "labels", labels, shape, hidden, "hidden")
-    ignore_index = check_ignore_index(NAME, ignore_index)
-    smoothing, z_loss, softcap = check_loss_options(NAME, label_smoothing, z_loss, softcap)
-    check_reduction(NAME, reduction)
-    check_flag(NAME, "return_z_loss", return_z_loss)
+    _, smoothing, z_loss, softcap, _ = check_loss_options(NAME, ignore_index, label_smoothing, z_loss, softcap, reduction,
+                                                          return_z_loss)
     check_values(NAME, "labels", labels, 0, vocab_size, ignore_index)
     token_weights = check_weights(NAME, token_weights, labels, hidden)
     chosen = LINEAR_LOGPROBS.select(hidden, backend)

@@ -1,4 +1,4 @@
-"""What flash_attention and paged_attention share: the reference of one sequence, masks, and checks of their options."""
+"""What flash_attention and paged_attention share: the reference for one sequence, the mask, and the checks of options."""
 
 import math
 import numbers
@@ -9,13 +9,14 @@ from .._autocast import without_autocast
 from .._checks import fail
 
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 32, 256, 8
-SMALLEST, LARGEST = 1e-37, 1e37  # of scale and soft-cap: in float32 still normal after a factor of log2(e) or ln(2)
-UNLIMITED = 2**40  # windows and lengths are cut to this, more than any sequence: a position plus a window must not overflow
-SHAPES = "cpp"  # for meta tensors, on which nothing runs: any overload knows the shapes of its results
+# The limits of scale and soft-cap: times log2(e) or ln(2) they are still normal float32 numbers.
+SMALLEST, LARGEST = 1e-37, 1e37
+UNLIMITED = 2**40  # windows and lengths are limited to this, so that a position plus a window cannot overflow
+SHAPES = "cpp"  # the overload for meta tensors: nothing runs on them, and every overload has the same fake
 
 
 def allowed_keys(queries, keys, left, right, device):
-    """bool [queries, keys]: key j for the query at position i + keys - queries, in the window (left, right), -1 unlimited."""
+    """bool [queries, keys]: whether query i, at position i + keys - queries, sees key j. A window bound of -1 is no limit."""
     position = torch.arange(queries, device=device)[:, None] + keys - queries
     j = torch.arange(keys, device=device)[None]
     allowed = torch.ones(queries, keys, dtype=torch.bool, device=device)
@@ -28,14 +29,14 @@ def allowed_keys(queries, keys, left, right, device):
 
 @without_autocast
 def attend(q, k, v, left, right, scale, softcap):
-    """One sequence: q [S_q, H, d], k, v [S_k, G, d] -> out [S_q, H, d], lse [H, S_q], in q's dtype as it stands."""
+    """Attention of one sequence, in q's dtype: q [S_q, H, d], k, v [S_k, G, d] -> out [S_q, H, d], lse [H, S_q]."""
     from einops import repeat
 
     k, v = (repeat(t, "j g d -> j (g h) d", h=q.shape[1] // t.shape[1]) for t in (k, v))
     allowed = allowed_keys(q.shape[0], k.shape[0], left, right, q.device)
     some = allowed.any(-1)
-    # A row without a key is 0 here and cleared below, so that nothing which it or its gradient holds reaches the others; its
-    # scores stay finite, so that no derivative is infinity minus infinity.
+    # The query of a fully masked row is replaced by 0, and its results are cleared below: NaN in it must not reach other rows
+    # or gradients. Its scores stay finite, because a derivative would otherwise be infinity minus infinity.
     q = torch.where(some[:, None, None], q, 0)
     s = torch.einsum("ihd,jhd->hij", q, k) * scale
     if softcap > 0:
@@ -48,7 +49,7 @@ def attend(q, k, v, left, right, scale, softcap):
 
 
 def check_heads(op, q, k, k_name):
-    """Heads and head size of q [..., H, d] and k [..., G, d]."""
+    """Checks the numbers of heads and the head sizes of q [..., H, d] and k [..., G, d]."""
     heads, kv_heads, head_dim = q.shape[-2], k.shape[-2], q.shape[-1]
     if head_dim % HEAD_DIM_STEP or not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         fail(ValueError, op, "q", f"a head size of {MIN_HEAD_DIM} to {MAX_HEAD_DIM} that is a multiple of {HEAD_DIM_STEP}",
@@ -60,7 +61,7 @@ def check_heads(op, q, k, k_name):
 
 
 def check_options(op, head_dim, scale, window, softcap):
-    """(scale, left, right, softcap) as the kernels take them. head_dim None: not known yet, the one that allows most."""
+    """(scale, left, right, softcap) as the kernels take them. head_dim is None where it is not known yet."""
     if scale is None:
         scale = (MIN_HEAD_DIM if head_dim is None else head_dim)**-0.5
     if not _number(scale) or not SMALLEST <= scale <= LARGEST:
@@ -86,7 +87,7 @@ def _int(value):
 
 
 def check_bound(op, argument, value):
-    """A max_seqlen: -1 stands for one that was not given. Compiled code drops it: a new value would be a new graph."""
+    """Checks a max_seqlen argument. It returns -1 for None, and in compiled code, where each value would need its own graph."""
     if value is None or torch.compiler.is_compiling():
         return -1
     if not _int(value) or value < 0:

@@ -1,6 +1,5 @@
 """What the operators on a linear head share: shapes of its gradients, and the checks of hidden states and weight."""
 
-
 from .._autocast import autocast
 from .._checks import check_device, check_float, check_same, fail, last_stride_1
 from ._losses import accumulator

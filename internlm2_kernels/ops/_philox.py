@@ -1,9 +1,9 @@
-"""Counter-based random bits (Philox4x32-10) and stochastic rounding in PyTorch: the references' form of what kernels do.
+"""Counter-based random bits (Philox4x32-10) and stochastic rounding in plain PyTorch, for the references.
 
-Element i of tensor k takes 16 bits of Philox4x32-10 with key (seed low, seed high) and counter (e low, e high, 4 k + stream,
-step), e = i // 8: of the four words, word (i % 8) / 2, its low half for even i. Of a shard, i counts from its first
-element's place in the whole tensor, the offset. Source: J. Salmon et al., Parallel random
-numbers: as easy as 1, 2, 3 (SC 2011).
+Element i of tensor k takes 16 bits of Philox4x32-10 with the key (seed low, seed high) and the counter (e low, e high,
+4 k + stream, step), where e = i // 8. Of the four resulting words it takes word (i % 8) // 2: the low half for even i, the
+high half for odd i. In a shard, i is the element's index in the whole tensor, which is its index in the shard plus `offset`.
+Source: J. Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
 """
 
 import torch
@@ -12,14 +12,14 @@ MULTIPLIERS, WEYL, WORD = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 0x
 
 
 def _high_low(a, b):
-    """The two words of a * b, b a tensor of 32-bit numbers in int64: by halves, since int64 would overflow."""
+    """(high word, low word) of a * b for a tensor b of 32-bit numbers, computed by halves so that int64 does not overflow."""
     low = a * (b & 0xFFFF)
     high = a * (b >> 16) + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def philox(counter, key):
-    """Four words (int64 tensors) for four words of counter (tensors or integers that broadcast) and two of key."""
+    """The four result words, int64 tensors, for a counter of four words (tensors or integers) and a key of two words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -31,7 +31,7 @@ def philox(counter, key):
 
 
 def bits16(elements, seed, tensor_index, stream, step, device="cpu", offset=0):
-    """Sixteen random bits for each of `elements` elements from `offset` on, as int64."""
+    """Sixteen random bits, as int64, for each of `elements` elements that begin at `offset`."""
     lead = offset % 8
     e = torch.arange((lead + elements + 7) // 8, dtype=torch.int64, device=device) + offset // 8
     other = lambda value: torch.full_like(e, value & WORD)
@@ -41,7 +41,10 @@ def bits16(elements, seed, tensor_index, stream, step, device="cpu", offset=0):
 
 
 def stochastic_bfloat16(x, random):
-    """float32 `x` rounded up with the probability of what is cut off; what is not finite is rounded to nearest."""
+    """float32 `x` in bfloat16, rounded away from zero with a probability equal to the cut-off fraction, and else towards zero.
+
+    Values that are not finite are rounded to nearest.
+    """
     number = x.float().contiguous().view(torch.int32).long() & WORD
     up = ((number + random.view(x.shape)) >> 16) << 16
     signed = torch.where(up >= 2**31, up - 2**32, up).to(torch.int32)

@@ -24,7 +24,7 @@ def loss_of(rewards, gamma, penalty_weight, bound, ranking=focal.reference, pena
 
 
 def reward_shapes(hidden, sequences):
-    """Loss, rewards and slopes of the forward."""
+    """Fake results of the forward: loss, rewards and slopes (the derivatives of the loss by the rewards)."""
     acc = accumulator(hidden.dtype)
     each = lambda: hidden.new_empty((sequences,), dtype=acc)
     return hidden.new_empty((), dtype=acc), each(), each()
@@ -36,7 +36,7 @@ def gradient_shapes(hidden, head_weight, needs_dhidden, needs_dweight):
 
 
 def passes(op):
-    """Forward and backward of the operator's autograd.Function; cu_seqlens is None for gathered rows."""
+    """The forward and backward of the operator's autograd.Function. cu_seqlens is None where rows are gathered already."""
     fwd, bwd = op.overloads["fwd"], op.overloads["bwd"]
 
     def forward(ctx, hidden, head_weight, cu, options, backend):
@@ -61,7 +61,7 @@ def passes(op):
 
 
 def run(op, function, hidden, head_weight, cu, options, backend):
-    """(loss, rewards) of `checked` tensors on a backend other than the reference."""
+    """(loss, rewards) of tensors that `checked` returned, on any backend but the reference."""
     if torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad):
         return function.apply(hidden, head_weight, cu, options, backend)
     where = () if cu is None else (cu,)

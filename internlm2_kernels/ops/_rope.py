@@ -6,7 +6,7 @@ from .._checks import check_device, check_tensor, fail
 
 
 def rows_of_table(cos, sin, positions, acc):
-    """cos and sin of every token, [T, 1, d/2]; NaN where a position is outside the table."""
+    """The rows of cos and sin that belong to the tokens, [T, 1, d/2]. A position outside the table gives NaN."""
     if positions is None:
         return cos.to(acc).unsqueeze(-2), sin.to(acc).unsqueeze(-2)
     positions = positions.flatten()
@@ -17,7 +17,7 @@ def rows_of_table(cos, sin, positions, acc):
 
 
 def rotate(x, cos, sin, interleaved=False):
-    """x [T, H, d] turned by the angles of cos, sin [T, 1, d/2]; differentiable, rounded once."""
+    """Rotates x [T, H, d] by the angles of cos and sin [T, 1, d/2]. It is differentiable, and rounds once."""
     acc = cos.dtype
     if interleaved:
         a, b = x[..., 0::2].to(acc), x[..., 1::2].to(acc)
@@ -27,7 +27,10 @@ def rotate(x, cos, sin, interleaved=False):
 
 
 def check_tables(op, x, cos, sin, positions, tokens, head_dim, argument):
-    """cos, sin [P, d/2] and positions (or one table row a token), all on the device of `argument`."""
+    """Checks cos, sin [P, d/2] and positions; without positions the tables must have one row for each token.
+
+    Tables and positions must be on the device of `x`, the argument named `argument`.
+    """
     for name, table in (("cos", cos), ("sin", sin)):
         check_tensor(op, name, table)
         if table.dtype != torch.float32 and (table.dtype != torch.float64 or x.dtype != torch.float64):

@@ -6,9 +6,9 @@ from .._checks import check_device, check_flag, check_float, check_number, check
 from .._registry import Op
 from ._philox import bits16, stochastic_bfloat16
 
-LEAST_NORMAL, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-MOST_STEPS = 2**24  # float32, in which they are counted, goes on by one up to there
-INDICES = 2**30  # of tensors, that have random bits of their own
+LEAST_NORMAL = torch.finfo(torch.float32).tiny
+MOST_STEPS = 2**24  # steps are counted in float32, which cannot count further by ones
+INDICES = 2**30  # the number of tensors that have different random bits
 MOMENTS = ((torch.float32, torch.bfloat16), (torch.float64,))
 
 
@@ -36,7 +36,7 @@ def reference(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, b
 
 def reference_step(params, grads, masters, exp_avgs, exp_avg_sqs, steps, skipped, total_sq, grad_scale, found_inf, lr, beta1,
                    beta2, eps, weight_decay, max_grad_norm, stochastic_rounding, maximize, seed, indices, offsets=()):
-    """`step_` in plain PyTorch, in place; it may wait for the device."""
+    """The raw operator `step_` in plain PyTorch, in place. It may synchronise."""
     norm = None if total_sq is None else total_sq.sqrt() / (1 if grad_scale is None else grad_scale)
     if any(t is not None and not bool(t.isfinite()) for t in (norm, lr)) or (found_inf is not None and bool(found_inf)):
         skipped += 1
@@ -44,7 +44,7 @@ def reference_step(params, grads, masters, exp_avgs, exp_avg_sqs, steps, skipped
     factor = 1.0 if grad_scale is None else 1 / float(grad_scale)
     if max_grad_norm > 0 and norm is not None:
         factor *= min(1.0, max_grad_norm / (float(norm) + 1e-6))
-    in_memory = lambda t: t.as_strided((t.numel(),), (1,))  # the order in which elements are counted
+    in_memory = lambda t: t.as_strided((t.numel(),), (1,))  # elements are numbered in memory order
     for i, param in enumerate(params):
         steps[i] += 1
         param, grad, *moments = (in_memory(t) for t in (param, grads[i], exp_avgs[i], exp_avg_sqs[i]))
@@ -96,8 +96,8 @@ def check_settings(op, betas, eps, weight_decay):
         fail(ValueError, op, "betas", "two numbers from 0 up to below 1", repr(betas))
     beta1, beta2 = (check_number(op, "betas", b, "two numbers from 0 up to below 1", lambda v: 0 <= v < 1) for b in betas)
     return (beta1, beta2, check_number(op, "eps", eps, "a finite number >= 1.1754944e-38, float32's least normal one",
-                                       lambda v: LEAST_NORMAL <= v <= LARGEST),  # else 0 / (0 + eps) is NaN
-            check_number(op, "weight_decay", weight_decay, "a finite number >= 0", lambda v: 0 <= v <= LARGEST))
+                                       lambda v: v >= LEAST_NORMAL),  # with a smaller eps 0 / (0 + eps) would be NaN
+            check_number(op, "weight_decay", weight_decay, "a finite number >= 0", lambda v: v >= 0))
 
 
 def adamw(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
@@ -105,18 +105,17 @@ def adamw(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas
     """One step of AdamW into new tensors: m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2,
     w = w (1 - lr weight_decay) - lr / (1 - b1^step) m / (sqrt(v) / sqrt(1 - b2^step) + eps).
 
-    Shapes:   param, grad, exp_avg, exp_avg_sq, master, all of one shape -> (param, exp_avg, exp_avg_sq) and, where a master is
-              given, master. step counts from 1 to 2^24
-    Dtypes:   param float32 | bfloat16 | float16 | float64; grad param's or float32; master float32; moments float32 | bfloat16
-              (all float64 for float64); computed in float32 (float64). w is the master, or param where there is none; param
-              is w rounded to nearest, or stochastically for bfloat16 without a master on request. bfloat16 moments are always
-              stored stochastically rounded: to nearest, b2 = 0.999 would stall far below the true second moment
-    Random:   Philox4x32-10 keyed by seed, step, index (of the tensor in the optimizer, below 2^30), element: the same bits on
-              CPU and GPU. offset: of a shard that is param, its first element's place in the whole tensor, from which
-              elements are counted
+    Shapes:   param, grad, exp_avg, exp_avg_sq, master, all of one shape -> (param, exp_avg, exp_avg_sq), and the master if one
+              is given. step counts from 1 to 2^24
+    Dtypes:   param float32 | bfloat16 | float16 | float64; grad like param or float32; master float32; moments float32 or
+              bfloat16; all float64 with a float64 param. Computed in float32 (float64). w is the master, or param without one;
+              param is w rounded to nearest, or stochastically on request (bfloat16 without a master). bfloat16 moments are
+              always rounded stochastically: rounded to nearest, v with b2 = 0.999 would stop far below its true value
+    Random:   Philox4x32-10 with (seed, step, index, element), so that CPU and GPU draw the same bits. index is the tensor's
+              number in the optimizer, below 2^30; offset counts the elements of the whole tensor before this shard
     Backward: none: an update. Deterministic: yes
-    Errors:   ValueError, TypeError
-    Cost:     memory-bound; `FusedAdamW` updates all parameters in place in one call.   Source: arXiv:1711.05101 algorithm 2
+    Errors:   ValueError and TypeError
+    Cost:     memory-bound. `FusedAdamW` updates all parameters in place in one call.   Source: arXiv:1711.05101 algorithm 2
     """
     check_tensors(param, grad, exp_avg, exp_avg_sq, master)
     beta1, beta2, eps, weight_decay = check_settings("adamw", betas, eps, weight_decay)
@@ -125,13 +124,13 @@ def adamw(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas
             fail(ValueError, "adamw", name, f"an integer of at least {int(name == 'step')}", repr(value))
     if step > MOST_STEPS:
         fail(ValueError, "adamw", "step", "an integer of at most 2^24", step)
-    if index >= INDICES:  # with the stream it is one word of the counter
+    if index >= INDICES:  # index and stream share one word of the counter
         fail(ValueError, "adamw", "index", "an integer below 2^30", index)
     check_flag("adamw", "maximize", maximize)
     check_flag("adamw", "stochastic_rounding", stochastic_rounding)
     if stochastic_rounding and param.dtype == torch.float16 and master is None:
         fail(TypeError, "adamw", "stochastic_rounding", "False for a float16 param: bfloat16 alone is rounded so", True)
-    lr = check_number("adamw", "lr", lr, "a finite number >= 0", lambda v: 0 <= v <= LARGEST)
+    lr = check_number("adamw", "lr", lr, "a finite number >= 0", lambda v: v >= 0)
     chosen = ADAMW.select(param, backend)
     tensors = [t if t is None else t.detach() for t in (param, grad, exp_avg, exp_avg_sq, master)]
     if chosen == "reference":

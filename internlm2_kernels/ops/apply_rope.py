@@ -19,7 +19,7 @@ def reference(q, k, cos, sin, positions=None, *, interleaved=False):
 
 
 def _as_heads(x):
-    """[T, H, d] with a last stride of 1; a copy only where that cannot be a view."""
+    """`x` as [T, H, d] with a last stride of 1; it is copied only if no view can have that shape."""
     if x.dim() != 3:
         x = x.flatten(0, -3) if x.dim() > 3 else x[None]
     return last_stride_1(x)
@@ -60,16 +60,17 @@ class _ApplyRope(torch.autograd.Function):
 
 
 def apply_rope(q, k, cos, sin, positions=None, *, interleaved=False, backend=None):
-    """Rotary embedding: (a, b) -> (a cos - b sin, b cos + a sin) with a = x[i], b = x[i + d/2] for every i < d/2.
+    """Rotary embedding of q and k: (a, b) -> (a cos - b sin, b cos + a sin), where a = x[i] and b = x[i + d/2] for i < d/2.
 
-    Shapes:   q [..., H, d], k [..., G, d], cos, sin [P, d/2] from `rope_table`, positions int32 | int64 [...] (the leading
-              dimensions; restarting with every packed sequence) or None: P is the number of tokens, one row a token
-              -> q, k of the same shapes
-    Options:  interleaved=True pairs x[2i] with x[2i + 1] (some InternEvo checkpoints)
-    Dtypes:   float32 | bfloat16 | float16 | float64, tables float32; computed in float32, rounded once
-    Backward: saves cos, sin and positions only; the rotation by the negative angle. Deterministic: yes
-    Errors:   ValueError, TypeError; a position outside the table raises on CPU, on CUDA it makes that token NaN and is
-              reported by `internlm2_kernels.check()`
+    Shapes:   q [..., H, d], k [..., G, d]; cos, sin [P, d/2] from `rope_table`; positions int32 or int64 [...], one for each
+              token, which restart at every packed sequence -> q, k with the same shapes. Without positions the tables have one
+              row for each token
+    Options:  interleaved=True pairs x[2i] with x[2i + 1], as some InternEvo checkpoints do
+    Dtypes:   q and k float32 | bfloat16 | float16 | float64, both equal (under autocast they are promoted); tables float32.
+              It is computed in float32 and rounded once
+    Backward: saves cos, sin and positions, and rotates by the negative angle. Deterministic: yes
+    Errors:   ValueError and TypeError. A position outside the table raises on the CPU. On CUDA that token becomes NaN, and
+              `internlm2_kernels.check()` reports it
     Cost:     memory-bound: reads and writes q and k once.   Source: arXiv:2104.09864 eq. 34
     """
     q, k = promoted(q, k)

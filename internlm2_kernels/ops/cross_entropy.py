@@ -7,17 +7,7 @@ from .._checks import check_flag, check_float, check_labels, check_values, fail,
 from .._device_errors import Index
 from .._native import native
 from .._registry import Op
-from ._losses import (
-    REDUCTIONS,
-    accumulator,
-    check_ignore_index,
-    check_loss_options,
-    check_reduction,
-    fake_losses,
-    losses_of,
-    reduced_losses,
-    shaped_losses,
-)
+from ._losses import accumulator, check_loss_options, fake_losses, losses_of, reduced_losses, shaped_losses
 
 
 def reference(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean",
@@ -115,23 +105,22 @@ class _TwoSweeps(torch.autograd.Function):
 
 def cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean",
                   return_z_loss=False, inplace_backward=False, backend=None):
-    """Cross-entropy: loss_t = (1 - e) (lse_t - l_ty) + e (lse_t - mean_j l_tj) + z lse_t^2, lse_t = log sum_j exp(l_tj).
+    """Cross-entropy: loss_t = (1 - e) (lse_t - l_ty) + e (lse_t - mean_j l_tj) + z lse_t^2, with lse_t = log sum_j exp(l_tj).
 
-    Shapes:   logits [..., V], labels [...] int64 or int32 -> loss [] ("mean", "sum") or [...] ("none"); with return_z_loss
-              (loss, z_loss): the term z lse_t^2 that the loss contains, weighted by z and reduced like the loss, detached, for
-              logging (Liger's and flash-attention's convention)
-    Options:  e = label_smoothing, z = z_loss; softcap c > 0: l = c tanh(logits / c). Rows whose label is ignore_index have
-              loss 0 and gradient 0 and do not count in the mean; if none counts, the loss is 0. inplace_backward: the
-              gradient overwrites the logits, and autograd then refuses a backward that needs them; ignored in compiled code
-    Dtypes:   logits float32 | bfloat16 | float16 | float64; computed in float32 (float64), which is the loss's dtype
-    Backward: mean and sum make the gradient in the forward (one read, one write) and save it: the bytes of logits. An
-              upstream other than 1 (on CUDA any) multiplies it into new memory, one more pass; an infinite or NaN upstream
-              then reaches ignored rows too. "none", float16 and
-              inplace_backward save logits and lse (8 bytes a row; float64: 16) and read the logits again.
+    Shapes:   logits [..., V], labels [...] int64 or int32 -> loss [] ("mean", "sum") or [...] ("none"). With return_z_loss
+              (loss, z_loss): z_loss is the weighted term z lse_t^2 of the loss, as Liger and flash-attention return it,
+              reduced alike and detached, for logging
+    Options:  e = label_smoothing, z = z_loss. softcap c > 0: l = c tanh(logits / c). Rows whose label is ignore_index have loss
+              0 and gradient 0 and do not count in the mean; the mean of no rows is 0. inplace_backward writes the gradient
+              over the logits (not in compiled code), and autograd then refuses a backward that needs them
+    Dtypes:   logits float32 | bfloat16 | float16 | float64; computed and returned in float32 (float64)
+    Backward: mean and sum compute the gradient in the forward and save it, in the logits' dtype. An upstream gradient other
+              than 1 (on CUDA any) multiplies it into new memory; if it is infinite or NaN it reaches ignored rows too. "none",
+              float16 and inplace_backward save logits and lse (8 bytes a row, 16 for float64) and read the logits again.
               Deterministic: yes, and batch-invariant
-    Errors:   ValueError, TypeError; a label outside [0, V) that is not ignore_index raises on CPU before memory is touched;
-              on CUDA its row becomes NaN and `internlm2_kernels.check()` reports it
-    Cost:     memory-bound: one read forward, one read and one write with gradient.
+    Errors:   ValueError and TypeError. A label outside [0, V) other than ignore_index raises on the CPU before memory is
+              touched. On CUDA its row becomes NaN, and `internlm2_kernels.check()` reports it
+    Cost:     memory-bound: one read forward; one read and one write with the gradient.
               Source: arXiv:2204.02311 section 5 (z-loss), arXiv:2408.00118 section 2 (soft-cap)
     """
     check_float("cross_entropy", "logits", logits)
@@ -139,26 +128,22 @@ def cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_l
         fail(ValueError, "cross_entropy", "logits", "a last dimension of at least 1", list(logits.shape))
     shape, classes = logits.shape[:-1], logits.shape[-1]
     labels = check_labels("cross_entropy", "labels", labels, shape, logits, "logits")
-    ignore_index = check_ignore_index("cross_entropy", ignore_index)
-    smoothing, z_loss, softcap = check_loss_options("cross_entropy", label_smoothing, z_loss, softcap)
-    check_flag("cross_entropy", "return_z_loss", return_z_loss)
+    options = check_loss_options("cross_entropy", ignore_index, label_smoothing, z_loss, softcap, reduction, return_z_loss)
     check_flag("cross_entropy", "inplace_backward", inplace_backward)
-    code = check_reduction("cross_entropy", reduction)
     chosen = CROSS_ENTROPY.select(logits, backend)
     if chosen == "reference":
         check_values("cross_entropy", "labels", labels, 0, classes, ignore_index)
-        return reference(logits, labels, ignore_index=ignore_index, label_smoothing=smoothing, z_loss=z_loss, softcap=softcap,
-                         reduction=reduction, return_z_loss=return_z_loss)
+        return reference(logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
+                         softcap=softcap, reduction=reduction, return_z_loss=return_z_loss)
     flat = last_stride_1(logits if logits.dim() == 2 else logits.reshape(-1, classes))
     labels = labels.view(-1)
-    options = ignore_index, smoothing, z_loss, softcap, code
     if torch.is_grad_enabled() and logits.requires_grad:
         if inplace_backward and flat.shape[0] > 1 and flat.stride(0) < classes:
             flat = flat.contiguous()  # rows that share memory cannot hold a gradient each
-        if code == REDUCTIONS["none"] or inplace_backward or logits.dtype == torch.float16:
+        if reduction == "none" or inplace_backward or logits.dtype == torch.float16:
             loss, z = _TwoSweeps.apply(flat, labels, options, return_z_loss, inplace_backward, chosen)
         else:
             loss, z, _ = _OneSweep.apply(flat, labels, options, return_z_loss, chosen)
     else:
         loss, z, _ = native(_FWD[chosen], flat, labels, *options, return_z_loss)
-    return shaped_losses(loss, z, shape, code, return_z_loss)
+    return shaped_losses(loss, z, shape, reduction, return_z_loss)

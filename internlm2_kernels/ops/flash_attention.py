@@ -21,7 +21,7 @@ from ._attention import SHAPES, attend, check_bound, check_heads, check_options
 
 
 def sequences_of(q, k, v, cu_q, cu_k):
-    """(q [S_q, H, d], k, v [S_k, G, d]) of every sequence."""
+    """(q [S_q, H, d], k [S_k, G, d], v [S_k, G, d]) of every sequence."""
     if cu_q is None:
         return list(zip(q, k, v, strict=True))
     split = lambda t, cu: t.split((cu[1:] - cu[:-1]).tolist())
@@ -29,7 +29,7 @@ def sequences_of(q, k, v, cu_q, cu_k):
 
 
 def on_sequences(one, q, k, v, cu_q, cu_k, return_lse):
-    """`one(q, k, v)` -> (out, lse) of every sequence, laid out as the operator returns them."""
+    """Calls `one(q, k, v)` -> (out, lse) for every sequence, and joins the results as the operator returns them."""
     results = [one(*sequence) for sequence in sequences_of(q, k, v, cu_q, cu_k)]
     if not results:
         out, lse = q * 1, q[..., 0].transpose(-1, -2).float()
@@ -108,7 +108,7 @@ class _FlashAttention(torch.autograd.Function):
 
 
 def _check_layout(q, k, v, cu_q, cu_k):
-    """Packed with cu_seqlens, dense without."""
+    """Checks that the tensors are packed if there are cu_seqlens, and dense otherwise; returns the cu_seqlens."""
     if cu_q is None:
         if cu_k is not None:
             fail(ValueError, "flash_attention", "cu_seqlens_k", "None where cu_seqlens_q is None", "a tensor")
@@ -132,34 +132,28 @@ def _check_layout(q, k, v, cu_q, cu_k):
 
 def flash_attention(q, k, v, *, causal=False, scale=None, window=None, softcap=0.0, cu_seqlens_q=None, cu_seqlens_k=None,
                     max_seqlen_q=None, max_seqlen_k=None, return_lse=False, backend=None):
-    """Attention: out_i = sum_j p_ij v_j, p = softmax over the allowed keys j of s_ij = scale q_i . k_j.
+    """Attention: out_i = sum_j p_ij v_j, where p_i is the softmax of s_ij = scale q_i . k_j over the unmasked keys j.
 
-    Shapes:   dense: q [B, S_q, H, d], k, v [B, S_k, G, d] -> out as q, lse [B, H, S_q];
-              packed: q [T_q, H, d], k, v [T_k, G, d], cu_seqlens_q, cu_seqlens_k int32 [sequences + 1] (the second defaults
-              to the first) -> out as q, lse [H, T_q]. H is a multiple of G; query head h reads key head h // (H / G).
-              d is a multiple of 8 from 32 to 256. Any strides but the last, so slices of a packed projection are read in
-              place
-    Mask:     query i of a sequence stands at position i + S_k - S_q. causal: keys up to its position; window=(left, right):
-              keys from position - left to position + right, -1 for no limit, causal makes right 0. A row with no key gives
-              out 0, lse -inf and dq 0 and adds nothing to dk and dv, whatever the tensors and dout hold
-    Options:  scale (default d^-0.5), softcap c: s = c tanh(s / c), from 1e-37 to 1e37 as is scale / c (0: none);
-              return_lse: also lse_i = log sum_j exp(s_ij) (natural logarithm, float32, differentiable)
-    Dtypes:   float32 | bfloat16 | float16 | float64, all equal; scores, softmax and sums in float32 (float64 for float64).
-              Under autocast the inputs are cast to its dtype, then compared. Probabilities, and the scores' gradients, enter
-              their products in the inputs' dtype with triton; with cpp in float32, but bfloat16 ones as bfloat16 on
-              processors with such products (levels avx512_bf16 and amx). out and each gradient are rounded once
-    NaN:      one in k or v, or an infinity, stays within its sequence, the query heads that read its key head, and that
-              head's dk and dv. There it may reach through the mask, since what is hidden is multiplied with 0: in v it may
-              reach out and every gradient, in k every gradient, but not out and lse
-    Backward: saves q, k, v, out and lse (4 bytes a query and head) and computes the scores again. triton: dq in one pass, dk
-              and dv in another, 16 H bytes a token of extra memory; cpp: all in one, key blocks adding to dq in rising
-              order, 4 H d bytes a token for its sums in float32. Not differentiable again, nor under functorch transforms
-              and in forward mode: errors, for which backend="reference". Deterministic: yes; forward is batch-invariant: a
-              sequence's bits do not change with what else is in the batch
-    Errors:   ValueError, TypeError. cu_seqlens that fall or overrun raise on CPU before memory is touched; on CUDA all
-              results of the call become NaN and `internlm2_kernels.check()` reports them
-    Cost:     4 d H flops a pair (query, allowed key) forward, 10 d H backward (triton spends 14). max_seqlen_q and
-              max_seqlen_k are bounds that help to choose tiles; without them nothing waits for the device either.
+    Shapes:   dense: q [B, S_q, H, d], k and v [B, S_k, G, d] -> out like q, lse [B, H, S_q].
+              packed: q [T_q, H, d], k and v [T_k, G, d], cu_seqlens_q and cu_seqlens_k int32 [sequences + 1] (by default
+              equal) -> out like q, lse [H, T_q]. H is a multiple of G, and query head h uses key head h // (H / G). d is a
+              multiple of 8 from 32 to 256. Only the last stride must be 1: slices of a packed projection are not copied
+    Mask:     query i of a sequence is at position i + S_k - S_q. causal masks the keys after it; window=(left, right) masks
+              the keys before position - left and after position + right, where -1 is no limit. A fully masked row has out 0,
+              lse -inf and dq 0, and adds nothing to dk and dv, even if it holds NaN
+    Options:  scale (default d^-0.5). softcap c > 0 replaces s by c tanh(s / c). return_lse also returns
+              lse_i = log sum_j exp(s_ij), in float32 and differentiable. max_seqlen_q and max_seqlen_k help to choose tiles
+    Dtypes:   float32 | bfloat16 | float16 | float64, all equal; autocast casts the inputs. Scores, softmax and sums are in
+              float32 (float64 for float64); out and each gradient are rounded once. Triton multiplies the probabilities in the
+              inputs' dtype; cpp does so in float32, or in bfloat16 on processors with bfloat16 products
+    NaN:      NaN or infinity in k or v stays in its sequence and group of heads, but it can pass the mask, because masked
+              values are multiplied by 0: from v into out and all gradients, from k into the gradients
+    Backward: saves q, k, v, out and lse (4 bytes for each query and head) and recomputes the scores. triton needs 16 H bytes a
+              token of scratch, cpp 4 H d for dq in float32. A second derivative, functorch and forward mode need
+              backend="reference". Deterministic: yes; the forward is batch-invariant
+    Errors:   ValueError and TypeError. Wrong cu_seqlens raise on the CPU before memory is touched. On CUDA all results of the
+              call become NaN, and `internlm2_kernels.check()` reports it
+    Cost:     4 d H flops for each pair of query and unmasked key forward, 10 d H backward (14 with triton).
               Source: arXiv:2205.14135, arXiv:2307.08691
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -190,7 +184,7 @@ def flash_attention(q, k, v, *, causal=False, scale=None, window=None, softcap=0
     q, k, v = last_stride_1(q), last_stride_1(k), last_stride_1(v)
     options = max_q, max_k, left, right, scale, softcap
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        # Self-attention hands over one tensor for both: a compiled graph refuses an input that comes twice.
+        # A compiled graph refuses an input that occurs twice, so cu_k is None where it is cu_q itself.
         out, lse = _FlashAttention.apply(*distinct(q, k, v), cu_q, None if cu_k is cu_q else cu_k, options, chosen)
     else:
         out, lse = native(_FWD[chosen], q, k, v, cu_q, cu_k, *options)

@@ -55,14 +55,15 @@ def check_gamma(op, gamma):
 
 
 def focal_ranking_loss(chosen, rejected, *, gamma=2.0, backend=None):
-    """Focal ranking loss of pairs: loss = -(1 - 2 max(0, P - 1/2))^gamma log P, P = sigmoid(chosen - rejected).
+    """Focal ranking loss of pairs: loss = -(1 - 2 max(0, P - 1/2))^gamma log P, with P = sigmoid(d) and d = chosen - rejected.
 
     Shapes:   chosen, rejected [...] rewards -> loss [...]
-    Dtypes:   float32 | bfloat16 | float16 | float64, both equal; computed in float32 (float64), the loss stays so. log P is
-              -softplus(-d) and the weight for P > 1/2 is (2 sigmoid(-d))^gamma, so nothing cancels
-    Backward: saves its inputs. The gradient flows through the weight: d loss / d d = -sigmoid(-d) for d <= 0 (-1/2 at 0),
+    Dtypes:   float32 | bfloat16 | float16 | float64, both equal (under autocast they are promoted); computed and returned in
+              float32 (float64). log P is computed as -softplus(-d), and the factor for P > 1/2 as (2 sigmoid(-d))^gamma, so
+              that no digits cancel
+    Backward: saves its inputs. The gradient includes the factor's: d loss / d d is -sigmoid(-d) for d <= 0, and
               -(2s)^gamma (s + gamma (1 - s) softplus(-d)) with s = sigmoid(-d) for d > 0. Deterministic: yes
-    Errors:   ValueError for a shape, a device or gamma; TypeError for a dtype
+    Errors:   ValueError for a wrong shape, device or gamma; TypeError for a wrong dtype
     Cost:     one launch each way.   Source: arXiv:2403.17297 section 4.2.1 eq. 1
     """
     chosen, rejected = promoted(chosen, rejected)

@@ -58,17 +58,18 @@ _FWD = GAE.overloads["fwd"]
 
 
 def gae(rewards, values, cu_seqlens, *, mask=None, bootstrap=None, gamma=1.0, lam=0.99, backend=None):
-    """Advantages: delta_t = r_t + gamma V_(t+1) - V_t, A_t = delta_t + gamma lam A_(t+1), returns_t = A_t + V_t.
+    """Advantages A_t = delta_t + gamma lam A_(t+1) with delta_t = r_t + gamma V_(t+1) - V_t, and returns A_t + V_t.
 
-    Shapes:   rewards, values [T] of n sequences laid end to end, cu_seqlens int32 [n + 1], mask [T], bootstrap [n]
-              -> advantages, returns [T]. V past a sequence's end is its bootstrap, or 0
-    Options:  mask: bool, or numbers of which all but 0 count. A masked position has the A of its successor, passes A and V of
-              its successor on, and its own reward and value have no influence
-    Dtypes:   float32 | bfloat16 | float16 | float64, all equal; computed and returned in float32 (float64)
-    Backward: none: advantages and returns are targets. Deterministic: yes; a sequence's bits do not change with the others
-    Errors:   ValueError, TypeError; cu_seqlens that do not rise from 0 to T raise on CPU before memory is touched; on CUDA
-              results are NaN and `internlm2_kernels.check()` reports it
-    Cost:     one launch; reads two, writes two.   Source: arXiv:1506.02438 eq. 16
+    Shapes:   rewards, values [T] of n sequences end to end, cu_seqlens int32 [n + 1], mask [T], bootstrap [n] -> advantages,
+              returns [T]. V after the end of a sequence is its bootstrap value, or 0
+    Options:  mask marks the positions that count (bool; of numbers all but 0). The rewards and values of the others have no
+              influence: the A and V of the next position pass through them, and their own A is the one that passes
+    Dtypes:   float32 | bfloat16 | float16 | float64, all equal (under autocast they are promoted); computed and returned in
+              float32 (float64)
+    Backward: none: advantages and returns are targets. Deterministic: yes, and a sequence's bits depend on that sequence only
+    Errors:   ValueError and TypeError. cu_seqlens that do not rise from 0 to T raise on the CPU before memory is touched. On
+              CUDA all results are NaN, and `internlm2_kernels.check()` reports it
+    Cost:     one launch, which reads two tensors and writes two.   Source: arXiv:1506.02438 eq. 16
     """
     rewards, values = promoted(rewards, values)
     check_float("gae", "rewards", rewards)

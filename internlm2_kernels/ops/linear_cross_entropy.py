@@ -4,22 +4,12 @@ import torch
 
 from .._autocast import without_autocast
 from .._autograd import distinct, is_one, may_return_saved, once_differentiable
-from .._checks import check_flag, check_labels, check_values, last_stride_1
+from .._checks import check_labels, check_values, last_stride_1
 from .._device_errors import Index
 from .._native import native
 from .._registry import Op
 from ._head import as_matrix, check_head, check_weights, gradient_shapes
-from ._losses import (
-    REDUCTIONS,
-    accumulator,
-    check_ignore_index,
-    check_loss_options,
-    check_reduction,
-    fake_losses,
-    losses_of,
-    reduced_losses,
-    shaped_losses,
-)
+from ._losses import accumulator, check_loss_options, fake_losses, losses_of, reduced_losses, shaped_losses
 
 
 @without_autocast
@@ -136,46 +126,42 @@ class _TwoSweeps(torch.autograd.Function):
 
 def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0,
                          token_weights=None, reduction="mean", return_z_loss=False, backend=None):
-    """Cross-entropy of the logits hidden weight^T, which are never in memory; the loss is `cross_entropy`'s.
+    """The loss of `cross_entropy` for the logits hidden weight^T, without holding the logits in memory.
 
     Shapes:   hidden [..., D], weight [V, D], labels [...] int64 or int32, token_weights [...] -> loss [] ("mean", "sum") or
               [...] ("none"); with return_z_loss (loss, z_loss)
-    Options:  those of `cross_entropy`; token_weights multiply each token's loss, and "mean" divides by the sum of the weights
-              of the tokens that count (without weights: by their number); nothing counted gives 0. No gradient reaches
-              token_weights
-    Dtypes:   hidden, weight float32 | bfloat16 | float16 | float64, both equal; under autocast its dtype. Logits, loss and the
-              weight's gradient are summed in float32 (float64), the loss stays so
-    Backward: mean and sum make both gradients in the forward, three products in all, and hold them in float32: 4 T D and 4 V D
-              bytes. Backward multiplies them by the upstream gradient and rounds them once (an infinite or NaN upstream
-              reaches ignored rows too). A hidden that is not finite reaches dweight also where its label is ignored. "none"
-              saves hidden, weight, labels and lse (8 bytes a token) and computes the logits again: four products. A frozen
-              hidden or weight costs no product and no memory. Deterministic: yes, and forward is batch-invariant
-    Errors:   ValueError, TypeError; a label outside [0, V) that is not ignore_index raises on CPU before memory is touched;
-              on CUDA its loss and gradients are NaN and `internlm2_kernels.check()` reports it
-    Cost:     2 T D V flops a product. Extra memory beyond gradients and accumulator: one chunk of scores, independent of T.
+    Options:  those of `cross_entropy`. token_weights multiply the losses of the tokens, and "mean" divides by the sum of the
+              weights of the tokens that count (0 if none counts). token_weights receive no gradient
+    Dtypes:   hidden and weight float32 | bfloat16 | float16 | float64, both equal; autocast casts them. Logits, loss and the
+              gradient of weight are summed in float32 (float64); the loss is returned so
+    Backward: mean and sum compute both gradients in the forward, three products in all, and hold them in float32: 4 T D and
+              4 V D bytes. The backward multiplies them by the upstream gradient and rounds them once (an infinite or NaN
+              upstream reaches ignored rows too). A hidden that is not finite reaches dweight even if its label is ignored.
+              "none" saves hidden, weight, labels and lse (8 bytes a token) and recomputes the logits: four products. A frozen
+              hidden or weight costs no product and no memory. Deterministic: yes; the forward is batch-invariant
+    Errors:   ValueError and TypeError. A label outside [0, V) other than ignore_index raises on the CPU before memory is
+              touched. On CUDA its loss and gradients are NaN, and `internlm2_kernels.check()` reports it
+    Cost:     2 T D V flops for each product. Scratch: one chunk of scores, independent of T.
               Source: arXiv:2410.10989 section 3.2
     """
     hidden, weight = check_head("linear_cross_entropy", hidden, weight)
     shape = hidden.shape[:-1]
     labels = check_labels("linear_cross_entropy", "labels", labels, shape, hidden, "hidden")
-    ignore_index = check_ignore_index("linear_cross_entropy", ignore_index)
-    smoothing, z_loss, softcap = check_loss_options("linear_cross_entropy", label_smoothing, z_loss, softcap)
-    code = check_reduction("linear_cross_entropy", reduction)
-    check_flag("linear_cross_entropy", "return_z_loss", return_z_loss)
+    options = check_loss_options("linear_cross_entropy", ignore_index, label_smoothing, z_loss, softcap, reduction,
+                                 return_z_loss)
     token_weights = check_weights("linear_cross_entropy", token_weights, labels, hidden)
     chosen = LINEAR_CROSS_ENTROPY.select(hidden, backend)
     if chosen == "reference":
         check_values("linear_cross_entropy", "labels", labels, 0, weight.shape[0], ignore_index)
-        return reference(hidden, weight, labels, ignore_index=ignore_index, label_smoothing=smoothing, z_loss=z_loss,
+        return reference(hidden, weight, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
                          softcap=softcap, token_weights=token_weights, reduction=reduction, return_z_loss=return_z_loss)
     flat, weight, labels = as_matrix(hidden), last_stride_1(weight), labels.view(-1)
     token_weights = None if token_weights is None else token_weights.view(-1)
-    options = ignore_index, smoothing, z_loss, softcap, code
     if torch.is_grad_enabled() and (flat.requires_grad or weight.requires_grad):
-        if code == REDUCTIONS["none"]:
+        if reduction == "none":
             loss, z = _TwoSweeps.apply(*distinct(flat, weight), labels, token_weights, options, return_z_loss, chosen)
         else:
             loss, z, _ = _OneSweep.apply(*distinct(flat, weight), labels, token_weights, options, return_z_loss, chosen)
     else:
         loss, z, _ = native(_FWD[chosen], flat, weight, labels, token_weights, *options, return_z_loss)
-    return shaped_losses(loss, z, shape, code, return_z_loss)
+    return shaped_losses(loss, z, shape, reduction, return_z_loss)

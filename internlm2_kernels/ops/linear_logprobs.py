@@ -89,19 +89,19 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def linear_logprobs(hidden, weight, tokens, *, temperature=1.0, return_entropy=False, return_hits=False, backend=None):
-    """log p_t(token_t), p_t = softmax(hidden_t weight^T / temperature); entropy_t = -sum_j p_tj log p_tj.
+    """log p_t(token_t) with p_t = softmax(hidden_t weight^T / temperature), and the entropy -sum_j p_tj log p_tj on request.
 
-    Shapes:   hidden [..., D], weight [V, D], tokens [...] int64 or int32 -> logprobs [...], with return_entropy also
-              entropy [...] (nats), with return_hits, last, hits [...] (bool: the token is the arg-max, the first
-              one of equally large logits; False where logits are NaN). hits has no gradient
-    Dtypes:   hidden, weight float32 | bfloat16 | float16 | float64, both equal; under autocast its dtype. Results float32
-              (float64), as are all sums
-    Backward: saves hidden, weight, tokens, lse and entropy (12 bytes a token) and computes the logits again: four products
-              in all. dweight is summed in float32: 4 V D bytes while the backward runs. A frozen hidden or weight costs no
-              product. Deterministic: yes; forward is batch-invariant
-    Errors:   ValueError, TypeError; a token outside [0, V) raises on CPU before memory is touched; on CUDA its results are
-              NaN and `internlm2_kernels.check()` reports it
-    Cost:     2 T D V flops a product; extra memory: one chunk of scores, independent of T.
+    Shapes:   hidden [..., D], weight [V, D], tokens [...] int64 or int32 -> logprobs [...]. return_entropy adds entropy [...],
+              in nats; return_hits adds hits [...] bool, last: whether the token is the arg-max, of equal logits the first.
+              hits is False where logits are NaN, and has no gradient
+    Dtypes:   hidden and weight float32 | bfloat16 | float16 | float64, both equal; autocast casts them. All sums and results
+              are float32 (float64)
+    Backward: saves hidden, weight, tokens, lse and entropy (12 bytes a token) and recomputes the logits: four products in all.
+              dweight is summed in float32, 4 V D bytes. A frozen hidden or weight costs no product. Deterministic: yes; the
+              forward is batch-invariant
+    Errors:   ValueError and TypeError. A token outside [0, V) raises on the CPU before memory is touched. On CUDA its results
+              are NaN, and `internlm2_kernels.check()` reports it
+    Cost:     2 T D V flops for each product. Scratch: one chunk of scores, independent of T.
               Source: arXiv:2411.09009 section 4
     """
     hidden, weight = check_head("linear_logprobs", hidden, weight)

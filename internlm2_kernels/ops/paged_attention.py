@@ -22,7 +22,7 @@ from ._cache import check_cache
 
 
 def _gather(cache, scale, blocks, length, dtype):
-    """The keys or values [length, G, d] of one sequence from its blocks, in `dtype`; int8 times its scale, 0 counting as 1."""
+    """The keys or values [length, G, d] in `blocks`, in `dtype`; int8 values times their scale, or times 1 for scale 0."""
     from einops import rearrange
 
     in_order = lambda x: rearrange(x[blocks.long()], "b s g ... -> (b s) g ...")[:length].to(dtype)
@@ -40,14 +40,14 @@ def _rows(q, seq_lens, cu_q):
 
 
 def blocks_in_use(new, length, left, size):
-    """[first, last) of a sequence's blocks: those with a key that one of its new tokens sees."""
+    """[first, last) of a sequence's blocks that hold a key which one of its new tokens can see."""
     if new == 0:
         return 0, 0
     return max(0, length - new - left) // size if left >= 0 else 0, -(-length // size)
 
 
 def gathered(q, k_cache, v_cache, block_table, seq_lens, cu_q, k_scale, v_scale, dtype, left):
-    """(q [n, H, d], k, v [S, G, d]) of every sequence, gathered in `dtype`; without the blocks before its window."""
+    """(q [n, H, d], k [S, G, d], v [S, G, d]) of every sequence, in `dtype`, without the blocks before the window."""
     size = k_cache.shape[1]
     for (first, count), length, table in zip(_rows(q, seq_lens, cu_q), seq_lens.tolist(), block_table, strict=True):
         begin, end = blocks_in_use(count, length, left, size)
@@ -111,7 +111,7 @@ def _check_integers(argument, value, shape, meaning, q):
 
 
 def _check_values(k_cache, block_table, seq_lens, rows, left):
-    """Lengths within the table and not shorter than the new tokens; entries of used blocks within the cache."""
+    """Checks on the CPU that lengths fit the block table and the new tokens, and that the used block numbers exist."""
     if seq_lens.device.type != "cpu" or torch.compiler.is_compiling():
         return
     size, blocks = k_cache.shape[1], k_cache.shape[0]
@@ -129,35 +129,28 @@ def _check_values(k_cache, block_table, seq_lens, rows, left):
 
 def paged_attention(q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=None, scale=None, window=None, softcap=0.0,
                     k_scale=None, v_scale=None, return_lse=False, max_seqlen_q=None, backend=None):
-    """Causal attention of each sequence's last tokens to all its keys in a paged cache.
+    """Causal attention of the last tokens of each sequence to all its keys in a paged cache: decode and chunked prefill.
 
-    Shapes:   q [T, H, d]: the new tokens of all sequences end to end, cu_seqlens_q int32 [sequences + 1] their bounds (None:
-              one token a sequence, T = sequences); k_cache, v_cache [blocks, block_size, G, d]; block_table int32
-              [sequences, max_blocks]: the block of keys 0 to block_size - 1, of the next, ...; seq_lens int32 [sequences]:
-              the keys of a sequence, the new tokens' included, which are in the cache already -> out [T, H, d], lse [H, T].
-              H is a multiple of G, d a multiple of 8 from 32 to 256. The caches are contiguous
-    Mask:     causal: new token i of n stands at position seq_len - n + i. window=(left, right): keys from position - left
-              on; right counts as 0. NaN in keys that it hides: as for `flash_attention`
-    Cache:    q's dtype, or int8 with k_scale, v_scale float32 [blocks, block_size, G], a scale of 0 counting as 1: what
-              `qkv_rope` writes. Entries of block_table behind a sequence's last block, and slots behind its end, are never
-              used: they may hold anything. So may the entries of blocks that the window hides from all new tokens, and
-              the length and row of a sequence without a new token
-    Options:  scale, softcap, return_lse as for `flash_attention`; max_seqlen_q bounds the new tokens of a sequence and
-              helps to choose tiles; without it nothing waits for the device either
-    Dtypes:   float32 | bfloat16 | float16 | float64; float32 accumulation. Under autocast q is cast to its dtype, which a
-              float cache must have already: casting it would copy it at every token. A token's result is bit for bit what
-              `flash_attention` gives it in one packed prefill with the same backend and an unquantised cache. The keys
-              are split at fixed places and merged in order, so neither the batch nor the number of threads plays a part.
-              int8 with bfloat16 queries on AVX-512 with bfloat16 products: up to 8 rows (new tokens x H / G) are multiplied
-              as integers, more as converted values, so there the size of a token's chunk changes its bits.
-              Integers hold a query to 2^-16 of the largest |q_e| of its head and token, so a score is off by up to
-              scale 2^-16 max |q_e| sum |k_e|: little, unless that largest one meets keys of 0 and is far above the others.
-              1000 times the others, error 0.5 of `testing.ladder`'s bound; 3000 times 0.6 and 2.3 (two draws); 10,000 times
-              8; converted values below 0.2 (d 128, 300 keys)
-    Backward: none (inference): an argument that requires a gradient is an error. Deterministic: yes
-    Errors:   ValueError, TypeError; a length or a used block-table entry out of range raises on CPU before memory is
-              touched. On CUDA `internlm2_kernels.check()` reports it and rows are NaN: for a length all of the sequence, for
-              an entry those that see a key of its block, with them their tile's; the sequence's others have right values
+    Shapes:   q [T, H, d], the new tokens of all sequences end to end; cu_seqlens_q int32 [sequences + 1], their bounds (None:
+              one token for each sequence); k_cache, v_cache [blocks, block_size, G, d], contiguous; block_table int32
+              [sequences, max_blocks], the blocks of each sequence in order; seq_lens int32 [sequences], the number of keys
+              with the new ones, which are in the cache already -> out [T, H, d], lse [H, T]. H, G and d as for
+              `flash_attention`
+    Mask:     new token i of n is at position seq_len - n + i and sees the keys up to it, with window=(left, right) from
+              position - left on. NaN in masked keys: as for `flash_attention`
+    Cache:    the dtype of q, or int8 with k_scale and v_scale float32 [blocks, block_size, G], as `qkv_rope` writes them. A
+              scale of 0 counts as 1. What no new token can see is never read: entries of block_table after the last block or
+              before the window, slots after the end, and sequences without new tokens may hold anything
+    Options:  scale, softcap and return_lse as for `flash_attention`; max_seqlen_q helps to choose tiles
+    Dtypes:   float32 | bfloat16 | float16 | float64, with float32 sums. Autocast casts q; a float cache must have its dtype
+              already, because casting would copy it. A token's bits are those of one packed prefill by `flash_attention` with
+              the same compiled backend and a float cache, for any batch, number of threads and chunk size. With int8,
+              bfloat16 queries and bfloat16 products of the processor, up to 8 rows (new tokens x H / G) are multiplied as
+              integers and more as bfloat16, so that there bits depend on the chunk size. The integers resolve 2^-16 of the
+              largest |q_e| of a token and head
+    Backward: none, for inference: an argument that requires a gradient is an error. Deterministic: yes
+    Errors:   ValueError and TypeError. A wrong length or block number raises on the CPU before memory is touched. On CUDA the
+              rows that use it become NaN, and `internlm2_kernels.check()` reports it
     Cost:     memory-bound: reads the used part of the cache once for each group of H / G heads.
               Source: arXiv:2309.06180 section 4.1
     """

@@ -14,11 +14,12 @@ from ._rope import check_tables, rotate, rows_of_table
 
 
 class KVCache(NamedTuple):
-    """Where `qkv_rope` writes the new keys and values: a paged cache and, for every token, its place in it.
+    """The paged cache that `qkv_rope` writes new keys and values to, and the slot of every token in it.
 
-    k, v [blocks, block_size, G, d] in the activation's dtype or int8; slots int64 [T], block * block_size + offset, -1 for
-    a token that is not written, no slot twice; k_scale, v_scale float32 [blocks, block_size, G], with int8 only:
-    scale = max |x| / 127 over a token's head, stored value = x / scale rounded half to even.
+    k, v              [blocks, block_size, G, d] in the dtype of the activations, or int8
+    slots             int64 [T]: block * block_size + offset, or -1 for a token that is not written. No slot may occur twice
+    k_scale, v_scale  float32 [blocks, block_size, G], only with int8. The scale of a token and head is max |x| / 127; the
+                      stored value is x / scale, rounded half to even
     """
 
     k: torch.Tensor
@@ -29,7 +30,7 @@ class KVCache(NamedTuple):
 
 
 def split_heads(qkv, num_heads, num_kv_heads):
-    """q [T, H, d], k, v [T, G, d] of InternLM2's packed projection: in each group H/G queries, then a key, then a value."""
+    """(q [T, H, d], k [T, G, d], v [T, G, d]) of a packed projection, whose groups hold H/G queries, a key and a value each."""
     from einops import rearrange
 
     group = num_heads // num_kv_heads
@@ -146,17 +147,17 @@ def _check_cache(qkv, cache, num_kv_heads, head_dim, tokens):
 
 
 def qkv_rope(qkv, cos, sin, positions=None, *, num_heads, num_kv_heads, cache=None, backend=None):
-    """Packed projection to rotated q and k, and v; at inference also straight into the paged cache. One read, one write.
+    """Splits InternLM2's packed projection into q, k and v, and rotates q and k; at inference it also fills the paged cache.
 
-    Shapes:   qkv [..., G * (H/G + 2) * d]: each of the G = num_kv_heads groups holds its H/G query heads, then its key,
-              then its value. cos, sin [P, d/2] and positions as for `apply_rope` -> q [..., H, d], k, v [..., G, d]
-    Cache:    `cache=KVCache(k, v, slots, k_scale, v_scale)` also writes the rotated k and v to their slots, as int8 with
-              one scale a token and head where the cache is int8. Inference only
-    Dtypes:   float32 | bfloat16 | float16 | float64, tables float32; computed in float32, rounded once
-    Backward: saves cos, sin and positions only; writes one packed gradient. Deterministic: yes
-    Errors:   ValueError, TypeError; a position or slot out of range raises on CPU before anything is written; on CUDA that
-              token becomes NaN, is not cached, and is reported by `internlm2_kernels.check()`
-    Cost:     memory-bound: reads qkv once, writes q, k, v once.
+    Shapes:   qkv [..., G * (H/G + 2) * d]: each of the G = num_kv_heads groups holds its H/G query heads, then its key, then
+              its value; cos, sin [P, d/2] and positions as for `apply_rope` -> q [..., H, d], k and v [..., G, d]
+    Cache:    cache=KVCache(k, v, slots, k_scale, v_scale) also writes the rotated k, and v, to their slots. An int8 cache gets
+              one scale for each token and head. Not differentiable
+    Dtypes:   float32 | bfloat16 | float16 | float64, tables float32. It is computed in float32 and rounded once
+    Backward: saves cos, sin and positions, and writes one packed gradient. Deterministic: yes
+    Errors:   ValueError and TypeError. A position or slot out of range raises on the CPU before anything is written. On CUDA
+              that token becomes NaN and is not cached, and `internlm2_kernels.check()` reports it
+    Cost:     memory-bound: reads qkv once and writes q, k and v once.
               Source: layout arXiv:2403.17297 section 2.2; rotation arXiv:2104.09864
     """
     check_float("qkv_rope", "qkv", qkv)

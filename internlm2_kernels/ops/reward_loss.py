@@ -43,20 +43,21 @@ class _RewardLoss(torch.autograd.Function):
 
 
 def reward_loss(hidden, head_weight, cu_seqlens, *, gamma=2.0, penalty_weight=0.02, bound=5.0, backend=None):
-    """loss = mean over pairs of focal_ranking_loss + penalty_weight mean over rewards of log_barrier_penalty.
+    """loss = mean over pairs of focal_ranking_loss + penalty_weight * mean over rewards of log_barrier_penalty.
 
-    Shapes:   hidden [T, D], head_weight [D] or [1, D], cu_seqlens int32 [n + 1]: sequences alternate chosen, rejected, none is
-              empty -> loss [], rewards [n]: reward_i = hidden[last token of i] . head_weight
-    Dtypes:   hidden float32 | bfloat16 | float16 | float64, head_weight the same or float32; results float32 (float64)
-    Backward: saves hidden, head_weight and d loss / d rewards (4 bytes a sequence). dhidden is dense: zero but for each
-              sequence's last row; `reward_loss_from_last` has none of that cost. Both results are differentiable.
+    Shapes:   hidden [T, D], head_weight [D] or [1, D], cu_seqlens int32 [n + 1] of sequences that alternate chosen, rejected,
+              none of them empty -> loss [], rewards [n] with reward_i = hidden[last token of i] . head_weight
+    Dtypes:   hidden float32 | bfloat16 | float16 | float64, head_weight the same or float32 (under autocast they are promoted);
+              results float32 (float64)
+    Backward: saves hidden, head_weight and d loss / d rewards (4 bytes a sequence). dhidden is dense, with zeros except in
+              each sequence's last row; `reward_loss_from_last` does not have that cost. Both results are differentiable.
               Deterministic: yes
-    Errors:   ValueError for shapes, an odd number of sequences, an empty sequence, cu_seqlens that do not rise from 0 to T
-              (on CPU before memory is touched; on CUDA loss, rewards and gradients are NaN, and `internlm2_kernels.check()`
-              reports it); TypeError for a dtype. Without sequences the loss is 0
-    Cost:     one registered call each way; reads n rows of hidden. The loss may be negative: the barrier is -2 log(bound) at
-              0. The penalty term is XTuner's 0.01 times the sum over all rewards, divided by the number of pairs. On several
-              ranks, divide the sum of the losses by the all-reduced number of pairs.
+    Errors:   ValueError for wrong shapes, an odd number of sequences or an empty one, and cu_seqlens that do not rise from 0 to
+              T: on the CPU before memory is touched; on CUDA all results are NaN, and `internlm2_kernels.check()` reports it.
+              TypeError for a wrong dtype. Without sequences the loss is 0
+    Cost:     one registered call each way, which reads n rows of hidden. The loss may be negative, because the barrier is
+              -2 log(bound) at 0. The penalty term is XTuner's 0.01 times the sum over all rewards, divided by the number of
+              pairs. On several ranks, divide the sum of the losses by the all-reduced number of pairs.
               Source: arXiv:2403.17297 section 4.2.1 eq. 1 to 3
     """
     hidden, head_weight, options = checked("reward_loss", "hidden", hidden, head_weight, gamma, penalty_weight, bound)

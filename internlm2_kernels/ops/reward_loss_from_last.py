@@ -41,10 +41,11 @@ class _RewardLossFromLast(torch.autograd.Function):
 def reward_loss_from_last(last_hidden, head_weight, *, gamma=2.0, penalty_weight=0.02, bound=5.0, backend=None):
     """`reward_loss` on gathered rows: last_hidden [n, D] holds each sequence's last token, chosen and rejected in turn.
 
-    Shapes:   last_hidden [n, D], n even, head_weight [D] or [1, D] -> loss [], rewards [n]
-    Dtypes:   last_hidden float32 | bfloat16 | float16 | float64, head_weight the same or float32; results float32 (float64)
+    Shapes:   last_hidden [n, D] with an even n, head_weight [D] or [1, D] -> loss [], rewards [n]
+    Dtypes:   last_hidden float32 | bfloat16 | float16 | float64, head_weight the same or float32 (under autocast they are
+              promoted); results float32 (float64)
     Backward: saves last_hidden, head_weight and d loss / d rewards (4 bytes a sequence). Deterministic: yes
-    Errors:   ValueError for shapes or an odd n; TypeError for a dtype. No rows: loss 0
+    Errors:   ValueError for wrong shapes or an odd n; TypeError for a wrong dtype. Without rows the loss is 0
     Cost:     one registered call each way.   Source: arXiv:2403.17297 section 4.2.1 eq. 1 to 3
     """
     op = "reward_loss_from_last"

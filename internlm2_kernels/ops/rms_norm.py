@@ -92,17 +92,18 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x, weight, eps=1e-5, residual=None, *, rounding="once", backend=None):
-    """RMS normalization over the last dimension: y = h * rsqrt(mean(h^2) + eps) * weight, h = x (+ residual).
+    """RMS normalization over the last dimension: y = h * rsqrt(mean(h^2) + eps) * weight, with h = x or h = x + residual.
 
-    Shapes:   x [..., D], weight [D], residual as x -> y as x, or (y, new_residual) where residual is given
-    Dtypes:   x float32 | bfloat16 | float16 | float64, residual the same; weight x's dtype or float32; sums in float32
-              (float64 for float64). h is rounded to x's dtype, y is computed from the rounded h and rounded once;
-              rounding="hf" rounds h * rsqrt(...) to x's dtype before multiplying with weight, as the released model does
-    Backward: saves h (x itself where no residual is given), weight, rstd [...] float32: 4 bytes a row beyond h.
-              Deterministic: yes; a row of y and dx depends on nothing but that row
-    Errors:   ValueError for a shape, device, rounding or backend; TypeError for a dtype
-    Cost:     memory-bound. Forward reads x, writes y (with residual reads two, writes two); backward reads dy, h
-              (and d new_residual), writes dx.   Source: arXiv:1910.07467 eq. 4
+    Shapes:   x [..., D], weight [D], residual like x -> y like x; with a residual (y, new_residual), where new_residual is h
+    Dtypes:   x and residual float32 | bfloat16 | float16 | float64, both equal (under autocast they are promoted); weight the
+              same or float32. Sums are in float32 (float64 for float64). h is rounded to x's dtype, and y is computed from the
+              rounded h and rounded once. rounding="hf" also rounds h * rsqrt(...) before the product with weight, as the
+              released model does
+    Backward: saves h, weight and one float32 a row. Without a residual h is x itself, so that nothing is copied.
+              Deterministic: yes, and a row of y and dx depends on that row only
+    Errors:   ValueError for a wrong shape, device, eps or rounding; TypeError for a wrong dtype
+    Cost:     memory-bound. The forward reads x (and residual) and writes y (and h); the backward reads dy, h (and the gradient
+              of new_residual) and writes dx.   Source: arXiv:1910.07467 eq. 4
     """
     if residual is not None:
         x, residual = promoted(x, residual)

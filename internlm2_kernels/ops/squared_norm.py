@@ -18,7 +18,7 @@ def reference(tensors):
 
 
 def dense(tensor):
-    """Whether the elements fill the tensor's memory without gaps, in any order, which is all that elementwise kernels need."""
+    """Whether the tensor's elements fill its memory without gaps, in any order. Elementwise kernels need no more than that."""
     if tensor.is_contiguous():
         return True
     expected = 1
@@ -44,13 +44,13 @@ _FWD = SQUARED_NORM.overloads["fwd"]
 
 
 def squared_norm(tensors, *, backend=None):
-    """Sum of the squares of all elements of one tensor or of a list: the square of the list's global norm.
+    """The sum of the squares of all elements of a tensor or of a list of tensors: the square of the list's global norm.
 
-    Shapes:   tensors: a tensor or a list of at least one, any shapes, on one device -> [] total
-    Dtypes:   float32 | bfloat16 | float16, in any mixture, -> float32 (a norm beyond 1.8e19 has inf for its square);
-              float64 -> float64. The order of the sum is fixed by the sizes alone
-    Backward: none: a measurement for clipping. Deterministic: yes
-    Errors:   ValueError for an empty list or a device; TypeError for a dtype
+    Shapes:   tensors: a tensor, or a list of at least one, of any shapes, on one device -> [] total
+    Dtypes:   float32 | bfloat16 | float16, in any mixture -> float32, which is infinite for a norm above 1.8e19; with a
+              float64 tensor -> float64. The order of the sum depends on the sizes only
+    Backward: none: the norm is measured for clipping. Deterministic: yes
+    Errors:   ValueError for an empty list or different devices; TypeError for a wrong dtype
     Cost:     memory-bound: one read.   Source: arXiv:1211.5063 algorithm 1
     """
     if not hasattr(tensors, "__iter__"):

@@ -74,19 +74,20 @@ class _PackedSwiGLU(torch.autograd.Function):
 
 
 def _as_packed_rows(x):
-    """Halves of a contiguous tensor of more than three dimensions have strides that kernels cannot walk: fold first."""
+    """`x` with at most three dimensions: kernels cannot read the strides of the halves of a tensor with more."""
     return as_rows(x) if x.dim() <= 3 else as_rows(x.flatten(0, -3))
 
 
 def swiglu(gate, up=None, *, backend=None):
-    """Gated activation: y = silu(gate) * up, silu(g) = g / (1 + exp(-g)).
+    """Gated activation: y = silu(gate) * up, with silu(g) = g / (1 + exp(-g)).
 
-    Shapes:   gate [..., F], up [..., F] -> y [..., F]; without `up`, gate is packed [..., 2F], the gate half first
-    Dtypes:   float32 | bfloat16 | float16 | float64, both equal; computed in float32 (float64 for float64), rounded once
-    Backward: saves its inputs, which it never writes: 0 bytes beyond them; silu is recomputed. One gradient tensor
-              [..., 2F] for a packed input. Deterministic: yes
-    Errors:   ValueError for a shape, a device or an odd packed size; TypeError for a dtype
-    Cost:     memory-bound: forward reads two, writes one; backward reads three, writes two.
+    Shapes:   gate [..., F], up [..., F] -> y [..., F]. Without `up`, gate is packed: [..., 2F], with the gate half first
+    Dtypes:   float32 | bfloat16 | float16 | float64, both equal (under autocast they are promoted). It is computed in float32
+              (float64 for float64) and rounded once
+    Backward: saves its inputs and recomputes silu; it never writes to the inputs. A packed input gets one gradient tensor
+              [..., 2F]. Deterministic: yes
+    Errors:   ValueError for a wrong shape or device, or an odd packed size; TypeError for a wrong dtype
+    Cost:     memory-bound: the forward reads two tensors and writes one, the backward reads three and writes two.
               Source: arXiv:2002.05202 section 2
     """
     if up is not None:

@@ -12,7 +12,7 @@ from . import Case, Sample, Workload
 
 
 def eager_rotate_half(q, k, cos, sin, positions=None, *, interleaved=False):
-    """Hugging Face's form: tables doubled and cast to the activation's dtype, x * cos + rotate_half(x) * sin."""
+    """Hugging Face's form, x * cos + rotate_half(x) * sin, with doubled tables that are cast to the activations' dtype."""
     if interleaved:
         return reference(q, k, cos, sin, positions, interleaved=True)
     if positions is not None:
@@ -27,7 +27,7 @@ def eager_rotate_half(q, k, cos, sin, positions=None, *, interleaved=False):
 
 
 def sample_tables(dims, dtype, device, generator):
-    """Tables and positions of a case: one row a token, or positions that restart as in a packed batch."""
+    """The tables and positions of a case: one table row for each token, or positions in random order."""
     tokens, head_dim = dims["tokens"], dims["head_dim"]
     if dims.get("positions") is None:
         cos, sin = rope_table(tokens, head_dim, device=device, backend="reference")

@@ -9,7 +9,7 @@ from . import Case, Sample, Workload
 
 
 def _eager(wide):
-    """F.cross_entropy on logits converted to float32, or as they are."""
+    """F.cross_entropy on the logits, converted to float32 first if `wide`."""
     def composition(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean",
                     return_z_loss=False, inplace_backward=False):
         acc = accumulator(logits.dtype)

@@ -10,7 +10,7 @@ from ._attention import pairs_of, sdpa
 
 
 def _eager(enable_gqa):
-    """SDPA a sequence; softmax written out in the given dtype where SDPA has no such option (soft-cap, lse)."""
+    """SDPA for each sequence. Soft-cap and lse, which SDPA does not offer, use a softmax written out in the given dtype."""
     def composition(q, k, v, *, causal=False, scale=None, window=None, softcap=0.0, cu_seqlens_q=None, cu_seqlens_k=None,
                     max_seqlen_q=None, max_seqlen_k=None, return_lse=False):
         scale, left, right, softcap = check_options("flash_attention", q.shape[-1], scale, window, softcap)
@@ -56,8 +56,9 @@ def _sample(case, dtype, device, generator):
 
 
 def _magnitude(sample, upstream):
-    """dq and dk are sums of p (dp - delta) times keys or queries, whose two parts cancel: the root sum square of their terms.
-    lse is a logarithm of a sum of exponentials as large as the largest score."""
+    """dq and dk are sums of p (dp - delta) times keys or queries, in which dp and delta cancel. Their magnitude is the root of
+    the sum of the squared terms. lse has the magnitude of the largest score.
+    """
     inputs = dict(sample.inputs)
     q, k, v = (inputs.pop(name) for name in "qkv")
     causal, scale = inputs.get("causal", False), inputs.get("scale")
@@ -92,7 +93,7 @@ def _bytes(dims, size, direction):
 
 
 def _flops(dims, direction):
-    """Two products forward, five backward (the recomputed scores count), on the pairs that the mask allows."""
+    """Two products forward and five backward, with the recomputed scores, for each pair of a query and an unmasked key."""
     left, right = dims.get("window") or (-1, -1)
     pairs = sum(pairs_of(a, b, left, 0 if dims.get("causal") else right) for a, b in _lengths(dims))
     return (4 if direction == "forward" else 10) * pairs * dims["heads"] * dims["head_dim"]
@@ -108,7 +109,9 @@ def _packed(kind, lengths, heads, kv_heads, head_dim, **options):
 
 
 def _model_cases():
-    """Dense at the heads of the 1.8B and 7B models, of 6 queries a key, and at d = 64; packed sets equal, uneven, skewed."""
+    """Dense cases with the heads of the 1.8B and 7B models, with 6 queries for each key head, and with d = 64; packed cases
+    with equal, uneven and skewed lengths.
+    """
     low, high = (torch.bfloat16,), (torch.float32,)
     for heads, kv_heads, head_dim in ((16, 8, 128), (32, 8, 128), (12, 2, 128), (32, 8, 64)):
         for length in (2048, 4096):

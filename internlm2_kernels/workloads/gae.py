@@ -27,7 +27,7 @@ def _tokens(dims):
 
 
 def _by_time(rewards, values, cu_seqlens, *, mask=None, bootstrap=None, gamma=1.0, lam=0.99):
-    """The loop over time steps that trainers write, on sequences padded to the longest."""
+    """The loop over time steps that trainers usually write, on sequences padded to the longest one."""
     acc = accumulator(rewards.dtype)
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
     count, longest = len(lengths), int(lengths.max()) if len(lengths) else 0

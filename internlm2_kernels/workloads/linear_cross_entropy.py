@@ -20,7 +20,7 @@ def _eager(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0, z_
 
 def _torch_linear(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0,
                   token_weights=None, reduction="mean", return_z_loss=False):
-    """PyTorch's own chunked form (torch 2.13 on)."""
+    """PyTorch's own chunked form, from torch 2.13 on."""
     if not hasattr(F, "linear_cross_entropy") or token_weights is not None or z_loss or softcap or not labels.numel():
         return _eager(hidden, weight, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
                       softcap=softcap, token_weights=token_weights, reduction=reduction, return_z_loss=return_z_loss)
@@ -30,7 +30,7 @@ def _torch_linear(hidden, weight, labels, *, ignore_index=-100, label_smoothing=
 
 
 def head_sample(case, dtype, device, generator):
-    """hidden, weight and labels with logits of the size that trained models have."""
+    """hidden, weight and labels whose logits are as large as those of trained models."""
     dims = case.dims
     rows, cols, vocab = dims.get("rows", dims.get("targets")), dims["cols"], dims["vocab"]
     draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)

@@ -9,10 +9,10 @@ from ._attention import pairs_of, sdpa
 
 
 class Contiguous:
-    """What PyTorch has for decoding: SDPA on each sequence's keys laid end to end, which `prepare` gathers beforehand.
+    """What PyTorch offers for decoding: SDPA on the contiguous keys of each sequence, which `prepare` gathers beforehand.
 
-    `folded` puts the query heads of a group in the rows of one product, which shares each key read but takes a mask where
-    there are several new tokens.
+    `folded` makes the query heads of a group the rows of one product, so that they share each read of a key. That works for one
+    new token for each sequence.
     """
 
     def __init__(self, enable_gqa, folded=False):
@@ -45,7 +45,7 @@ class Contiguous:
         if not self.folded or q.shape[1] != 1:
             return sdpa(q, k, v, left, 0, scale, self.enable_gqa)
         group = q.shape[2] // k.shape[2]
-        rows = q.view(q.shape[0], k.shape[2], group, -1)  # one new token: its group's heads become the rows
+        rows = q.view(q.shape[0], k.shape[2], group, -1)  # one new token: the heads of its group become the rows
         if left >= 0:
             k, v = k[:, -left - 1:], v[:, -left - 1:]
         out = torch.nn.functional.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), scale=scale)
@@ -53,7 +53,7 @@ class Contiguous:
 
 
 def _lengths(dims):
-    """(new tokens, length with them) of every sequence."""
+    """(number of new tokens, length including them) of every sequence."""
     return [(new, old + new) for new, old in zip(dims["new"], dims["cached"], strict=True)]
 
 
@@ -66,7 +66,7 @@ def _sample(case, dtype, device, generator):
     spare, widest = 2, max(used, default=0) + 1
     blocks = sum(used) + spare
     order = torch.randperm(blocks, generator=generator, device=device).int()
-    # Garbage behind the last block, and before the first that the window leaves in sight.
+    # Entries after the last block, and before the first block in the window, hold an invalid block number.
     table = torch.full((len(lengths), widest), -(2**30), dtype=torch.int32, device=device)
     first = 0
     for row, (length, count) in enumerate(zip(lengths, used, strict=True)):
@@ -95,7 +95,7 @@ def _sample(case, dtype, device, generator):
 
 
 def _poison(inputs, table, lengths, size, left):
-    """Slots behind a sequence's end and blocks of nobody hold NaN, which must not be seen."""
+    """Fills the slots after the end of each sequence, and the unused blocks, with NaN: the operator must not read them."""
     for name in ("k_cache", "v_cache"):
         kept = torch.zeros(inputs[name].shape[:2], dtype=torch.bool, device=table.device)
         for row, (new, length) in enumerate(lengths):

@@ -1,9 +1,5 @@
 """Workload of `qkv_rope`."""
 
-
-
-
-
 import torch
 
 from ..ops.qkv_rope import reference, split_heads

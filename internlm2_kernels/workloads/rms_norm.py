@@ -38,8 +38,9 @@ def _sample(case, dtype, device, generator):
 
 
 def _magnitude(sample, upstream):
-    """dx is a difference of two terms of size rstd * |dy * weight| that cancel when D is small; dweight is a sum over rows
-    of terms of both signs, of the size of their root sum square."""
+    """dx is a difference of two terms of size rstd * |dy * weight|, which cancel when D is small. dweight is a sum over rows of
+    terms of both signs, with the magnitude of the root of their squared sum.
+    """
     x, weight = sample.inputs["x"], sample.inputs["weight"]
     h = x + sample.inputs["residual"] if "residual" in sample.inputs else x
     if h.numel() == 0:

@@ -15,6 +15,9 @@ NAN, DTYPES = math.nan, (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(params=variants("cpu", OPS["flash_attention"]), ids=lambda v: "-".join(filter(None, v)))
 def backend(request):
+    chosen = request.node.callspec.params
+    if request.param[1] == "interpreted" and (chosen.get("dtype") in DTYPES[1:] or chosen.get("wide", 2**31) != 2**31):
+        pytest.skip("the same kernels, of which the interpreter takes up to seconds a call: float32 and one width are enough")
     with instruction_set(request.param[1]):
         yield request.param[0]
 
@@ -83,10 +86,10 @@ def test_the_widest_scales_give_no_nan(scale, softcap, backend, randn):
     assert all(x.isfinite().all() for x in got.values())
 
 
-@pytest.mark.parametrize("size", (3e2, 3e3), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_scores_of_which_float32_keeps_no_fraction(dtype, size, backend, randn):
-    """Scores of 1e5 to 1e7: each row of the output is the value of its best key, and no weight is lost."""
+def test_scores_of_which_float32_keeps_no_fraction(dtype, backend, randn):
+    """Scores of 1e7: each row of the output is the value of its best key, and no weight is lost."""
+    size = 3e3
     q, k, v = (size * randn(1, 40, 2, 32)).to(dtype), (size * randn(1, 40, 1, 32)).to(dtype), randn(1, 40, 1, 32).to(dtype)
     got = results(q, k, v, (randn(1, 40, 2, 32).to(dtype), torch.zeros(1, 2, 40)), backend, causal=True)
     want = flash_attention(q.double(), k.double(), v.double(), causal=True, return_lse=True, backend="reference")
@@ -163,8 +166,8 @@ def test_rows_without_keys_contribute_nothing(options, queries, keys, blind, pac
     """Fully masked rows: out 0, lse -inf, dq 0 and no contribution to dk and dv, whatever the rows, their upstream gradients
     and the keys masked from them hold.
     """
-    if queries == 400 and "interpreted" in request.node.name:
-        pytest.skip("the interpreter takes seconds, and has tiles of a few rows above")
+    if "interpreted" in request.node.name and (queries == 400 or not packed):
+        pytest.skip("the interpreter takes seconds; smaller packed sequences have fully masked tiles too")
     q, k, v = randn(queries, 4, 32, dtype=dtype), randn(keys, 2, 32, dtype=dtype), randn(keys, 2, 32, dtype=dtype)
     dout, dlse = randn(queries, 4, 32, dtype=dtype), randn(4, queries)
     if packed:  # with other sequences before and after it

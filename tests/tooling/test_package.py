@@ -101,7 +101,6 @@ def test_house_rules():
         for title in ("Shapes", "Backward", "Errors", "Cost"):
             assert section(op, title), name
         assert "Source:" in getattr(internlm2_kernels, name).__doc__
-    assert len((ROOT / "setup.py").read_text().splitlines()) < 100
     assert (ROOT / "internlm2_kernels/py.typed").exists()
 
 

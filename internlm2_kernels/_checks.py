@@ -5,6 +5,7 @@ import numbers
 
 import torch
 
+LARGEST = torch.finfo(torch.float32).max
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -57,17 +58,17 @@ def check_flag(op: str, argument: str, value: object) -> None:
 
 
 def check_number(op, argument, value, expected, accept):
-    """Returns `value` as a float. Raises unless it is a finite real number (no tensor, no bool) that `accept` accepts.
+    """Returns `value` as a float. Raises unless it is a real number, finite in float32, that `accept` accepts.
 
     Comparisons decide whether it is finite, because torch.compile cannot trace math.isfinite of a symbolic number.
     """
-    if type(value) is float and -math.inf < value < math.inf and accept(value):  # fast: numbers.Real takes a microsecond
+    if type(value) is float and -LARGEST <= value <= LARGEST and accept(value):  # fast: numbers.Real takes a microsecond
         return value
     try:
         number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
     except OverflowError:  # an integer that is too large for a float
         number = math.inf
-    if not -math.inf < number < math.inf or not accept(number):
+    if not -LARGEST <= number <= LARGEST or not accept(number):
         fail(ValueError, op, argument, expected, repr(value))
     return number
 

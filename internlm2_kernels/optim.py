@@ -14,7 +14,6 @@ from .ops.squared_norm import reference as reference_norm
 OPTIONS = ("master_weights", "stochastic_rounding", "moment_dtype", "max_grad_norm", "skip_nonfinite", "seed", "backend")
 # Options in the parameter groups of torch.optim that have one supported value.
 FIXED = {"amsgrad": False, "differentiable": False, "decoupled_weight_decay": True}
-LARGEST = torch.finfo(torch.float32).max
 
 
 def _layout(tensor):
@@ -111,7 +110,7 @@ class FusedAdamW(Optimizer):
         check_settings(op, group["betas"], group["eps"], group["weight_decay"])
         check_flag(op, "maximize", group["maximize"])
         if not isinstance(group["lr"], torch.Tensor):
-            check_number(op, "lr", group["lr"], "a finite number >= 0", lambda v: 0 <= v <= LARGEST)
+            check_number(op, "lr", group["lr"], "a finite number >= 0", lambda v: v >= 0)
 
     def _check_group(self, group, argument="params"):
         """Checks a group that was passed (`params`) or loaded (`state_dict`)."""
@@ -129,7 +128,7 @@ class FusedAdamW(Optimizer):
             if lr.is_complex() or lr.dtype == torch.bool:
                 fail(TypeError, op, "lr", "a tensor of a real number", lr.dtype)
             if lr.device.type == "cpu":
-                check_number(op, "lr", lr.item(), "a finite number >= 0", lambda v: 0 <= v <= LARGEST)
+                check_number(op, "lr", lr.item(), "a finite number >= 0", lambda v: v >= 0)
 
     def _check_dtypes(self, dtypes):
         for dtype in dtypes:

@@ -7,7 +7,7 @@ namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
 constexpr double kInfinity = __builtin_huge_val();
-constexpr int64_t kBlock = 1024;  // elements that are read twice, for their maximum and for their sum: from the first-level cache
+constexpr int64_t kBlock = 1024;  // elements read twice, for their maximum and their sum, the second time from cache
 
 template <typename V> VEC_INLINE Two<V> largest_of(Two<V> x, Two<V> y) { return {max(x.a, y.a), max(x.b, y.b)}; }
 template <typename V> VEC_INLINE Two<V> largest_of(Two<V> x, V y) { return {max(x.a, y), x.b}; }
@@ -16,7 +16,7 @@ template <typename V> VEC_INLINE Two<V> plus(Two<V> x, V y) { return {x.a + y, x
 template <typename V> VEC_INLINE Two<V> fma(Two<V> x, V y, V z) { return {fma(x.a, y, z), fma(x.b, y, z)}; }
 template <typename V> VEC_INLINE Two<V> tanh(Two<V> x) { return {tanh(x.a), tanh(x.b)}; }
 
-// One row at a time. Its sums run in an order that its length alone fixes.
+// One row. The order of its sums depends on its length alone.
 template <typename T> struct Row {
   using Acc = acc_t<T>;
   using V = Vec<Acc>;
@@ -40,7 +40,7 @@ template <typename T> struct Row {
     const auto first = capped_less(l.a, shift), second = capped_less(l.b, shift);
     return {{first.less, second.less}, {first.slope, second.slope}};
   }
-  // The last lanes of a partial vector, which lie past the row's end, as -inf.
+  // -inf in the last lanes of a partial vector, beyond the end of the row.
   template <typename L, typename N> static VEC_INLINE L ended(L l, N n) {
     if constexpr (std::is_same_v<N, int>) {
       Acc lanes[V::size];
@@ -103,11 +103,11 @@ template <typename T> struct Row {
   VEC_INLINE Two<V> block_total(int64_t first, int64_t n) const {
     const V zero(Acc(0));
     Two<V> sum{zero, zero};
-    for_vectors<V, T>(n, [&](int64_t i, auto part) VEC_LAMBDA { sum = plus(sum, logits(first + i, part)); });  // past the end 0
+    for_vectors<V, T>(n, [&](int64_t i, auto part) VEC_LAMBDA { sum = plus(sum, logits(first + i, part)); });  // 0 beyond the end
     return sum;
   }
 
-  // exp as exactly as a result of type T can show.
+  // exp as exactly as a result of type T needs.
   template <typename X> static VEC_INLINE X exp_for_result(X d) {
     if constexpr (sizeof(T) == 2) return exp2_for_16_bits(d * V(Acc(1.4426950408889634)));
     else return exp(d);

@@ -6,7 +6,7 @@ from .._checks import check_device, check_flag, check_float, check_number, check
 from .._registry import Op
 from ._philox import bits16, stochastic_bfloat16
 
-LEAST_NORMAL, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+LEAST_NORMAL = torch.finfo(torch.float32).tiny
 MOST_STEPS = 2**24  # steps are counted in float32, which cannot count further by ones
 INDICES = 2**30  # the number of tensors that have different random bits
 MOMENTS = ((torch.float32, torch.bfloat16), (torch.float64,))
@@ -96,8 +96,8 @@ def check_settings(op, betas, eps, weight_decay):
         fail(ValueError, op, "betas", "two numbers from 0 up to below 1", repr(betas))
     beta1, beta2 = (check_number(op, "betas", b, "two numbers from 0 up to below 1", lambda v: 0 <= v < 1) for b in betas)
     return (beta1, beta2, check_number(op, "eps", eps, "a finite number >= 1.1754944e-38, float32's least normal one",
-                                       lambda v: LEAST_NORMAL <= v <= LARGEST),  # with a smaller eps 0 / (0 + eps) would be NaN
-            check_number(op, "weight_decay", weight_decay, "a finite number >= 0", lambda v: 0 <= v <= LARGEST))
+                                       lambda v: v >= LEAST_NORMAL),  # with a smaller eps 0 / (0 + eps) would be NaN
+            check_number(op, "weight_decay", weight_decay, "a finite number >= 0", lambda v: v >= 0))
 
 
 def adamw(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
@@ -130,7 +130,7 @@ def adamw(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas
     check_flag("adamw", "stochastic_rounding", stochastic_rounding)
     if stochastic_rounding and param.dtype == torch.float16 and master is None:
         fail(TypeError, "adamw", "stochastic_rounding", "False for a float16 param: bfloat16 alone is rounded so", True)
-    lr = check_number("adamw", "lr", lr, "a finite number >= 0", lambda v: 0 <= v <= LARGEST)
+    lr = check_number("adamw", "lr", lr, "a finite number >= 0", lambda v: v >= 0)
     chosen = ADAMW.select(param, backend)
     tensors = [t if t is None else t.detach() for t in (param, grad, exp_avg, exp_avg_sq, master)]
     if chosen == "reference":

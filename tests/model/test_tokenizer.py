@@ -51,6 +51,12 @@ def test_ordinary_text_is_tokenized_as_sentencepiece_does(released):
         assert released.encode(text) == plain.encode(text)
 
 
+def test_a_null_character_has_the_released_id_with_every_version_of_sentencepiece(released):
+    """Up to 0.2.1 sentencepiece gives 354; from 0.2.3 on it does not use that piece and gives the byte's id 3."""
+    assert released.encode("a\0b") == [*released.encode("a"), 354, *released.encode("b")]
+    assert released.decode([354]) == "\0" and 354 not in released.specials.values()
+
+
 def test_what_plain_sentencepiece_gets_wrong(released):
     """Why the tokenizer exists. If this test fails, sentencepiece has changed and the tokenizer may become simpler."""
     plain = sentencepiece.SentencePieceProcessor(model_file=str(RELEASED))

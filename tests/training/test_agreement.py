@@ -77,7 +77,7 @@ def test_the_verdict():
     assert not agreement.Agreement(2e-4, 2.0, (1.9, 2.0, 2.1)).holds
     far = agreement.Agreement(1e-5, 2.21, (1.9, 2.0, 2.1))
     assert far.deviations == pytest.approx(2.1) and not far.holds
-    assert "do NOT learn" in far.lines()[-1] and "2.10 standard deviations" in far.lines()[1]
+    assert "does NOT learn" in far.lines()[-1] and "2.10 standard deviations" in far.lines()[1]
 
 
 def test_too_few_steps(tmp_path):

@@ -94,7 +94,7 @@ void check_lists(const Lists& l) {
 }
 
 // ------------------------------------------------------------------------------------------------------------------ step
-// Counts the update and gathers what one tensor's chunks need of it.
+// Increments the step counts and computes the constants of each tensor's update.
 std::vector<AdamwTensor> tensors_of(const Lists& l, const Adamw& a, double lr, double weight_decay) {
   std::vector<AdamwTensor> tensors;
   tensors.reserve(l.params.size());

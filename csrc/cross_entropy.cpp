@@ -9,7 +9,7 @@ namespace {
 using Pair = std::tuple<Tensor, Tensor>;
 using Triple = std::tuple<Tensor, Tensor, Tensor>;
 
-// What both directions share: the kernels' argument, and each row's label and factor.
+// What both directions share: the arguments of the kernels, and the label and factor of each row.
 class Call {
  public:
   CrossEntropy a{};
@@ -41,7 +41,7 @@ class Call {
     const double divided = loss_.factor();
     for (int64_t t = 0; t < rows(); ++t) {
       const double up = upstream == nullptr ? 1 : upstream->get(each() ? t : 0);
-      factor_[t] = loss_.weight(t) == 0 ? 0 : loss_.weight(t) * divided * up;  // an ignored row's whatever the upstream is
+      factor_[t] = loss_.weight(t) == 0 ? 0 : loss_.weight(t) * divided * up;  // 0 for an ignored row even where the upstream is NaN
     }
   }
   void write_to(const Tensor& dlogits) {

@@ -60,8 +60,7 @@ Gradients flash_attention_bwd_cpp(const Tensor& dout, const Tensor& q, const Ten
   const int64_t workers = serial ? 1 : workers_for(a.kv_heads * k_blocks.back());
   const BlockTiles queries(a.heads, 1, q_blocks), keys(a.kv_heads, 2 * workers, k_blocks);
 
-  const int64_t columns = INTERNLM2_CPU_MATRIX(flash_attention_bwd_columns, a);
-  const int64_t bytes = INTERNLM2_CPU_MATRIX(flash_attention_bwd_scratch, a);
+  const auto [columns, bytes] = INTERNLM2_CPU_MATRIX(flash_attention_bwd_sizes, a);
   const auto acc = accumulator_of(q);
   Tensor shift = torch::stable::new_empty(lse, lse.sizes()), delta = torch::stable::new_empty(lse, lse.sizes());
   Tensor sum = torch::stable::new_empty(q, {a.heads, a.tokens_q, columns}, acc);
@@ -76,7 +75,7 @@ Gradients flash_attention_bwd_cpp(const Tensor& dout, const Tensor& q, const Ten
   for_tiles(queries.count(), serial ? 1 : workers_for(queries.count()),
             [&](int64_t i, int64_t) { INTERNLM2_CPU_MATRIX(flash_attention_bwd_prepare, a, queries[i]); });
   for_tiles(keys.count(), workers, [&](int64_t i, int64_t worker) {
-    INTERNLM2_CPU_MATRIX(flash_attention_bwd, a, keys[i], static_cast<char*>(data(scratch)) + worker * bytes);
+    INTERNLM2_CPU_MATRIX(flash_attention_bwd, a, keys[i], static_cast<char*>(data(scratch)) + worker * scratch.size(1));
   });
   return {dq, dk, dv};
 }

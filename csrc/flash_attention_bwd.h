@@ -1,4 +1,4 @@
-// The backward of attention: what it needs beyond flash_attention.h. Method: csrc/cpu/attention/backward.h.
+// The backward of attention: what it needs beyond flash_attention.h. Method: csrc/cpu/attention/flash_attention_bwd.cpp.
 #pragma once
 #include "flash_attention.h"
 
@@ -29,9 +29,13 @@ struct BwdTile {
   int64_t sequence, head, block;
 };
 
+struct BwdSizes {
+  int64_t columns;        // d, rounded up to whole vectors
+  int64_t scratch_bytes;  // for each thread
+};
+
 INTERNLM2_CPU_MATRIX_KERNELS(
-  int64_t flash_attention_bwd_columns(const Attention& a);  // d, rounded up to whole vectors
-  int64_t flash_attention_bwd_scratch(const Attention& a);  // bytes for each thread
+  BwdSizes flash_attention_bwd_sizes(const Attention& a);
   void flash_attention_bwd_prepare(const FlashBwd& a, const BwdTile& tile);
   void flash_attention_bwd(const FlashBwd& a, const BwdTile& tile, void* scratch);)
 

@@ -15,7 +15,7 @@ struct Options {
   int64_t reduction;
 };
 
-// A HeadCall whose rows have losses.
+// A HeadCall that computes a loss for each row.
 class LossCall : public HeadCall {
  public:
   LossCall(const Tensor& hidden, const Tensor& weight, const Options& o, HeadStore store)
@@ -27,7 +27,7 @@ class LossCall : public HeadCall {
     factor_ = rows_.factor();
   }
 
-  // What the gradient of the loss and its statistics need beyond HeadCall's.
+  // Allocates also what the loss and its gradient need.
   void prepare_loss() {
     prepare();
     if (a.store != HeadStore::gradient && rows_.label_smoothing != 0) {

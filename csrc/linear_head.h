@@ -1,5 +1,5 @@
 // Heads over a vocabulary, l = softcap(scale * hidden weight^T), whose logits are never all in memory: the raw-pointer contract
-// between the bindings (linear_cross_entropy.cpp, linear_logprobs.cpp) and the kernels. Method: csrc/cpu/head/head_products.h.
+// between the bindings (linear_cross_entropy.cpp, linear_logprobs.cpp) and the kernels. Method: csrc/cpu/head/linear_head.cpp.
 #pragma once
 #include "types.h"
 
@@ -7,7 +7,8 @@ namespace internlm2 {
 
 constexpr int64_t kHeadBlock = 64;     // columns of the vocabulary that share one set of statistics
 constexpr int64_t kHeadSpan = 384;     // columns of the vocabulary in one tile of the gradients: whole blocks
-constexpr int64_t kHeadColumns = 512;  // columns of hidden in one tile of dhidden
+constexpr int64_t kHeadColumns = 512;  // the most columns of hidden in one tile of dhidden
+constexpr int64_t kHeadPackRows = 48, kHeadMergeRows = 16;
 
 // What is stored of a chunk's logits: nothing; exp(l - the block's largest) in bfloat16; l in the accumulator's dtype; or the
 // gradient. Exponentials and logits are later turned into the gradient in place.
@@ -39,18 +40,19 @@ struct LinearHead {
   void *dweight_sum;  // [vocab, d] in the accumulator's dtype; null: there is one chunk, whose sums are written to dweight
   void *dweight;      // [vocab, d], written with the last chunk; null: not needed, or dweight_sum is the result
   void *dhidden;      // [rows, d]; null: not needed
+  int64_t dhidden_rows, dhidden_columns;  // of a tile
 };
 
-// The most tokens of a chunk, with stored scores and without, and bytes of memory for `capacity` rows.
-struct HeadSizes { int64_t most_rows, most_rows_alone, hidden_rows, hidden_steps, scores, scratch; };
+// The most tokens of a chunk, with stored scores and without; bytes of memory for `capacity` rows; the panels of hidden's columns.
+struct HeadSizes { int64_t most_rows, most_rows_alone, hidden_rows, hidden_steps, scores, scratch, column_panels; };
+
+// The steps in which a chunk is computed. The tiles of a step may run in any order on any threads. They are kHeadPackRows rows
+// of hidden and then, where dweight is needed, column panels; blocks; kHeadMergeRows rows; spans, whose gradients of the scores
+// are formed too; and dhidden_rows x dhidden_columns of dhidden.
+enum class HeadStep { pack, scores, merge, dweight, dhidden };
 
 INTERNLM2_CPU_MATRIX_KERNELS(
   HeadSizes linear_head_sizes(const LinearHead& a);
-  int64_t linear_head_pack_tiles(const LinearHead& a);
-  void linear_head_pack(const LinearHead& a, int64_t tile);
-  void linear_head_scores(const LinearHead& a, int64_t block, void* scratch);
-  void linear_head_merge(const LinearHead& a, int64_t begin, int64_t end); // rows; begin is a multiple of 16
-  void linear_head_dweight(const LinearHead& a, int64_t span, void* scratch); // forms the gradient of the scores too
-  void linear_head_dhidden(const LinearHead& a, int64_t row, int64_t rows, int64_t column, int64_t columns, void* scratch);)
+  void linear_head_step(const LinearHead& a, HeadStep step, int64_t tile, void* scratch);)
 
 }  // namespace internlm2

@@ -79,6 +79,7 @@ class HeadCall {
     a.hidden_rows = take(sizes.hidden_rows);
     if (wants_dweight()) a.hidden_steps = take(sizes.hidden_steps);
     if (a.store != HeadStore::none) a.scores = take(sizes.scores);
+    column_panels_ = sizes.column_panels;
     scratch_bytes_ = sizes.scratch;
     scratch_ = static_cast<char*>(take(workers_ * sizes.scratch));
     if (a.store == HeadStore::gradient) return;
@@ -96,19 +97,15 @@ class HeadCall {
       a.fresh = first == 0;
       a.last = first + a.rows == tokens_;
       at(first);
-      tiles(INTERNLM2_CPU_MATRIX(linear_head_pack_tiles, a),
-            [&](int64_t i, int64_t) { INTERNLM2_CPU_MATRIX(linear_head_pack, a, i); });
-      tiles(blocks(), [&](int64_t i, int64_t w) { INTERNLM2_CPU_MATRIX(linear_head_scores, a, i, scratch(w)); });
+      step(HeadStep::pack, (a.rows + kHeadPackRows - 1) / kHeadPackRows + (wants_dweight() ? column_panels_ : 0));
+      step(HeadStep::scores, blocks());
       if (a.store != HeadStore::gradient) {
-        tiles((a.rows + 15) / 16, [&](int64_t i, int64_t) {
-          INTERNLM2_CPU_MATRIX(linear_head_merge, a, 16 * i, std::min(16 * (i + 1), a.rows));
-        });
+        step(HeadStep::merge, (a.rows + kHeadMergeRows - 1) / kHeadMergeRows);
         merged(first, a.rows);
       }
       if (a.store == HeadStore::none) continue;
-      tiles((a.vocab + kHeadSpan - 1) / kHeadSpan,
-            [&](int64_t i, int64_t w) { INTERNLM2_CPU_MATRIX(linear_head_dweight, a, i, scratch(w)); });
-      if (a.dhidden != nullptr) run_dhidden();
+      step(HeadStep::dweight, (a.vocab + kHeadSpan - 1) / kHeadSpan);
+      if (a.dhidden != nullptr && a.d > 0) step(HeadStep::dhidden, cut_dhidden());
     }
   }
 
@@ -116,7 +113,7 @@ class HeadCall {
   static constexpr double kSerial = 1 << 20;  // multiplications below which a second thread costs more than it saves
 
   const Tensor &hidden_, &weight_;
-  int64_t tokens_, chunk_ = 0, workers_ = 1, scratch_bytes_ = 0;
+  int64_t tokens_, chunk_ = 0, workers_ = 1, scratch_bytes_ = 0, column_panels_ = 0;
   char* scratch_ = nullptr;
   std::vector<Tensor> kept_;
 
@@ -125,24 +122,24 @@ class HeadCall {
   int64_t most_rows(const HeadSizes& sizes) const {
     return a.store == HeadStore::none ? sizes.most_rows_alone : sizes.most_rows;
   }
-  void* scratch(int64_t worker) const { return scratch_ + worker * scratch_bytes_; }
-  template <typename F> void tiles(int64_t n, const F& f) const { for_tiles(n, std::min(workers_, n), f); }
+  void step(HeadStep which, int64_t tiles) const {
+    for_tiles(tiles, std::min(workers_, tiles), [&](int64_t tile, int64_t worker) {
+      INTERNLM2_CPU_MATRIX(linear_head_step, a, which, tile, scratch_ + worker * scratch_bytes_);
+    });
+  }
 
-  // Distributes columns of hidden over the threads, and rows too where there are fewer column tiles than threads.
-  void run_dhidden() {
-    const auto parts = [](int64_t n, int64_t most, int64_t wanted, int64_t least) {
+  // Distributes columns of dhidden over the threads, and rows too where there are fewer column tiles than threads. Returns the
+  // number of tiles.
+  int64_t cut_dhidden() {
+    const auto part = [](int64_t n, int64_t most, int64_t wanted, int64_t least) {
       const int64_t cuts = std::max((n + most - 1) / most, std::min(wanted, n / least));
       const int64_t each = ((n + cuts - 1) / std::max<int64_t>(cuts, 1) + least - 1) / least * least;
       return std::min(each, most);
     };
-    if (a.d == 0) return;
-    const int64_t columns = parts(a.d, kHeadColumns, workers_, 64), across = (a.d + columns - 1) / columns;
-    const int64_t rows = parts(a.rows, a.rows, (workers_ + across - 1) / across, 48), down = (a.rows + rows - 1) / rows;
-    tiles(across * down, [&](int64_t i, int64_t w) {
-      const int64_t row = i / across * rows, column = i % across * columns;
-      INTERNLM2_CPU_MATRIX(linear_head_dhidden, a, row, std::min(rows, a.rows - row), column,
-                           std::min(columns, a.d - column), scratch(w));
-    });
+    a.dhidden_columns = part(a.d, kHeadColumns, workers_, 64);
+    const int64_t across = (a.d + a.dhidden_columns - 1) / a.dhidden_columns;
+    a.dhidden_rows = part(a.rows, a.rows, (workers_ + across - 1) / across, 48);
+    return across * ((a.rows + a.dhidden_rows - 1) / a.dhidden_rows);
   }
 };
 

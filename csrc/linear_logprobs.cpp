@@ -5,7 +5,7 @@
 namespace internlm2 {
 namespace {
 
-// A HeadCall over the rows vocab_start.. of a vocabulary: labels are tokens that may stand in another shard.
+// A HeadCall over the shard of a vocabulary that begins at vocab_start. A token's label may stand in another shard.
 class TokenCall : public HeadCall {
  public:
   TokenCall(const Tensor& hidden, const Tensor& weight, const Tensor& tokens, double inv_temperature, double softcap,
@@ -15,7 +15,7 @@ class TokenCall : public HeadCall {
   }
   void at(int64_t first) { a.label = label_ + first; }
   void* moved(const Tensor& t, int64_t first) const { return static_cast<char*>(data(t)) + first * acc_size(); }
-  int64_t column(int64_t t) const { return label_[t]; }  // of this shard; -1: another's
+  int64_t column(int64_t t) const { return label_[t]; }  // in this shard; -1: in another one
 
  private:
   int64_t* label_;

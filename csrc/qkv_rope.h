@@ -1,4 +1,4 @@
-// Split of the packed projection, rotation, paged cache write: the raw-pointer contract.
+// Split of the packed projection, rotation and write to the paged cache: the raw-pointer contract.
 // Formulas and layout: internlm2_kernels/ops/qkv_rope.py.
 #pragma once
 #include "rope_angles.h"
@@ -8,7 +8,7 @@ namespace internlm2 {
 struct QkvRopeFwd {
   Dtype dtype;
   RopeAngles angles;
-  const void* qkv;  // [tokens, groups * (group + 2) * d]: in each group its queries, its key, its value
+  const void* qkv;  // [tokens, groups * (group + 2) * d]: each group has its queries, then its key, then its value
   int64_t token_stride, groups, group;
   void *q, *k, *v;  // contiguous [tokens, heads, d], [tokens, groups, d] twice
   // Paged cache, where slots is not null:

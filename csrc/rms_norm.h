@@ -8,7 +8,7 @@ struct RmsNormFwd {
   Dtype dtype, weight_dtype;  // weight: dtype or f32
   Rows x_rows, residual_rows;
   const void* x;
-  const void* residual;  // null: h is x, and h below is not written
+  const void* residual;  // null: h is x and is not written
   const void* weight;
   void *y, *h;  // contiguous [rows, cols]
   void* rstd;   // [rows] float (double for f64)
@@ -22,9 +22,9 @@ struct RmsNormBwd {
   Rows dy_rows, dresidual_rows, h_rows;
   const void *dy, *dresidual, *h, *weight, *rstd;  // dresidual may be null
   void* dx;                                        // contiguous [rows, cols]
-  void* dweight;                                   // null: not wanted
-  void* partial;                                   // [chunks, cols] float or double, where dweight is wanted
-  int64_t cols, rows_per_chunk;                    // chunk c sums rows [c * rows_per_chunk, ...): fixed by rows alone
+  void* dweight;                                   // null: not needed
+  void* partial;                                   // [chunks, cols] float or double, where dweight is needed
+  int64_t cols, rows_per_chunk;                    // chunk c sums rows [c * rows_per_chunk, ...), depending on rows alone
   bool hf;
 };
 

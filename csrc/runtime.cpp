@@ -18,7 +18,7 @@
 namespace internlm2 {
 namespace {
 
-// Whether the processor has tiles and bfloat16 products, and the operating system looks after their state.
+// Whether the processor has tiles and bfloat16 products, and the operating system saves and restores their state.
 bool tiles_offered() {
 #if defined(INTERNLM2_EMULATE_AMX)
   return true;
@@ -48,7 +48,7 @@ bool tiles_permitted() {
 
 Isa detect() {
 #if defined(__x86_64__)
-  __builtin_cpu_init();  // checks the operating system's XSAVE state too
+  __builtin_cpu_init();  // also checks that the operating system saves the vector registers
   if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) {
     return Isa::none;
   }
@@ -63,7 +63,7 @@ Isa detect() {
 #endif
 }
 
-Isa initial() {  // torch's own switch is honoured, so that one variable forces the whole process
+Isa initial() {  // follows torch's own variable, so that one variable forces the whole process
   const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
   const Isa best = best_isa();
   if (wanted != nullptr && best >= Isa::avx512 && (!std::strcmp(wanted, "avx2") || !std::strcmp(wanted, "default"))) {

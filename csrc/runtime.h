@@ -1,4 +1,4 @@
-// Facts of the running process: the instruction set in use, whether this is a forked child, what was registered.
+// State of the running process: the instruction set in use, whether this is a forked child, what was registered.
 #pragma once
 #include <functional>
 #include <map>
@@ -6,7 +6,7 @@
 
 namespace internlm2 {
 
-// In rising order, each with all of the one before. avx512_bf16 adds VDPBF16PS and VNNI, amx products of bfloat16 in tiles.
+// In rising order; each includes the one before. avx512_bf16 adds VDPBF16PS and VNNI, amx adds products of bfloat16 in tiles.
 enum class Isa : int { none = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 
 Isa isa();                                // in use now
@@ -16,10 +16,10 @@ const char* isa_name(Isa value);          // "", "avx2", "avx512", "avx512_bf16"
 
 bool in_forked_child();
 
-// The word in a device's memory in which kernels note an index out of range; `maker` is asked for it at the first use.
+// The word in a device's memory in which kernels record an index out of range. `maker` makes it at the first use.
 void set_error_word(int device, int* word);
 void set_error_word_maker(std::function<void(int)> maker);
-int* error_word(int device);  // throws where nobody makes one
+int* error_word(int device);  // throws if there is no maker
 
 void record_signature(const std::string& overload, const std::string& signature);
 const std::map<std::string, std::string>& signatures();
@@ -29,8 +29,8 @@ const std::map<std::string, std::string>& signatures();
 // Calls the build of a CPU kernel for the instruction set in use: AVX2 or AVX-512.
 #define INTERNLM2_CPU(kernel, ...) \
   (::internlm2::isa() >= ::internlm2::Isa::avx512 ? cpu::AVX512::kernel(__VA_ARGS__) : cpu::AVX2::kernel(__VA_ARGS__))
-// The same for kernels made of matrix products (csrc/cpu/*attention*.cpp, linear_head.cpp), whose first argument is a struct with a dtype. They
-// have a third build with bfloat16 products, and a fourth, of bfloat16 tensors alone, with products in tiles.
+// The same for kernels made of matrix products (`Built for:` in their sources), whose first argument is a struct with a dtype.
+// They have a third build with bfloat16 products, and a fourth, for bfloat16 tensors only, with products in AMX tiles.
 #define INTERNLM2_CPU_MATRIX(kernel, args, ...)                                                                      \
   (::internlm2::isa() >= ::internlm2::Isa::amx && (args).dtype == ::internlm2::Dtype::bf16                           \
        ? cpu::AMX::kernel(args, ##__VA_ARGS__)                                                                       \

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int64_t kGrain = 16384;  // elements
 
-// One row where every tensor is contiguous: rows of a few columns then cost no more than long ones.
+// Where every tensor is contiguous it is treated as one row, so that short rows cost no more than long ones.
 bool dense(const Rows& r, int64_t cols) { return r.inner == 1 && (r.outer_stride == cols || r.outer <= 1); }
 void flatten(Rows& r) { r = {1, 1, 0, 0}; }
 

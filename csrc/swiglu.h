@@ -21,7 +21,7 @@ struct SwigluBwd {
   int64_t cols;
 };
 
-// Elements [begin, end), counted row after row: one long row is shared between threads like many short ones.
+// Elements [begin, end) are counted row after row, so that threads can share one long row as they share many short ones.
 INTERNLM2_CPU_KERNELS(
   void swiglu_fwd(const SwigluFwd& a, int64_t begin, int64_t end);
   void swiglu_bwd(const SwigluBwd& a, int64_t begin, int64_t end);)

@@ -1,4 +1,4 @@
-// Types shared by bindings and kernels. No torch, no CUDA: plain C++17.
+// Types that bindings and kernels share, in plain C++17 without torch and CUDA.
 #pragma once
 #include <cstdint>
 

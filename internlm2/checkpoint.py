@@ -179,7 +179,7 @@ def _read_hf(directory: Path) -> tuple[dict[str, Any], ModelConfig]:
 
 
 def _weight_files(directory: Path) -> dict[str, str] | None:
-    """Tensor name -> file from the index; None where there is a single file."""
+    """Tensor name -> file as the index says; None where the weights are one file without an index."""
     if (directory / INDEX).exists():
         weight_map = read_json(directory / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
@@ -191,7 +191,7 @@ def _weight_files(directory: Path) -> dict[str, str] | None:
 
 
 def _open_all(directory: Path, files: dict[str, str] | None, stack: contextlib.ExitStack) -> dict[str, tuple[str, Any]]:
-    """Tensor name -> (file, open handle), after holding the index against the files."""
+    """Tensor name -> (file, open handle), after a check that the files hold what the index says."""
     found: dict[str, tuple[str, Any]] = {}
     for file in sorted(set(files.values())) if files else [WEIGHTS]:
         if Path(file).name != file:
@@ -215,6 +215,6 @@ def _compare(wanted: Mapping[str, tuple], found: Mapping[str, tuple[str, Any]], 
         if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
             raise CheckpointError(f"{directory / file}: {name} must be of a floating-point type, got {stored.get_dtype()}")
     for name, (file, _) in found.items():
-        # Old files carry rotary buffers, which the configuration gives.
+        # Old files hold the rotary frequencies too, which are computed from the configuration here.
         if name not in wanted and not name.endswith(".inv_freq"):
             raise CheckpointError(f"{directory / file}: unexpected tensor {name}")

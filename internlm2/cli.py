@@ -1,4 +1,4 @@
-"""The command line: python -m internlm2 demo | train | check-demo."""
+"""The command line: python -m internlm2 demo | train | demo-check."""
 
 import argparse
 import sys

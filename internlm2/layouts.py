@@ -61,7 +61,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """
     layout, head = layout_of(hf), head_of(hf)
     fixed = {"hidden_act": "silu", "tie_word_embeddings": False}
-    # A Llama file may leave these out; a bias among the weights is still refused then, as an unexpected tensor.
+    # A Llama file may leave these out. If the model has biases all the same, load_model refuses them as unexpected tensors.
     fixed |= {"bias": False} if layout == "internlm2" else {k: False for k in ("attention_bias", "mlp_bias") if k in hf}
     for key, expected in fixed.items():
         if _needed(hf, key) != expected:
@@ -77,6 +77,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     names = ("vocab_size", "intermediate_size", "rms_norm_eps", "max_position_embeddings", "initializer_range",
              "bos_token_id", "pad_token_id")  # fmt: skip
     table = {name: _needed(hf, name) for name in names}
+    if isinstance(table["pad_token_id"], int) and table["pad_token_id"] < 0:
+        table["pad_token_id"] = None  # early Llama files write -1 for no padding token
     table |= dict(hidden_size=hidden, num_heads=heads, head_dim=hf.get("head_dim") or hidden // heads, rope_theta=theta)
     table |= dict(num_layers=_needed(hf, "num_hidden_layers"), num_kv_heads=_needed(hf, "num_key_value_heads"))
     table |= dict(rope_scaling=scaling or None, rope_angles=hf.get("rope_angles", "float64"))
@@ -113,16 +115,16 @@ def config_to_hf(
     if head == "v_head" or config.reward_token_id is not None:
         hf["reward_token_id"] = config.reward_token_id
     if layout == "llama" and head == "v_head":
-        hf |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}  # how Llama's configuration says one output
+        hf |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}  # Llama's way to say that there is one output
     if config.rope_angles != "float64":
         hf["rope_angles"] = config.rope_angles
     return hf
 
 
 def _released_form(config: ModelConfig, exact: bool) -> dict[str, Any]:
-    """The keys that the released InternLM2 class is particular about.
+    """The entries of config.json that the released InternLM2 class checks.
 
-    It takes rope_scaling as None or as a dictionary of exactly `type` ("linear" or "dynamic") and `factor` (a float), and
+    It accepts rope_scaling as None or as a dictionary of exactly `type` ("linear" or "dynamic") and `factor` (a float), and
     derives the size of a head from hidden_size.
     """
     refusals = []
@@ -131,7 +133,8 @@ def _released_form(config: ModelConfig, exact: bool) -> dict[str, Any]:
         refusals.append(f"head_dim = {config.head_dim}, where hidden_size / num_heads is {ratio:g}")
     scaling = config.rope_scaling
     if scaling is not None:
-        # ModelConfig has checked that a length in the dictionary is the config's own, which the class reads from there.
+        # A length in the dictionary can be left out: ModelConfig has checked that it equals max_position_embeddings, which the
+        # released class reads.
         extra = set(scaling) - {"type", "rope_type", "rope_theta", "factor", "max_position_embeddings",
                                 "original_max_position_embeddings"}  # fmt: skip
         if config.rope_scaling_type in ("linear", "dynamic") and not extra:

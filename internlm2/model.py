@@ -169,7 +169,7 @@ class Decoder(nn.Module):
     checkpoint_layers: keep only each block's input for backward, and compute the rest of the block again there
     """
 
-    head_name: str  # of the head's module, and so of its parameter; a subclass says which
+    head_name: str  # name of the head's module, which each subclass defines
 
     def __init__(
         self, config: ModelConfig, outputs: int, *, operators: Any = None,

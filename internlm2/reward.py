@@ -57,4 +57,4 @@ class RewardModel(Decoder):
 @torch.compiler.disable
 def _check_no_empty_sequence(cu_seqlens: Tensor) -> None:
     if bool((cu_seqlens[1:] == cu_seqlens[:-1]).any()):
-        raise ValueError("cu_seqlens must rise: an empty sequence has no reward")
+        raise ValueError(f"cu_seqlens must rise, since an empty sequence has no reward; got {cu_seqlens.tolist()[:8]}")

@@ -48,12 +48,16 @@ class Tokenizer:
         self._byte_ids = {sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_byte(i)}
         if len(self._byte_ids) != 256 or self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(f"{path} must have <s>, </s> and byte fallback, got {len(self._byte_ids)} byte pieces")
+        # Texts that get these ids instead of SentencePiece's. Its versions disagree about a piece for the null character: up to
+        # 0.2.1 it is an ordinary piece, with which the released model was trained; from 0.2.3 on it is never used.
+        self._fixed_ids = {_SPACE: [self._byte_ids[f"<0x{b:02X}>"] for b in _SPACE.encode()]}
+        self._fixed_ids |= {piece: [i] for i in range(self.vocab_size) if (piece := sp.id_to_piece(i)) == "\0"}
         pieces = {sp.id_to_piece(i): i for i in range(self.vocab_size) if _reserved(sp, i)}
         names = {piece: name for name, piece in _RELEASED_NAMES.items()}
         self.specials = {names.get(piece, piece): i for piece, i in pieces.items()}
         self._special_names = {i: name for name, i in self.specials.items()}
         # What SentencePiece would not treat as ordinary text.
-        self._spellings = re.compile("|".join(map(re.escape, sorted({*pieces, _SPACE}, key=len, reverse=True))))
+        self._spellings = re.compile("|".join(map(re.escape, sorted({*pieces, *self._fixed_ids}, key=len, reverse=True))))
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise ValueError(f"{path} must give text back exactly: identity normaliser, no dummy prefix, all spaces kept")
 
@@ -84,13 +88,13 @@ class Tokenizer:
 
     def _encode_text(self, text: str) -> list[int]:
         """Ids that stand for text. A spelled reserved piece is cut after its first character, so that SentencePiece does not
-        recognise it; ▁ is written as its bytes."""
+        recognise it; ▁ and the null character have ids of their own."""
         ids: list[int] = []
         start, match = 0, self._spellings.search(text)
         while match:
             at = match.start()
-            if match.group() == _SPACE:
-                ids += self._sp.encode(text[start:at]) + [self._byte_ids[f"<0x{b:02X}>"] for b in _SPACE.encode()]
+            if match.group() in self._fixed_ids:
+                ids += self._sp.encode(text[start:at]) + self._fixed_ids[match.group()]
             else:
                 ids += self._sp.encode(text[start : at + 1])
             start = at + 1
@@ -130,9 +134,11 @@ def _reserved(sp: sentencepiece.SentencePieceProcessor, i: int) -> bool:
     SentencePiece matches before all others (their score is 0, that of merges is negative). Other user-defined pieces are
     text: the released model has full-width letters and dashes among them.
     """
+    piece = sp.id_to_piece(i)
+    if piece == "\0":
+        return False
     if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
         return True
-    piece = sp.id_to_piece(i)
     return not sp.is_byte(i) and sp.get_score(i) == 0.0 and re.fullmatch(r"\[\S+\]|<\S+>", piece) is not None
 
 

@@ -2,7 +2,8 @@
 
 Every Triton kernel in its shipped configurations is compiled for sm_80, sm_90 and sm_100, and every CUDA C++ kernel for
 sm_80, sm_90a and sm_100a. The table says which resources a kernel needs, whether it spills registers and how many
-tensor-core instructions it has. The table is static: no kernel is run, so it says nothing about speed.
+tensor-core instructions it has, and counts the arithmetic instructions of its hot loop. The table is static: no kernel is
+run, so it says nothing about speed. The audit of everything ends with the comparison that tools.peers has recorded.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any
 
 from internlm2_kernels import OPS
 
-from . import audit_rules
+from . import audit_rules, peers
 
 TABLE = Path(__file__).with_name("static_audit.json")
 LARGEST_STACK_BYTES = 128  # the largest spill that OUTSIDE_LOOPS justifies
@@ -96,6 +97,8 @@ def main(argv: list[str]) -> int:
         print(f"CUDA C++ kernels are left out: {reason}.")
     if not args.check:
         _print_table(rows, compilers)
+        if not args.op:
+            peers.print_table()
     problems = find_problems(rows) + audit_rules.problems(rows, {} if args.op else ALLOWED_STACK)
     if args.check:
         changes, notes = compare(rows, compilers, committed, cuda=bool(sources))

@@ -19,14 +19,14 @@ template <typename Acc> struct Constants {
         root_scale(static_cast<Acc>(t.root_scale)), eps(static_cast<Acc>(a.eps)), step_size(static_cast<Acc>(t.step_size)) {}
 };
 
-// Parameters that are written and not read go past the cache, which would fetch their lines first.
+// Non-temporal stores for parameters that are written and not read: the cache would first fetch their lines.
 #if defined(CPU_CAPABILITY_AVX512)
-VEC_INLINE void store_past(bf16* p, Two<Vec<float>> x) {
+VEC_INLINE void store_nontemporal(bf16* p, Two<Vec<float>> x) {
   const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(x.a.to_bf16()), x.b.to_bf16(), 1);
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), both);
 }
 #else
-VEC_INLINE void store_past(bf16* p, Two<Vec<float>> x) {
+VEC_INLINE void store_nontemporal(bf16* p, Two<Vec<float>> x) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(p), x.a.to_bf16());
   _mm_stream_si128(reinterpret_cast<__m128i*>(p) + 1, x.b.to_bf16());
 }
@@ -34,14 +34,14 @@ VEC_INLINE void store_past(bf16* p, Two<Vec<float>> x) {
 
 template <typename V> VEC_INLINE Two<V> root(Two<V> x) { return {root(x.a), root(x.b)}; }
 
-// One call of Philox serves kPairs pairs of vectors: so many elements are one block.
+// One call of Philox gives the random bits of a block of kPairs pairs of vectors.
 constexpr int kPairs = 2;
 
 template <typename P, typename G, typename M, bool kMaster, bool kStochastic> struct Step {
   using Acc = acc_t<P>;
   using V = Vec<Acc>;
   static constexpr bool kRandom = kStochastic || is_bf16<M>;
-  // Random bits come for even and odd elements apart; where there are none, memory's order costs no shuffles.
+  // Random bits come for even and odd elements separately. Without random bits the order of memory needs no shuffles.
   using Order = std::conditional_t<kRandom, bf16, Acc>;
   static constexpr int kElements = kPairs * 2 * V::size;
   static_assert(!kRandom || kElements == kPhiloxElements);
@@ -62,10 +62,10 @@ template <typename P, typename G, typename M, bool kMaster, bool kStochastic> st
     for (int k = 0; k < kPairs; ++k) store_stochastic(p + k * 2 * V::size, x[k].a, x[k].b, random[k]);
   }
 
-  // Stores of the parameter may go past the cache.
-  static constexpr bool kPassable = kMaster && is_bf16<P> && std::is_same_v<Order, float>;
+  // Whether stores of the parameter may be non-temporal.
+  static constexpr bool kNontemporal = kMaster && is_bf16<P> && std::is_same_v<Order, float>;
 
-  template <bool kPast = false> VEC_INLINE void block(const Pointers<P, G, M>& p, int64_t i, int64_t element) const {
+  template <bool kPastCache = false> VEC_INLINE void block(const Pointers<P, G, M>& p, int64_t i, int64_t element) const {
     Two<V> w[kPairs], m[kPairs], v[kPairs];
     for (int k = 0; k < kPairs; ++k) {
       const int64_t j = i + k * 2 * V::size;
@@ -79,7 +79,7 @@ template <typename P, typename G, typename M, bool kMaster, bool kStochastic> st
     }
     if constexpr (kMaster) put(p.master + i, w, element, 0);
     if constexpr (kStochastic) put_random(p.param + i, w, element, stream);
-    else if constexpr (kPast) for (int k = 0; k < kPairs; ++k) store_past(p.param + i + k * 2 * V::size, w[k]);
+    else if constexpr (kPastCache) for (int k = 0; k < kPairs; ++k) store_nontemporal(p.param + i + k * 2 * V::size, w[k]);
     else put(p.param + i, w, element, 0);
     if constexpr (is_bf16<M>) {
       put_random(p.m + i, m, element, stream + 1);
@@ -90,7 +90,7 @@ template <typename P, typename G, typename M, bool kMaster, bool kStochastic> st
     }
   }
 
-  // `count` elements from i on, as elements lead, lead + 1, ... of the block that begins at `element`.
+  // Elements [i, i + count), which are elements [lead, lead + count) of the block that begins at `element`.
   void part(const Pointers<P, G, M>& p, int64_t i, int64_t count, int64_t lead, int64_t element) const {
     P param[kElements] = {};
     G grad[kElements] = {};
@@ -110,13 +110,13 @@ template <typename P, typename G, typename M, bool kMaster, bool kStochastic> st
 
   void range(const Pointers<P, G, M>& p, int64_t n, int64_t element) const {
     int64_t i = 0;
-    const int64_t lead = kRandom ? element % 8 : 0;  // eight elements share a counter: a shard may begin amid them
+    const int64_t lead = kRandom ? element % 8 : 0;  // eight elements share a counter, and a shard may begin among them
     if (lead != 0) {
       i = std::min(n, 8 - lead);
       part(p, 0, i, lead, element - lead);
     }
-    if (kPassable && reinterpret_cast<uintptr_t>(p.param) % 64 == 0) {
-      for (; i + kElements <= n; i += kElements) block<kPassable>(p, i, element + i);
+    if (kNontemporal && reinterpret_cast<uintptr_t>(p.param) % 64 == 0) {
+      for (; i + kElements <= n; i += kElements) block<kNontemporal>(p, i, element + i);
       _mm_sfence();
     }
     for (; i + kElements <= n; i += kElements) block(p, i, element + i);

@@ -7,7 +7,7 @@ namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
 constexpr double kInfinity = __builtin_huge_val();
-constexpr int64_t kBlock = 1024;  // elements that are read twice, for their maximum and for their sum: from the first-level cache
+constexpr int64_t kBlock = 1024;  // elements read twice, for their maximum and their sum, the second time from cache
 
 template <typename V> VEC_INLINE Two<V> largest_of(Two<V> x, Two<V> y) { return {max(x.a, y.a), max(x.b, y.b)}; }
 template <typename V> VEC_INLINE Two<V> largest_of(Two<V> x, V y) { return {max(x.a, y), x.b}; }
@@ -16,7 +16,7 @@ template <typename V> VEC_INLINE Two<V> plus(Two<V> x, V y) { return {x.a + y, x
 template <typename V> VEC_INLINE Two<V> fma(Two<V> x, V y, V z) { return {fma(x.a, y, z), fma(x.b, y, z)}; }
 template <typename V> VEC_INLINE Two<V> tanh(Two<V> x) { return {tanh(x.a), tanh(x.b)}; }
 
-// One row at a time. Its sums run in an order that its length alone fixes.
+// One row. The order of its sums depends on its length alone.
 template <typename T> struct Row {
   using Acc = acc_t<T>;
   using V = Vec<Acc>;
@@ -40,7 +40,7 @@ template <typename T> struct Row {
     const auto first = capped_less(l.a, shift), second = capped_less(l.b, shift);
     return {{first.less, second.less}, {first.slope, second.slope}};
   }
-  // The last lanes of a partial vector, which lie past the row's end, as -inf.
+  // -inf in the last lanes of a partial vector, beyond the end of the row.
   template <typename L, typename N> static VEC_INLINE L ended(L l, N n) {
     if constexpr (std::is_same_v<N, int>) {
       Acc lanes[V::size];
@@ -70,8 +70,8 @@ template <typename T> struct Row {
         const V less(before == static_cast<Acc>(-kInfinity) ? Acc(0) : lane(exp(V(before - top))));
         sum = {sum.a * less, sum.b * less};
       }
-      const Two<V> more = block_sum(first, n, most == static_cast<Acc>(-kInfinity) ? Acc(0) : most);
-      sum = plus(sum, more);
+      const Acc shift = most == static_cast<Acc>(-kInfinity) ? Acc(0) : most;
+      sum = plus(sum, a.softcap > 0 ? block_sum<true>(first, n, shift) : block_sum<false>(first, n, shift));
       if (a.total != nullptr) total = plus(total, block_total(first, n));
     }
     return {{most, log_of((sum.a + sum.b).sum())}, (total.a + total.b).sum()};
@@ -90,23 +90,24 @@ template <typename T> struct Row {
     });
     return largest(max(max(most[0].a, most[0].b), max(most[1].a, most[1].b)));
   }
-  VEC_INLINE Two<V> block_sum(int64_t first, int64_t n, Acc shift) const {
+  template <bool kCapped> VEC_INLINE Two<V> block_sum(int64_t first, int64_t n, Acc shift) const {
     const V zero(Acc(0)), down(shift);
     Two<V> sum[2] = {{zero, zero}, {zero, zero}};
     for_unrolled<2, V, T>(n, [&](int64_t i, auto part, int u) VEC_LAMBDA {
       const auto l = load<V>(x + first + i, part);
-      sum[u] = plus(sum[u], exp(ended(a.softcap > 0 ? capped_less(l, down).less : l - down, part)));
+      if constexpr (kCapped) sum[u] = plus(sum[u], exp(ended(capped_less(l, down).less, part)));
+      else sum[u] = plus(sum[u], exp(ended(l - down, part)));
     });
     return plus(sum[0], sum[1]);
   }
   VEC_INLINE Two<V> block_total(int64_t first, int64_t n) const {
     const V zero(Acc(0));
     Two<V> sum{zero, zero};
-    for_vectors<V, T>(n, [&](int64_t i, auto part) VEC_LAMBDA { sum = plus(sum, logits(first + i, part)); });  // past the end 0
+    for_vectors<V, T>(n, [&](int64_t i, auto part) VEC_LAMBDA { sum = plus(sum, logits(first + i, part)); });  // 0 beyond the end
     return sum;
   }
 
-  // exp as exactly as a result of type T can show.
+  // exp as exactly as a result of type T needs.
   template <typename X> static VEC_INLINE X exp_for_result(X d) {
     if constexpr (sizeof(T) == 2) return exp2_for_16_bits(d * V(Acc(1.4426950408889634)));
     else return exp(d);

@@ -1,8 +1,8 @@
-// From a run-time dtype tag to a template argument: WITH_STORAGE(dtype, T, { ... }) runs the block with T defined.
+// From a dtype tag to a template argument: WITH_STORAGE(dtype, T, { ... }) runs the block with T as the storage type.
 #pragma once
 #include "simd/vec.h"
 
-#if defined(CPU_CAPABILITY_AMX)  // the build of bfloat16 alone (INTERNLM2_CPU_MATRIX)
+#if defined(CPU_CAPABILITY_AMX)  // this build serves bfloat16 only (INTERNLM2_CPU_MATRIX)
 #define WITH_STORAGE(tag, T, ...)                                          \
   if ((tag) == ::internlm2::Dtype::bf16) {                                 \
     using T = ::internlm2::bf16;                                           \
@@ -19,7 +19,7 @@
   }
 #endif
 
-// The same for what is computed in the accumulator's type alone: double for f64, else float.
+// The same for kernels that compute in the accumulator's type only: double for f64, otherwise float.
 #define WITH_ACC(tag, Acc, ...)                                               \
   if ((tag) == ::internlm2::Dtype::f64) { using Acc = double; __VA_ARGS__ }   \
   else { using Acc = float; __VA_ARGS__ }

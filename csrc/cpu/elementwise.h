@@ -8,11 +8,11 @@
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
-constexpr int64_t kBlock = 512;  // elements that are brought into the accumulator's type at a time: they stay in cache
+constexpr int64_t kBlock = 512;  // elements converted to the accumulator's type at a time, so that they stay in cache
 
 template <typename Acc> constexpr Dtype kDtype = sizeof(Acc) == 4 ? Dtype::f32 : Dtype::f64;
 
-// Elements [i, i + n) of a contiguous tensor as Acc: where they are, or converted into `buffer`.
+// Elements [i, i + n) of a contiguous tensor as Acc: in place, or converted into `buffer`.
 template <typename Acc, typename T> void widen_block(const T* p, int64_t n, Acc* buffer) {
   if constexpr (std::is_same_v<Acc, float> && !std::is_same_v<T, double>) {
     for_vectors<Vec<float>, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
@@ -33,8 +33,8 @@ template <typename Acc> const Acc* block_of(const In& in, int64_t i, int64_t n, 
   return buffer;
 }
 
-// Where elements [i, i + n) of a result go: where they belong, or into `buffer`, which put_block then rounds into the tensor.
-// A tensor without data takes nothing.
+// Where the caller writes elements [i, i + n) of a result: in place, or into `buffer`, which put_block then rounds into the tensor.
+// Null for a tensor without data.
 template <typename Acc> Acc* block_of(const Out& out, int64_t i, int64_t, Acc* buffer) {
   if (out.data == nullptr) return nullptr;
   return out.dtype == kDtype<Acc> ? static_cast<Acc*>(out.data) + i : buffer;
@@ -52,8 +52,8 @@ inline void put_block(const Out& out, int64_t i, int64_t n, const float* from) {
 inline void put_block(const Out&, int64_t, int64_t, const double*) {}  // double results are double tensors
 template <typename Acc> void put_block(const In&, int64_t, int64_t, const Acc*) {}
 
-// body(i, n, blocks...) for elements [begin, end), n <= kBlock of them from i on; `blocks`: theirs in each of the tensors,
-// const Acc* of an In, Acc* of an Out.
+// body(i, n, blocks...) for each block of n <= kBlock elements from i on within [begin, end). `blocks` points to the block in each
+// tensor: const Acc* for an In, Acc* for an Out.
 template <typename Acc, typename F, size_t... k, typename... Tensors>
 VEC_INLINE void for_blocks(std::index_sequence<k...>, int64_t begin, int64_t end, const F& body, const Tensors&... tensors) {
   Acc buffers[sizeof...(k)][kBlock];

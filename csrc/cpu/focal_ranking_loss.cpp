@@ -6,8 +6,8 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
-// d = chosen - rejected, e = exp(-|d|): softplus(-d) = max(0, -d) + log(1 + e), sigmoid(-d) = e / (1 + e) for d > 0 and
-// 1 / (1 + e) else; nothing cancels on either side.
+// With d = chosen - rejected and e = exp(-|d|): softplus(-d) = max(0, -d) + log(1 + e), and s = sigmoid(-d) is e / (1 + e) for
+// d > 0 and 1 / (1 + e) otherwise. Nothing cancels for either sign.
 template <typename Acc> struct Focal { Vec<Acc> softplus, s, q, weight; };  // q = 1 - s
 
 template <bool kSquare, typename Acc> VEC_INLINE Focal<Acc> focal(Vec<Acc> d, Acc gamma) {
@@ -18,7 +18,7 @@ template <bool kSquare, typename Acc> VEC_INLINE Focal<Acc> focal(Vec<Acc> d, Ac
   V weight;
   if constexpr (kSquare) {  // (2 s)^2
     weight = (small + small) * (small + small);
-  } else {  // log(2 s) = ln 2 - d - log(1 + e); bounded, so that gamma = 0 gives 1 for any d
+  } else {  // log(2 s) = ln 2 - d - log(1 + e), bounded so that gamma = 0 gives 1 for any d
     weight = exp(V(gamma) * max(V(Acc(-1e30)), (V(Acc(0.6931471805599453)) - a) - l));
   }
   return {l + max(V(0), V(0) - d), pick(positive, small, large), pick(positive, large, small),
@@ -37,7 +37,7 @@ template <bool kSquare, typename Acc> void focal_fwd(const FocalRanking& a, int6
   for_blocks<Acc>(begin, end, fill, a.chosen, a.rejected);
 }
 
-// dloss/dd = -weight (s + gamma (1 - s) softplus(-d)), the second term for d > 0 only.
+// dloss/dd = -weight (s + gamma (1 - s) softplus(-d)), where the second term exists only for d > 0.
 template <bool kSquare, typename Acc> void focal_bwd(const FocalRanking& a, int64_t begin, int64_t end) {
   using V = Vec<Acc>;
   const auto fill = [&](int64_t i, int64_t n, const Acc* chosen, const Acc* rejected, Acc* dchosen,

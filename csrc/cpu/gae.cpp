@@ -7,7 +7,7 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
-// Lane i becomes lane i + k, and 0 where there is none.
+// Lane i of the result is lane i + k of x, or 0 where there is none.
 #if defined(CPU_CAPABILITY_AVX512)
 template <int k> VEC_INLINE Vec<float> lanes_down(Vec<float> x) {
   return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_setzero_si512(), _mm512_castps_si512(x.v), k));
@@ -28,9 +28,9 @@ template <int k> VEC_INLINE Vec<double> lanes_down(Vec<double> x) {
 }
 #endif
 
-// A_t = delta_t + decay A_{t+1} over a vector: after the step of k lanes each lane holds its sum over 2 k of them. Powers of
-// the decay bring in what comes from behind the vector. Blocks are counted from the end of a sequence, so that its bits
-// depend on itself alone.
+// A_t = delta_t + decay A_{t+1} as a scan over a vector: after the step of k lanes each lane holds its sum over 2 k of them.
+// Powers of the decay bring in the advantage behind the vector. Vectors are counted from the end of a sequence, so that its bits
+// do not depend on other sequences.
 template <typename Acc> struct Scan {
   using V = Vec<Acc>;
   V gamma, decay[4];
@@ -48,7 +48,7 @@ template <typename Acc> struct Scan {
     for (int i = 0; i < 2 * V::size; ++i) last[i] = static_cast<Acc>(i == V::size - 1);
   }
 
-  // n values from r, v: advantages; next is the value behind them and carry the advantage, both moved on to the front.
+  // Writes n advantages. `next` and `carry` are the value and the advantage behind them, and afterwards those of element 0.
   void run(const Acc* r, const Acc* v, int64_t n, Acc* out, Acc& next, Acc& carry) const {
     for (; n >= V::size; n -= V::size) {
       const int64_t i = n - V::size;
@@ -82,8 +82,8 @@ template <typename Acc> VEC_INLINE void add_values(const Part<Acc>& p) {
   });
 }
 
-// Elements that count are brought together, so that nothing masked enters a sum; a masked element then takes the advantage of
-// the next one that counts.
+// Copies the unmasked elements together, so that nothing masked enters a sum. A masked element then gets the advantage of the
+// next unmasked one.
 template <typename Acc>
 void masked_part(const Scan<Acc>& scan, const Part<Acc>& p, const uint8_t* mask, Acc& next, Acc& carry) {
   Acc rewards[kBlock + 1], values[kBlock + 1], advantages[kBlock + 1];

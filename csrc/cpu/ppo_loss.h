@@ -18,7 +18,7 @@ template <typename Acc> void put_results(const PpoLoss& a, double loss, double c
   *static_cast<Acc*>(a.count) = static_cast<Acc>(count);
 }
 
-// Upstream over the number of counted entries; where there are none, every entry is masked.
+// The upstream gradient divided by the number of unmasked entries, or 0 where there are none.
 template <typename Acc> Acc upstream(const PpoLoss& a) {
   const Acc count = *static_cast<const Acc*>(a.count);
   return count > 0 ? *static_cast<const Acc*>(a.dloss) / count : Acc(0);

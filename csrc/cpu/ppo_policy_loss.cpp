@@ -7,7 +7,7 @@ namespace {
 
 constexpr double kMostRatio = 20;  // bound of the log-ratio
 
-// What the two policy passes share. A NaN passes: it is never smaller.
+// What the two passes share. A NaN is passed on, because no comparison with it is true.
 template <typename Acc> struct Policy {
   using V = Vec<Acc>;
   V low, high;
@@ -18,7 +18,7 @@ template <typename Acc> struct Policy {
 template <typename Acc> void policy_fwd(const PpoLoss& a, int64_t chunk) {
   using V = Vec<Acc>;
   const Policy<Acc> policy(a.clip);
-  // Clipped terms are A (1 + clip) or A (1 - clip) as A is positive or not: the factors are applied to the sums, in double.
+  // A clipped term is A (1 + clip) or A (1 - clip) by the sign of A. The factors are applied to the two sums, in double.
   WideSum free, raised, lowered, kl;
   V clipped_terms, count;
   const auto add = [&](int64_t i, int64_t n, const Acc* logprobs, const Acc* old, const Acc* advantages) VEC_LAMBDA {

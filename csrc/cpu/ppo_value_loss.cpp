@@ -6,7 +6,7 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
-// The clipped value: v itself where it is near the old one, so that the two forms agree there to the bit.
+// The clipped value. Near the old value it is v itself, so that the two forms of the loss have equal bits there.
 template <typename Acc> struct Clip {
   using V = Vec<Acc>;
   V most;
@@ -18,7 +18,7 @@ template <typename Acc> struct Clip {
   }
 };
 
-// Count, mean and sum of squared deviations of what has been seen so far; two of them add up without cancellation.
+// Count, mean and sum of squared deviations of a set of numbers. Those of two sets are combined without cancellation.
 struct Moments {
   double count = 0, mean = 0, squares = 0;
   void add(const Moments& other) {
@@ -46,7 +46,7 @@ struct ValueSums {
   }
 };
 
-// The moments of x(j, lanes) over the kept of a block, by a second pass over it around the first one's mean.
+// The moments of x(j, lanes) over the unmasked elements of a block, by a second pass around the mean of the first one.
 template <typename Acc, typename F> VEC_INLINE Moments moments_of(int64_t n, const uint8_t* mask, double count, double sum,
                                                                   const F& x) {
   using V = Vec<Acc>;

@@ -13,7 +13,8 @@ VEC_INLINE Vec<float> load_float(const double* p, int n) {
 }
 VEC_INLINE Vec<float> load_float(const double* p, All) { return load_float(p, Vec<float>::size); }
 
-// scale = max |x| / 127 in float, 0 counting as 1; stored: x / scale rounded half to even. A NaN makes the scale NaN.
+// The scale is max |x| / 127 in float, and x / scale is stored, rounded half to even; a scale of 0 counts as 1. A NaN makes the
+// scale NaN.
 template <typename T> void quantize(const T* x, int8_t* out, float* scale, int64_t d) {
   using V = Vec<float>;
   V most;
@@ -21,12 +22,12 @@ template <typename T> void quantize(const T* x, int8_t* out, float* scale, int64
   const float size = largest_abs(most) / 127.0f;
   *scale = size;
   const V divisor(size == 0.0f ? 1.0f : size);
-  for_vectors<V, Single>(d, [&](int64_t i, auto n) VEC_LAMBDA { 
+  for_vectors<V, Single>(d, [&](int64_t i, auto n) VEC_LAMBDA {
     store_i8(out + i, max(V(-127.0f), load_float(x + i, n) / divisor), n);
   });
 }
 
-// A rotated key or a value to its slot of the cache.
+// Writes a rotated key or a value to its slot of the cache.
 template <typename T>
 void write_cache(const QkvRopeFwd& a, const T* x, void* cache, float* scale, int64_t slot, int64_t group, int64_t d) {
   const int64_t place = slot * a.groups + group;
@@ -34,7 +35,7 @@ void write_cache(const QkvRopeFwd& a, const T* x, void* cache, float* scale, int
   std::memcpy(static_cast<T*>(cache) + place * d, x, sizeof(T) * static_cast<size_t>(d));
 }
 
-// One token, columns [first, first + n) of each half; values and the cache with the last ones.
+// Columns [first, first + n) of each half of a token's heads; with the last columns also its values and the cache.
 template <typename T>
 void fwd_token(const QkvRopeFwd& a, int64_t token, const Staged<acc_t<T>>& angles, int64_t first, int64_t n) {
   const int64_t half = a.angles.half, d = 2 * half;
@@ -73,32 +74,11 @@ void bwd_token(const QkvRopeBwd& a, int64_t token, const Staged<acc_t<T>>& angle
   }
 }
 
-// Calls each(token, angles, first, n) for every token and every tile of columns.
-template <typename T, typename F>
-VEC_INLINE void for_tokens(const RopeAngles& a, int64_t begin, int64_t end, bool inverse, const F& each) {
-  Staged<acc_t<T>> angles;
-  for (int64_t token = begin; token < end; ++token) {
-    for (int64_t first = 0; first < a.half; first += kTile) {
-      const int64_t n = a.half - first < kTile ? a.half - first : kTile;
-      if constexpr (sizeof(T) == 8) {
-        if (a.dtype == Dtype::f64) {
-          stage<T, double>(angles, a, token, first, n, inverse);
-        } else {
-          stage<T, float>(angles, a, token, first, n, inverse);
-        }
-      } else {
-        stage<T, float>(angles, a, token, first, n, inverse);
-      }
-      each(token, angles, first, n);
-    }
-  }
-}
-
 }  // namespace
 
 void qkv_rope_fwd(const QkvRopeFwd& a, int64_t begin, int64_t end) {
   WITH_STORAGE(a.dtype, T, {
-    for_tokens<T>(a.angles, begin, end, false, [&](int64_t token, const Staged<acc_t<T>>& angles, int64_t first, int64_t n) {
+    for_tokens<T, false>(a.angles, begin, end, false, [&](int64_t token, const Staged<acc_t<T>>& angles, int64_t first, int64_t n) {
       fwd_token<T>(a, token, angles, first, n);
     });
   })
@@ -106,7 +86,7 @@ void qkv_rope_fwd(const QkvRopeFwd& a, int64_t begin, int64_t end) {
 
 void qkv_rope_bwd(const QkvRopeBwd& a, int64_t begin, int64_t end) {
   WITH_STORAGE(a.dtype, T, {
-    for_tokens<T>(a.angles, begin, end, true, [&](int64_t token, const Staged<acc_t<T>>& angles, int64_t first, int64_t n) {
+    for_tokens<T, false>(a.angles, begin, end, true, [&](int64_t token, const Staged<acc_t<T>>& angles, int64_t first, int64_t n) {
       bwd_token<T>(a, token, angles, first, n);
     });
   })

@@ -7,7 +7,7 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
-// sum of h^2, for x (+ residual); h is written where there is a residual.
+// The sum of h^2 with h = x (+ residual). h is written where there is a residual.
 template <typename T, bool kResidual>
 VEC_INLINE acc_t<T> squares(const T* x, const T* residual, T* h, int64_t cols) {
   using V = Vec<acc_t<T>>;
@@ -44,7 +44,7 @@ void fwd_rows(const RmsNormFwd& a, int64_t begin, int64_t end) {
     T* y = static_cast<T*>(a.y) + row * cols;
     const V scale(rstd);
     for_vectors<V, T>(cols, [&](int64_t i, auto n) VEC_LAMBDA {
-      prefetch<V>(next_x + i, n);  // so that this row's writes and the next one's reads are under way together
+      prefetch<V>(next_x + i, n);  // this row's writes and the next row's reads overlap
       if constexpr (kResidual) prefetch<V>(next_residual + i, n);
       auto x_hat = load<V>(h + i, n) * scale;
       if constexpr (kHf) x_hat = rounded_to<T>(x_hat);
@@ -53,7 +53,7 @@ void fwd_rows(const RmsNormFwd& a, int64_t begin, int64_t end) {
   }
 }
 
-// Rows that are taken together, so that their sum goes to `partial` at once; a row's own bits do not depend on it.
+// So many rows are added to `partial` together. The bits of a row do not depend on it.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int kTogether = 4;
 #else
@@ -61,7 +61,7 @@ constexpr int kTogether = 2;  // half the registers
 #endif
 
 // x_hat = h * rstd, g = dy * weight: dx = rstd * (g - x_hat * mean(g * x_hat)) + dresidual; dweight = sum of dy * x_hat.
-// Lanes of `partial` are in the order of Both<T>, which saves bringing them into another; bwd_dweight knows.
+// The lanes of `partial` are in the order of Both<T>, as dweight_typed reads them, which saves shuffles.
 template <int kRows, typename T, typename W, bool kHf>
 void bwd_rows(const RmsNormBwd& a, int64_t row, acc_t<T>* partial) {
   using Acc = acc_t<T>;

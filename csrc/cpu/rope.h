@@ -1,5 +1,5 @@
-// Rotation of heads by one token's angles. Products and sums are rounded one by one, as PyTorch's own composition rounds
-// them: all processors give the same bits, and a cache written by one is the cache that another would write.
+// Rotation of heads by the angles of their token. Products and sums are rounded one by one, as PyTorch's own composition rounds
+// them. So all processors give the same bits, and it does not matter which of them wrote a cache.
 #pragma once
 #include "../rope_angles.h"
 #include "dispatch.h"
@@ -10,14 +10,14 @@ VEC_INLINE int64_t index_at(const void* values, Dtype dtype, int64_t i) {
   return dtype == Dtype::i32 ? static_cast<const int32_t*>(values)[i] : static_cast<const int64_t*>(values)[i];
 }
 
-// Where the angles of a token begin in both tables.
+// Where the angles of a token begin in the tables of cos and sin.
 VEC_INLINE int64_t table_row(const RopeAngles& a, int64_t token) {
   return (a.positions ? index_at(a.positions, a.positions_dtype, token) : token) * a.half;
 }
 
-constexpr int64_t kTile = 256;  // columns whose angles are staged at once: all of them up to this size
+constexpr int64_t kTile = 256;  // columns whose angles are staged together
 
-// cos and sin of up to kTile columns of one token, converted and in the lanes' order once instead of once a head.
+// cos and sin of up to kTile columns of one token, converted and put in the order of the lanes once for all heads.
 template <typename Acc> struct Staged {
   alignas(64) Acc cos[kTile], sin[kTile];
 };
@@ -47,8 +47,8 @@ VEC_INLINE void rotate_halves(const T* x, T* y, const Staged<acc_t<T>>& angles, 
   });
 }
 
-// For pairs a = x[2i], b = x[2i + 1]: every column's own cos, and -sin for a, sin for b. Columns [first, first + n) of
-// [0, 2 * half), first and n even.
+// For pairs a = x[2i], b = x[2i + 1]: cos for both columns, -sin for that of a and sin for that of b. Columns
+// [first, first + n) of [0, 2 * half), where first and n are even.
 template <typename T, typename C>
 VEC_INLINE void stage_pairs(Staged<acc_t<T>>& out, const RopeAngles& a, int64_t token, int64_t first, int64_t n,
                             bool inverse) {
@@ -81,6 +81,26 @@ template <typename T> VEC_INLINE void rotate_pairs(const T* x, T* y, const Stage
     const auto v = load<V>(x + i, w);
     store(y + i, v * load_partial<V>(angles.cos + i, w) + swap_neighbours(v, w) * load_partial<V>(angles.sin + i, w), w);
   });
+}
+
+// each(token, angles, first, n) for tokens [begin, end) and every tile of columns [first, first + n), with their angles staged.
+// kPairs: the columns are those of interleaved pairs, [0, 2 * half), instead of those of one half.
+template <typename T, bool kPairs, typename F>
+VEC_INLINE void for_tokens(const RopeAngles& a, int64_t begin, int64_t end, bool inverse, const F& each) {
+  Staged<acc_t<T>> angles;
+  const int64_t cols = kPairs ? 2 * a.half : a.half;
+  for (int64_t token = begin; token < end; ++token) {
+    for (int64_t first = 0; first < cols; first += kTile) {
+      const int64_t n = cols - first < kTile ? cols - first : kTile;
+      const auto fill = [&](auto table) {
+        if constexpr (kPairs) stage_pairs<T, decltype(table)>(angles, a, token, first, n, inverse);
+        else stage<T, decltype(table)>(angles, a, token, first, n, inverse);
+      };
+      if (a.dtype == Dtype::f32) fill(float());
+      else if constexpr (sizeof(T) == 8) fill(double());
+      each(token, angles, first, n);
+    }
+  }
 }
 
 }}}}  // namespace internlm2::cpu::CPU_CAPABILITY::(unnamed)

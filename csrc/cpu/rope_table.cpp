@@ -9,7 +9,7 @@ namespace {
 
 using V = Vec<double>;
 
-// Bit k of the integer that the low mantissa bits of `t` hold: select by bit 0, change the sign by bit k.
+// The low mantissa bits of `t` hold an integer. select0 selects by its bit 0, flip changes the sign by its bit k.
 #if defined(CPU_CAPABILITY_AVX512)
 VEC_INLINE V select0(V t, V unset, V set) {
   return _mm512_mask_blend_pd(_mm512_test_epi64_mask(_mm512_castpd_si512(t.v), _mm512_set1_epi64(1)), unset.v, set.v);
@@ -34,10 +34,10 @@ VEC_INLINE void store_float(float* p, V x, All) { _mm_storeu_ps(p, _mm256_cvtpd_
 VEC_INLINE void store_float(float* p, V x, int n) { _mm_maskstore_ps(p, first4(n), _mm256_cvtpd_ps(x.v)); }
 #endif
 
-constexpr double kLargest = 1 << 30;  // of the angles that are reduced here; beyond, libm's exact reduction
+constexpr double kLargest = 1 << 30;  // larger angles are left to the exact reduction of the C library
 
-// cos and sin for |x| <= kLargest, within 2e-15: x = n pi/2 + r, |r| <= pi/4, Taylor's polynomials in r, and the quadrant
-// from n. pi/2 is in three parts; n times each is taken off by an fma, the first one without any rounding.
+// cos and sin for |x| <= kLargest, within 2e-15: x = n pi/2 + r with |r| <= pi/4, Taylor polynomials in r, and the quadrant from
+// n. pi/2 is split into three parts, and an fma subtracts n times each; the first subtraction is exact.
 VEC_INLINE void cos_sin(V x, V& cos, V& sin) {
   const V t = fma(x, V(0.63661977236758134), V(0x1.8p52));  // n = round(x * 2/pi) stands in the low bits of t
   const V n = t - V(0x1.8p52);
@@ -83,7 +83,7 @@ template <typename N> VEC_INLINE void columns(const Row& row, int64_t i, N n) {
   store_float(row.sin + i, sin * V(row.magnitude), n);
 }
 
-// One element, of any size.
+// One element, for any size of angle.
 VEC_INLINE void column(const Row& row, int64_t i) {
   if (row.float32_angles) {
     const float angle = static_cast<float>(row.position) * static_cast<float>(row.inv_freq[i]);

@@ -6,19 +6,16 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
-// Runs body(row, first column, columns) over the parts of rows that elements [begin, end) cover.
+// body(row, first column, columns) for each part of a row that elements [begin, end) cover.
 template <typename F> VEC_INLINE void for_row_parts(int64_t cols, int64_t begin, int64_t end, const F& body) {
   int64_t row = begin / cols, col = begin % cols;
-  while (begin < end) {
-    const int64_t n = end - begin < cols - col ? end - begin : cols - col;
+  for (int64_t n; begin < end; begin += n, ++row, col = 0) {
+    n = end - begin < cols - col ? end - begin : cols - col;
     body(row, col, n);
-    begin += n;
-    ++row;
-    col = 0;
   }
 }
 
-// exp(-g), as exactly as a result of type T can show.
+// exp(-g), as exactly as a result of type T needs.
 template <typename T, typename G> VEC_INLINE G exp_minus(G g) {
   using V = Vec<acc_t<T>>;
   if constexpr (sizeof(T) == 2) return exp2_for_16_bits(g * V(-1.44269504f));
@@ -33,8 +30,8 @@ template <typename T> void fwd_part(const T* gate, const T* up, T* y, int64_t co
   });
 }
 
-// s = 1 / (1 + e), e = exp(-g): dup = dy * g * s, dgate = dy * up * s * (1 + g * (1 - s)), and 1 - s = e * s, which
-// loses nothing where s is close to 1. e is inf where s is 0; bounded there, so that 1 - s is 0 and not NaN.
+// With e = exp(-g) and s = 1 / (1 + e): dup = dy * g * s and dgate = dy * up * s * (1 + g * (1 - s)). 1 - s is computed as e * s,
+// which loses no digits where s is close to 1. Where s is 0, e is infinite; it is bounded so that e * s is 0 and not NaN.
 template <typename T> void bwd_part(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t cols) {
   using Acc = acc_t<T>;
   using V = Vec<Acc>;

@@ -1,4 +1,4 @@
-// Launchers: a block of about 256 threads, as many in x as a half has pieces.
+// Launchers. A block has about 256 threads, and in x as many as half a head has pieces.
 #include "qkv_rope.cuh"
 
 namespace internlm2 { namespace cuda {
@@ -9,7 +9,7 @@ dim3 block_of(int64_t half, int piece, int64_t heads) {
   const unsigned x = static_cast<unsigned>(pieces < 256 ? pieces : 256);
   unsigned y = 256 / x;
   if (y > heads) y = static_cast<unsigned>(heads);
-  while (x * y % 32 != 0 && x * (y + 1) <= 256) ++y;  // whole warps where that is to be had: quantize works warp by warp
+  while (x * y % 32 != 0 && x * (y + 1) <= 256) ++y;  // whole warps where possible, because quantize works warp by warp
   return dim3(x, y);
 }
 

@@ -1,6 +1,6 @@
-// Split, rotation and cache write on CUDA. A block takes one token after another; thread (x, y) turns piece x of each half
-// of head y, y + blockDim.y, ... of it (columns [x * n, x * n + n) and the same of the second half). Products and sums are
-// rounded one by one, as PyTorch's own composition rounds them, so that the cache holds the same bits on every device.
+// Split, rotation and cache write on CUDA. A block takes one token after another. Thread (x, y) rotates piece x of each half of
+// the token's heads y, y + blockDim.y, ... (columns [x * n, x * n + n) and the same columns of the second half). Products and sums
+// are rounded one by one, as PyTorch's own composition rounds them, so that the cache has the same bits on every device.
 #pragma once
 #include "../qkv_rope.h"
 #include "common.cuh"
@@ -15,7 +15,7 @@ __device__ __forceinline__ int64_t position_of(const RopeAngles& a, int64_t toke
 
 __device__ __forceinline__ bool first_thread() { return threadIdx.x == 0 && threadIdx.y == 0; }
 
-// cos and sin of a piece of columns; NaN where the position is outside the table, which is not read then.
+// cos and sin of a piece of columns. Where the position is outside the table they are NaN and the table is not read.
 template <int n> struct Angles { float cos[n], sin[n]; };
 template <int n>
 __device__ __forceinline__ Angles<n> angles_at(const RopeAngles& a, int64_t position, bool inside, int64_t col, bool wide) {
@@ -52,11 +52,11 @@ template <typename T, int n> __device__ __forceinline__ void fill_nan(Piece<T, n
   for (int j = 0; j < n; ++j) a.v[j] = b.v[j] = from_float<T>(__int_as_float(0x7fffffff));
 }
 
-// int8 with scale = max |x| / 127 (0 counts as 1), x / scale rounded half to even, NaN to 0: a warp writes one head, from
-// the rounded values that its block has written to `x`.
+// Quantizes one head to int8, by one warp: the scale is max |x| / 127 (0 counts as 1), and x / scale is rounded half to even, NaN
+// to 0. `x` holds the rounded values that the block has written.
 template <typename T> __device__ void quantize(const T* x, int8_t* out, float* scale, int64_t d) {
   const int lane = (threadIdx.y * blockDim.x + threadIdx.x) & 31;
-  unsigned most = 0;  // a float's magnitude has the order of its bits, a NaN being the largest
+  unsigned most = 0;  // the bits of float magnitudes compare as the floats do, with NaN as the largest
   for (int64_t i = lane; i < d; i += 32) most = max(most, __float_as_uint(to_float(x[i])) & 0x7fffffffu);
 #pragma unroll
   for (int step = 16; step > 0; step >>= 1) most = max(most, __shfl_xor_sync(0xffffffffu, most, step));
@@ -69,7 +69,7 @@ template <typename T> __device__ void quantize(const T* x, int8_t* out, float* s
   }
 }
 
-// What is known of a token before its heads are turned.
+// The position of a token and its slot in the cache.
 struct Place {
   int64_t position, slot;  // slot: -1 where nothing is cached
   bool inside;
@@ -89,7 +89,7 @@ __device__ __forceinline__ Place place_of(const RopeAngles& angles, const int64_
   return p;
 }
 
-// kCached: there are slots, hence a cache. An instance of its own, since its pointers cost the other one registers.
+// kCached: there are slots, hence a cache. It is an instance of its own because its pointers would cost the other one registers.
 template <typename T, int n, bool kCached>
 __global__ void __launch_bounds__(256, kCached ? 2 : 3) qkv_rope_fwd_kernel(const QkvRopeFwd a, int64_t tokens, int* error, bool wide) {
   const int64_t half = a.angles.half, d = 2 * half;

@@ -4,25 +4,25 @@
 namespace internlm2 { namespace cuda {
 namespace {
 
-// Threads of a row, pieces a thread keeps (0: the row is too long to be kept), rows a block.
+// Threads for each row, pieces that a thread keeps (0: the row is too long to be kept), and rows for each block.
 struct Shape {
   int threads, pieces, rows;
 };
 
-// A warp a row up to 32 * 4 pieces, then as few pieces a thread as 512 threads allow, at most `most`.
+// One warp for each row of up to 32 * 4 pieces, then as few pieces for each thread as 512 threads allow, at most `most`.
 Shape shape_of(int64_t cols, int piece, int most) {
   const int64_t pieces = ceil_div(cols, piece);
   for (int kept = 1; kept <= most; kept *= 2) {
     if (pieces <= 32 * kept) return {32, kept, 4};
   }
-  for (int kept = most > 1 ? 2 : 1; kept <= most; kept *= 2) {  // two loads in flight hide more than one does
+  for (int kept = most > 1 ? 2 : 1; kept <= most; kept *= 2) {  // two loads in flight hide more latency than one
     if (pieces <= 512 * kept) return {static_cast<int>(ceil_div(ceil_div(pieces, kept), 32) * 32), kept, 1};
   }
   return {512, 0, 1};
 }
 
 template <typename T> Shape forward_shape(int64_t cols) { return shape_of(cols, kPiece<T>, 4); }
-// The backward holds weight, dweight and two rows: four pieces only of float, whose pieces have four elements.
+// The backward keeps weight, dweight and two rows. Only for float, whose pieces have four elements, are there registers for four.
 Shape backward_shape(Dtype dtype, int64_t cols) {
   return dtype == Dtype::f32 ? shape_of(cols, kPiece<float>, 4) : shape_of(cols, kPiece<__half>, 2);
 }

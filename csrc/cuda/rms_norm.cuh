@@ -1,6 +1,6 @@
-// RMS normalization on CUDA. A row belongs to blockDim.x threads; thread x takes pieces x, x + blockDim.x, ... of it.
-// blockDim.x and kPieces follow from the number of columns and the dtype alone: a row's bits depend on nothing else.
-// Up to kPieces pieces a thread stay in registers between the two sweeps over a row; kPieces = 0 reads the row twice.
+// RMS normalization on CUDA. blockDim.x threads share a row, and thread x takes its pieces x, x + blockDim.x, and so on.
+// blockDim.x and kPieces follow from the number of columns and the dtype alone, so that the bits of a row depend on nothing else.
+// Each thread keeps up to kPieces pieces in registers between the two passes over a row; with kPieces = 0 the row is read twice.
 #pragma once
 #include "../rms_norm.h"
 #include "common.cuh"
@@ -11,7 +11,7 @@ template <typename T> __device__ __forceinline__ const T* row_of(const void* p, 
   return static_cast<const T*>(p) + rows.offset(row);
 }
 
-// h of one piece, stored where there is a residual, and its squares added to `sum`.
+// Returns h of one piece and adds its squares to `sum`. Where there is a residual, h is stored.
 template <typename T>
 __device__ __forceinline__ Piece<T> take_piece(const RmsNormFwd& a, const T* x, const T* residual, T* h, int64_t col,
                                                bool wide, float& sum) {
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(512) rms_norm_fwd_kernel(const RmsNormFwd a, b
         if (first + k * step < a.cols) finish_piece<T, W>(a, kept[k], y, rstd, first + k * step, wide);
       }
     } else {
-      const T* source = a.residual ? h : x;  // h: what this thread itself has written
+      const T* source = a.residual ? h : x;  // h: this thread has written the elements that it reads
       for (int64_t col = first; col < a.cols; col += step) {
         load(kept[0], source + col, a.cols - col, wide);
         finish_piece<T, W>(a, kept[0], y, rstd, col, wide);
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(512) rms_norm_fwd_kernel(const RmsNormFwd a, b
   }
 }
 
-// One piece of the backward: x_hat = h * rstd, sum of g * x_hat with g = dy * weight, and the terms of dweight.
+// One piece of the backward: with x_hat = h * rstd and g = dy * weight, adds g * x_hat to `sum` and the terms of dweight.
 template <typename T, typename W>
 __device__ __forceinline__ void take_gradient(const Piece<T>& dy, const Piece<T>& h, const Piece<W, kPiece<T>>& weight,
                                               float rstd, bool hf, float& sum, Piece<float, kPiece<T>>& dweight) {
@@ -114,8 +114,8 @@ __device__ __forceinline__ void finish_gradient(const RmsNormBwd& a, const Piece
   store(dx + col, out, a.cols - col, wide);
 }
 
-// Chunk c sums dweight over its rows, one after the other, into partial[c]: which rows, depends on their number alone.
-// The next row is on its way while this one is summed, where the registers for it are there.
+// Chunk c sums dweight over its rows, in order, into partial[c]. Its rows depend on the number of all rows alone. While a row is
+// summed the next one is loaded, if there are enough registers.
 template <typename T, typename W, int kPieces>
 __global__ void __launch_bounds__(512) rms_norm_bwd_kernel(const RmsNormBwd a, int64_t chunks, bool wide) {
   constexpr int n = kPiece<T>;
@@ -178,8 +178,8 @@ __global__ void __launch_bounds__(512) rms_norm_bwd_kernel(const RmsNormBwd a, i
   }
 }
 
-// The same for rows that no block can hold: two sweeps over memory, dweight summed in partial itself, of which every
-// element belongs to one thread.
+// The same for rows that no block can hold: two passes over memory, with dweight summed in `partial`, each of whose elements one
+// thread owns.
 template <typename T, typename W>
 __global__ void __launch_bounds__(512) rms_norm_bwd_long_kernel(const RmsNormBwd a, bool wide) {
   constexpr int n = kPiece<T>;
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(512) rms_norm_bwd_long_kernel(const RmsNormBwd
 
 constexpr int kColumns = 32, kSlices = 16;
 
-// dweight = sum of partial over the chunks: slice y of a block sums chunks y, y + kSlices, ..., then the slices are added.
+// dweight = sum of `partial` over the chunks. Slice y of a block sums chunks y, y + kSlices, ...; then the slices are added.
 template <typename W> __global__ void rms_norm_bwd_dweight_kernel(const RmsNormBwd a, int64_t chunks) {
   __shared__ float sums[kSlices][kColumns];
   const int64_t col = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x;

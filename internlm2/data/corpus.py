@@ -6,6 +6,7 @@ for validation depends on its name alone: adding a file moves no other file from
 
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def read_documents(source: str, max_bytes: int) -> list[Document]:
         raise ValueError(f"max_bytes must be positive, got {max_bytes}")
     if source == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = [f for f in root.rglob("*.py") if not STDLIB_SKIPPED.intersection(f.relative_to(root).parts[:-1])]
+        files = list(_library_files(root))
     else:
         root = Path(source)
         if root.is_file():
@@ -79,6 +80,12 @@ def split_validation(documents: list[Document], fraction: float) -> tuple[list[D
     threshold = min(max(fraction, min(ranks)), sorted(ranks)[-2])
     train = [d for d, rank in zip(documents, ranks, strict=True) if rank > threshold]
     return train, [d for d, rank in zip(documents, ranks, strict=True) if rank <= threshold]
+
+
+def _library_files(root: Path) -> Iterator[Path]:
+    for folder, below, names in os.walk(root):
+        below[:] = set(below) - STDLIB_SKIPPED  # os.walk enters only these; installed packages are many files
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def _name_hash(name: str) -> bytes:

@@ -30,7 +30,7 @@ from internlm2.training.trainer import exit_status
 RECIPE = RECIPES / "demo.toml"
 FINISHED = "comparison.json"
 MIN_STEPS = 30
-# The most steps that a run takes, about one pass over the corpus. A GPU needs larger batches to be busy.
+# Overrides of the recipe. `steps` is an upper bound, about one pass over the corpus; a GPU needs larger batches to be busy.
 FOR_DEVICE = {"cpu": ("steps=600",), "cuda": ("steps=300", "data.tokens_per_batch=8192")}
 # Steps get this share of the time that is left after the report: checkpoints, validation and slower steps need the rest.
 SHARE_FOR_STEPS, REPORT_S = 0.88, 12.0

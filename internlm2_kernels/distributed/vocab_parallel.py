@@ -4,11 +4,11 @@ import torch
 import torch.distributed as dist
 
 from .._autograd import once_differentiable
-from .._checks import check_flag, check_labels, check_values, fail, last_stride_1
+from .._checks import check_labels, check_values, fail, last_stride_1
 from .._device_errors import CODES, Index, declare, error_word
 from .._native import native
 from ..ops._head import as_matrix, check_head, check_weights
-from ..ops._losses import check_ignore_index, check_loss_options, check_reduction, reduced_losses
+from ..ops._losses import check_loss_options, reduced_losses
 from ..ops.linear_logprobs import BWD, FWD, LINEAR_LOGPROBS
 
 NAME = "vocab_parallel_linear_cross_entropy"
@@ -128,10 +128,8 @@ def vocab_parallel_linear_cross_entropy(hidden, weight, labels, *, vocab_start, 
         fail(ValueError, NAME, "vocab_start", f"at most vocab_size - V_local = {vocab_size - weight.shape[0]}", vocab_start)
     shape = hidden.shape[:-1]
     labels = check_labels(NAME, "labels", labels, shape, hidden, "hidden")
-    ignore_index = check_ignore_index(NAME, ignore_index)
-    smoothing, z_loss, softcap = check_loss_options(NAME, label_smoothing, z_loss, softcap)
-    check_reduction(NAME, reduction)
-    check_flag(NAME, "return_z_loss", return_z_loss)
+    _, smoothing, z_loss, softcap, _ = check_loss_options(NAME, ignore_index, label_smoothing, z_loss, softcap, reduction,
+                                                          return_z_loss)
     check_values(NAME, "labels", labels, 0, vocab_size, ignore_index)
     token_weights = check_weights(NAME, token_weights, labels, hidden)
     chosen = LINEAR_LOGPROBS.select(hidden, backend)

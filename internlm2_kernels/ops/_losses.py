@@ -2,7 +2,7 @@
 
 import torch
 
-from .._checks import check_number, fail
+from .._checks import check_flag, check_number, fail
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -41,7 +41,7 @@ def reduced_losses(losses, z_losses, valid, reduction, token_weights=None, retur
 
 def shaped_losses(loss, z_loss, rows, reduction, return_z_loss):
     """The result of a loss over labels, from the flat tensors that a raw operator returns; `rows` is the labels' shape."""
-    if reduction == REDUCTIONS["none"]:
+    if reduction == "none":
         loss, z_loss = loss.view(rows), z_loss.view(rows) if return_z_loss else z_loss
     return (loss, z_loss) if return_z_loss else loss
 
@@ -62,22 +62,17 @@ def fake_losses(x, labels, reduction, return_z_loss):
     return x.new_empty(shape, dtype=acc), x.new_empty(shape if return_z_loss else (0,), dtype=acc)
 
 
-def check_reduction(op, reduction):
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        fail(ValueError, op, "reduction", "'mean', 'sum' or 'none'", repr(reduction))
-    return REDUCTIONS[reduction]
-
-
-def check_loss_options(op, label_smoothing, z_loss, softcap):
-    return (check_number(op, "label_smoothing", label_smoothing, "a number from 0 to 1", lambda v: 0 <= v <= 1),
-            check_number(op, "z_loss", z_loss, "a finite number >= 0", lambda v: v >= 0),
-            check_number(op, "softcap", softcap, "0 (none) or a finite number > 0", lambda v: v == 0 or 1e-30 < v < 1e30))
-
-
-def check_ignore_index(op, ignore_index):
+def check_loss_options(op, ignore_index, label_smoothing, z_loss, softcap, reduction, return_z_loss):
+    """The options that the raw operators take, in their order; the reduction as its code."""
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool) or not -2**31 <= ignore_index < 2**31:
         fail(ValueError, op, "ignore_index", "an integer of 32 bits", repr(ignore_index))
-    return ignore_index
+    numbers = (check_number(op, "label_smoothing", label_smoothing, "a number from 0 to 1", lambda v: 0 <= v <= 1),
+               check_number(op, "z_loss", z_loss, "a finite number >= 0", lambda v: v >= 0),
+               check_number(op, "softcap", softcap, "0 (none) or a finite number > 0", lambda v: v == 0 or 1e-30 < v < 1e30))
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        fail(ValueError, op, "reduction", "'mean', 'sum' or 'none'", repr(reduction))
+    check_flag(op, "return_z_loss", return_z_loss)
+    return ignore_index, *numbers, REDUCTIONS[reduction]
 
 
 def flattened(tensor):

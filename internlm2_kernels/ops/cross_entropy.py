@@ -7,17 +7,7 @@ from .._checks import check_flag, check_float, check_labels, check_values, fail,
 from .._device_errors import Index
 from .._native import native
 from .._registry import Op
-from ._losses import (
-    REDUCTIONS,
-    accumulator,
-    check_ignore_index,
-    check_loss_options,
-    check_reduction,
-    fake_losses,
-    losses_of,
-    reduced_losses,
-    shaped_losses,
-)
+from ._losses import accumulator, check_loss_options, fake_losses, losses_of, reduced_losses, shaped_losses
 
 
 def reference(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean",
@@ -118,7 +108,8 @@ def cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_l
     """Cross-entropy: loss_t = (1 - e) (lse_t - l_ty) + e (lse_t - mean_j l_tj) + z lse_t^2, with lse_t = log sum_j exp(l_tj).
 
     Shapes:   logits [..., V], labels [...] int64 or int32 -> loss [] ("mean", "sum") or [...] ("none"). With return_z_loss
-              (loss, z_loss): z_loss is the term z lse_t^2 of the loss, reduced alike and detached, for logging
+              (loss, z_loss): z_loss is the weighted term z lse_t^2 of the loss, as Liger and flash-attention return it,
+              reduced alike and detached, for logging
     Options:  e = label_smoothing, z = z_loss. softcap c > 0: l = c tanh(logits / c). Rows whose label is ignore_index have loss
               0 and gradient 0 and do not count in the mean; the mean of no rows is 0. inplace_backward writes the gradient
               over the logits (not in compiled code), and autograd then refuses a backward that needs them
@@ -137,26 +128,22 @@ def cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_l
         fail(ValueError, "cross_entropy", "logits", "a last dimension of at least 1", list(logits.shape))
     shape, classes = logits.shape[:-1], logits.shape[-1]
     labels = check_labels("cross_entropy", "labels", labels, shape, logits, "logits")
-    ignore_index = check_ignore_index("cross_entropy", ignore_index)
-    smoothing, z_loss, softcap = check_loss_options("cross_entropy", label_smoothing, z_loss, softcap)
-    check_flag("cross_entropy", "return_z_loss", return_z_loss)
+    options = check_loss_options("cross_entropy", ignore_index, label_smoothing, z_loss, softcap, reduction, return_z_loss)
     check_flag("cross_entropy", "inplace_backward", inplace_backward)
-    code = check_reduction("cross_entropy", reduction)
     chosen = CROSS_ENTROPY.select(logits, backend)
     if chosen == "reference":
         check_values("cross_entropy", "labels", labels, 0, classes, ignore_index)
-        return reference(logits, labels, ignore_index=ignore_index, label_smoothing=smoothing, z_loss=z_loss, softcap=softcap,
-                         reduction=reduction, return_z_loss=return_z_loss)
+        return reference(logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
+                         softcap=softcap, reduction=reduction, return_z_loss=return_z_loss)
     flat = last_stride_1(logits if logits.dim() == 2 else logits.reshape(-1, classes))
     labels = labels.view(-1)
-    options = ignore_index, smoothing, z_loss, softcap, code
     if torch.is_grad_enabled() and logits.requires_grad:
         if inplace_backward and flat.shape[0] > 1 and flat.stride(0) < classes:
             flat = flat.contiguous()  # rows that share memory cannot hold a gradient each
-        if code == REDUCTIONS["none"] or inplace_backward or logits.dtype == torch.float16:
+        if reduction == "none" or inplace_backward or logits.dtype == torch.float16:
             loss, z = _TwoSweeps.apply(flat, labels, options, return_z_loss, inplace_backward, chosen)
         else:
             loss, z, _ = _OneSweep.apply(flat, labels, options, return_z_loss, chosen)
     else:
         loss, z, _ = native(_FWD[chosen], flat, labels, *options, return_z_loss)
-    return shaped_losses(loss, z, shape, code, return_z_loss)
+    return shaped_losses(loss, z, shape, reduction, return_z_loss)

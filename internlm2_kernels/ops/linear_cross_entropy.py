@@ -4,22 +4,12 @@ import torch
 
 from .._autocast import without_autocast
 from .._autograd import distinct, is_one, may_return_saved, once_differentiable
-from .._checks import check_flag, check_labels, check_values, last_stride_1
+from .._checks import check_labels, check_values, last_stride_1
 from .._device_errors import Index
 from .._native import native
 from .._registry import Op
 from ._head import as_matrix, check_head, check_weights, gradient_shapes
-from ._losses import (
-    REDUCTIONS,
-    accumulator,
-    check_ignore_index,
-    check_loss_options,
-    check_reduction,
-    fake_losses,
-    losses_of,
-    reduced_losses,
-    shaped_losses,
-)
+from ._losses import accumulator, check_loss_options, fake_losses, losses_of, reduced_losses, shaped_losses
 
 
 @without_autocast
@@ -157,24 +147,21 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, label_smo
     hidden, weight = check_head("linear_cross_entropy", hidden, weight)
     shape = hidden.shape[:-1]
     labels = check_labels("linear_cross_entropy", "labels", labels, shape, hidden, "hidden")
-    ignore_index = check_ignore_index("linear_cross_entropy", ignore_index)
-    smoothing, z_loss, softcap = check_loss_options("linear_cross_entropy", label_smoothing, z_loss, softcap)
-    code = check_reduction("linear_cross_entropy", reduction)
-    check_flag("linear_cross_entropy", "return_z_loss", return_z_loss)
+    options = check_loss_options("linear_cross_entropy", ignore_index, label_smoothing, z_loss, softcap, reduction,
+                                 return_z_loss)
     token_weights = check_weights("linear_cross_entropy", token_weights, labels, hidden)
     chosen = LINEAR_CROSS_ENTROPY.select(hidden, backend)
     if chosen == "reference":
         check_values("linear_cross_entropy", "labels", labels, 0, weight.shape[0], ignore_index)
-        return reference(hidden, weight, labels, ignore_index=ignore_index, label_smoothing=smoothing, z_loss=z_loss,
+        return reference(hidden, weight, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
                          softcap=softcap, token_weights=token_weights, reduction=reduction, return_z_loss=return_z_loss)
     flat, weight, labels = as_matrix(hidden), last_stride_1(weight), labels.view(-1)
     token_weights = None if token_weights is None else token_weights.view(-1)
-    options = ignore_index, smoothing, z_loss, softcap, code
     if torch.is_grad_enabled() and (flat.requires_grad or weight.requires_grad):
-        if code == REDUCTIONS["none"]:
+        if reduction == "none":
             loss, z = _TwoSweeps.apply(*distinct(flat, weight), labels, token_weights, options, return_z_loss, chosen)
         else:
             loss, z, _ = _OneSweep.apply(*distinct(flat, weight), labels, token_weights, options, return_z_loss, chosen)
     else:
         loss, z, _ = native(_FWD[chosen], flat, weight, labels, token_weights, *options, return_z_loss)
-    return shaped_losses(loss, z, shape, code, return_z_loss)
+    return shaped_losses(loss, z, shape, reduction, return_z_loss)

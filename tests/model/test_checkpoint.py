@@ -1,4 +1,4 @@
-"""Checkpoints: layouts, shards, damage of every kind named, and no save that can lose the one before it."""
+"""Checkpoints: layouts, shards, errors that name damage of every kind, and saves that never lose the previous checkpoint."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def test_round_trip(model, tmp_path, layout, max_shard_bytes):
     assert len(files) == {1: tensors, 200_000: len(files), 10**9: 1}[max_shard_bytes]
     if max_shard_bytes == 200_000:
         assert 1 < len(files) < tensors
-        # The embedding alone is larger; every other file keeps to the limit.
+        # Only the file of the embedding, a single tensor, exceeds the limit.
         sizes = [sum(t.nbytes for t in load_file(tmp_path / "a" / f).values()) for f in files]
         assert all(size <= 200_000 or size == TINY.vocab_size * TINY.hidden_size * 4 for size in sizes)
     index = tmp_path / "a" / "model.safetensors.index.json"
@@ -89,7 +89,7 @@ def test_a_reward_folder_is_as_the_released_ones(reward_model, tmp_path):
     assert hf["torch_dtype"] == "float16"
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     assert tensors["v_head.weight"].shape == (1, 128) and "output.weight" not in tensors
-    # A language model's weights beside a reward model's configuration are not taken for one.
+    # The same weights under the name of a language model are refused: the output matrix is missing.
     hf["architectures"] = ["InternLM2ForCausalLM"]
     (tmp_path / "a" / "manifest.json").unlink()
     (tmp_path / "a" / "config.json").write_text(json.dumps(hf))
@@ -134,7 +134,8 @@ def test_qkv_conversions_are_inverse(heads, generator):
 
 
 def test_rotary_pairs_become_halves(tmp_path, generator):
-    """Rotating neighbours with the given weights is rotating halves with the permuted ones: q k^T agrees."""
+    """q k^T is the same for the given weights with neighbouring dimensions rotated, and for the permuted weights with halves
+    rotated."""
     from internlm2_kernels import apply_rope, rope_table
 
     config = TINY
@@ -164,7 +165,7 @@ def test_adapt_hf_applies_the_permutation(model, tmp_path):
 
 
 def rewritten(path, change):
-    """A folder without manifest, as others write it, with its tensors changed."""
+    """Changes the tensors of a saved folder, and removes its manifest, which other programs do not write."""
     (path / "manifest.json").unlink()
     file = path / "model.safetensors"
     tensors = load_file(file)
@@ -221,7 +222,7 @@ def test_every_flipped_bit_is_noticed(model, tmp_path):
         size = file.stat().st_size
         for at in [0, size - 1, *generator.sample(range(size), 8)]:
             flip(file, at)
-            # A flipped digit inside the manifest is reported of the manifest, every other of the file it is in.
+            # The error names the file in which the bit was flipped, also where that is the manifest itself.
             with pytest.raises(CheckpointError, match=file.name):
                 load_model(tmp_path / "a")
             flip(file, at)
@@ -321,7 +322,7 @@ def write_version(path, version):
 
 
 def read_version(path):
-    """The version in a folder, after checking that all of it is of one version."""
+    """The version of a saved folder, after a check that all its files are of that version."""
     folder = present(path)
     verify_manifest(folder)
     texts = {(folder / str(part)).read_text() for part in range(4)}
@@ -333,7 +334,7 @@ def read_version(path):
 @pytest.mark.parametrize("step", ["rename", "rmtree"])
 @pytest.mark.parametrize("call", [1, 2])
 def test_killed_at_the_last_moment(tmp_path, monkeypatch, step, call):
-    """Killed just before each renaming or removal of a replacing save: the old or the new folder is there, whole."""
+    """A save that replaces a folder is killed just before a rename or removal: the old or the new folder is complete."""
     import shutil
 
     module = os if step == "rename" else shutil
@@ -395,7 +396,7 @@ except OSError as error:
 
 @posix
 def test_a_full_disk_leaves_the_previous_checkpoint(model, tmp_path):
-    """A limit on file sizes fails the write just as a full disk does, part of the way through."""
+    """A limit on file sizes stands for a full disk: it also makes a write fail part of the way through."""
     path = tmp_path / "a"
     save_model(model, path)
     result = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, timeout=120)

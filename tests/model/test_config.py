@@ -13,7 +13,7 @@ from internlm2.model import InternLM2
 from internlm2_kernels import flash_attention
 
 TINY = PRESETS["tiny"]
-# config.json of the released chat 7B model, the keys that matter.
+# The keys that matter of the released 7B chat model's config.json.
 RELEASED_7B = {
     "architectures": ["InternLM2ForCausalLM"], "bias": False, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
     "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768,
@@ -23,7 +23,7 @@ RELEASED_7B = {
 }  # fmt: skip
 
 
-# And of the released reward model.
+# The same of the released 1.8B reward model.
 RELEASED_REWARD = RELEASED_7B | {
     "architectures": ["InternLM2ForRewardModel"], "attn_implementation": "eager", "hidden_size": 2048,
     "intermediate_size": 8192, "num_attention_heads": 16, "num_hidden_layers": 24, "reward_token_id": 92527,
@@ -106,7 +106,7 @@ def test_impossible_models_are_refused(change, message):
 
 
 def test_every_head_size_of_the_kernels_is_a_model_and_no_other():
-    """The limits are written in ModelConfig, since a configuration should be refused before any tensor exists."""
+    """ModelConfig states the limits of flash_attention itself, so that it refuses a configuration before any tensor exists."""
     for head_dim in range(1, 300):
         q = torch.zeros(1, 1, 1, head_dim)
         try:
@@ -181,7 +181,7 @@ def test_hf_round_trip(layout):
     {"rope_type": "dynamic", "type": "dynamic", "factor": 4, "rope_theta": 1e6, "original_max_position_embeddings": 32768},
 ])  # fmt: skip
 def test_linear_and_dynamic_scaling_are_written_as_the_released_class_demands(scaling):
-    """It accepts a dictionary of exactly the two keys `type` and `factor`, and only a float as the factor."""
+    """The released class accepts only a dictionary of exactly the keys `type` and `factor`, and only a float as the factor."""
     written = config_to_hf(dataclasses.replace(TINY, rope_scaling=scaling))["rope_scaling"]
     assert list(written) == ["type", "factor"] and written["type"] == scaling.get("rope_type", scaling.get("type"))
     assert written["factor"] == 4.0 and type(written["factor"]) is float
@@ -207,7 +207,7 @@ def test_what_the_released_class_refuses_is_not_written(change, named):
     with pytest.raises(ValueError, match=f"^the 'internlm2' layout cannot hold {named}: .* use layout='llama'"):
         config_to_hf(config)
     assert config_from_hf(config_to_hf(config, "llama")) == config
-    # What a run saves for itself may hold it.
+    # The checkpoints of a run, which only this package reads, hold it.
     assert config_from_hf(config_to_hf(config, exact=False)) == config
 
 
@@ -219,6 +219,10 @@ def test_llama_config_of_transformers():
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )  # fmt: skip
     assert config_from_hf(hf.to_dict()) == TINY
+
+
+def test_a_negative_padding_token_means_none():
+    assert config_from_hf(config_to_hf(TINY, "llama") | {"pad_token_id": -1}) == dataclasses.replace(TINY, pad_token_id=None)
 
 
 def test_toml_round_trip(tmp_path):

@@ -1,4 +1,4 @@
-"""The package's modules import each other in one direction: no module reaches itself, not even through a local import."""
+"""The modules of the package import each other in one direction only; imports inside functions count too."""
 
 import ast
 from graphlib import TopologicalSorter

@@ -1,4 +1,4 @@
-"""What InternLM2 promises beyond being the right function: packing, precision, initial weights, errors."""
+"""What InternLM2 promises besides the right values: packing, precision, initial weights, autocast, compilation, errors."""
 
 import copy
 import dataclasses
@@ -65,7 +65,7 @@ def test_neighbours_and_later_tokens_change_nothing_by_a_bit(generator):
     tokens, cu_seqlens = packed(LENGTHS, generator)
     logits = model(tokens, cu_seqlens)
     other = tokens.clone()
-    other[8 + 10] = (other[8 + 10] + 1) % TINY.vocab_size  # in the middle of the sequence 8..27
+    other[8 + 10] = (other[8 + 10] + 1) % TINY.vocab_size  # in the middle of the sequence of tokens 8 to 26
     changed = model(other, cu_seqlens)
     assert torch.equal(changed[:18], logits[:18]) and torch.equal(changed[27:], logits[27:])
     assert not (changed[18:27] == logits[18:27]).all(-1).any()
@@ -78,13 +78,13 @@ def test_positions(generator):
     positions = torch.cat([torch.arange(5), torch.arange(9)])
     for dtype in (torch.int32, torch.int64):
         assert torch.equal(model(tokens, cu_seqlens, positions.to(dtype)), default)
-    # Rotary attention sees differences of positions alone; float32 tables leave 1e-7.
+    # Rotary attention depends on differences of positions only, up to the rounding of the float32 tables.
     torch.testing.assert_close(model(tokens, cu_seqlens, positions + 1000), default, rtol=0, atol=1e-6)
     assert (model(tokens, cu_seqlens, positions * 3) - default).abs().max() > 1e-4
 
 
 def test_dynamic_scaling_is_each_sequences_own(generator):
-    """A long sequence does not change a short one, beside it or after it, and has the base of its own length."""
+    """A long sequence gets the base for its own length, and changes no short sequence in its batch or in a later one."""
     config = dataclasses.replace(TINY, max_position_embeddings=16, rope_scaling={"type": "dynamic", "factor": 2.0})
     model, unscaled = InternLM2(config), InternLM2(dataclasses.replace(config, rope_scaling=None))
     tokens, cu_seqlens = packed([10, 40, 23], generator)
@@ -195,7 +195,7 @@ def test_models_can_be_copied_and_pickled(generator):
 
 
 def test_attention_is_written_for_any_group_size(generator):
-    """Against softmax written out, 6 query heads a key head, in float64."""
+    """The plain attention equals a softmax written out in float64, with 6 query heads for each key head."""
     q = torch.randn(11, 12, 8, dtype=torch.float64, generator=generator)
     k, v = torch.randn(2, 11, 2, 8, dtype=torch.float64, generator=generator)
     got = internlm2.plain.flash_attention(
@@ -253,7 +253,8 @@ PACKINGS = ([7, 1, 19, 12], [5, 9], [20, 4], [3, 3, 3, 3, 5, 3], [40, 2, 17, 2],
     pytest.param("loss", "inductor", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_one_graph_serves_all_packings(kind, backend, generator):
-    """Two graphs in all: one for the sizes of the first packing, one for any sizes. aot_eager keeps every bit."""
+    """torch.compile makes two graphs: one for the sizes of the first packing and one for all sizes. The backend aot_eager
+    changes no bit."""
     config = dataclasses.replace(TINY, num_layers=1, vocab_size=64)
     model = RewardModel(config) if kind == "reward" else InternLM2(config)
 

@@ -1,4 +1,4 @@
-"""InternLM2 against transformers' Llama, which nobody here wrote, with random weights carried over by checkpoint.py."""
+"""InternLM2 equals transformers' Llama, an independent implementation, with random weights that checkpoint.py converts."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ LENGTH = 48
 
 
 def llama(per_group, **changes):
-    """A random Llama with `per_group` query heads a key head, norm weights away from 1."""
+    """A random Llama with `per_group` query heads for each key head; its norm weights differ from 1."""
     torch.manual_seed(per_group)
     config = transformers.LlamaConfig(
         vocab_size=320, hidden_size=96, num_hidden_layers=3, num_attention_heads=2 * per_group, num_key_value_heads=2,
@@ -46,7 +46,7 @@ def run_llama(model, tokens, labels):
 
 
 def run_ours(model, tokens, labels):
-    """Logits, and gradients under Llama's names."""
+    """Our logits, and our gradients under Llama's names."""
     cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32)
     model.loss(tokens, labels, cu_seqlens).backward()
     gradients = {}
@@ -122,7 +122,8 @@ SCALINGS = {
 
 @pytest.mark.parametrize("kind", SCALINGS)
 def test_scaled_rotary_is_llamas(kind, tmp_path, generator):
-    """48 tokens where 16 were trained: every scaling is at work, dynamic NTK from a fresh Llama as its state demands."""
+    """48 tokens exceed the 16 of max_position_embeddings, so every scaling takes effect. Each comparison uses a new Llama,
+    since its dynamic scaling remembers the longest sequence that it has seen."""
     hf = llama(2, max_position_embeddings=16, rope_parameters={"rope_theta": 1e4} | SCALINGS[kind])
     hf.save_pretrained(tmp_path)
     tokens, labels = torch.randint(0, 320, (2, LENGTH), generator=generator)
@@ -130,11 +131,11 @@ def test_scaled_rotary_is_llamas(kind, tmp_path, generator):
     ours = load_model(tmp_path)
     assert distance(run_ours(ours, tokens, labels)[0], their_logits) <= 1e-5
     plain = variant(tmp_path, {"rope_scaling": None})
-    assert distance(run_ours(plain, tokens, labels)[0], their_logits) > 1e-3  # else the line above says nothing
+    assert distance(run_ours(plain, tokens, labels)[0], their_logits) > 1e-3  # otherwise the line above would prove nothing
 
 
 def test_a_wrong_rotary_layout_is_seen(tmp_path, generator):
-    """The bound would notice weights whose rotary pairs are neighbours, or grouped heads in another order."""
+    """Weights converted with the wrong pairing of rotary dimensions exceed the bound of the tests above by far."""
     hf = llama(2)
     hf.save_pretrained(tmp_path)
     tokens, labels = torch.randint(0, 320, (2, LENGTH), generator=generator)

@@ -1,4 +1,4 @@
-"""No text spells a control token, every text comes back exactly, and the released model's ids and chat format."""
+"""The tokenizer: no text spells a control token, every text comes back exactly, ids and chat format are the released ones."""
 
 import os
 import re
@@ -51,8 +51,14 @@ def test_ordinary_text_is_tokenized_as_sentencepiece_does(released):
         assert released.encode(text) == plain.encode(text)
 
 
+def test_a_null_character_has_the_released_id_with_every_version_of_sentencepiece(released):
+    """Up to 0.2.1 sentencepiece gives 354; from 0.2.3 on it does not use that piece and gives the byte's id 3."""
+    assert released.encode("a\0b") == [*released.encode("a"), 354, *released.encode("b")]
+    assert released.decode([354]) == "\0" and 354 not in released.specials.values()
+
+
 def test_what_plain_sentencepiece_gets_wrong(released):
-    """The reason for all this; if it goes red, sentencepiece changed and this module could be simpler."""
+    """Why the tokenizer exists. If this test fails, sentencepiece has changed and the tokenizer may become simpler."""
     plain = sentencepiece.SentencePieceProcessor(model_file=str(RELEASED))
     assert plain.encode("[UNUSED_TOKEN_146]") == [92543]
     assert plain.decode(plain.encode("▁")) == " "
@@ -135,7 +141,7 @@ def test_files_that_are_no_fit_are_refused(tmp_path, trained):
 
 
 def test_a_library_that_refuses_the_model_is_named(tmp_path, monkeypatch):
-    """What sentencepiece 0.2.2 says of the released model: the fault is that version's, not the file's."""
+    """sentencepiece 0.2.2 refuses the released model. The error must blame that version and not the file."""
 
     def refuse(model_proto):
         raise RuntimeError("INTERNAL: piece must not include null character.")
@@ -223,7 +229,7 @@ def test_chat_ids_are_those_of_the_released_template(released, plain, opening):
 
 
 def test_a_content_continues_the_newline_after_the_role(released, plain):
-    """The released ids of "\\nhello" from a user: one token stands for both newlines."""
+    """In the released ids of a user's "\\nhello" one token stands for both newlines."""
     both = plain.piece_to_id("\n\n")
     assert both > 258  # a piece of its own, not a byte
     expected = [1, 92543, *plain.encode("user"), both, *plain.encode("hello"), 92542, *plain.encode("\n")]
@@ -232,7 +238,7 @@ def test_a_content_continues_the_newline_after_the_role(released, plain):
 
 @pytest.mark.parametrize("opening", OPENINGS)
 def test_training_turns_have_the_tokens_of_generation(released, plain, opening):
-    """With as_generated the prompt's ids are a prefix of the conversation's, and the answer's own ids follow."""
+    """With as_generated the ids of the prompt are a prefix of the conversation's ids; the ids of the answer alone follow."""
     question = [{"role": "user", "content": opening}]
     answer = {"role": "assistant", "content": opening, "action": {"name": "plugin", "content": opening}}
     prompt = encode_chat(released, question, as_generated=True)

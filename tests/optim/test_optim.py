@@ -136,7 +136,7 @@ def test_wrong_offsets_are_refused_before_any_write():
     tensors = [torch.ones(9) for _ in range(4)]
     for offsets, message in (([1, 2], "expected 1 numbers, as many as params, or none, got 2"), ([-1], ">= 0, got -1")):
         count, skipped = torch.zeros(()), torch.zeros((), dtype=torch.int64)
-        with pytest.raises(RuntimeError, match=f"ValueError: offsets: .*{message}"):
+        with pytest.raises(RuntimeError, match=f"ValueError: adamw: offsets: .*{message}"):
             step([tensors[0]], [tensors[1]], [], [tensors[2]], [tensors[3]], [count], skipped, None, None, None,
                  torch.tensor(0.1), 0.9, 0.95, 1e-8, 0.1, 0.0, False, False, 0, [0], offsets)
         assert not count and not skipped and all((t == 1).all() for t in tensors)

@@ -66,7 +66,7 @@ def test_indices_of_which_the_counter_has_no_room_are_refused():
     tensors, count, skipped = [torch.ones(9) for _ in range(4)], torch.zeros(()), torch.zeros((), dtype=torch.int64)
     for indices, message in (([1, 2], "expected 1 numbers, as many as params, got 2"), ([], "got 0"), ([-1], "got -1"),
                              ([2**30], "from 0 to 2\\^30 - 1, got 1073741824")):
-        with pytest.raises(RuntimeError, match=f"ValueError: indices: .*{message}"):
+        with pytest.raises(RuntimeError, match=f"ValueError: adamw: indices: .*{message}"):
             step([tensors[0]], [tensors[1]], [], [tensors[2]], [tensors[3]], [count], skipped, None, None, None,
                  torch.tensor(0.1), 0.9, 0.95, 1e-8, 0.1, 0.0, False, False, 0, indices)
         assert not count and not skipped and all((t == 1).all() for t in tensors)

@@ -1,4 +1,4 @@
-// The tile instructions of csrc/cpu/gemm/amx.h in plain C++, for processors without AMX. They do what Intel's Software
+// The tile instructions of csrc/cpu/gemm/product_amx.h in plain C++, for processors without AMX. They do what Intel's Software
 // Developer's Manual, volume 2, says of each.
 #pragma once
 #include <cstdlib>

@@ -53,17 +53,16 @@ def problems(op_name: str, dtype: torch.dtype, direction: str, device: torch.dev
 
 
 def interpreted(found: tuple[Problem, ...], dtype: torch.dtype) -> tuple[Problem, ...]:
-    """The part of the problems that Triton's interpreter runs, which takes up to seconds a call: every smoke case in every
-    dtype, the first of them with all draws; odd sizes in float32 only, since the kernels compute in float32 for every dtype;
-    small upstream gradients in float16 only, where they could be rounded to 0.
+    """The part of the problems that Triton's interpreter runs, which takes up to seconds a call.
+
+    Its kernels compute in float32 for every dtype. So float32 runs every case, the first with all draws; the 16-bit dtypes run
+    the smoke cases, with one draw each; small upstream gradients run in float16, where they could be rounded to 0.
     """
     kept = []
     for problem in found:
-        first = problem.case == found[0].case
-        if problem.scale == 1e-4 and (dtype != torch.float16 or not first):
+        first, full = problem.case == found[0].case, dtype == torch.float32
+        if problem.scale == 1e-4 and not (first and dtype == torch.float16):
             continue
-        if problem.case.kind != "smoke" and dtype != torch.float32:
-            continue
-        kept.append(problem if first and problem.scale != 1e-4 else
-                    Problem(problem.case, problem.scale, problem.inputs[:1]))
+        if problem.case.kind == "smoke" or full:
+            kept.append(problem if first and full else Problem(problem.case, problem.scale, problem.inputs[:1]))
     return tuple(kept)

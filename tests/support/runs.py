@@ -1,4 +1,4 @@
-"""Small runs for the tests of this folder: a model of two thin layers on random token documents, no tokenizer, one thread."""
+"""Small runs for the tests of training: a small model of two layers, documents of random tokens, one thread."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ def small_store(documents=30, seed=0) -> TokenStore:
 
 
 class Silent(RunDisplay):
-    """Shows nothing and keeps the warnings."""
+    """A display that shows nothing and collects the warnings."""
 
     def __init__(self, total=0):
         super().__init__("test", total)
@@ -66,7 +66,7 @@ def weights(trainer) -> dict[str, torch.Tensor]:
 def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     for name in a:
-        # As integers, so that a NaN equals itself and -0.0 differs from 0.0.
+        # Compared as integers, so that a NaN equals itself and -0.0 differs from 0.0.
         assert torch.equal(a[name].view(torch.int32), b[name].view(torch.int32)), name
 
 
@@ -74,5 +74,5 @@ LOSSES = ("loss", "grad_norm", "lr", "validation_loss", "plain_loss", "plain_val
 
 
 def deterministic_part(log: list[dict]) -> list[dict]:
-    """The records without times and memory."""
+    """The records of a log without times and memory."""
     return [{k: r[k] for k in ("step", *LOSSES) if k in r} for r in log]

@@ -238,3 +238,22 @@ assert (len(kept), compiled) == (6, 1) and kept[key] == rows[key], compiled
 def test_check():
     out = run("-m", "tools.audit", "--check", "--all")
     assert out.returncode == 0, out.stdout + out.stderr
+
+
+PEERS = """
+import torch
+from internlm2_kernels._triton.losses import scale_kernel
+from tools import peers
+x, one = torch.empty(4096, dtype=torch.bfloat16, device="meta"), torch.empty((), device="meta")
+launch = lambda: scale_kernel[(1,)](x, one, x, 4096, BLOCK=1024, num_warps=4)
+(kernel,) = peers.recorded(launch, peers.wide_accesses("LDG"))
+assert list(kernel.signature.values()) == ["*bf16", "*fp32", "*bf16", "i32", "constexpr"], kernel.signature
+assert kernel.options == {"num_warps": 4, "num_stages": 3}
+found = peers.count([kernel, kernel], "90")
+assert found["fmul_fadd"] == 2 and found["mufu"] == found["tensor"] == 0, found  # a product for each element, twice
+"""
+
+
+def test_launches_of_other_libraries_are_recorded_and_counted():
+    out = run("-c", PEERS)
+    assert out.returncode == 0, out.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""The demo and the command line, end to end on a tiny recipe."""
+"""The demo and the command line, from start to end with a tiny recipe."""
 
 import json
 import os
@@ -27,6 +27,8 @@ validation_batches = 1
 
 [model]
 preset = "tiny"
+hidden_size = 64
+intermediate_size = 128
 
 [data]
 source = "{source}"
@@ -42,7 +44,7 @@ warmup_steps = 5
 
 @pytest.fixture
 def recipe(tmp_path):
-    """A recipe on a little text of the standard library, and its file."""
+    """Writes a recipe that trains on a few files of the standard library, and returns its path."""
     source = tmp_path / "text"
     source.mkdir()
     library = Path(json.__file__).parent
@@ -71,7 +73,7 @@ def test_demo(recipe, tmp_path, monkeypatch, capsys):
     log = read_log(out / "log.jsonl")
     assert len(log) == 34 == saved_config(out).steps
     assert log[-1]["loss"] < log[0]["loss"] - 0.2 and log[-1]["plain_loss"] < log[0]["plain_loss"] - 0.2
-    # The twins start alike (bfloat16 rounds in other places) and are not the same model.
+    # Both models start from the same weights, up to bfloat16's rounding, and do not run the same operators.
     assert log[0]["loss"] == pytest.approx(log[0]["plain_loss"], abs=1e-2)
     assert any(r["loss"] != r["plain_loss"] for r in log)
 
@@ -90,11 +92,13 @@ def test_demo(recipe, tmp_path, monkeypatch, capsys):
     names = ("comparison.md", "comparison.json", "loss.png", "lengths.png", "sample.txt")
     assert all(str(out / name) in shown for name in names)
 
-    # Once more: the finished run is moved aside with all it has.
+    # The same command again renames the folder of the finished run, and changes no file in it.
+    monkeypatch.setattr(demo_module, "FOR_DEVICE", {"cpu": ["steps=3"]})
+    monkeypatch.setattr(demo_module, "MIN_STEPS", 3)
     before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
     assert main(["demo", "--out", str(out), "--minutes", "0.01"]) == 0
     assert {p.name: p.read_bytes() for p in (tmp_path / "runs" / "demo-1").iterdir() if p.is_file()} == before
-    assert len(read_log(out / "log.jsonl")) == 34
+    assert len(read_log(out / "log.jsonl")) == 3
 
 
 def test_a_stopped_demo_continues(recipe, tmp_path, monkeypatch):
@@ -128,11 +132,11 @@ def test_train_command(recipe, tmp_path, capsys):
     assert main(arguments) == 0
     assert len(read_log(out / "log.jsonl")) == 12 and saved_config(out).optimizer.lr == 5e-3
     weights = (out / "checkpoints" / "step-00000012" / "model.safetensors").read_bytes()
-    # A finished run is left as it is.
+    # The same command again changes nothing in a finished run.
     assert main(arguments) == 0
     assert "continuing at step 12 of 12" in capsys.readouterr().out
     assert (out / "checkpoints" / "step-00000012" / "model.safetensors").read_bytes() == weights
-    # The run's text is its own: it does not change with the source.
+    # The run keeps its own copy of the text, so a change of the source does not matter.
     for file in (tmp_path / "text").iterdir():
         file.unlink()
     assert main(arguments) == 0

@@ -1,4 +1,4 @@
-"""Twenty kill -9 at random moments, some inside a save: every loss and the final weights stay those of an unkilled run."""
+"""After twenty kill -9 at random moments, some during a save, losses and final weights equal those of an undisturbed run."""
 
 import os
 import random
@@ -16,7 +16,7 @@ from internlm2.training.metrics import read_log
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY, TIMEOUT_S = 300, 5, 300
-# 1.3 M parameters: a save writes 16 MB and takes long enough to be hit.
+# 1.3 M parameters: a save writes 16 MB, which takes long enough for a kill to fall into it.
 RECIPE = f"""
 steps = {STEPS}
 checkpoint_every = {EVERY}
@@ -45,7 +45,7 @@ KINDS = ["start"] * 3 + ["step"] * 8 + ["save"] * 9
 
 
 class Life:
-    """One process of a run, from its start to its end."""
+    """One process that trains the run, from its start to its end."""
 
     def __init__(self, recipe: Path, out: Path):
         self.out = out
@@ -59,7 +59,7 @@ class Life:
         assert self.process.returncode == 0, output
 
     def wait_for_first_step(self) -> int:
-        """Waits until the process trains; returns the step it began at."""
+        """Waits until the process trains. Returns the step that it began at."""
         begun = 0
         for line in self.process.stdout:
             if line.startswith("continuing at step"):
@@ -93,7 +93,7 @@ class Life:
 
 
 def live_and_die(recipe: Path, out: Path, kind: str, rng: random.Random) -> Life:
-    """Starts the run and kills it: at any moment of its start, after some steps, or inside a save."""
+    """Starts the run and kills it: at a random moment of its start, after some steps, or during a save."""
     life = Life(recipe, out)
     if kind == "start":
         time.sleep(rng.uniform(0.2, 4.0))
@@ -123,7 +123,7 @@ def test_twenty_kills_change_no_bit(tmp_path, capsys):
     inside_a_save = 0
     for number, kind in enumerate(kinds, 1):
         life = live_and_die(recipe, out, kind, rng)
-        # A life that was killed while it started may show what the one before left half done.
+        # After a kill during the start, an unfinished save may be one that the previous process left behind.
         half_done = [p.name for p in life.saving() if kind != "start"]
         inside_a_save += bool(half_done)
         found = deterministic_part(read_log(out / "log.jsonl"))

@@ -1,4 +1,4 @@
-"""One optimizer step: accumulation, decay groups, clipping, gradients that are not finite, optimizer state by name."""
+"""One optimizer step: accumulation, weight decay, clipping, gradients that are not finite, optimizer state by name."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from internlm2.training.stages.pretrain import build_learner
 
 @pytest.fixture(params=("plain", "kernels"))
 def operators(request):
-    """PyTorch's operators with its AdamW, and the kernels with FusedAdamW."""
+    """Each test runs with PyTorch's operators and AdamW, and with the kernels and FusedAdamW."""
     return request.param
 
 
@@ -38,7 +38,7 @@ def join(parts: list[PackedBatch]) -> PackedBatch:
 
 
 def test_accumulation_is_one_large_batch(tmp_path, operators):
-    """Also where the parts have different numbers of targets, one of them none."""
+    """Also where the parts have different numbers of targets, and one of them has none."""
     parts = batches(count=3)
     parts[1].labels[5:50] = IGNORE_INDEX
     parts[2].labels[:] = IGNORE_INDEX
@@ -53,7 +53,7 @@ def test_weight_decay_leaves_norms_alone(tmp_path, operators):
     config = small_config(tmp_path, operators=operators, optimizer=OptimizerConfig(weight_decay=0.5))
     learner = build_learner(config)
     before = parameters(learner)
-    learner.loss = lambda model, batch: sum((p * 0).sum() for p in model.parameters())  # no gradient: decay alone moves
+    learner.loss = lambda model, batch: sum((p * 0).sum() for p in model.parameters())  # gradients of 0: decay alone acts
     learner.step(batches(), lr=0.1)
     for name, p in learner.model.named_parameters():
         factor = 1 - 0.1 * 0.5 if p.ndim >= 2 else 1.0
@@ -74,7 +74,7 @@ def test_clipping_bounds_the_gradient(tmp_path):
 
 
 def test_both_optimizers_take_the_same_steps(tmp_path):
-    """The same gradients, clipped: FusedAdamW moves the weights as PyTorch's AdamW after clip_grad_norm_ does."""
+    """FusedAdamW, which clips by itself, changes the weights as clip_grad_norm_ followed by PyTorch's AdamW does."""
     config = small_config(tmp_path, optimizer=OptimizerConfig(max_grad_norm=0.3, eps=1e-3))
     theirs, ours = build_learner(config), build_learner(config)
     ours = Learner(ours.model, config.optimizer)

@@ -1,4 +1,4 @@
-"""Packing: nothing lost, nothing invented, every target right, every position of the stream resumable."""
+"""Packing loses and invents no token, gives every token its right target, and can be resumed at every position."""
 
 import itertools
 
@@ -15,7 +15,7 @@ sizes = st.integers(1, 25)
 
 
 def pieces_of(documents, longest: int) -> list[tuple[list[int], list[int]]]:
-    """Tokens and labels of every piece, written the slow and obvious way."""
+    """Tokens and labels of every piece, computed in the slow and obvious way."""
     pieces = []
     for document in documents:
         labels = [*document[1:], IGNORE_INDEX]
@@ -44,7 +44,7 @@ def test_batches_are_the_pieces_end_to_end(documents, total, longest, seed):
         assert batch.tokens.tolist() == tokens[start:stop]
         assert batch.labels.tolist() == labels[start:stop]
         assert batch.cu_seqlens.dtype == torch.int32
-        # A sequence ends where a piece or the batch does and nowhere else: no token sees another document.
+        # A sequence ends exactly where a piece or the batch ends, so no token attends to another document.
         assert batch.cu_seqlens.tolist() == sorted({e - start for e in ends if start < e < stop} | {0, total})
         bounds = batch.cu_seqlens.tolist()
         assert batch.positions.tolist() == [i for a, b in zip(bounds, bounds[1:], strict=False) for i in range(b - a)]
@@ -76,7 +76,8 @@ def test_order_depends_on_seed_and_epoch():
 
 
 def test_order_is_pinned():
-    """Another numpy or machine must give the same order, or resuming there would repeat and skip documents."""
+    """Another version of numpy or another machine must give the same order; otherwise a run resumed there would repeat some
+    documents and skip others."""
     batches = PackedBatches(TokenStore.from_documents([[i] for i in range(8)]), 8, 8, seed=3)
     assert next(batches).tokens.tolist() == PINNED
 

@@ -1,4 +1,4 @@
-"""A run that is stopped and continued has the losses and weights of one that was not, to the last bit."""
+"""A run that is stopped and continued has, to the last bit, the losses and weights of a run that was not stopped."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ from internlm2.training.trainer import Trainer
 
 
 class StopAfter(Trainer):
-    """Receives a signal in the middle of a step."""
+    """A trainer that receives a signal in the middle of a step."""
 
     def __init__(self, *arguments, at, number=signal.SIGTERM, **options):
         super().__init__(*arguments, **options)
@@ -38,7 +38,7 @@ class StopAfter(Trainer):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An undisturbed run."""
+    """A run that was not stopped."""
     trainer = small_trainer(small_config(tmp_path_factory.mktemp("whole")))
     assert trainer.resume() is False
     result = trainer.fit()
@@ -71,7 +71,7 @@ def test_a_checkpoint_is_a_model(whole):
 
 
 def test_a_checkpoint_says_which_model_it_is(tmp_path):
-    """Also of a reward model, and with a scaling that the released class does not know."""
+    """load_model reads the checkpoint of a reward model, and of a model with a scaling that the released class lacks."""
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
     for model in (RewardModel(dataclasses.replace(MODEL, reward_token_id=3)),
                   InternLM2(dataclasses.replace(MODEL, rope_scaling=yarn))):
@@ -116,7 +116,7 @@ def crashed_run(tmp_path_factory):
 
 @pytest.fixture
 def crashed(crashed_run, tmp_path):
-    """A run that died after step 13, with checkpoints at 5 and 10: the configuration to continue it."""
+    """The configuration to continue a run that crashed after step 13, with checkpoints at steps 5 and 10."""
     shutil.copytree(crashed_run, tmp_path, dirs_exist_ok=True)
     assert [r["step"] for r in read_log(tmp_path / "log.jsonl")] == list(range(1, 14))
     return small_config(tmp_path)
@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_used(tmp_path, crash
 def test_no_sound_checkpoint_is_an_error_and_not_a_fresh_start(tmp_path, crashed):
     for step in (5, 10):
         flip_a_bit(tmp_path / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
-    for _ in range(2):  # asking again does not wear it down
+    for _ in range(2):  # the second attempt gives the same error
         with pytest.raises(CheckpointError, match="no sound checkpoint in .*Remove the run's folder"):
             small_trainer(crashed).resume()
     assert len(read_log(tmp_path / "log.jsonl")) == 13
@@ -185,7 +185,8 @@ def test_a_checkpoint_of_other_data_is_refused(crashed):
 
 
 def test_a_full_disk_costs_only_the_checkpoint(tmp_path, whole):
-    """Files may not grow beyond 8 KiB from step 8 to 13: the save at 10 fails, training and the older checkpoint stay."""
+    """From step 8 to 13 no file may grow beyond 8 KiB: the save at step 10 fails, but the older checkpoint stays and training
+    continues."""
 
     class FullDisk(Trainer):
         def train_step(self, batches, lr):
@@ -210,7 +211,7 @@ def test_a_full_disk_costs_only_the_checkpoint(tmp_path, whole):
         result = trainer.fit()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, hard))
-    assert seen[10] == ["step-00000005"]  # the failed one left nothing behind
+    assert seen[10] == ["step-00000005"]  # the failed save left nothing behind
     assert seen[15] == ["step-00000005", "step-00000015"] and result.saved
     (warning,) = trainer.display.warnings
     assert warning.startswith("no checkpoint at step 10: ") and "step-00000010" in warning
@@ -233,7 +234,7 @@ def test_a_run_without_finite_gradients_stops(tmp_path):
 
 
 def test_a_paired_run_continues_exactly(tmp_path):
-    """The twin on plain operators is part of the checkpoint; kernels here are the plain operators too, so both agree."""
+    """The checkpoint of a paired run holds the plain model too. In this test both models run the plain operators."""
 
     class StoppedPair(PairedTrainer):
         def train_step(self, batches, lr):
@@ -245,7 +246,7 @@ def test_a_paired_run_continues_exactly(tmp_path):
     for name in ("whole", "stopped"):
         config = small_config(tmp_path / name, steps=12)
         for _ in range(2):
-            plain = build_learner(config, seed=5)  # other weights than the trainer's own: neither may stand in for the other
+            plain = build_learner(config, seed=5)  # other weights, so that mixing the two up is noticed
             runs[name] = small_trainer(config, StoppedPair, plain=plain)
             runs[name].resume()
             runs[name].fit()
@@ -268,7 +269,7 @@ def test_random_state_is_restored(tmp_path, whole):
 
 
 def test_a_deadline_stops_between_steps(tmp_path, whole):
-    """Not before the steps that are asked for; what is done is saved, and the rest can follow."""
+    """The run stops at the deadline, but not before step `at_least`. Its steps are saved, and it can be continued."""
     trainer = small_trainer(small_config(tmp_path))
     result = trainer.fit(deadline=0.0, at_least=3)
     assert (result.step, result.stopped_by, result.saved) == (3, None, True)

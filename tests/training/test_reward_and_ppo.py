@@ -1,4 +1,4 @@
-"""The reward model and PPO learn on the kernels: preferences, a critic's values, an actor that is paid for some tokens."""
+"""The reward model learns preferences with the kernels, and PPO's actor and critic learn which tokens are rewarded."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from internlm2.training.stages.ppo import gather_experience, policy_loss, value_
 from internlm2_kernels import FusedAdamW
 
 TINY = dataclasses.replace(PRESETS["tiny"], vocab_size=32)
-PROMPT, RESPONSE, SEQUENCES, PAID = 3, 5, 24, TINY.vocab_size // 8  # tokens below PAID are paid for
+PROMPT, RESPONSE, SEQUENCES, PAID = 3, 5, 24, TINY.vocab_size // 8  # tokens below PAID are rewarded
 
 
 def bounds(lengths):
@@ -20,7 +20,7 @@ def bounds(lengths):
 
 
 def pairs(generator, count=8):
-    """Chosen sequences end on token 1, rejected ones on token 2."""
+    """Sequences of random tokens: chosen ones end with token 1, rejected ones with token 2."""
     lengths = torch.randint(1, 9, (2 * count,), generator=generator).tolist()
     cu = bounds(lengths)
     tokens = torch.randint(3, TINY.vocab_size, (sum(lengths),), generator=generator)
@@ -69,7 +69,7 @@ def test_log_probabilities_are_those_of_the_logits(generator):
 
 @torch.no_grad()
 def rollout(actor, generator):
-    """Prompts of random tokens and what the actor says to them: tokens, cu_seqlens, mask, scores."""
+    """Prompts of random tokens with the actor's responses: tokens, cu_seqlens, mask, scores."""
     rows = torch.randint(TINY.vocab_size, (SEQUENCES, PROMPT), generator=generator)
     for _ in range(RESPONSE):
         cu = bounds([rows.shape[1]] * SEQUENCES)
@@ -81,7 +81,8 @@ def rollout(actor, generator):
 
 
 def test_an_actor_learns_what_it_is_paid_for(generator):
-    """Rounds of rollout, 2 epochs of PPO: the share of paid tokens among all choices rises from 1/8 to most of them."""
+    """20 rounds of a rollout and 2 epochs of PPO raise the share of rewarded tokens among all choices from 1/8 to more than
+    0.6."""
     actor, reference = (InternLM2(TINY, compute_dtype=torch.bfloat16) for _ in range(2))
     critic = RewardModel(TINY, compute_dtype=torch.bfloat16)
     steps = [(actor, FusedAdamW(actor.parameters(), lr=2e-3, weight_decay=0.0, max_grad_norm=1.0)),
@@ -94,7 +95,7 @@ def test_an_actor_learns_what_it_is_paid_for(generator):
         for epoch in range(2):
             for model, optimizer in steps:
                 loss, stats = (policy_loss if model is actor else value_loss)(model, experience)
-                if epoch == 0 and model is actor:  # the bits of the rollout: every ratio is exactly 1
+                if epoch == 0 and model is actor:  # the log-probabilities have the rollout's bits, so every ratio is 1
                     assert stats["clip_fraction"] == 0 and stats["approx_kl"] == 0
                 optimizer.zero_grad()
                 loss.backward()
@@ -107,7 +108,7 @@ def test_an_actor_learns_what_it_is_paid_for(generator):
 
 @pytest.mark.parametrize("temperature", (1.0, 0.6))
 def test_experience_is_the_definition(temperature, generator):
-    """Rewards, advantages and returns of one rollout by a loop in float64; every third response is truncated."""
+    """A loop in float64 gives the same advantages and returns. Every third response is truncated."""
     actor, reference = (InternLM2(TINY, dtype=torch.float64, seed=seed) for seed in (0, 1))
     critic = RewardModel(TINY, dtype=torch.float64)
     tokens, cu, mask, scores = rollout(actor, generator)
@@ -126,13 +127,13 @@ def test_experience_is_the_definition(temperature, generator):
             torch.testing.assert_close(found.advantages[t], advantage, rtol=1e-9, atol=1e-9)
             torch.testing.assert_close(found.returns[t], advantage + values[t], rtol=1e-9, atol=1e-9)
             torch.testing.assert_close(found.logprobs[t], logits[0][t, tokens[t + 1]], rtol=1e-9, atol=1e-9)
-    # The loss asks for the policy at the same temperature: an actor that has not moved has ratios of exactly 1.
+    # The loss uses the same temperature: for an actor that has not changed every ratio is exactly 1.
     _, statistics = policy_loss(actor, found)
     assert statistics["approx_kl"] == 0 and statistics["clip_fraction"] == 0
 
 
 def test_a_truncated_response_ends_before_the_sequence_does(generator):
-    """Tokens may follow the last choice, such as a reward token: the state after the choice is not the sequence's last."""
+    """Tokens such as a reward token may follow the last choice; the state after that choice is then not the last state."""
     actor, critic = InternLM2(TINY, dtype=torch.float64), RewardModel(TINY, dtype=torch.float64)
     tokens, cu, mask, scores = rollout(actor, generator)
     mask = mask.clone()
@@ -146,7 +147,7 @@ def test_a_truncated_response_ends_before_the_sequence_does(generator):
 
 
 def test_experience_of_no_sequence(generator):
-    """A rank without a rollout has nothing to say, not NaN."""
+    """A rank without sequences gets empty vectors and a kl of 0, and no NaN."""
     actor, critic = InternLM2(TINY), RewardModel(TINY)
     tokens, mask = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool)
     found = gather_experience(actor, actor, critic, tokens, bounds([]), mask, torch.empty(0))
@@ -164,8 +165,8 @@ def test_a_coefficient_that_is_no_number_is_refused(kl_coef, generator):
     (lambda r: (r[0], r[1], r[2].int(), r[3]), "mask must be bool"),
     (lambda r: (*r, torch.ones(3, dtype=torch.bool)), r"truncated must be bool \[24\], got torch.bool \[3\]"),
     (lambda r: (*r, torch.ones(SEQUENCES)), r"truncated must be bool \[24\], got torch.float32 \[24\]"),
-    (lambda r: (r[0], r[1], r[2], r[3][:-1]), "scores must be .*one a sequence"),
-    (lambda r: (r[0], r[1], torch.ones_like(r[2]), r[3]), "no choice follows"),
+    (lambda r: (r[0], r[1], r[2], r[3][:-1]), "scores must be .*one for each sequence"),
+    (lambda r: (r[0], r[1], torch.ones_like(r[2]), r[3]), "after which nothing was chosen"),
     (lambda r: (r[0], r[1], torch.zeros_like(r[2]), r[3]), "got none in sequence 0"),
 ))
 def test_a_wrong_rollout_is_refused(spoil, message, generator):

@@ -1,4 +1,4 @@
-"""The learning-rate schedule: its corners, its shape."""
+"""The learning-rate schedule: its values at the ends of warm-up and decay, and its shape between them."""
 
 import math
 
@@ -16,7 +16,7 @@ def test_corners():
     lr = rates()
     assert lr[0] == pytest.approx(0.2) and lr[9] == lr[10] == 2.0
     assert lr[109] == pytest.approx(0.2) and lr[110:] == [lr[109]] * 5
-    # Halfway in time, halfway between peak and floor: 10 + 99 / 2 lies between two steps.
+    # Halfway through the decay the rate is halfway between peak and floor; step 10 + 99 / 2 lies between two steps.
     assert (lr[59] + lr[60]) / 2 == pytest.approx((2.0 + 0.2) / 2)
 
 

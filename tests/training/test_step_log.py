@@ -1,4 +1,4 @@
-"""The JSON-lines log: torn lines, resuming, numbers that JSON lacks, a disk that is full for a while."""
+"""The log of JSON lines: incomplete lines, resuming, numbers that JSON cannot write, a disk that is full for a while."""
 
 import errno
 import json
@@ -46,7 +46,8 @@ def test_a_torn_line_is_not_read(log):
 
 
 def test_a_full_disk_delays_lines(log, monkeypatch):
-    """The first write is cut short, later ones fail, then there is room: no line lost, torn or doubled, one warning."""
+    """The first write is cut short, later ones fail, then there is room again: every line is written once and complete, and
+    there is one warning."""
     write, room = os.write, [7]
 
     def full(file, data):

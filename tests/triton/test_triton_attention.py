@@ -30,6 +30,14 @@ def ends(lengths, device):
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
 
 
+@pytest.fixture(autouse=True)
+def interpreted_in_two_dtypes(request, device):
+    """On a GPU every dtype is another kernel; the interpreter computes in float32 for all and takes seconds a call."""
+    chosen = getattr(request.node, "callspec", None)
+    if device.type == "cpu" and chosen is not None and chosen.params.get("dtype") == torch.bfloat16:
+        pytest.skip("float32 and float16 are enough in the interpreter")
+
+
 @pytest.fixture
 def randn(device, generator):
     return lambda *shape, dtype=torch.float32: torch.randn(*shape, generator=generator, device=device).to(dtype)
@@ -164,7 +172,7 @@ def test_decode_is_prefill_bit_for_bit(dtype, chunk, window, alone, device, gene
     """Three splits along the keys. `alone`: every split in a program of its own and then merged; otherwise one program walks
     all of them.
     """
-    lengths, heads, kv_heads, head_dim = (300, 129), 4, 2, 32
+    lengths, heads, kv_heads, head_dim = (300, 129), 2, 1, 32
     q, k, v = (randn(sum(lengths), h, head_dim, dtype=dtype) for h in (heads, kv_heads, kv_heads))
     want, want_lse = ik.flash_attention(q, k, v, causal=True, window=window, cu_seqlens_q=ends(lengths, device),
                                         max_seqlen_q=300, max_seqlen_k=300, return_lse=True, backend="triton")

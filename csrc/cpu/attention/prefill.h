@@ -140,12 +140,8 @@ template <typename T, typename Keys> class Prefill {
   // Keys [key, end) against one panel of lanes; they begin at index `at` of the packed keys and values.
   void block(const State<Acc>& part, int64_t from, int64_t key, int64_t end, int64_t at, bool opens, bool masked) {
     const int64_t n = end - key, wide = width(from), size = sizeof(Element);
-    for (int64_t e = 0; e < w_.d_steps; e += kChain<P> / P::step) {
-      const ProductArgs<P> qk{w_.k + at * w_.d_steps + e, w_.d_steps * size, size, w_.q + from * w_.d_steps + e * panel, panel, 0,
-                              w_.s, panel, n, lesser(kChain<P> / P::step, w_.d_steps - e), 0, wide};
-      if (e == 0) product<P, Start::zero>(qk);
-      else product<P, Start::separate>(qk);
-    }
+    product<P, Start::zero>({w_.k + at * w_.d_steps, w_.d_steps * size, size, w_.q + from * w_.d_steps, panel, 0, w_.s, panel, n,
+                             w_.d_steps, 0, wide});
     if (masked) {
       for (int64_t i = 0; i < wide; ++i) {  // lanes past the last one get its limits
         const int64_t lane = lesser(from + i, lanes_ - 1);
@@ -199,18 +195,19 @@ template <typename T, typename Keys> class Prefill {
       }
       for (; j < n; ++j) top[0] = max(V::load(s + j * panel), top[0]);
       const V old = V::load(part.m + from + i);
-      const V m = max(rounded_down(max(max(top[0], top[1]), max(top[2], top[3])) * factor), old), shift = finite_shift(m);
+      const V m = max(max(max(top[0], top[1]), max(top[2], top[3])) * factor, old), shift = finite_shift(m);
       const V scale = exp_of<T>(old - shift);
       m.store(part.m + from + i);
       scale.store(w_.factor + i);
-      const V sum = exponentials(s, w_.p + i, V(0) - shift, n, at, key);
+      const V sum = exponentials(s, w_.p + i, shift, n, at, key);
       fma(scale, V::load(part.l + from + i), sum).store(part.l + from + i);
     }
   }
 
-  VEC_INLINE V exponentials(const Acc* s, Element* p, V minus_shift, int64_t n, int64_t at, int64_t key) {
+  // The product is rounded before the shift is subtracted, as the maximum was: the largest weight is exactly 1.
+  VEC_INLINE V exponentials(const Acc* s, Element* p, V shift, int64_t n, int64_t at, int64_t key) {
     const V factor(score_.factor);
-    const auto weight = [&](int64_t j) VEC_LAMBDA { return weight_of<T>(fma(V::load(s + j * panel), factor, minus_shift)); };
+    const auto weight = [&](int64_t j) VEC_LAMBDA { return exp_of<T>(V::load(s + j * panel) * factor - shift); };
     const auto scaled = [&](V x, int64_t j) VEC_LAMBDA {
       if constexpr (Keys::scaled) return x * V(static_cast<Acc>(keys_.v_scale(at + j, head_)));
       else return x;
@@ -221,12 +218,12 @@ template <typename T, typename Keys> class Prefill {
       for (; j + 2 <= n; j += 2) {
         const V x = weight(j), y = weight(j + 1);
         sum = sum + x + y;
-        Weights<P>::store(p + j / 2 * panel, scaled(x, j), scaled(y, j + 1));
+        store_pairs(p + j / 2 * panel, scaled(x, j), scaled(y, j + 1));
       }
       if (j < n) {
         const V x = weight(j);
         sum = sum + x;
-        Weights<P>::store(p + j / 2 * panel, scaled(x, j), V(0));
+        store_pairs(p + j / 2 * panel, scaled(x, j), V(0));
       }
     } else {
       for (int64_t j = 0; j < n;) {
@@ -234,7 +231,7 @@ template <typename T, typename Keys> class Prefill {
         for (const int64_t end = lesser(n, j + kSumChain<T> - (key + j) % kSumChain<T>); j < end; ++j) {
           const V x = weight(j);
           chain = chain + x;
-          Weights<P>::store(p + j * panel, scaled(x, j));
+          scaled(x, j).store(p + j * panel);
         }
         sum = sum + chain;
       }

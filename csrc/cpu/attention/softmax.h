@@ -1,7 +1,10 @@
 // Between the two products of attention: masks, exponentials, and weights as operands.
 #pragma once
-#include "../simd/math.h"
+#include <limits>
+
 #include "../gemm/product.h"
+#include "../simd/mask.h"
+#include "../simd/math.h"
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
@@ -15,49 +18,17 @@ template <typename T, typename V> VEC_INLINE V exp_of(V x) {
   else return exp(x);
 }
 
-// Scores s are shifted by the largest, m, as fma(s, factor, -m): exact but for the rounding of m, which every score of a row has
-// in common. So m is rounded down, by up to 2.5 units in the last place, and what that leaves above 0 is bounded: both matter
-// beyond 1e8 only, where a unit is large, and keep a row's largest weight from becoming 0 or infinity.
-template <typename Acc> VEC_INLINE Vec<Acc> rounded_down(Vec<Acc> m) {
-  using V = Vec<Acc>;
-  constexpr Acc unit = sizeof(Acc) == 4 ? 0x1p-23 : 0x1p-52;
-  return m - min(V(1e32f), max(m, V(0) - m) * V(unit));  // infinities stay
-}
-template <typename T, typename V> VEC_INLINE V weight_of(V x) { return exp_of<T>(min(V(10), x)); }
-
 // s where low <= j < high, else -inf.
-#if defined(CPU_CAPABILITY_AVX512)
-VEC_INLINE Vec<float> within(Vec<float> s, Vec<float> j, Vec<float> low, Vec<float> high) {
-  const __mmask16 keep = _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(j.v, low.v, _CMP_GE_OQ), j.v, high.v, _CMP_LT_OQ);
-  return _mm512_mask_mov_ps(_mm512_set1_ps(-kInfinity), keep, s.v);
+template <typename V> VEC_INLINE V within(V s, V j, V low, V high) {
+  const V masked(-kInfinity);
+  return pick(less(j, low), masked, pick(less(j, high), s, masked));
 }
-VEC_INLINE Vec<double> within(Vec<double> s, Vec<double> j, Vec<double> low, Vec<double> high) {
-  const __mmask8 keep = _mm512_mask_cmp_pd_mask(_mm512_cmp_pd_mask(j.v, low.v, _CMP_GE_OQ), j.v, high.v, _CMP_LT_OQ);
-  return _mm512_mask_mov_pd(_mm512_set1_pd(-kInfinity), keep, s.v);
-}
+
 // x, and 0 where it is -inf: a lane that is fully masked so far is shifted by nothing.
-VEC_INLINE Vec<float> finite_shift(Vec<float> x) {
-  return _mm512_mask_mov_ps(x.v, _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-kInfinity), _CMP_EQ_OQ), _mm512_setzero_ps());
+template <typename Acc> VEC_INLINE Vec<Acc> finite_shift(Vec<Acc> x) {
+  using V = Vec<Acc>;
+  return pick(less(x, V(std::numeric_limits<Acc>::lowest())), V(0), x);
 }
-VEC_INLINE Vec<double> finite_shift(Vec<double> x) {
-  return _mm512_mask_mov_pd(x.v, _mm512_cmp_pd_mask(x.v, _mm512_set1_pd(-kInfinity), _CMP_EQ_OQ), _mm512_setzero_pd());
-}
-#else
-VEC_INLINE Vec<float> within(Vec<float> s, Vec<float> j, Vec<float> low, Vec<float> high) {
-  const __m256 keep = _mm256_and_ps(_mm256_cmp_ps(j.v, low.v, _CMP_GE_OQ), _mm256_cmp_ps(j.v, high.v, _CMP_LT_OQ));
-  return _mm256_blendv_ps(_mm256_set1_ps(-kInfinity), s.v, keep);
-}
-VEC_INLINE Vec<double> within(Vec<double> s, Vec<double> j, Vec<double> low, Vec<double> high) {
-  const __m256d keep = _mm256_and_pd(_mm256_cmp_pd(j.v, low.v, _CMP_GE_OQ), _mm256_cmp_pd(j.v, high.v, _CMP_LT_OQ));
-  return _mm256_blendv_pd(_mm256_set1_pd(-kInfinity), s.v, keep);
-}
-VEC_INLINE Vec<float> finite_shift(Vec<float> x) {
-  return _mm256_blendv_ps(x.v, _mm256_setzero_ps(), _mm256_cmp_ps(x.v, _mm256_set1_ps(-kInfinity), _CMP_EQ_OQ));
-}
-VEC_INLINE Vec<double> finite_shift(Vec<double> x) {
-  return _mm256_blendv_pd(x.v, _mm256_setzero_pd(), _mm256_cmp_pd(x.v, _mm256_set1_pd(-kInfinity), _CMP_EQ_OQ));
-}
-#endif
 
 // x, and 0 in the lanes outside [first, last).
 template <typename Acc> VEC_INLINE Vec<Acc> between(Vec<Acc> x, int first, int last) {
@@ -72,39 +43,22 @@ template <typename Acc> VEC_INLINE Vec<Acc> between(Vec<Acc> x, int first, int l
 #endif
 }
 
-// Stores the weights of `step` successive keys as one vector of elements. Pairs are rounded to nearest with ties away from
-// zero, which is one addition and one shift; ties to even would take three more instructions.
-template <typename P> struct Weights {
-  using V = Vec<typename P::Acc>;
-  static VEC_INLINE void store(typename P::Element* p, V a) { a.store(p); }
-};
 #if defined(CPU_CAPABILITY_AVX512_BF16)
-template <> struct Weights<Pairs> {
-  using V = Vec<float>;
-  static VEC_INLINE void store(uint32_t* p, V a, V b) {
-    const __m512i half = _mm512_set1_epi32(0x8000);
-    const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(a.v), half), 16);
-    const __m512i high = _mm512_add_epi32(_mm512_castps_si512(b.v), half);
-    _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaau, low, high));
-  }
-};
-#endif
-
-#if defined(CPU_CAPABILITY_AMX)
-template <> struct Weights<Tiles> : Weights<Pairs> {};
-#endif
-
-// The same where the lanes run over the keys: whole elements of a row of weights.
-template <typename P> VEC_INLINE void store_weights(typename P::Element* p, Vec<typename P::Acc> a) {
-  if constexpr (P::step == 1) {
-    a.store(p);
-  } else {
-#if defined(CPU_CAPABILITY_AVX512_BF16)
-    const __m512i upper = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x8000)), 16);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(upper));
-#endif
-  }
+// Weights as bfloat16 in the upper halves of 32 bits, rounded to nearest with ties away from zero: one addition, where ties to
+// even would take three more instructions.
+VEC_INLINE __m512i rounded_weights(Vec<float> a) {
+  return _mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x8000));
 }
+// Stores the weights of two successive keys as one vector of pairs.
+VEC_INLINE void store_pairs(uint32_t* p, Vec<float> a, Vec<float> b) {
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(rounded_weights(a), 16), rounded_weights(b)));
+}
+// Stores one lane's weights of successive keys.
+VEC_INLINE void store_weights(uint32_t* p, Vec<float> a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_weights(a), 16)));
+}
+#endif
+template <typename Acc> VEC_INLINE void store_weights(Acc* p, Vec<Acc> a) { a.store(p); }
 
 // first, first + 1, ...
 template <typename Acc> VEC_INLINE Vec<Acc> count_from(int64_t first) {

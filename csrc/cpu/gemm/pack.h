@@ -169,7 +169,7 @@ template <typename P> VEC_INLINE typename P::Acc* as_acc(typename P::Element* p)
 }
 
 // ------------------------------------------------------------------------------------------------------- whole blocks
-// to[i][e] = element e of row i: k runs along the rows.
+// to[i][e] = element e of row i.
 template <typename P, typename F>
 VEC_INLINE void pack_rows(int64_t rows, int64_t d, const F& row, typename P::Element* to, int64_t stride) {
   using V = Vec<typename P::Acc>;
@@ -182,7 +182,7 @@ VEC_INLINE void pack_rows(int64_t rows, int64_t d, const F& row, typename P::Ele
   }
 }
 
-// to[i / step][e] = element e of rows i, i + 1, ...: k runs over the rows; a row missing at the end counts as 0.
+// to[i / step][e] = element e of rows i to i + step - 1; rows missing at the end are 0.
 template <typename P, typename F>
 VEC_INLINE void pack_steps(int64_t rows, int64_t d, const F& row, typename P::Element* to, int64_t stride) {
   using V = Vec<typename P::Acc>;
@@ -202,7 +202,7 @@ VEC_INLINE void pack_steps(int64_t rows, int64_t d, const F& row, typename P::El
   }
 }
 
-// to[e][i] = element e of row i: rows become lanes, k runs along them; lanes up to a whole vector are filled with 0.
+// to[e][i] = element e of row i; lanes up to a whole vector are 0.
 template <typename P, typename F>
 VEC_INLINE void pack_lanes(int64_t rows, int64_t d, const F& row, typename P::Element* to, int64_t stride) {
   using V = Vec<typename P::Acc>;
@@ -236,7 +236,7 @@ VEC_INLINE void pack_steps_transposed(int64_t rows, int64_t d, const F& row, typ
   }
 }
 
-// to[j][i] = from[i][j] for i < rows, 0 for the others of `all`; all and columns are whole vectors.
+// to[j][i] = from[i][j] for i < rows, and 0 for rows <= i < all. `all` and `columns` are whole vectors.
 template <typename P>
 VEC_INLINE void transpose_block(int64_t rows, int64_t all, int64_t columns, typename P::Element* from, int64_t stride,
                      typename P::Element* to, int64_t to_stride) {
@@ -251,7 +251,7 @@ VEC_INLINE void transpose_block(int64_t rows, int64_t all, int64_t columns, type
   }
 }
 
-// row(i)[e] = from[e][i] * factor[i], rounded to the storage type: lanes become rows again.
+// row(i)[e] = from[e][i] * factor[i], rounded to the storage type: the reverse of pack_lanes.
 template <typename Acc, typename F>
 VEC_INLINE void unpack_lanes(int64_t rows, int64_t d, const Acc* from, int64_t stride, const Acc* factor, const F& row) {
   using V = Vec<Acc>;

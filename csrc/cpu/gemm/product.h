@@ -79,8 +79,7 @@ enum class Start {
   zero,             // C = chain
   scaled,           // C = chain that starts at factor[n] * C
   separate,         // C = C + chain: a separate accumulator for the chain
-  separate_scaled,  // C = factor[n] * C + chain (not in tiles)
-  compensated       // as separate, and the addition's rounding residual is added to `residual` (not in tiles)
+  separate_scaled   // C = factor[n] * C + chain (not in tiles)
 };
 
 // Lanes [from, to) of C = A B. Strides of A in bytes, all others in elements.
@@ -94,7 +93,6 @@ template <typename P> struct ProductArgs {
   int64_t m, k;      // k: in elements
   int64_t from, to;  // whole vectors
   const typename P::Acc* factor = nullptr;  // [to], with Start::scaled and Start::separate_scaled
-  int64_t residual = 0;                     // where the residuals lie beyond c, with Start::compensated
 };
 
 }}}}  // namespace internlm2::cpu::CPU_CAPABILITY::(unnamed)
@@ -143,11 +141,6 @@ __attribute__((noinline)) void product_tile(const ProductArgs<P>& p, const char*
     for (int j = 0; j < kVectors; ++j) {
       auto* out = c + i * p.c_stride + j * V::size;
       if constexpr (start == Start::separate) acc[i][j] = V::load(out) + acc[i][j];
-      if constexpr (start == Start::compensated) {  // TwoSum
-        const V old = V::load(out), sum = old + acc[i][j], added = sum - old;
-        (V::load(out + p.residual) + ((old - (sum - added)) + (acc[i][j] - added))).store(out + p.residual);
-        acc[i][j] = sum;
-      }
       if constexpr (start == Start::separate_scaled) acc[i][j] = fma(V::load(factor + j * V::size), V::load(out), acc[i][j]);
       acc[i][j].store(out);
     }

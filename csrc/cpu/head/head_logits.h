@@ -1,4 +1,4 @@
-// Between the products of head_products.h: the statistics of a block of logits, their merge into lse and entropy, and the
+// Between the products of linear_head.cpp: the statistics of a block of logits, their merge into lse and entropy, and the
 // gradient of the logits.
 #pragma once
 #include "../../linear_head.h"

@@ -1,4 +1,4 @@
-// Logarithms, and exponentials less their first terms, on Vec.
+// Logarithms on Vec, and exp without its first terms.
 #pragma once
 #include <cmath>
 
@@ -64,7 +64,7 @@ VEC_INLINE Vec<double> log(Vec<double> x) {
   return Vec<double>::load(lanes);
 }
 
-// exp(x) = 2^n (1 + r + t), n = 0 where |x| < ln 2 / 2, and there r = x. Beyond the bounds exp is 0, or past counting on.
+// The terms of exp(x) = 2^n (1 + r + t). Where |x| < ln 2 / 2, n is 0 and r is x. x is bounded where exp underflows or overflows.
 template <typename V> struct ExpTerms { V r, t, power, whole; };
 template <typename Acc> VEC_INLINE ExpTerms<Vec<Acc>> exp_terms(Vec<Acc> x) {
   using V = Vec<Acc>;
@@ -79,7 +79,7 @@ template <typename Acc> VEC_INLINE Vec<Acc> expm1(Vec<Acc> x) {
   using V = Vec<Acc>;
   const auto e = exp_terms(x);
   const V sum = fma(e.power, e.r + e.t, e.power - V(1));
-  return pick(less(V(64), x), e.whole, sum);  // 1 no longer counts, and 2^n may already be infinite
+  return pick(less(V(64), x), e.whole, sum);  // the 1 no longer matters, and 2^n may already be infinite
 }
 template <typename V> VEC_INLINE V expm1_minus(V x, ExpTerms<V> e) {  // where exp(x) is finite
   return fma(e.power, e.t, fma(e.power, e.r, e.power - V(1)) - x);

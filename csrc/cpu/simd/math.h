@@ -1,4 +1,4 @@
-// Elementary functions on Vec, written here so that no library symbol with its own accuracy or ABI stands between.
+// Elementary functions on Vec, written here so that accuracy does not depend on the version of a library.
 #pragma once
 #include <math.h>
 
@@ -44,8 +44,8 @@ VEC_INLINE ExpParts<Vec<double>> exp_parts(Vec<double> x) {
   return {fma(q * r, r, r), n, r, q * r * r};
 }
 
-// Within 1 ulp; NaN stays NaN (in this order min and max pass it on), overflow is inf, underflow goes through the
-// subnormals to 0.
+// Within 1 ulp. NaN stays NaN, because min and max pass it on in this order of arguments. Overflow gives infinity, and underflow
+// goes through the subnormal numbers to 0.
 template <typename Acc> VEC_INLINE Vec<Acc> exp(Vec<Acc> x) {
   using V = Vec<Acc>;
   constexpr bool narrow = sizeof(Acc) == 4;
@@ -63,8 +63,8 @@ template <typename Acc> VEC_INLINE Vec<Acc> tanh(Vec<Acc> x) {
   return m / (m + V(2));
 }
 
-// 2^x for results that are rounded to 16 bits: within 2^-18 of it. 2^n * (1 + f q(f)) with f the rest, q of degree 3 fitted
-// for least maximum relative error. Where x is far out, f is 0 and the factor exactly 1: infinity and 0 come out as such.
+// 2^x within 2^-18 of it, for results that are rounded to 16 bits: 2^n * (1 + f q(f)) with f = x - n, and q of degree 3 fitted for
+// least maximum relative error. Where x is at a bound, f is 0 and the factor exactly 1, so that the result is infinity or 0.
 VEC_INLINE Vec<float> exp2_for_16_bits(Vec<float> x) {
   using V = Vec<float>;
 #if defined(CPU_CAPABILITY_AVX512)
@@ -72,7 +72,7 @@ VEC_INLINE Vec<float> exp2_for_16_bits(Vec<float> x) {
   V q = fma(V(0x1.b7f730p-7f), f, V(0x1.abf868p-5f));
   q = fma(q, f, V(0x1.ee2450p-3f));
   q = fma(q, f, V(0x1.62d6c6p-1f));
-  return scale2(fma(q, f, V(1.0f)), x);  // takes floor(x) itself
+  return scale2(fma(q, f, V(1.0f)), x);  // scalef uses floor(x)
 #else
   x = min(V(128.0f), max(V(-127.0f), x));
   const V n = round(x), f = x - n;
@@ -84,7 +84,7 @@ VEC_INLINE Vec<float> exp2_for_16_bits(Vec<float> x) {
 #endif
 }
 
-// C's functions: C++'s own are inline, one copy for all builds.
+// The functions of C, because those of C++ are inline, with one copy for all builds.
 VEC_INLINE float log_of(float x) { return ::logf(x); }
 VEC_INLINE double log_of(double x) { return ::log(x); }
 VEC_INLINE float expm1_of(float x) { return ::expm1f(x); }

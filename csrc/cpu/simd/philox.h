@@ -1,6 +1,6 @@
-// Random bits that are a function of (seed, counter) alone: Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random
-// numbers: as easy as 1, 2, 3" (SC 2011). One call takes as many counters as 64-bit lanes and yields 16 bits for each of
-// Vec<float>::size * 4 elements, 8 a counter.
+// Random bits that are a function of seed and counter alone: Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random
+// numbers: as easy as 1, 2, 3" (SC 2011). One call takes one counter for each 64-bit lane. Each counter gives 16 bits for each of
+// 8 elements, so that a call serves Vec<float>::size * 4 elements.
 #pragma once
 #include "vec.h"
 
@@ -9,7 +9,7 @@ namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 constexpr uint32_t kPhiloxA = 0xd2511f53u, kPhiloxB = 0xcd9e8d57u, kWeylA = 0x9e3779b9u, kWeylB = 0xbb67ae85u;
 constexpr int kPhiloxElements = 4 * Vec<float>::size, kPhiloxRounds = 10;
 
-struct PhiloxKey {  // as each round takes it
+struct PhiloxKey {  // the keys of all rounds
   uint64_t low[kPhiloxRounds], high[kPhiloxRounds];
   PhiloxKey(uint32_t a, uint32_t b) {
     for (int round = 0; round < kPhiloxRounds; ++round, a += kWeylA, b += kWeylB) {
@@ -29,7 +29,7 @@ VEC_INLINE Words plus(Words a, Words b) { return _mm512_add_epi64(a, b); }
 VEC_INLINE Words pairs(Words low, Words high) { return _mm512_mask_shuffle_epi32(low, 0xaaaa, high, _MM_PERM_CCAA); }
 VEC_INLINE Words first_of(Words a, Words b) { return _mm512_unpacklo_epi64(a, b); }
 VEC_INLINE Words second_of(Words a, Words b) { return _mm512_unpackhi_epi64(a, b); }
-VEC_INLINE Words order() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }  // in which unpacking brings them in line
+VEC_INLINE Words order() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }  // the order that unpacking turns into that of memory
 #else
 using Words = __m256i;
 VEC_INLINE Words same(uint64_t x) { return _mm256_set1_epi64x(static_cast<long long>(x)); }
@@ -43,8 +43,8 @@ VEC_INLINE Words second_of(Words a, Words b) { return _mm256_unpackhi_epi64(a, b
 VEC_INLINE Words order() { return _mm256_setr_epi64x(0, 2, 1, 3); }
 #endif
 
-// The words of counters (first + i low, first + i high, third, fourth), i = 0, 1, ...: four a counter, in memory's order.
-// Every 64-bit lane computes one counter; its upper half is never read where it is not a product.
+// The four words of each counter (first + i low, first + i high, third, fourth), i = 0, 1, ..., in the order of memory. Every
+// 64-bit lane computes one counter. The upper half of a lane is read only where it is that of a product.
 VEC_INLINE void philox(const PhiloxKey& key, uint64_t first, uint32_t third, uint32_t fourth, Words& a, Words& b) {
   Words c0 = plus(same(first), order()), c1 = upper(c0), c2 = same(third), c3 = same(fourth);
   const Words by_a = same(kPhiloxA), by_b = same(kPhiloxB);
@@ -61,8 +61,8 @@ VEC_INLINE void philox(const PhiloxKey& key, uint64_t first, uint32_t third, uin
   b = second_of(front, back);
 }
 
-// x stored as bf16, rounded up with the probability that keeps its mean: the upper half of bits(x) + r, r 16 random bits.
-// Infinity and NaN pass as they would when rounded to nearest, and no finite number becomes infinite.
+// Stores x as bf16 with stochastic rounding, which keeps the mean: the upper half of bits(x) + r with 16 random bits r. Infinity
+// and NaN are rounded as usual, and no finite number becomes infinite.
 #if defined(CPU_CAPABILITY_AVX512)
 VEC_INLINE __m512i stochastic_upper(__m512 v, __m512i random) {
   const __m512i bits = _mm512_castps_si512(v), sign = _mm512_set1_epi32(static_cast<int>(0x80000000u));

@@ -1,12 +1,12 @@
-// SIMD vectors of one accumulator type, compiled once for AVX2 and once for AVX-512 (CPU_CAPABILITY says which).
+// SIMD vectors of an accumulator type, compiled once for AVX2 and once for AVX-512; CPU_CAPABILITY says which.
 //
-// Why not at::vec: its exp and kin call Sleef symbols that libtorch_cpu exports but no ABI promises, and it rounds to
-// bfloat16 in several instructions more. Everything is in an unnamed namespace inside the instruction set's own: a weak
-// symbol shared between the two builds would let the linker run AVX-512 code on an AVX2 machine.
+// at::vec is not used because its exp and similar functions call Sleef symbols, which no ABI promises, and because it needs more
+// instructions to round to bfloat16. Everything is in an unnamed namespace inside the namespace of the instruction set: a weak
+// symbol that two builds share would let the linker run AVX-512 code on a machine without AVX-512.
 //
-// Vec<float> and Vec<double> hold `size` lanes. load/store convert from and to the storage types float, bf16, f16 and
-// double; load(p, n) and store(p, n) touch only the first n lanes (missing lanes read as 0). Two<V> is a pair of vectors,
-// which loops over rows work on: `for_vectors` hands out pairs, then what is left.
+// Vec<float> and Vec<double> hold `size` lanes. load and store convert from and to the storage types float, bf16, f16 and double.
+// load(p, n) and store(p, n) touch only the first n elements; the other lanes read as 0. Two<V> is a pair of vectors: loops over
+// rows (`for_vectors`) take pairs first and then what is left.
 #pragma once
 #include <immintrin.h>
 
@@ -23,12 +23,12 @@ namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
 template <typename Acc> struct Vec;
 
-// How many elements load and store move: so many lanes of a vector (an int), a whole vector, or two of them. The order of
-// two vectors' lanes is that which tensors of storage type L load and store cheapest: even and odd elements for bf16,
-// else one after the other; arrays of another type that meet them are brought into the same order.
+// The type of the last argument of load and store says how many elements they move: an int, that many lanes of a vector; All, a
+// whole vector; Both<L>, two vectors. The lanes of two vectors are in the order in which tensors of storage type L are loaded
+// fastest: even and odd elements for bf16, otherwise the order of memory. Arrays of another type are brought into the same order.
 struct All {};
 template <typename L> struct Both {};
-struct Single {};  // in place of L: a loop that takes one vector at a time
+struct Single {};  // in place of L in loops: one vector at a time
 
 // The accumulator of a storage type: float for the 16- and 32-bit types, double for double.
 template <typename T> struct AccOf { using type = float; };
@@ -50,24 +50,38 @@ VEC_INLINE float to_acc(f16 v) { return _cvtsh_ss(v.bits); }
 }}}}  // namespace internlm2::cpu::CPU_CAPABILITY::(unnamed)
 
 #if defined(CPU_CAPABILITY_AVX512)
+#define MM(name) _mm512_##name
 #include "vec_avx512.h"
 #else
+#define MM(name) _mm256_##name
 #include "vec_avx2.h"
 #endif
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
+// ------------------------------------------------------------------------------------------------------ arithmetic
+#define VEC_BINARY(function, instruction)                                                                     \
+  VEC_INLINE Vec<float> function(Vec<float> a, Vec<float> b) { return MM(instruction##_ps)(a.v, b.v); }       \
+  VEC_INLINE Vec<double> function(Vec<double> a, Vec<double> b) { return MM(instruction##_pd)(a.v, b.v); }
+#define VEC_TERNARY(function, instruction)                                                                                      \
+  VEC_INLINE Vec<float> function(Vec<float> a, Vec<float> b, Vec<float> c) { return MM(instruction##_ps)(a.v, b.v, c.v); }      \
+  VEC_INLINE Vec<double> function(Vec<double> a, Vec<double> b, Vec<double> c) { return MM(instruction##_pd)(a.v, b.v, c.v); }
+VEC_BINARY(operator+, add)
+VEC_BINARY(operator-, sub)
+VEC_BINARY(operator*, mul)
+VEC_BINARY(operator/, div)
+VEC_BINARY(max, max)
+VEC_BINARY(min, min)
+VEC_TERNARY(fma, fmadd)
+VEC_TERNARY(fnma, fnmadd)  // c - a * b
+#undef VEC_BINARY
+#undef VEC_TERNARY
+
 template <> VEC_INLINE Vec<float> Vec<float>::rounded_to<float>() const { return *this; }
 template <> VEC_INLINE Vec<float> Vec<float>::rounded_to<bf16>() const { return widen(to_bf16()); }
-template <> VEC_INLINE Vec<float> Vec<float>::rounded_to<f16>() const {
-#if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_cvtph_ps(to_f16());
-#else
-  return _mm256_cvtph_ps(to_f16());
-#endif
-}
+template <> VEC_INLINE Vec<float> Vec<float>::rounded_to<f16>() const { return MM(cvtph_ps)(to_f16()); }
 
-// The largest lane in the order of max_abs.
+// The largest lane by the order of max_abs.
 VEC_INLINE float largest_abs(Vec<float> most) {
   int32_t lanes[Vec<float>::size], top = 0;
   most.store(reinterpret_cast<float*>(lanes));
@@ -95,11 +109,11 @@ template <typename V> VEC_INLINE Two<V> fma(Two<V> x, V y, Two<V> z) { return {f
 template <typename V> VEC_INLINE Two<V> fnma(Two<V> x, V y, Two<V> z) { return {fnma(x.a, y, z.a), fnma(x.b, y, z.b)}; }
 template <typename V> VEC_INLINE Two<V> min(V x, Two<V> y) { return {min(x, y.a), min(x, y.b)}; }
 
-// A running sum over a row takes pairs and what is left after them.
+// Adds products to a running sum over a row, for pairs and for what is left after them.
 template <typename V> VEC_INLINE void add_to(Two<V>& sum, Two<V> x, Two<V> y) { sum = fma(x, y, sum); }
 template <typename V> VEC_INLINE void add_to(Two<V>& sum, V x, V y) { sum.a = fma(x, y, sum.a); }
 
-// What a value becomes when it is stored as T and read again.
+// The value after a store as T and a load.
 template <typename T, typename V> VEC_INLINE V rounded_to(V x) { return x.template rounded_to<T>(); }
 template <typename T, typename V> VEC_INLINE Two<V> rounded_to(Two<V> x) {
   if constexpr (is_bf16<T>) return {round_upper(x.a), round_upper(x.b)};
@@ -130,11 +144,11 @@ template <typename T, typename V, typename L> VEC_INLINE void store(T* p, Two<V>
     x.b.store(p + V::size);
   }
 }
-// The same for values that rounded_to<T> has rounded already.
+// The same for values that rounded_to<T> has already rounded.
 template <typename T, typename V, typename N> VEC_INLINE void store_exact(T* p, V x, N n) { store(p, x, n); }
 template <typename V, typename L> VEC_INLINE void store_exact(bf16* p, Two<V> x, Both<L>) { store_split_exact(p, x.a, x.b); }
 
-// Scratch in whatever order the lanes have.
+// Scratch memory keeps the lanes in their order.
 template <typename V, typename Acc, typename N> VEC_INLINE V load_partial(const Acc* p, N n) { return load<V>(p, n); }
 template <typename V, typename Acc, typename L> VEC_INLINE Two<V> load_partial(const Acc* p, Both<L>) {
   return {V::load(p), V::load(p + V::size)};
@@ -145,7 +159,7 @@ template <typename V, typename Acc, typename L> VEC_INLINE void store_partial(Ac
   x.b.store(p + V::size);
 }
 
-// Asks for the cache lines of the elements that load(p, n) would read, into the second-level cache.
+// Prefetches the cache lines that load(p, n) would read into the second-level cache.
 template <typename V, typename T, typename L> VEC_INLINE void prefetch(const T* p, Both<L>) {
   for (int i = 0; i < 2 * V::size * static_cast<int>(sizeof(T)); i += 64) {
     _mm_prefetch(reinterpret_cast<const char*>(p) + i, _MM_HINT_T1);
@@ -153,9 +167,9 @@ template <typename V, typename T, typename L> VEC_INLINE void prefetch(const T* 
 }
 template <typename V, typename T, typename N> VEC_INLINE void prefetch(const T*, N) {}
 
-// Runs body(i, n, u) over [0, cols): pairs of vectors in turns of kUnroll (u: the place in the turn, for independent sums),
-// pairs, a whole vector, and one partial vector with n = the lanes left. Their types differ, so that a whole vector never
-// takes a masked access: Zen 4 microcodes masked 16-bit stores.
+// body(i, n, u) over [0, cols): kUnroll pairs of vectors at a time (u < kUnroll, for independent sums), then pairs, then a whole
+// vector, then a partial one. The types of n differ, so that a whole vector never takes a masked access: Zen 4 runs masked 16-bit
+// stores as microcode.
 template <int kUnroll, typename V, typename L, typename F> VEC_INLINE void for_unrolled(int64_t cols, const F& body) {
   constexpr int64_t pair = 2 * V::size;
   int64_t i = 0;

@@ -31,7 +31,7 @@ template <> struct Vec<float> {
   static VEC_INLINE Vec load(const bf16* p, int n) { return widen(part(p, n)); }
   static VEC_INLINE Vec load(const f16* p, int n) { return _mm256_cvtph_ps(part(p, n)); }
 
-  // Round to nearest even; a NaN stays a NaN.
+  // Rounds to nearest even; NaN stays NaN.
   VEC_INLINE __m128i to_bf16() const {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -54,17 +54,9 @@ template <> struct Vec<float> {
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
   }
-  VEC_INLINE Vec operator+(Vec b) const { return _mm256_add_ps(v, b.v); }
-  VEC_INLINE Vec operator-(Vec b) const { return _mm256_sub_ps(v, b.v); }
-  VEC_INLINE Vec operator*(Vec b) const { return _mm256_mul_ps(v, b.v); }
-  VEC_INLINE Vec operator/(Vec b) const { return _mm256_div_ps(v, b.v); }
 };
-VEC_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a.v, b.v, c.v); }
-VEC_INLINE Vec<float> fnma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fnmadd_ps(a.v, b.v, c.v); }
-VEC_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a.v, b.v); }
-VEC_INLINE Vec<float> min(Vec<float> a, Vec<float> b) { return _mm256_min_ps(a.v, b.v); }
 VEC_INLINE Vec<float> round(Vec<float> a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-VEC_INLINE Vec<float> scale2(Vec<float> a, Vec<float> n) {  // two factors, so that 2^n may be as small as a subnormal
+VEC_INLINE Vec<float> scale2(Vec<float> a, Vec<float> n) {  // in two factors, so that 2^n may be subnormal
   const __m256i whole = _mm256_cvtps_epi32(n.v);
   const __m256i half = _mm256_srai_epi32(whole, 1);
   const auto power = [](__m256i e) {
@@ -97,15 +89,7 @@ template <> struct Vec<double> {
     const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
     return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
   }
-  VEC_INLINE Vec operator+(Vec b) const { return _mm256_add_pd(v, b.v); }
-  VEC_INLINE Vec operator-(Vec b) const { return _mm256_sub_pd(v, b.v); }
-  VEC_INLINE Vec operator*(Vec b) const { return _mm256_mul_pd(v, b.v); }
-  VEC_INLINE Vec operator/(Vec b) const { return _mm256_div_pd(v, b.v); }
 };
-VEC_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a.v, b.v, c.v); }
-VEC_INLINE Vec<double> fnma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fnmadd_pd(a.v, b.v, c.v); }
-VEC_INLINE Vec<double> max(Vec<double> a, Vec<double> b) { return _mm256_max_pd(a.v, b.v); }
-VEC_INLINE Vec<double> min(Vec<double> a, Vec<double> b) { return _mm256_min_pd(a.v, b.v); }
 VEC_INLINE Vec<double> round(Vec<double> a) { return _mm256_round_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 VEC_INLINE Vec<double> scale2(Vec<double> a, Vec<double> n) {
   const __m128i whole = _mm256_cvtpd_epi32(n.v);
@@ -119,7 +103,7 @@ VEC_INLINE Vec<double> scale2(Vec<double> a, Vec<double> n) {
 VEC_INLINE Vec<float> swap_pairs(Vec<float> a) { return _mm256_permute_ps(a.v, 0xb1); }  // (x1, x0, x3, x2, ...)
 VEC_INLINE Vec<double> swap_pairs(Vec<double> a) { return _mm256_permute_pd(a.v, 0x5); }
 
-// Even and odd elements of two consecutive vectors, and back.
+// Separates two consecutive vectors into even and odd elements, and back.
 VEC_INLINE __m256 lanes_0213(__m256 v) {
   return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
 }
@@ -133,13 +117,13 @@ VEC_INLINE void interleave(Vec<float>& a, Vec<float>& b) {
   a.v = _mm256_permute2f128_ps(low, high, 0x20);
   b.v = _mm256_permute2f128_ps(low, high, 0x31);
 }
-// Even and odd elements of 16 bf16: a shift and a mask, where widening each half in order takes twice as many steps.
+// Even and odd elements of 16 bf16: a shift and a mask, half as many instructions as widening each half.
 VEC_INLINE void load_split(const bf16* p, Vec<float>& even, Vec<float>& odd) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   even.v = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
   odd.v = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
-// Float bits whose upper half is the nearest bf16, half to even; a NaN stays one instead, lest it round to infinity.
+// Float bits whose upper half is the nearest bf16, ties to even. A NaN stays NaN, because rounding could make it infinity.
 VEC_INLINE __m256i rounded_upper(__m256 v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -159,7 +143,7 @@ VEC_INLINE Vec<float> round_upper(Vec<float> a) {
   return _mm256_castsi256_ps(_mm256_and_si256(rounded_upper(a.v), _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
-// Round half to even, NaN to 0; lanes beyond [-128, 127] saturate.
+// Rounds to nearest with ties to even, NaN to 0, and saturates to [-128, 127].
 VEC_INLINE __m128i to_i8(Vec<float> a) {
   const __m256i number = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_ORD_Q));
   const __m256i wide = _mm256_and_si256(_mm256_cvtps_epi32(a.v), number);
@@ -172,7 +156,7 @@ VEC_INLINE void store_i8(int8_t* p, Vec<float> a, int n) {
   _mm_store_si128(reinterpret_cast<__m128i*>(lanes), to_i8(a));
   std::memcpy(p, lanes, static_cast<size_t>(n));
 }
-// The larger of `most` (not negative) and |a|, a NaN being the largest: float's order is that of its bits.
+// The larger of `most`, which is not negative, and |a|; NaN is the largest. Floats that are not negative compare as their bits.
 VEC_INLINE Vec<float> max_abs(Vec<float> most, Vec<float> a) {
   const __m256i bits = _mm256_and_si256(_mm256_castps_si256(a.v), _mm256_set1_epi32(0x7fffffff));
   return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(most.v), bits));

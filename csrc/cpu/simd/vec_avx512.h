@@ -19,7 +19,7 @@ template <> struct Vec<float> {
   static VEC_INLINE Vec load(const bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
   static VEC_INLINE Vec load(const f16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
 
-  // Round to nearest even; a NaN stays a NaN.
+  // Rounds to nearest even; NaN stays NaN.
   VEC_INLINE __m256i to_bf16() const {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -35,24 +35,16 @@ template <> struct Vec<float> {
   VEC_INLINE void store(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   VEC_INLINE void store(bf16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), to_bf16()); }
   VEC_INLINE void store(f16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), to_f16()); }
-  // What the value becomes when it is stored as T and read again.
+  // The value after a store as T and a load.
   template <typename T> VEC_INLINE Vec rounded_to() const;
 
-  VEC_INLINE float sum() const {  // halves folded in a fixed order
+  VEC_INLINE float sum() const {  // halves are added in a fixed order
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
     __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
     return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
   }
-  VEC_INLINE Vec operator+(Vec b) const { return _mm512_add_ps(v, b.v); }
-  VEC_INLINE Vec operator-(Vec b) const { return _mm512_sub_ps(v, b.v); }
-  VEC_INLINE Vec operator*(Vec b) const { return _mm512_mul_ps(v, b.v); }
-  VEC_INLINE Vec operator/(Vec b) const { return _mm512_div_ps(v, b.v); }
 };
-VEC_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
-VEC_INLINE Vec<float> fnma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fnmadd_ps(a.v, b.v, c.v); }
-VEC_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return _mm512_max_ps(a.v, b.v); }
-VEC_INLINE Vec<float> min(Vec<float> a, Vec<float> b) { return _mm512_min_ps(a.v, b.v); }
 VEC_INLINE Vec<float> round(Vec<float> a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 VEC_INLINE Vec<float> scale2(Vec<float> a, Vec<float> n) { return _mm512_scalef_ps(a.v, n.v); }  // a * 2^n, n integral
 
@@ -75,22 +67,14 @@ template <> struct Vec<double> {
     const __m128d quarter = _mm_add_pd(_mm256_castpd256_pd128(half), _mm256_extractf128_pd(half, 1));
     return _mm_cvtsd_f64(_mm_add_sd(quarter, _mm_unpackhi_pd(quarter, quarter)));
   }
-  VEC_INLINE Vec operator+(Vec b) const { return _mm512_add_pd(v, b.v); }
-  VEC_INLINE Vec operator-(Vec b) const { return _mm512_sub_pd(v, b.v); }
-  VEC_INLINE Vec operator*(Vec b) const { return _mm512_mul_pd(v, b.v); }
-  VEC_INLINE Vec operator/(Vec b) const { return _mm512_div_pd(v, b.v); }
 };
-VEC_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a.v, b.v, c.v); }
-VEC_INLINE Vec<double> fnma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fnmadd_pd(a.v, b.v, c.v); }
-VEC_INLINE Vec<double> max(Vec<double> a, Vec<double> b) { return _mm512_max_pd(a.v, b.v); }
-VEC_INLINE Vec<double> min(Vec<double> a, Vec<double> b) { return _mm512_min_pd(a.v, b.v); }
 VEC_INLINE Vec<double> round(Vec<double> a) { return _mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 VEC_INLINE Vec<double> scale2(Vec<double> a, Vec<double> n) { return _mm512_scalef_pd(a.v, n.v); }
 
 VEC_INLINE Vec<float> swap_pairs(Vec<float> a) { return _mm512_permute_ps(a.v, 0xb1); }  // (x1, x0, x3, x2, ...)
 VEC_INLINE Vec<double> swap_pairs(Vec<double> a) { return _mm512_permute_pd(a.v, 0x55); }
 
-// Even and odd elements of two consecutive vectors, and back.
+// Separates two consecutive vectors into even and odd elements, and back.
 VEC_INLINE void deinterleave(Vec<float>& a, Vec<float>& b) {
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512 first = a.v;
@@ -103,13 +87,13 @@ VEC_INLINE void interleave(Vec<float>& a, Vec<float>& b) {
   a.v = _mm512_permutex2var_ps(even, low, b.v);
   b.v = _mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), b.v);
 }
-// Even and odd elements of 32 bf16: a shift and a mask, where widening each half in order takes twice as many steps.
+// Even and odd elements of 32 bf16: a shift and a mask, half as many instructions as widening each half.
 VEC_INLINE void load_split(const bf16* p, Vec<float>& even, Vec<float>& odd) {
   const __m512i bits = _mm512_loadu_si512(p);
   even.v = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
   odd.v = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
-// Float bits whose upper half is the nearest bf16, half to even; a NaN is quieted instead, lest it round to infinity.
+// Float bits whose upper half is the nearest bf16, ties to even. A NaN is quieted, because rounding could make it infinity.
 VEC_INLINE __m512i rounded_upper(__m512 v) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -129,13 +113,13 @@ VEC_INLINE Vec<float> round_upper(Vec<float> a) {
   return _mm512_castsi512_ps(_mm512_and_si512(rounded_upper(a.v), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
-// Round half to even, NaN to 0; lanes beyond [-128, 127] saturate.
+// Rounds to nearest with ties to even, NaN to 0, and saturates to [-128, 127].
 VEC_INLINE __m128i to_i8(Vec<float> a) {
   return _mm512_cvtsepi32_epi8(_mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q), a.v));
 }
 VEC_INLINE void store_i8(int8_t* p, Vec<float> a, All) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_i8(a)); }
 VEC_INLINE void store_i8(int8_t* p, Vec<float> a, int n) { _mm_mask_storeu_epi8(p, Vec<float>::first(n), to_i8(a)); }
-// The larger of `most` (not negative) and |a|, a NaN being the largest: float's order is that of its bits.
+// The larger of `most`, which is not negative, and |a|; NaN is the largest. Floats that are not negative compare as their bits.
 VEC_INLINE Vec<float> max_abs(Vec<float> most, Vec<float> a) {
   const __m512i bits = _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff));
   return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(most.v), bits));

@@ -101,12 +101,12 @@ def _check_rollout(
     if mask.shape != tokens.shape or mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool {list(tokens.shape)}, got {mask.dtype} {list(mask.shape)}")
     if scores.shape != (len(bounds) - 1,):
-        raise ValueError(f"scores must be [{len(bounds) - 1}], one a sequence, got {list(scores.shape)}")
+        raise ValueError(f"scores must be [{len(bounds) - 1}], one for each sequence, got {list(scores.shape)}")
     if truncated is not None and (truncated.shape != scores.shape or truncated.dtype != torch.bool):
         raise ValueError(f"truncated must be bool {list(scores.shape)}, got {truncated.dtype} {list(truncated.shape)}")
     here = mask.cpu()
     for i, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         if end > begin and here[end - 1]:
-            raise ValueError(f"mask must be False at the last token of sequence {i}: no choice follows it")
+            raise ValueError(f"mask must be False at the last token of sequence {i}, after which nothing was chosen")
         if not here[begin:end].any():
             raise ValueError(f"mask must mark a choice in every sequence, got none in sequence {i}")

@@ -98,7 +98,8 @@ def build_learner(config: TrainConfig, *, operators: str | None = None, seed: in
 
 
 def build_batches(config: TrainConfig, corpus: Corpus) -> tuple[PackedBatches, list[PackedBatch]]:
-    """The training stream, and the validation batches: the same ones at every validation, spread over the held-out documents."""
+    """The training stream, and the validation batches, which are the same at every validation and come from all held-out
+    documents."""
     sizes = config.data.tokens_per_batch, config.data.max_seqlen
     held_out = PackedBatches(corpus.validation, *sizes, seed=0)
     # At most one pass, so that no held-out token counts twice.

@@ -169,9 +169,9 @@ def gradients_of_others(shape, seed):
 
 @pytest.mark.parametrize("shape", EXACTNESS, ids=str)
 def test_bf16_gradients_are_more_exact_than_sdpas(shape, native):
-    """On CPU, SDPA adds up dK and dV over blocks in bfloat16; ours are rounded once, and have at most 0.8 of its error. dQ, whose
-    error is that of dS in bfloat16 on both sides, has at most SDPA's. The error of a gradient is the root mean square over all
-    elements in three draws of q, k, v and dout, for each shape separately. SDPA's is that of its more accurate form:
+    """On CPU, SDPA adds up dK and dV over blocks in bfloat16; ours are rounded once, and have at most 0.8 of its error. dQ,
+    whose error is that of dS in bfloat16 on both sides, has at most SDPA's. The error of a gradient is the root mean square
+    over all elements in three draws of q, k, v and dout, for each shape separately. SDPA's is that of its more accurate form:
     `enable_gqa`, or keys expanded beforehand.
     """
     errors = {name: torch.zeros(3, dtype=torch.float64) for name in "qkv"}  # ours, SDPA's two forms

@@ -47,6 +47,7 @@ CASES = (
     dense(300, 450, 2, 1, 64, window=(-1, 60)),
     dense(500, 500, 2, 1, 64, causal=True, softcap=5.0),
     dense(300, 450, 1, 1, 128, softcap=5.0, return_lse=True),
+    dense(200, 250, 2, 1, 64, causal=True, softcap=50.0),
     dense(300, 450, 2, 1, 128, causal=True, window=(200, 0), softcap=5.0),
     packed((300, 1, 450), (450, 200, 300), 2, 1, 64, causal=True),
     packed((300, 1, 450), (200, 300, 460), 2, 1, 64, window=(100, 50), return_lse=True),

@@ -76,7 +76,7 @@ class RotaryEmbedding(torch.nn.Module):
     """Rotary tables for `max_length` positions, applied to queries and keys: `forward(q, k, positions)` -> q, k.
 
     The tables are float32 buffers that the state dictionary does not contain. `.to(bfloat16)` and `.half()` leave them in
-    float32, because bfloat16 cannot represent positions above 256. Options and errors: `rope_table` and `apply_rope`.
+    float32, because rounding them would be an error of every rotation. Options and errors: `rope_table` and `apply_rope`.
     """
 
     def __init__(self, head_dim, max_length, *, base=1e6, scaling=None, angles="float64", interleaved=False, device=None):

@@ -17,9 +17,9 @@ import torch
 from ._registry import Op
 from .workloads import Sample
 
-RMS_SLACK = 1.25  # how many times the baseline's root mean square error is allowed,
-MAX_SLACK = 2.0  # how many times its largest error,
-EPS_TERMS = 2  # and how many eps x scale in addition
+RMS_SLACK = 1.25  # the allowed root mean square error, as a multiple of the baseline's
+MAX_SLACK = 2.0  # the allowed largest error, as a multiple of the baseline's
+EPS_TERMS = 2  # how many times eps x scale both may have in addition
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,9 @@ def standard(op: Op, sample: Sample, upstream: dict[str, torch.Tensor] | None = 
 
 @dataclass(frozen=True)
 class Draw:
-    """One draw of the inputs and what an implementation made of it: `got` as `run(op, sample, backend, upstream)` returns.
+    """One draw of the inputs, and the results `got` that `run(op, sample, backend, upstream)` returned for it.
 
-    `by` is `standard(op, sample, upstream)`, taken by the ladder where it is not given.
+    `by` is `standard(op, sample, upstream)`; the ladder computes it where it is not given.
     """
 
     sample: Sample
@@ -170,10 +170,10 @@ class Draw:
 
 
 def ladder(op: Op, draws: Sequence[Draw]) -> list[Rung]:
-    """One `Rung` for every output and gradient, its errors pooled over `draws`.
+    """One `Rung` for every output and gradient, with its errors pooled over `draws`.
 
-    For the low-precision dtypes: at float64 there is nothing more exact to compare with (gradcheck's business).
-    A tensor that is missing, has another shape or dtype than the baseline's, or is not finite where gold is, fails.
+    A tensor fails if it is missing, has another shape or dtype than the baseline's, or is not finite where gold is finite.
+    The dtypes are float32 and lower: for float64 nothing is more exact, and gradcheck is the test.
     """
     standards = [draw.by or standard(op, draw.sample, draw.upstream) for draw in draws]
     rungs = []

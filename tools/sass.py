@@ -1,10 +1,10 @@
 """Reads the machine code (SASS) of a compiled kernel: its loops, and the arithmetic instructions of the hot one.
 
-A loop is the range of addresses between a backward branch and its target. The hot loop of a kernel is the
-innermost loop with the most matrix arithmetic for its length: tensor-core instructions, or fused multiply-adds if the kernel
-has none. Code inside the loop that a branch jumps over is not counted if it has no tensor-core instructions, because it is
-rare work, such as the merge of two splits of keys. A kernel without loops is counted as a whole. All counts are static, for one
-thread.
+A loop is the range of addresses between a backward branch and its target. The hot loop of a kernel is the innermost loop with
+the most tensor-core instructions for its length, or with the most float instructions if the kernel has no tensor-core
+instructions. Code inside the loop that a branch jumps over is not counted if it has no tensor-core instructions, because it is
+rare work, such as the merge of two splits of keys. A kernel without loops is counted as a whole. All counts are static, for
+one thread.
 """
 
 import re
@@ -14,6 +14,7 @@ from pathlib import Path
 
 TENSOR = r"[HIQ]G?MMA|UTC\w*MMA"  # mma.sync, wgmma, tcgen05
 KINDS = {"tensor": TENSOR, "ffma": r"U?FFMA2?", "fmul_fadd": r"U?F(?:MUL|ADD)2?", "mufu": r"MUFU"}
+FLOAT = "|".join(KINDS[kind] for kind in ("ffma", "fmul_fadd", "mufu"))
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,12 @@ def _target(instruction: Instruction) -> int | None:
     return int(found.group(1), 16) if found else None
 
 
-def innermost_loops(code: list[Instruction]) -> list[list[Instruction]]:
-    """The innermost loops with tensor-core instructions; if there are none, those with FFMA; if none, all innermost."""
+def innermost_loops(code: list[Instruction], patterns: tuple[str, ...] = (TENSOR, FLOAT, ".*")) -> list[list[Instruction]]:
+    """The innermost of the loops that have an instruction of the first of the patterns that any loop has."""
     # ptxas moves waits behind the last EXIT of a kernel; the branches that return from there close no loops.
     end = max((i.address for i in code if i.text.strip() == "EXIT"), default=code[-1].address)
     ranges = {(target, i.address) for i in code if (target := _target(i)) is not None and target < i.address <= end}
-    for pattern in (TENSOR, KINDS["ffma"], ".*"):
+    for pattern in patterns:
         chosen = [r for r in ranges if any(i.is_a(pattern) for i in code if r[0] <= i.address <= r[1])]
         if chosen:
             break
@@ -114,10 +115,9 @@ def hot_loop(code: list[Instruction]) -> Loop:
     loops = [Loop(hot_path(loop), True) for loop in innermost_loops(code)]
     if not loops:
         return Loop(code, False)
-    work = lambda loop: loop.count(TENSOR) or loop.count(KINDS["ffma"])
-    return max(loops, key=lambda loop: (work(loop) / len(loop.path), len(loop.path)))
+    return max(loops, key=lambda loop: (loop.count(TENSOR) / len(loop.path), loop.count(FLOAT)))
 
 
 def spills_in_loops(code: list[Instruction]) -> int:
-    """Stack accesses in the innermost loops: the cost of a spill is decided there."""
-    return sum(i.is_a("STL|LDL") for loop in innermost_loops(code) for i in loop)
+    """Stack accesses in the innermost loops that multiply: the cost of a spill is decided there."""
+    return sum(i.is_a("STL|LDL") for loop in innermost_loops(code, (TENSOR, KINDS["ffma"], ".*")) for i in loop)

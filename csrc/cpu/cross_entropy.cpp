@@ -70,8 +70,8 @@ template <typename T> struct Row {
         const V less(before == static_cast<Acc>(-kInfinity) ? Acc(0) : lane(exp(V(before - top))));
         sum = {sum.a * less, sum.b * less};
       }
-      const Two<V> more = block_sum(first, n, most == static_cast<Acc>(-kInfinity) ? Acc(0) : most);
-      sum = plus(sum, more);
+      const Acc shift = most == static_cast<Acc>(-kInfinity) ? Acc(0) : most;
+      sum = plus(sum, a.softcap > 0 ? block_sum<true>(first, n, shift) : block_sum<false>(first, n, shift));
       if (a.total != nullptr) total = plus(total, block_total(first, n));
     }
     return {{most, log_of((sum.a + sum.b).sum())}, (total.a + total.b).sum()};
@@ -90,12 +90,13 @@ template <typename T> struct Row {
     });
     return largest(max(max(most[0].a, most[0].b), max(most[1].a, most[1].b)));
   }
-  VEC_INLINE Two<V> block_sum(int64_t first, int64_t n, Acc shift) const {
+  template <bool kCapped> VEC_INLINE Two<V> block_sum(int64_t first, int64_t n, Acc shift) const {
     const V zero(Acc(0)), down(shift);
     Two<V> sum[2] = {{zero, zero}, {zero, zero}};
     for_unrolled<2, V, T>(n, [&](int64_t i, auto part, int u) VEC_LAMBDA {
       const auto l = load<V>(x + first + i, part);
-      sum[u] = plus(sum[u], exp(ended(a.softcap > 0 ? capped_less(l, down).less : l - down, part)));
+      if constexpr (kCapped) sum[u] = plus(sum[u], exp(ended(capped_less(l, down).less, part)));
+      else sum[u] = plus(sum[u], exp(ended(l - down, part)));
     });
     return plus(sum[0], sum[1]);
   }

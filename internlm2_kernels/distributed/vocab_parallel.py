@@ -41,8 +41,11 @@ def _marks(begin, end):
 
 
 def _check_cover(found, start, rows, vocab_size):
-    """bool [1]: whether the shards of all ranks cover the vocabulary once. On the CPU, and outside compiled code, an error
-    if they do not; on CUDA it sets the device's error word instead, because the host must not wait."""
+    """bool [1]: whether the shards of all ranks cover the vocabulary once.
+
+    If they do not, it raises on the CPU outside compiled code. On CUDA it sets the device's error word, so that the host need
+    not wait.
+    """
     first, second = _marks(0, vocab_size)
     covered = (found[:1] == first) & (found[1:] == second)
     if torch.compiler.is_compiling():
@@ -68,7 +71,7 @@ class _Losses(torch.autograd.Function):
         # The rank that has the label: lse - logit = (lse - the rank's own lse) - the rank's log-probability of the label.
         loss = torch.where((labels >= start) & (labels < end), ((most - own[:, 0]) - own[:, 1]) + (log_sum - logprobs), 0)
         marks = [lse.new_full((1,), mark) for mark in _marks(start, end)]  # on the device: CUDA graphs capture no host copy
-        parts = torch.cat((loss, total, *marks))  # one message; total is empty without label smoothing
+        parts = torch.cat((loss, total, *marks))  # all in one all-reduce; total is empty without label smoothing
         dist.all_reduce(parts, group=group)
         loss, total, found = parts.split((loss.shape[0], total.shape[0], 2))
         right = (labels >= 0) & (labels < vocab_size) & _check_cover(found, start, weight.shape[0], vocab_size)

@@ -6,8 +6,11 @@ from .._checks import check_device, check_shape, check_tensor, fail
 
 
 def check_cache(op, tensors, like, of, heads=None):
-    """`tensors`: k, v, k_scale, v_scale by the names that errors give them. The cache has the dtype of `like`, the argument
-    named `of`, or int8 and then scales; `heads`: its last two dimensions, where they are known."""
+    """Checks k, v, k_scale and v_scale, which `tensors` holds in this order under the names for error messages.
+
+    The cache must have the dtype of `like`, the argument named `of`, or int8, which needs scales. `heads` is the expected
+    (kv_heads, head_dim), or None.
+    """
     (k_name, k), (v_name, v), *scales = tensors.items()
     last = "kv_heads, head_dim" if heads is None else f"{heads[0]}, {heads[1]}"
     for (name, cache), (scale_name, scale) in zip(((k_name, k), (v_name, v)), scales, strict=True):

@@ -34,13 +34,13 @@ def losses_of(logits, labels, ignore_index, label_smoothing, z_loss, softcap):
 
 
 def reduced_losses(losses, z_losses, valid, reduction, token_weights=None, return_z_loss=False):
-    """What a loss over labels returns, from `losses_of`."""
+    """The result of a loss over labels, from what `losses_of` returns."""
     loss = reduced(losses, valid, reduction, token_weights)
     return (loss, reduced(z_losses, valid, reduction, token_weights)) if return_z_loss else loss
 
 
 def shaped_losses(loss, z_loss, rows, reduction, return_z_loss):
-    """The same from the results of a raw operator, which are flat. `rows` is the shape of the labels."""
+    """The result of a loss over labels, from the flat tensors that a raw operator returns; `rows` is the labels' shape."""
     if reduction == "none":
         loss, z_loss = loss.view(rows), z_loss.view(rows) if return_z_loss else z_loss
     return (loss, z_loss) if return_z_loss else loss

@@ -31,12 +31,12 @@ def inverse_frequencies(head_dim, base, scaling, dtype):
 
 
 def _wavelengths(head_dim, base, dtype):
-    """base^(2i/d), the wavelengths over 2 pi."""
+    """base^(2i/d), which is the wavelength divided by 2 pi."""
     return base ** (torch.arange(0, head_dim, 2, dtype=dtype, device="cpu") / head_dim)
 
 
 def _dynamic_base(head_dim, base, factor, scaling):
-    """base' = base * (factor * s / M - (factor - 1))^(d / (d - 2)) for s > M, where s is fixed when a sequence is admitted."""
+    """base' = base * (factor * s / M - (factor - 1))^(d / (d - 2)) for s > M. s is fixed when a sequence is admitted."""
     trained, length = _positive(scaling, "max_position_embeddings"), _positive(scaling, "seq_len")
     if length <= trained:
         return base
@@ -47,7 +47,7 @@ def _dynamic_base(head_dim, base, factor, scaling):
 
 
 def _llama3(plain, factor, scaling):
-    """Long wavelengths are divided by factor, short ones kept, those between interpolated (Llama 3.1 model card)."""
+    """Llama 3.1: long wavelengths are divided by factor, short ones are kept, and those between are interpolated."""
     low, high = _positive(scaling, "low_freq_factor"), _positive(scaling, "high_freq_factor")
     if high <= low:
         fail(ValueError, "rope_table", "scaling['high_freq_factor']", f"more than low_freq_factor, {low}", high)
@@ -57,7 +57,9 @@ def _llama3(plain, factor, scaling):
 
 
 def _yarn(wavelengths, head_dim, base, factor, scaling):
-    """YaRN (arXiv:2309.00071): a ramp over dimensions between interpolated and kept; cos and sin times 0.1 ln(factor) + 1."""
+    """YaRN (arXiv:2309.00071): high frequencies are kept, low ones are divided by factor, with a ramp between them. cos and sin
+    are multiplied by 0.1 ln(factor) + 1.
+    """
     trained = _positive(scaling, "original_max_position_embeddings")
     scaling = {"beta_fast": 32, "beta_slow": 1, **scaling}
     fast, slow = _positive(scaling, "beta_fast"), _positive(scaling, "beta_slow")

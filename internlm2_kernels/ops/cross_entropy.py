@@ -1,4 +1,4 @@
-"""Cross-entropy of given logits, its gradient made in the same sweep."""
+"""Cross-entropy of given logits, which computes its gradient in the same pass."""
 
 import torch
 
@@ -17,7 +17,7 @@ def reference(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=
 
 
 def _fake_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction, return_z_loss):
-    lse = logits.new_empty((*labels.shape, 2), dtype=accumulator(logits.dtype))  # the maximum, and the log of the sum
+    lse = logits.new_empty((*labels.shape, 2), dtype=accumulator(logits.dtype))  # maximum, log of sum exp(l - maximum)
     return *fake_losses(logits, labels, reduction, return_z_loss), lse
 
 

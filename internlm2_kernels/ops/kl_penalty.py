@@ -13,7 +13,7 @@ ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
 
 def reference(logprobs, ref_logprobs, *, mask=None, estimator="k1"):
     acc = accumulator(logprobs.dtype)
-    if mask is not None:  # before the difference: a zero gradient times an infinite factor would be NaN
+    if mask is not None:  # inputs are masked, not results: 0 times an infinite derivative is NaN
         logprobs, ref_logprobs = logprobs.masked_fill(~mask, 0), ref_logprobs.masked_fill(~mask, 0)
     x = logprobs.to(acc) - ref_logprobs.to(acc)
     return x if estimator == "k1" else x.square() / 2 if estimator == "k2" else torch.expm1(-x) + x

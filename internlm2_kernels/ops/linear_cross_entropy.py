@@ -24,7 +24,7 @@ def reference(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0,
 
 
 def _fake_fwd(hidden, weight, labels, token_weights, ignore_index, label_smoothing, z_loss, softcap, reduction, return_z_loss):
-    lse = hidden.new_empty((*labels.shape, 2), dtype=accumulator(hidden.dtype))  # the maximum, and the log of the sum
+    lse = hidden.new_empty((*labels.shape, 2), dtype=accumulator(hidden.dtype))  # maximum, log of sum exp(l - maximum)
     return *fake_losses(hidden, labels, reduction, return_z_loss), lse
 
 

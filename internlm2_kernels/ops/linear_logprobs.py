@@ -31,7 +31,7 @@ def reference(hidden, weight, tokens, *, temperature=1.0, return_entropy=False, 
 def _fake_fwd(hidden, weight, tokens, inv_temperature, softcap, vocab_start, vocab_size, needs_entropy, needs_sum, needs_hits):
     acc = accumulator(hidden.dtype)
     each = lambda wanted=True, dtype=acc: hidden.new_empty((tokens.shape[0] if wanted else 0,), dtype=dtype)
-    lse = hidden.new_empty((*tokens.shape, 2), dtype=acc)  # the maximum, and the log of the sum
+    lse = hidden.new_empty((*tokens.shape, 2), dtype=acc)  # maximum, log of sum exp(l - maximum)
     return each(), lse, each(needs_entropy), each(needs_hits, torch.bool), each(needs_sum)
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from .._autocast import promoted, weight_under_autocast
+from .._autocast import cast_weight, promoted
 from .._autograd import distinct, once_differentiable
 from .._checks import (
     as_rows,
@@ -112,9 +112,8 @@ def rms_norm(x, weight, eps=1e-5, residual=None, *, rounding="once", backend=Non
     cols = x.shape[-1:]
     if not cols or cols[0] == 0:
         fail(ValueError, "rms_norm", "x", "a last dimension of at least 1", list(x.shape))
-    weight = weight_under_autocast(weight, x)
     if weight.dtype != x.dtype and (weight.dtype != torch.float32 or x.dtype == torch.float64):
-        fail(TypeError, "rms_norm", "weight", f"float32 or the dtype of x, {x.dtype}", weight.dtype)
+        weight = cast_weight("rms_norm", weight, x)
     if weight.shape != cols:
         check_shape("rms_norm", "weight", weight, cols, "the last dimension of x")
     check_device("rms_norm", "weight", weight, x, "x")

@@ -14,8 +14,9 @@ def reference(length_or_positions, head_dim, *, base=1e6, scaling=None, angles="
 
 
 def _resolve(length_or_positions, head_dim, base, scaling, angles, device):
-    """Positions as a tensor, the inverse frequencies [d/2] in the dtype of the angles, what divides positions, the factor on
-    cos and sin."""
+    """(positions as a tensor, inverse frequencies [d/2] in the dtype of the angles, the divisor of positions, the factor of cos
+    and sin).
+    """
     if isinstance(length_or_positions, torch.Tensor):
         positions = length_or_positions
     else:
@@ -30,7 +31,7 @@ def _fake_fwd(positions, inv_freq, divisor, magnitude, float32_angles):
     return (positions.new_empty(shape, dtype=torch.float32), positions.new_empty(shape, dtype=torch.float32))
 
 
-MAX_HEAD_DIM = 2**16  # far beyond any head; a typing error must not ask for all memory
+MAX_HEAD_DIM = 2**16  # far above any head size, so that a mistyped number cannot request all memory
 
 ROPE_TABLE = Op(
     name="rope_table",

@@ -12,10 +12,10 @@ import torch
 
 @dataclass(frozen=True)
 class Case:
-    """One problem size. `kind` is smoke (every check), edge (odd sizes), model (benchmarks), or gpu (benchmarks on a GPU, in
-    place of model).
+    """One problem size. Its kind is smoke (for every check), edge (unusual sizes), model (for benchmarks) or gpu (for
+    benchmarks on a GPU, where it replaces model).
 
-    `passes` and `dtypes` limit what the benchmark measures of it (empty: everything): some sizes take minutes a call.
+    `passes` and `dtypes` limit what the benchmark measures, because some sizes take minutes; empty means everything.
     """
 
     kind: str
@@ -29,7 +29,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Sample:
-    """Arguments of the public function by name; `grad` names those that take a gradient."""
+    """The arguments of a public function by name. `grad` names those that require a gradient."""
 
     inputs: dict[str, Any]
     grad: tuple[str, ...] = ()

@@ -6,7 +6,10 @@ from ..ops._attention import allowed_keys
 
 
 def sdpa(q, k, v, left, right, scale, enable_gqa):
-    """`attend` by F.scaled_dot_product_attention on batched [B, S, H, d], keys expanded first or left to it."""
+    """`attend` as F.scaled_dot_product_attention computes it, for q, k, v [B, S, heads, d].
+
+    With enable_gqa PyTorch shares the key heads among the query heads; without it they are repeated first.
+    """
     if not enable_gqa:
         k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], 2) for t in (k, v))
     queries, keys = q.shape[1], k.shape[1]
@@ -19,7 +22,7 @@ def sdpa(q, k, v, left, right, scale, enable_gqa):
 
 
 def pairs_of(queries, keys, left, right):
-    """How many (query, key) pairs the mask allows."""
+    """The number of pairs of a query and an unmasked key."""
     if left < 0 and right < 0:
         return queries * keys
     total = 0

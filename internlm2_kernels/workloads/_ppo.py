@@ -6,9 +6,10 @@ from . import Sample, Workload
 
 
 def masked_workload(vectors, draw, **own):
-    """Samples of the named `vectors`, of which the first takes a gradient, under a random mask.
+    """The workload of a loss over the named `vectors`, whose gradient is that of the first, under a random mask.
 
-    draw(normal) gives the vectors, normal(size) being random numbers of that size; `own`: the other fields of `Workload`.
+    draw(normal) returns the vectors, where normal(size) draws normal random numbers of that size. `own` are the other fields of
+    `Workload`.
     """
     def sample(case, dtype, device, generator):
         targets, options = case.dims["targets"], {"clip": case.dims["clip"]} if "clip" in case.dims else {}

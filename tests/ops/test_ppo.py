@@ -2,6 +2,7 @@
 
 import math
 
+import parameters
 import pytest
 import torch
 from shared import Recorder, assert_bitwise
@@ -11,6 +12,11 @@ import internlm2_kernels as ik
 BACKENDS = ("reference", "cpp", "triton")
 NATIVE = ("cpp", "triton")
 NAN = math.nan
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    parameters.small_tiles(monkeypatch)
 
 
 def wide(backend):

@@ -295,6 +295,7 @@ def test_pages_are_written_from_the_records(measured, everything_planned, tmp_pa
         pages.with_parts("# no markers\n", [])
 
 
+@pytest.mark.slow
 def test_the_results_page_has_the_memory_that_was_measured(tmp_path):
     """`python -m benchmarks.memory` on a small head, then its table: what took too long is named with the reason."""
     form = "F.linear_cross_entropy chunked"
@@ -411,6 +412,7 @@ def test_gpu_run_without_a_gpu_is_one_clear_line():
     assert err.startswith("python -m benchmarks.gpu: no GPU to run on: torch")
 
 
+@pytest.mark.slow
 def test_command_measures_prints_and_records(tmp_path):
     process = command("benchmarks", "--quick", "--no-compile", "--op", "rms_norm", "--dtype", "bfloat16", "--direction",
                       "call", "--device", "cpu", "--out", str(tmp_path))

@@ -20,8 +20,8 @@ def _eager(wide):
         x = softcap * torch.tanh(x / softcap) if softcap else x
         flat, flat_labels = x.reshape(-1, x.shape[-1]), labels.reshape(-1).long()
         losses = F.cross_entropy(flat, flat_labels, ignore_index=ignore_index, label_smoothing=label_smoothing,
-                                 reduction="none" if z_loss or reduction == "none" else reduction)
-        if not z_loss:
+                                 reduction="none" if z_loss or return_z_loss or reduction == "none" else reduction)
+        if not (z_loss or return_z_loss):
             return losses.view(labels.shape if reduction == "none" else ()).to(acc).nan_to_num(0.0)
         valid = flat_labels != ignore_index
         z_losses = z_loss * flat.logsumexp(-1).square() * valid

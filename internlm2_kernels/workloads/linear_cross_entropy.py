@@ -10,7 +10,7 @@ from . import Case, Sample, Workload
 def _eager(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, token_weights=None,
            reduction="mean", return_z_loss=False):
     logits = F.linear(hidden, weight).to(accumulator(hidden.dtype))
-    if token_weights is None and not z_loss and not softcap and labels.numel():
+    if token_weights is None and not (z_loss or return_z_loss or softcap) and labels.numel():
         loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1).long(), ignore_index=ignore_index,
                                label_smoothing=label_smoothing, reduction=reduction)
         return loss.view(labels.shape if reduction == "none" else ()).nan_to_num(0.0)
@@ -21,7 +21,8 @@ def _eager(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0, z_
 def _torch_linear(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0,
                   token_weights=None, reduction="mean", return_z_loss=False):
     """PyTorch's own chunked form, from torch 2.13 on."""
-    if not hasattr(F, "linear_cross_entropy") or token_weights is not None or z_loss or softcap or not labels.numel():
+    more = token_weights is not None or z_loss or return_z_loss or softcap  # what it does not offer
+    if not hasattr(F, "linear_cross_entropy") or more or not labels.numel():
         return _eager(hidden, weight, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
                       softcap=softcap, token_weights=token_weights, reduction=reduction, return_z_loss=return_z_loss)
     loss = F.linear_cross_entropy(hidden.view(-1, hidden.shape[-1]), weight, labels.view(-1).long(), ignore_index=ignore_index,

@@ -3,15 +3,17 @@
     python tools/paired.py --before ../before --after . --op flash_attention --op rms_norm
     python tools/paired.py --before ../before --after . --kind model --isa avx512 --out paired.json
 
-A process for each checkout holds the inputs; the two take turns. Per size: the median over rounds of the paired ratio, time
-after / time before (above 1: slower now); per operator: the geometric mean of its sizes. A size that looks slower by more
-than 3 % is timed again with three times the rounds before it counts. Exit status 1 beyond 3 % in an operator's mean or 8 %
-at one size.
+A process for each checkout holds the inputs; the two take turns. Both keep freed memory (glibc neither maps nor trims),
+because page faults of fresh outputs would otherwise favour one side or the other by a factor of two. Per size: the median
+over rounds of the paired ratio, time after / time before (above 1: slower now). Per operator: the geometric mean of its
+sizes. A size that looks slower by more than 3 % is timed again, three times as long, before it counts. The exit status is 1
+beyond 3 % in an operator's mean or 8 % at one size.
 """
 
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import time
 from pathlib import Path
 
 MEAN_LIMIT, SIZE_LIMIT = 1.03, 1.08
+KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
 
 
 def work(root: str) -> None:
@@ -89,7 +92,7 @@ def work(root: str) -> None:
 class Worker:
     def __init__(self, root: Path):
         self.process = subprocess.Popen([sys.executable, __file__, "--worker", str(root.resolve())], text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                                        env={**os.environ, **KEEP}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def ask(self, **request):
         print(json.dumps(request), file=self.process.stdin, flush=True)

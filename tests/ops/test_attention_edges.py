@@ -86,10 +86,12 @@ def test_the_widest_scales_give_no_nan(scale, softcap, backend, randn):
     assert all(x.isfinite().all() for x in got.values())
 
 
+@pytest.mark.parametrize("size", (3e3, 1e5, 1e8), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_scores_of_which_float32_keeps_no_fraction(dtype, backend, randn):
-    """Scores of 1e7: each row of the output is the value of its best key, and no weight is lost."""
-    size = 3e3
+def test_scores_of_which_float32_keeps_no_fraction(dtype, size, backend, randn):
+    """Scores of 1e7 to 1e16: each row of the output is the value of its best key, and no weight is lost."""
+    if backend == "triton" and size > 3e3:
+        pytest.skip("beyond scores of 1e8 the Triton kernels promise nothing: a row that loses all its weights becomes NaN")
     q, k, v = (size * randn(1, 40, 2, 32)).to(dtype), (size * randn(1, 40, 1, 32)).to(dtype), randn(1, 40, 1, 32).to(dtype)
     got = results(q, k, v, (randn(1, 40, 2, 32).to(dtype), torch.zeros(1, 2, 40)), backend, causal=True)
     want = flash_attention(q.double(), k.double(), v.double(), causal=True, return_lse=True, backend="reference")

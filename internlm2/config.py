@@ -146,6 +146,8 @@ class ModelConfig:
 
 def _checked_scaling(config: ModelConfig) -> dict[str, Any]:
     """rope_scaling as a plain dictionary; ValueError for a type, a factor or a length that the model cannot honour."""
+    if not isinstance(config.rope_scaling, Mapping):
+        raise ValueError(f"rope_scaling must be None or a table, got {config.rope_scaling!r}")
     scaling = dict(config.rope_scaling)
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind not in ROPE_SCALINGS:

@@ -66,6 +66,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     for key, expected in fixed.items():
         if _needed(hf, key) != expected:
             raise ValueError(f"{key} must be {expected!r} in config.json, got {hf[key]!r}")
+    for key in ("rope_parameters", "rope_scaling"):
+        if hf.get(key) is not None and not isinstance(hf[key], Mapping):
+            raise ValueError(f"{key} must be null or a table in config.json, got {hf[key]!r}")
     rope = dict(hf.get("rope_parameters") or {})
     theta = rope.pop("rope_theta") if "rope_theta" in rope else _needed(hf, "rope_theta")
     scaling = rope if "rope_parameters" in hf else _needed(hf, "rope_scaling")

@@ -1,5 +1,7 @@
 """Module forms of the operators, with the parameter names of the usual checkpoints."""
 
+import numbers
+
 import torch
 
 from ._checks import check_flag, check_float, check_tensor, fail
@@ -24,12 +26,12 @@ class RMSNorm(torch.nn.Module):
 
     def __init__(self, normalized_shape, eps=None, elementwise_affine=True, device=None, dtype=None, *, rounding="once"):
         super().__init__()
-        sizes = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
-        whole = lambda n: isinstance(n, int) and not isinstance(n, bool) and 1 <= n < 2**63
+        sizes = (normalized_shape,) if isinstance(normalized_shape, numbers.Integral) else normalized_shape
+        whole = lambda n: isinstance(n, numbers.Integral) and not isinstance(n, bool) and 1 <= n < 2**63
         if not isinstance(sizes, tuple | list) or not sizes or not all(map(whole, sizes)):
             fail(ValueError, "RMSNorm", "normalized_shape", "a size of at least 1, or several", repr(normalized_shape))
         check_flag("RMSNorm", "elementwise_affine", elementwise_affine)
-        sizes = tuple(sizes)
+        sizes = tuple(map(int, sizes))
         self.normalized_shape, self.eps, self.elementwise_affine, self.rounding = sizes, eps, elementwise_affine, rounding
         weight = torch.nn.Parameter(torch.empty(sizes, device=device, dtype=dtype)) if elementwise_affine else None
         self.register_parameter("weight", weight)

@@ -97,7 +97,7 @@ def _documents(root: Path, files: list[Path]) -> Iterator[Document]:
         name = file.relative_to(root).as_posix()
         try:
             if file.suffix == ".jsonl":
-                yield from _json_lines(name, file.read_bytes().decode("utf-8"))
+                yield from _json_lines(name, file.read_bytes().decode("utf-8-sig"))  # some editors write a byte-order mark
             elif (text := file.read_text(encoding="utf-8")).strip():
                 yield Document(name, text)
         except UnicodeDecodeError:

@@ -26,7 +26,8 @@ def losses_of(logits, labels, ignore_index, label_smoothing, z_loss, softcap):
     logits = logits - top.masked_fill(top.isinf(), 0)
     log_z = logits.logsumexp(-1)
     label = logits.gather(-1, labels.masked_fill(~valid, 0).long()[..., None])[..., 0]
-    z_losses = z_loss * (top[..., 0] + log_z).square()
+    lse = top[..., 0] + log_z
+    z_losses = z_loss * lse.square() if z_loss else torch.zeros_like(lse)  # the square may be infinite
     loss = (1 - label_smoothing) * (log_z - label) + z_losses
     if label_smoothing:
         loss = loss + label_smoothing * (log_z - logits.mean(-1))

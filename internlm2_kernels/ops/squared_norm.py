@@ -48,7 +48,8 @@ def squared_norm(tensors, *, backend=None):
 
     Shapes:   tensors: a tensor, or a list of at least one, of any shapes, on one device -> [] total
     Dtypes:   float32 | bfloat16 | float16, in any mixture -> float32, which is infinite for a norm above 1.8e19; with a
-              float64 tensor -> float64. The order of the sum depends on the sizes only
+              float64 tensor -> float64, where a bfloat16 value above 6e18 may still make it infinite. The order of the sum
+              depends on the sizes only
     Backward: none: the norm is measured for clipping. Deterministic: yes
     Errors:   ValueError for an empty list or different devices; TypeError for a wrong dtype
     Cost:     memory-bound: one read.   Source: arXiv:1211.5063 algorithm 1

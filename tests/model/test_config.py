@@ -84,6 +84,7 @@ def test_small_presets():
         ({"pad_token_id": 512}, r"pad_token_id must be an id in \[0, vocab_size = 512\), got 512"),
         ({"reward_token_id": -1}, r"reward_token_id must be an id in \[0, vocab_size = 512\), got -1"),
         ({"stop_token_ids": (3, 2.0)}, r"stop_token_ids\[1\] must be an id in \[0, vocab_size = 512\), got 2.0"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be None or a table, got 'linear'"),
         ({"rope_scaling": {"type": "magic", "factor": 2.0}}, "rope_scaling must have a type of linear"),
         ({"rope_scaling": {"type": "dynamic", "factor": 0.5}}, "rope_scaling must have a factor of 1 or more"),
         ({"rope_scaling": {"type": "linear", "factor": float("inf")}}, "rope_scaling must have a factor of 1 or more"),

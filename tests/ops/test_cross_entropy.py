@@ -255,3 +255,13 @@ def test_rows_of_words_that_are_no_label(backend, generator):
         (want,) = torch.autograd.grad(F.cross_entropy(hidden.detach().double() @ wide.T, labels), wide)
         error = (got.double() - want).norm(dim=1) / want.norm(dim=1)
         assert error.max() < 0.02, (reduction, float(error.max()), int(error.argmax()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", (1e20, 3e38))
+def test_logits_whose_square_overflows_need_no_z_loss(size, backend):
+    """Without a z-loss the square of the log-sum-exp has no influence, even where float32 does not hold it."""
+    logits = torch.tensor([[size, 0.0, -size], [0.0, size, 1.0]], requires_grad=True)
+    loss = ik.cross_entropy(logits, torch.tensor([0, 1]), backend=backend)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert float(loss) == 0 and not gradient.any()

@@ -195,7 +195,7 @@ def test_norm_clips_scales_and_skips(generator):
 
 
 def test_norm_of_any_mixture(isa):
-    """Squares that overflow or underflow float32 are summed in double."""
+    """Squares of float32 values are summed in double, where none overflows; those of bfloat16 values may overflow."""
     full = lambda count, value, dtype: torch.full((count,), value, dtype=dtype)
     mixed = [full(3, 1e-30, torch.float32), full(100_003, 2.0, torch.bfloat16), full(5, 3.0, torch.float16)]
     assert float(ik.squared_norm(mixed, backend="cpp")) == 400_012 + 45
@@ -204,6 +204,7 @@ def test_norm_of_any_mixture(isa):
     assert float(ik.squared_norm([torch.full((2,), 1e20)], backend="cpp")) == math.inf
     wide = [full(2, 1e20, torch.float64), full(1000, 2.0**70, torch.float32)]
     assert abs(float(ik.squared_norm(wide, backend="cpp")) / (2e40 + 1000 * 2.0**140) - 1) < 1e-12
+    assert float(ik.squared_norm([wide[0], full(1000, 2.0**70, torch.bfloat16)], backend="cpp")) == math.inf
 
 
 def test_refusals_come_before_any_write(generator):

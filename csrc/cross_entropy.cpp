@@ -9,7 +9,7 @@ namespace {
 using Pair = std::tuple<Tensor, Tensor>;
 using Triple = std::tuple<Tensor, Tensor, Tensor>;
 
-// What both directions share: the arguments of the kernels, and the label and factor of each row.
+// The arguments that the kernels of forward and backward share, with the label and the gradient's factor of each row.
 class Call {
  public:
   CrossEntropy a{};
@@ -50,7 +50,7 @@ class Call {
   }
   int64_t grain() const { return grain_of(16384, a.cols); }
 
-  // Loss and z-loss; the kernel writes what else it was asked for.
+  // Returns the loss and the z-loss. The kernel also writes lse, and the gradient of the logits where write_to() was called.
   Pair forward(const Tensor& lse, bool return_z_loss) {
     const Tensor logit = row_numbers(), total = row_numbers(loss_.label_smoothing != 0);
     a.lse = data(lse);

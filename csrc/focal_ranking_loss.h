@@ -8,7 +8,7 @@ namespace internlm2 {
 struct FocalRanking {
   Dtype acc;  // f32 or f64: the type of dloss and loss, in which everything is computed
   In chosen, rejected;
-  const void* dloss;  // [n], for the backward pass
+  const void* dloss;  // [n] the upstream gradient, read by the backward
   void* loss;         // [n]
   Out dchosen, drejected;
   double gamma;

@@ -8,8 +8,8 @@ struct Gae {
   Dtype acc;  // f32 or f64: the type of bootstrap and of the results
   In rewards, values;
   const int32_t* cu_seqlens;  // [n + 1]
-  const uint8_t* mask;        // null: every element counts
-  const void* bootstrap;      // [n]; null: 0
+  const uint8_t* mask;        // [tokens], 0: the token is left out; null: every token counts
+  const void* bootstrap;      // [n] the value after the last token of each sequence; null: 0
   void *advantages, *returns;
   double gamma, lam;
 };

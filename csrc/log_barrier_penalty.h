@@ -8,7 +8,7 @@ namespace internlm2 {
 struct LogBarrier {
   Dtype acc;  // f32 or f64: the type of dpenalty and penalty, in which everything is computed
   In rewards;
-  const void* dpenalty;  // [n], for the backward pass
+  const void* dpenalty;  // [n] the upstream gradient, read by the backward
   void* penalty;         // [n]
   Out drewards;
   double bound, margin;

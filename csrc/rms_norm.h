@@ -8,7 +8,7 @@ struct RmsNormFwd {
   Dtype dtype, weight_dtype;  // weight: dtype or f32
   Rows x_rows, residual_rows;
   const void* x;
-  const void* residual;  // null: h is x and is not written
+  const void* residual;  // h = x + residual; null: h is x and is not written
   const void* weight;
   void *y, *h;  // contiguous [rows, cols]
   void* rstd;   // [rows] float (double for f64)
@@ -24,7 +24,7 @@ struct RmsNormBwd {
   void* dx;                                        // contiguous [rows, cols]
   void* dweight;                                   // null: not needed
   void* partial;                                   // [chunks, cols] float or double, where dweight is needed
-  int64_t cols, rows_per_chunk;                    // chunk c sums rows [c * rows_per_chunk, ...), depending on rows alone
+  int64_t cols, rows_per_chunk;                    // chunk c sums dweight over rows_per_chunk rows from c * rows_per_chunk on
   bool hf;
 };
 

@@ -21,7 +21,8 @@ struct SwigluBwd {
   int64_t cols;
 };
 
-// Elements [begin, end) are counted row after row, so that threads can share one long row as they share many short ones.
+// Elements [begin, end) are counted through all rows, so that one long row is distributed over threads as well as many short
+// ones.
 INTERNLM2_CPU_KERNELS(
   void swiglu_fwd(const SwigluFwd& a, int64_t begin, int64_t end);
   void swiglu_bwd(const SwigluBwd& a, int64_t begin, int64_t end);)

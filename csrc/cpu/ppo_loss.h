@@ -1,4 +1,4 @@
-// What the kernels of PPO's two losses share: their results from sums, and the gradient that reaches each entry.
+// Shared by the kernels of PPO's policy and value losses: the results from sums, and the factor of every entry's gradient.
 #pragma once
 #include "../ppo_loss.h"
 #include "elementwise.h"

@@ -41,7 +41,7 @@ class Call {
     const double divided = loss_.factor();
     for (int64_t t = 0; t < rows(); ++t) {
       const double up = upstream == nullptr ? 1 : upstream->get(each() ? t : 0);
-      factor_[t] = loss_.weight(t) == 0 ? 0 : loss_.weight(t) * divided * up;  // 0 for an ignored row even where the upstream is NaN
+      factor_[t] = loss_.weight(t) == 0 ? 0 : loss_.weight(t) * divided * up;  // not 0 * NaN where a row is ignored
     }
   }
   void write_to(const Tensor& dlogits) {

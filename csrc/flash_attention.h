@@ -75,10 +75,10 @@ struct FlashFwd : Attention {
 // [kv_head, kv_head + kv_heads). There are three kinds:
 //   split < 0, splits == 0   the whole tile over all keys.
 //   split >= 0               one split of it along the keys (split-K), which leaves its partial result in `state`.
-//   split < 0, splits > 0    joins the partial results of all splits, in rising order; they begin at `state`, one each state_bytes.
+//   split < 0, splits > 0    joins the partial results of all its splits, which stand in rising order at `state`.
 struct AttentionTile {
   int64_t sequence, kv_head, kv_heads, begin, end;
-  int64_t split = -1, splits = 0, state_bytes = 0;
+  int64_t split = -1, splits = 0, state_bytes = 0;  // state_bytes: between two partial results
   void* state = nullptr;
 };
 

@@ -50,7 +50,7 @@ inline void put_block(const Out& out, int64_t i, int64_t n, const float* from) {
   if (out.dtype == Dtype::bf16) round_block(from, n, static_cast<bf16*>(out.data) + i);
   if (out.dtype == Dtype::f16) round_block(from, n, static_cast<f16*>(out.data) + i);
 }
-inline void put_block(const Out&, int64_t, int64_t, const double*) {}  // done: Acc is double only where the result is a double tensor
+inline void put_block(const Out&, int64_t, int64_t, const double*) {}  // written in place: the result is a double tensor
 template <typename Acc> void put_block(const In&, int64_t, int64_t, const Acc*) {}
 
 // Divides [begin, end) into blocks and calls body(i, n, blocks...) for each, with its first element i and its length n <=

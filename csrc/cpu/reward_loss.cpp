@@ -67,7 +67,7 @@ template <typename T, typename W> void dhidden_of(const RewardLoss& a, int64_t b
   int64_t i = begin;
   if (a.cu_seqlens != nullptr) {
     std::memset(dhidden + begin * a.cols, 0, sizeof(T) * static_cast<size_t>((end - begin) * a.cols));
-    i = std::upper_bound(a.cu_seqlens + 1, a.cu_seqlens + a.n + 1, begin) - (a.cu_seqlens + 1);  // the sequence of token `begin`
+    i = std::upper_bound(a.cu_seqlens + 1, a.cu_seqlens + a.n + 1, begin) - (a.cu_seqlens + 1);  // sequence of token `begin`
   }
   for (; i < a.n && row_of(a, i) < end; ++i) {
     const V scale(static_cast<const acc_t<T>*>(a.drewards_total)[i]);

@@ -20,7 +20,7 @@ template <typename T> double squares(const T* x, int64_t n) {
   Two<Vec<double>> sums[4];
   double first = 0;
   int64_t i = 0;
-  if constexpr (sizeof(T) == 2) {  // squares of 16-bit numbers are exact in float: eight are added in float, and their sum in double
+  if constexpr (sizeof(T) == 2) {  // float holds these squares without rounding: eight are added before widening
     WideSum eights[2];
     constexpr int64_t step = 16 * V::size;
     for (; i + step <= n; i += step) {

@@ -153,7 +153,7 @@ template <typename P, Start start> void product(const ProductArgs<P>& p) {
   if constexpr (kTiles<P>) return product_amx<P, start>(p);
 #endif
   constexpr int64_t panel = kPanel<P>;
-  const int64_t tiles = (p.m + kTileRows - 1) / kTileRows;  // tiles of nearly equal height, so that none has only one or two rows
+  const int64_t tiles = (p.m + kTileRows - 1) / kTileRows;  // of nearly equal height: none has only one or two rows
   for (int64_t first = p.from / panel * panel; first < p.to; first += panel) {
     const int64_t j = first > p.from ? first : p.from, end = first + panel < p.to ? first + panel : p.to;
     const auto* b = p.b + first / panel * p.b_panel + (j - first);

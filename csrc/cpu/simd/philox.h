@@ -29,7 +29,7 @@ VEC_INLINE Words plus(Words a, Words b) { return _mm512_add_epi64(a, b); }
 VEC_INLINE Words pairs(Words low, Words high) { return _mm512_mask_shuffle_epi32(low, 0xaaaa, high, _MM_PERM_CCAA); }
 VEC_INLINE Words first_of(Words a, Words b) { return _mm512_unpacklo_epi64(a, b); }
 VEC_INLINE Words second_of(Words a, Words b) { return _mm512_unpackhi_epi64(a, b); }
-VEC_INLINE Words order() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }  // so that a and b of philox() are in order of memory
+VEC_INLINE Words order() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }  // philox() then returns them in order
 #else
 using Words = __m256i;
 VEC_INLINE Words same(uint64_t x) { return _mm256_set1_epi64x(static_cast<long long>(x)); }

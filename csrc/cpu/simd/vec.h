@@ -27,8 +27,8 @@ template <typename Acc> struct Vec;
 //   int      so many lanes of one vector
 //   All      one whole vector
 //   Both<L>  two vectors. Their lanes are in the order in which tensors of storage type L are loaded fastest: for bf16 the even
-//            elements in the first vector and the odd ones in the second, otherwise the order of memory. Arrays of another type that
-//            are loaded with Both<L> are brought into the order of L.
+//            elements in the first vector and the odd ones in the second, otherwise the order of memory. Arrays of another type
+//            that are loaded with Both<L> are brought into the order of L.
 struct All {};
 template <typename L> struct Both {};
 struct Single {};  // in place of the storage type L in for_vectors: the loop takes one vector at a time, not pairs

@@ -5,7 +5,7 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
-VEC_INLINE void add_squares(Two<Vec<double>>& sum, Vec<float> x) {  // in double, where no square of a float overflows
+VEC_INLINE void add_squares(Two<Vec<double>>& sum, Vec<float> x) {  // squares in double: no float's overflows
   const Vec<double> low = lower_half(x), high = upper_half(x);
   sum = {fma(low, low, sum.a), fma(high, high, sum.b)};
 }

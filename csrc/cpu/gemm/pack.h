@@ -1,7 +1,7 @@
 // Packing of rows of tensors into the operands of product.h, and back:
 //   pack_rows              row by row: makes A of rows along which k runs
 //   pack_lanes             transposed, so that rows become lanes: makes B of rows along which k runs
-//   pack_steps             rows become steps of k, or pairs of rows where an element is a pair: makes B of rows over which k runs
+//   pack_steps             rows become steps of k, pairs of rows where an element is a pair: makes B of rows over which k runs
 //   pack_steps_transposed  the transpose of pack_steps: makes A of rows over which k runs
 //
 // The argument row(i) returns the address of row i. The rows may have another storage type than the policy's element: where the

@@ -30,7 +30,7 @@ template <typename T> struct HeadRows {
 
   const LinearHead& a;
 
-  int64_t gradient_bytes() const {  // bytes from one row of scores to the next; the gradient is stored at the beginning of a row
+  int64_t gradient_bytes() const {  // bytes of a row of scores; the gradient is stored at its beginning
     const bool wide = a.store == HeadStore::logits;
     return kHeadSpan * static_cast<int64_t>(wide ? sizeof(Acc) : sizeof(G));
   }

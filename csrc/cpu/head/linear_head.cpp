@@ -1,11 +1,11 @@
 // Built for: avx2 avx512 avx512_bf16 amx
 //
 // The head over a vocabulary in three products, S = H W^T, dW += G^T H, dH = G W, for one chunk of tokens at a time:
-//   scores   S. A tile is kHeadBlock columns of the vocabulary (a block). Rows of W become lanes, and S of all the chunk's tokens
+//   scores   S. A tile is kHeadBlock columns of the vocabulary (a block). Rows of W become lanes. S of all tokens of the chunk
 //            stays in the second-level cache. What is kept are its statistics and, for gradients, what HeadStore says.
 //   merge    The statistics of the blocks, in rising order, become lse (head_logits.h).
-//   dweight  dW. A tile is kHeadSpan columns of the vocabulary (a span). Their G, the gradient of S, is formed in place, rounded to
-//            its type, and multiplied with the hidden states of all tokens of the chunk.
+//   dweight  dW. A tile is kHeadSpan columns of the vocabulary (a span). Their G, the gradient of S, is formed in place,
+//            rounded to its type, and multiplied with the hidden states of all tokens of the chunk.
 //   dhidden  dH. A tile is some rows and columns of it, summed over the whole vocabulary, span after span.
 // The order of sums is fixed: an element of S adds one chain for each kSteps of d, an element of dH one chain for each span,
 // and an element of dW one chain for each chunk, in rising order. So no result depends on tiling or threads, and the statistics

@@ -65,8 +65,8 @@ template <typename Acc> VEC_INLINE Vec<Acc> tanh(Vec<Acc> x) {
 }
 
 // 2^x with a relative error below 2^-18, for results that are rounded to 16 bits. It is 2^n * (1 + f q(f)) with an integer n
-// near x and f = x - n; q has degree 3 and is fitted so that the maximum relative error is smallest. Where x is out of range,
-// it is replaced with a bound at which f is 0 and 1 + f q(f) exactly 1, so that the result is exactly infinity or 0.
+// near x and f = x - n; q has degree 3 and is fitted so that the maximum relative error is smallest. Out of range the
+// result is infinity or 0: AVX-512's scalef saturates, and AVX2 first bounds x to numbers at which 1 + f q(f) is exactly 1.
 VEC_INLINE Vec<float> exp2_for_16_bits(Vec<float> x) {
   using V = Vec<float>;
 #if defined(CPU_CAPABILITY_AVX512)

@@ -23,7 +23,7 @@ struct Attention {
   int64_t sequences, heads, kv_heads, d;
   const int32_t *cu_q, *cu_k;  // [sequences + 1]
   int64_t seqlen_q, seqlen_k;
-  const int32_t* seqlens_k;  // [sequences], the length of each in a paged cache; null without one, where cu_k or seqlen_k hold
+  const int32_t* seqlens_k;  // [sequences], the length of each in a paged cache; null without one: cu_k or seqlen_k then
   int64_t window_left, window_right;  // -1: unlimited, else at most 2^40
   double scale, softcap;  // each from 1e-37 to 1e37; softcap 0: no soft-cap
   AttentionTensor q, k, v;

@@ -10,7 +10,7 @@ namespace internlm2 {
 constexpr int64_t kHeadBlock = 64;     // columns of the vocabulary in a block
 constexpr int64_t kHeadSpan = 384;     // columns of the vocabulary in a span
 constexpr int64_t kHeadColumns = 512;  // the most columns of hidden in one tile of dhidden
-// Rows of the chunk in one tile of the steps HeadStep::pack and HeadStep::merge.
+// Rows of the chunk in one tile of HeadStep::pack (kHeadPackRows) and of HeadStep::merge (kHeadMergeRows).
 constexpr int64_t kHeadPackRows = 48, kHeadMergeRows = 16;
 
 // What the step `scores` stores of each logit l of a chunk:

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(512) rms_norm_fwd_kernel(const RmsNormFwd a, b
 }
 
 // The first pass of the backward over one piece. With x_hat = h * rstd and g = dy * weight, it adds every g * x_hat to `sum`,
-// and dy * x_hat of each column to that column's element of `dweight`.
+// and dy * x_hat of each column (x_hat rounded to T with `hf`) to that column's element of `dweight`.
 template <typename T, typename W>
 __device__ __forceinline__ void take_gradient(const Piece<T>& dy, const Piece<T>& h, const Piece<W, kPiece<T>>& weight,
                                               float rstd, bool hf, float& sum, Piece<float, kPiece<T>>& dweight) {

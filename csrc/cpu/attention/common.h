@@ -5,8 +5,8 @@
 // The arithmetic of a row is the same whatever else is in its tile, however the call is tiled and whichever thread runs it:
 //   - The keys of a sequence are cut into splits of kSplit and these into blocks of kBlock, counted from key 0.
 //   - A score is one chain over d.
-//   - A lane has a running maximum m of scores, sum l of weights, and sum o of weights times values. A block whose largest score
-//     is s updates them: m' = max(m, s), a = exp(m - m'), l' = a l + the block's sum of exp(score - m'), and o likewise.
+//   - A lane has a running maximum m of scores, sum l of weights, and sum o of weights times values. A block with largest score
+//     s updates them: m' = max(m, s), a = exp(m - m'), l' = a l + the block's sum of exp(score - m'), and o likewise.
 //   - Splits are joined in rising order, with m = max(m1, m2): (l, o) = exp(m1 - m) (l1, o1) + exp(m2 - m) (l2, o2).
 // A masked key has weight 0 and changes nothing, so that blocks without unmasked keys may be left out or not.
 #pragma once

@@ -1,4 +1,5 @@
-// AdamW over a list of tensors: the raw-pointer contract between binding and kernel. Formulas: internlm2_kernels/ops/adamw.py.
+// AdamW over a list of tensors: the arguments that the binding passes to the kernels, as raw pointers. Formulas:
+// internlm2_kernels/ops/adamw.py.
 #pragma once
 #include "types.h"
 

@@ -1,4 +1,5 @@
-// Rotary embedding of q and k: the raw-pointer contract. Formulas: internlm2_kernels/ops/apply_rope.py.
+// Rotary embedding of q and k: the arguments that the binding passes to the kernels, as raw pointers. Formulas:
+// internlm2_kernels/ops/apply_rope.py.
 #pragma once
 #include "rope_angles.h"
 

@@ -1,4 +1,4 @@
-// Cross-entropy of logits: the raw-pointer contract between binding and kernels.
+// Cross-entropy of logits: the arguments that the binding passes to the kernels, as raw pointers.
 // Formulas: internlm2_kernels/ops/cross_entropy.py.
 #pragma once
 #include "types.h"

@@ -1,4 +1,4 @@
-// Attention, forward and backward: the raw-pointer contract between bindings and kernels.
+// Attention, forward and backward: the arguments that the binding passes to the kernels, as raw pointers.
 // Formulas: internlm2_kernels/ops/flash_attention.py.
 #pragma once
 #include "types.h"

@@ -12,7 +12,8 @@ struct FlashBwd : Attention {
   AttentionTensor dout, out;
   void *dq, *dk, *dv;      // contiguous
   const void *lse, *dlse;  // dlse may be null
-  // Blocks of queries and of keys before each sequence, [sequences + 1]; the last entries are the totals.
+  // [sequences + 1]: how many blocks of queries, and of keys, all sequences before s have together; the last entries are the
+  // totals.
   const int64_t *q_blocks, *k_blocks;
   // Laid out as lse, in the accumulator's dtype. shift: the lse that is subtracted from the scores, to base 2 for 16-bit
   // tensors. delta: the sum over d of dout * out, minus dlse.
@@ -31,7 +32,7 @@ struct BwdTile {
 
 struct BwdSizes {
   int64_t columns;        // d, rounded up to whole vectors
-  int64_t scratch_bytes;  // for each thread
+  int64_t scratch_bytes;  // scratch memory of each thread
 };
 
 INTERNLM2_CPU_MATRIX_KERNELS(

@@ -1,4 +1,4 @@
-// Focal ranking loss of pairs of rewards: the raw-pointer contract between binding and kernels.
+// Focal ranking loss of pairs of rewards: the arguments that the binding passes to the kernels, as raw pointers.
 // Formula: internlm2_kernels/ops/focal_ranking_loss.py.
 #pragma once
 #include "types.h"

@@ -1,4 +1,4 @@
-// Estimators of the KL divergence per token: the raw-pointer contract between binding and kernels.
+// Estimators of the KL divergence per token: the arguments that the binding passes to the kernels, as raw pointers.
 // Formulas: internlm2_kernels/ops/kl_penalty.py.
 #pragma once
 #include "types.h"

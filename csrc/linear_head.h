@@ -1,5 +1,6 @@
-// Heads over a vocabulary, l = softcap(scale * hidden weight^T), whose logits are never all in memory: the raw-pointer contract
-// between the bindings (linear_cross_entropy.cpp, linear_logprobs.cpp) and the kernels. Method: csrc/cpu/head/linear_head.cpp.
+// Heads over a vocabulary, l = softcap(scale * hidden weight^T), whose logits are never all in memory: the arguments that the
+// bindings (linear_cross_entropy.cpp, linear_logprobs.cpp) pass to the kernels, as raw pointers. Method:
+// csrc/cpu/head/linear_head.cpp.
 #pragma once
 #include "types.h"
 
@@ -37,7 +38,9 @@ struct LinearHead {
   // column that has the largest.
   void *block_max, *block_sum, *block_dot, *block_total;
   int32_t* block_best;
-  // Results, [rows] in the accumulator's dtype: all but the first two may be null.
+  // Results for each token over the whole vocabulary, [rows] in the accumulator's dtype: the label's logit, the largest logit
+  // (top), log(sum of exp(l - top)), the entropy, the largest logit (best) with its column, and the sum of the logits. The last
+  // four are null where they are not needed.
   void *label_logit, *top, *log_sum, *entropy, *best, *total;
   int32_t* best_column;
   // The coefficients, [rows], of the gradient of logit j: dl_j = p_j (a + b (l_j - lse)) + s, plus k - a where j is the label,

@@ -1,4 +1,4 @@
-// Log-barrier penalty of rewards: the raw-pointer contract between binding and kernels.
+// Log-barrier penalty of rewards: the arguments that the binding passes to the kernels, as raw pointers.
 // Formula: internlm2_kernels/ops/log_barrier_penalty.py.
 #pragma once
 #include "types.h"

@@ -1,4 +1,4 @@
-// Attention to a paged cache: the raw-pointer contract between binding and kernels.
+// Attention to a paged cache: the arguments that the binding passes to the kernels, as raw pointers.
 // Formulas: internlm2_kernels/ops/paged_attention.py.
 #pragma once
 #include "flash_attention.h"

@@ -1,4 +1,4 @@
-// PPO's policy and value losses: the raw-pointer contract between bindings and kernels.
+// PPO's policy and value losses: the arguments that the binding passes to the kernels, as raw pointers.
 // Formulas: internlm2_kernels/ops/ppo_policy_loss.py, ppo_value_loss.py.
 #pragma once
 #include "types.h"

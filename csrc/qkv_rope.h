@@ -1,5 +1,5 @@
-// Split of the packed projection, rotation and write to the paged cache: the raw-pointer contract.
-// Formulas and layout: internlm2_kernels/ops/qkv_rope.py.
+// Split of the packed projection, rotation and write to the paged cache: the arguments that the binding passes to the kernels,
+// as raw pointers. Formulas and layout: internlm2_kernels/ops/qkv_rope.py.
 #pragma once
 #include "rope_angles.h"
 

@@ -1,5 +1,5 @@
-// Reward loss from hidden states, for reward_loss and reward_loss_from_last: the raw-pointer contract between bindings and
-// kernels. Formulas: internlm2_kernels/ops/reward_loss.py.
+// Reward loss from hidden states, for reward_loss and reward_loss_from_last: the arguments that the binding passes to the
+// kernels, as raw pointers. Formulas: internlm2_kernels/ops/reward_loss.py.
 #pragma once
 #include "types.h"
 

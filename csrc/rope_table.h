@@ -1,4 +1,4 @@
-// Tables of cos and sin for the rotary embedding: the raw-pointer contract between binding and kernel.
+// Tables of cos and sin for the rotary embedding: the arguments that the binding passes to the kernels, as raw pointers.
 // Formulas: internlm2_kernels/ops/rope_table.py.
 #pragma once
 #include "types.h"

@@ -1,4 +1,5 @@
-// Gated activation: the raw-pointer contract between binding and kernels. Formulas: internlm2_kernels/ops/swiglu.py.
+// Gated activation: the arguments that the binding passes to the kernels, as raw pointers. Formulas:
+// internlm2_kernels/ops/swiglu.py.
 #pragma once
 #include "types.h"
 

@@ -203,7 +203,7 @@ template <typename T, typename S> constexpr bool kInt8 = false;
 struct Int8Scratch {
   VEC_INLINE void allocate(Arena&, int64_t, int64_t) {}
 };
-template <int kRows, typename... Args> void int8_scores(Args...);  // never called
+template <int kRows, typename... Args> void int8_scores(Args...);  // declared for decode.h, never called
 template <int kRows, typename... Args> void int8_values(Args...);
 #endif
 

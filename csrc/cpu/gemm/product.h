@@ -19,7 +19,7 @@ namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 template <typename T> struct Real {
   using Element = T;
   using Acc = T;
-  static constexpr int step = 1;   // indices of k in one element
+  static constexpr int step = 1;   // how many indices of k one element holds
   static constexpr int depth = 1;  // operands hold a multiple of this many indices of k, padded with zeros
   struct Lanes { Vec<T> v; };
   static VEC_INLINE Lanes broadcast(const char* p) {

@@ -80,7 +80,7 @@ template <typename T> struct HeadRows {
     for (int64_t j = 0; j < kHeadBlock; j += lanes) {
       const V d = V::load(x + j) - shift, e = exp(d);
       sum = sum + e;
-      if (a.block_dot != nullptr) dot = fma(e, max(V(Acc(-1000)), d), dot);  // bounded: 0 times -inf would be NaN
+      if (a.block_dot != nullptr) dot = fma(e, max(V(Acc(-1000)), d), dot);  // d is bounded, because 0 * -inf would be NaN
       if constexpr (sizeof(Acc) == 4) {
         if (exponentials != nullptr) e.store(exponentials + j);
       }
@@ -118,7 +118,7 @@ template <typename T> struct HeadRows {
       most.store(shift);
       for (Acc& s : shift) s = s == static_cast<Acc>(-kInfinity) ? Acc(0) : s;
       V sum(Acc(0)), rest(Acc(0));
-      for (int64_t b = 0; b < blocks; ++b) {  // a compensated sum: `rest` is what the addition before lost
+      for (int64_t b = 0; b < blocks; ++b) {  // a compensated sum: `rest` is the rounding error of the addition before
         const V term = fma(part(a.block_sum, b, t), exp(part(a.block_max, b, t) - V::load(shift)), rest);
         const V next = sum + term;
         rest = term - (next - sum);

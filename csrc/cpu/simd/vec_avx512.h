@@ -38,7 +38,7 @@ template <> struct Vec<float> {
   // This vector after rounding to storage type T, as a store as T and a load would return it.
   template <typename T> VEC_INLINE Vec rounded_to() const;
 
-  VEC_INLINE float sum() const {  // halves are added in a fixed order
+  VEC_INLINE float sum() const {  // adds the halves of the vector, then the halves of the result, and so on
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
     __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));

@@ -15,7 +15,8 @@ inline AttentionTensor attention_tensor(const Tensor& t) {
   return {cdata(t), dim == 4 ? t.stride(0) : 0, t.stride(dim - 3), t.stride(dim - 2)};
 }
 
-// Checks the cu_seqlens of one side ("q" or "k") and that no sequence is longer than `longest` (-1: unknown).
+// Checks cu_seqlens_q or cu_seqlens_k (`side` is "q" or "k") and that no sequence is longer than `longest`, the argument
+// max_seqlen (-1: not given). Returns the pointer to its values.
 inline const int32_t* checked_cu_seqlens(const char* op, const std::string& side, const Tensor& cu, int64_t total,
                                          int64_t longest) {
   const int64_t most = check_cu_seqlens(op, ("cu_seqlens_" + side).c_str(), cu, total);
@@ -24,7 +25,8 @@ inline const int32_t* checked_cu_seqlens(const char* op, const std::string& side
   return static_cast<const int32_t*>(cdata(cu));
 }
 
-// The public function makes sure that q, k and v are all packed, with both cu_seqlens, or all dense, with neither.
+// Sets the arguments that forward and backward share. The public function has made sure that q, k and v are either all packed,
+// with cu_q and cu_k, or all dense, without them.
 inline void fill_attention(Attention& a, const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& cu_q,
                            const OptTensor& cu_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t window_left,
                            int64_t window_right, double scale, double softcap) {

@@ -8,7 +8,7 @@ namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
 constexpr double kInfinity = __builtin_huge_val();
 
-// total / count, or 0 where count is 0.
+// sum / count, or 0 where count is 0.
 inline double over(double sum, double count) { return count > 0 ? sum / count : 0; }
 
 template <typename Acc> void put_results(const PpoLoss& a, double loss, double clipped, double statistic, double count) {

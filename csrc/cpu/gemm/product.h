@@ -66,7 +66,7 @@ template <typename P> VEC_INLINE typename P::Lanes lanes_of(Vec<typename P::Acc>
   else return {_mm512_castps_si512(bits.v)};
 }
 
-// The register tile holds kTileRows x kTileVectors accumulators.
+// The register tile, the part of C that is computed at a time: kTileRows rows of kTileVectors vectors, as accumulators.
 constexpr int kTileRows = 6;
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int kTileVectors = 4;

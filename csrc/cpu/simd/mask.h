@@ -63,7 +63,7 @@ VEC_INLINE Vec<double> lower_half(Vec<float> x) { return _mm256_cvtps_pd(_mm256_
 VEC_INLINE Vec<double> upper_half(Vec<float> x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x.v, 1)); }
 #endif
 
-// A long sum of float terms in double, so that cancellation does not lose the digits that each term has.
+// The sum of many float terms, held in double: where large terms cancel, the digits of the small ones are not lost.
 struct WideSum {
   Vec<double> low, high;
   VEC_INLINE void add(Vec<float> x) {

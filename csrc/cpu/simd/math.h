@@ -74,7 +74,7 @@ VEC_INLINE Vec<float> exp2_for_16_bits(Vec<float> x) {
   V q = fma(V(0x1.b7f730p-7f), f, V(0x1.abf868p-5f));
   q = fma(q, f, V(0x1.ee2450p-3f));
   q = fma(q, f, V(0x1.62d6c6p-1f));
-  return scale2(fma(q, f, V(1.0f)), x);  // scalef uses floor(x)
+  return scale2(fma(q, f, V(1.0f)), x);  // scalef multiplies with 2^floor(x)
 #else
   x = min(V(128.0f), max(V(-127.0f), x));
   const V n = round(x), f = x - n;

@@ -1,5 +1,5 @@
-// The Python module: tells `doctor` (internlm2_kernels/doctor.py) and the tests about the build and the process. Operators are
-// registered in their own files.
+// The Python module: tells `doctor` (internlm2_kernels/__main__.py) and the tests about the build and the process.
+// Operators are registered in their own files.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -20,7 +20,8 @@ void check_length(const char* argument, const std::vector<T>& list, size_t lengt
   INTERNLM2_CHECK_VALUE(list.size() == length, kOp, argument, length, what, ", got ", list.size());
 }
 
-// Entry i of a list has the elements of its parameter in the same places.
+// Checks that entry i of the list `argument` has the same number of elements as parameter i, and the same strides, so that
+// equal offsets in memory are equal elements.
 void check_entry(const char* argument, const Tensor& entry, const Tensor& param, size_t i) {
   INTERNLM2_CHECK_VALUE(entry.numel() == param.numel(), kOp, argument, param.numel(), " elements at ", i,
                         ", as in params, got ", entry.numel());
@@ -55,7 +56,7 @@ double scalar_of(const char* argument, const Tensor& t) {
 struct Lists {
   const Tensors &params, &grads, &masters, &exp_avgs, &exp_avg_sqs, &steps;
   const std::vector<int64_t>& indices;
-  const std::vector<int64_t>& offsets;  // empty: all 0
+  const std::vector<int64_t>& offsets;  // the first element of each shard in its whole tensor; empty: all 0
 };
 
 void check_lists(const Lists& l) {

@@ -1,4 +1,5 @@
-// From the tensors and options of flash_attention's operators to the kernels' contract, values checked first.
+// Fills the arguments of the attention kernels from tensors and options, after checking values; divides a call into tiles and
+// runs them on threads. Shared by the bindings of flash_attention and paged_attention.
 #pragma once
 #include "checks.h"
 #include "flash_attention.h"
@@ -6,6 +7,7 @@
 
 namespace internlm2 {
 
+// kTilesPerThread: so many tiles for each thread balance the load. kMostThreads: more than any machine has.
 constexpr int64_t kTilesPerThread = 4, kMostThreads = 1 << 20;
 
 inline AttentionTensor attention_tensor(const Tensor& t) {
@@ -13,7 +15,8 @@ inline AttentionTensor attention_tensor(const Tensor& t) {
   return {cdata(t), dim == 4 ? t.stride(0) : 0, t.stride(dim - 3), t.stride(dim - 2)};
 }
 
-// Checks the cu_seqlens of one side ("q" or "k") and that no sequence is longer than `longest` (-1: unknown).
+// Checks cu_seqlens_q or cu_seqlens_k (`side` is "q" or "k") and that no sequence is longer than `longest`, the argument
+// max_seqlen (-1: not given). Returns the pointer to its values.
 inline const int32_t* checked_cu_seqlens(const char* op, const std::string& side, const Tensor& cu, int64_t total,
                                          int64_t longest) {
   const int64_t most = check_cu_seqlens(op, ("cu_seqlens_" + side).c_str(), cu, total);
@@ -22,7 +25,8 @@ inline const int32_t* checked_cu_seqlens(const char* op, const std::string& side
   return static_cast<const int32_t*>(cdata(cu));
 }
 
-// The public function makes sure that q, k and v are all packed, with both cu_seqlens, or all dense, with neither.
+// Sets the arguments that forward and backward share. The public function has made sure that q, k and v are either all packed,
+// with cu_q and cu_k, or all dense, without them.
 inline void fill_attention(Attention& a, const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& cu_q,
                            const OptTensor& cu_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t window_left,
                            int64_t window_right, double scale, double softcap) {
@@ -50,14 +54,14 @@ inline void fill_attention(Attention& a, const Tensor& q, const Tensor& k, const
   a.lse_sequence_stride = a.heads * a.seqlen_q;
 }
 
-// The splits [first, last) along the keys that a tile's rows see.
+// The splits [first, last) that hold unmasked keys of the tile's rows. Split i is keys [i * split_keys, (i + 1) * split_keys).
 inline std::pair<int64_t, int64_t> splits_of(const Attention& a, const AttentionTile& tile, int64_t split_keys) {
   const int64_t first = a.first_key(tile.sequence, tile.begin), last = a.last_key(tile.sequence, tile.end - 1);
   return {first / split_keys, last <= first ? first / split_keys : (last - 1) / split_keys + 1};
 }
 
-// All tiles of a forward, the most expensive first, for load balance. Decode tiles take several key heads each, as long as
-// enough tiles are left for the threads.
+// All tiles of a forward, the most expensive first, for load balance. A decode tile (at most tiling.decode_lanes rows times
+// query heads of a group) takes several key heads, as long as kTilesPerThread tiles are left for each thread.
 inline std::vector<AttentionTile> attention_tiles(const Attention& a, const AttentionTiling& tiling, int64_t threads) {
   std::vector<std::pair<int64_t, AttentionTile>> costs;
   int64_t splits = 0;
@@ -89,8 +93,9 @@ inline std::vector<AttentionTile> attention_tiles(const Attention& a, const Atte
   return tiles;
 }
 
-// Runs a forward with the operator's kernels tiling_of(longest) and run(tile, scratch). Where there are too few tiles for the
-// threads, the largest ones are split along the keys, no more of them than the threads need.
+// Runs a forward. tiling_of(longest) returns the operator's AttentionTiling, and run(tile, scratch) computes one AttentionTile.
+// Where there are too few tiles for the threads, tiles are split along the keys (split-K), the most expensive first, until
+// there are enough; when all splits are done, each split tile joins its partial results.
 template <typename Tiling, typename Run>
 void run_attention(const FlashFwd& a, const Tensor& like, const Tiling& tiling_of, const Run& run) {
   int64_t longest = 0, states = 0;
@@ -133,7 +138,7 @@ void run_attention(const FlashFwd& a, const Tensor& like, const Tiling& tiling_o
     tile.state_bytes = tiling.state_bytes;
     used += tile.splits;
   }
-  tasks.insert(tasks.end(), splits.begin(), splits.end());  // the cheap splits come last, so that the threads end together
+  tasks.insert(tasks.end(), splits.begin(), splits.end());  // last, because they cost least: the threads end together
   run_all(tasks);
   run_all(joins);
 }

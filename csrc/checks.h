@@ -8,12 +8,12 @@
 
 namespace internlm2 {
 
-// Every value of a contiguous int32 or int64 CPU tensor is in [low, high).
+// Checks that every value of a contiguous int32 or int64 CPU tensor is in [low, high).
 inline void check_range(const char* op, const char* argument, const Tensor& values, int64_t low, int64_t high) {
   const int64_t n = values.numel();
   if (n == 0) return;
   int64_t smallest = low, largest = high - 1;
-  const auto scan = [&](const auto* p) {  // both extremes at once: the compiler vectorizes it
+  const auto scan = [&](const auto* p) {  // minimum and maximum in one loop, without a branch: the compiler vectorizes it
     auto least = p[0], most = p[0];
     for (int64_t i = 1; i < n; ++i) {
       least = p[i] < least ? p[i] : least;
@@ -28,8 +28,8 @@ inline void check_range(const char* op, const char* argument, const Tensor& valu
                         smallest < low ? smallest : largest);
 }
 
-// cu_seqlens, a contiguous int32 CPU tensor, starts at 0, ends at `total`, and every sequence has at least `shortest` tokens.
-// Returns the length of the longest sequence.
+// Checks that cu_seqlens, a contiguous int32 CPU tensor, starts at 0 and ends at `total`, and that every sequence has at least
+// `shortest` tokens. Returns the length of the longest sequence.
 inline int64_t check_cu_seqlens(const char* op, const char* argument, const Tensor& cu_seqlens, int64_t total,
                                 int64_t shortest = 0) {
   const auto* p = static_cast<const int32_t*>(cdata(cu_seqlens));

@@ -9,7 +9,7 @@ namespace {
 using Pair = std::tuple<Tensor, Tensor>;
 using Triple = std::tuple<Tensor, Tensor, Tensor>;
 
-// What both directions share: the arguments of the kernels, and the label and factor of each row.
+// The arguments that the kernels of forward and backward share, with the label and the gradient's factor of each row.
 class Call {
  public:
   CrossEntropy a{};
@@ -41,7 +41,7 @@ class Call {
     const double divided = loss_.factor();
     for (int64_t t = 0; t < rows(); ++t) {
       const double up = upstream == nullptr ? 1 : upstream->get(each() ? t : 0);
-      factor_[t] = loss_.weight(t) == 0 ? 0 : loss_.weight(t) * divided * up;  // 0 for an ignored row even where the upstream is NaN
+      factor_[t] = loss_.weight(t) == 0 ? 0 : loss_.weight(t) * divided * up;  // not 0 * NaN where a row is ignored
     }
   }
   void write_to(const Tensor& dlogits) {
@@ -50,7 +50,7 @@ class Call {
   }
   int64_t grain() const { return grain_of(16384, a.cols); }
 
-  // Loss and z-loss; the kernel writes what else it was asked for.
+  // Returns the loss and the z-loss. The kernel also writes lse, and the gradient of the logits where write_to() was called.
   Pair forward(const Tensor& lse, bool return_z_loss) {
     const Tensor logit = row_numbers(), total = row_numbers(loss_.label_smoothing != 0);
     a.lse = data(lse);

@@ -1,4 +1,4 @@
-// Cross-entropy of logits: the raw-pointer contract between binding and kernels.
+// Cross-entropy of logits: the arguments that the binding passes to the kernels, as raw pointers.
 // Formulas: internlm2_kernels/ops/cross_entropy.py.
 #pragma once
 #include "types.h"
@@ -6,20 +6,21 @@
 namespace internlm2 {
 
 struct CrossEntropy {
-  Dtype dtype;  // of logits and their gradient; the accumulator's is float, double for f64
+  Dtype dtype;  // of logits and dlogits; sums are held in the accumulator's dtype, double for f64 and float otherwise
   const void* logits;
-  int64_t stride, cols;  // between rows; the vocabulary
+  int64_t stride, cols;  // stride: between rows of logits; cols: the size of the vocabulary
   const int64_t* label;  // [rows], -1: ignored
   double label_smoothing, z_loss, softcap;
-  // In the accumulator's dtype: lse [rows, 2], the largest logit and the log of the sum of exp(l - largest), because the rounding
-  // of their sum would be a relative error of exp(l - lse); the label's logit [rows]; the sum of the logits [rows], may be null.
+  // In the accumulator's dtype. lse [rows, 2]: the largest logit, and log(sum of exp(l - largest)). They stay separate, because
+  // the rounding error of their sum would become a relative error of exp(l - lse). label_logit [rows]: the label's logit.
+  // total [rows]: the sum of the row's logits; null: not needed.
   void *lse, *label_logit, *total;
-  const double* factor;             // [rows] the factor of the row's gradient
-  void* dlogits;                    // may be logits; in the forward null, or the gradient is written too
+  const double* factor;             // [rows] weight * upstream gradient / divisor of the loss: what multiplies a row's gradient
+  void* dlogits;                    // may be the memory of logits; null in a forward that writes no gradient
   int64_t dlogits_stride;
 };
 
-// out[i] = in[i] * factor. The dtype of `in` is that of `out` or its accumulator's.
+// out[i] = in[i] * factor. `from` is the dtype of `in`, `to` that of `out`; `from` is either `to` or its accumulator's dtype.
 struct ScaleGradient {
   Dtype from, to;
   const void* in;

@@ -1,32 +1,33 @@
-// Attention, forward and backward: the raw-pointer contract between bindings and kernels.
+// Attention, forward and backward: the arguments that the binding passes to the kernels, as raw pointers.
 // Formulas: internlm2_kernels/ops/flash_attention.py.
 #pragma once
 #include "types.h"
 
-// Always inlined: one shared out-of-line copy would be compiled for one of the instruction sets and run on all.
+// Always inlined: the linker would keep a single out-of-line copy for all builds, perhaps that of AVX-512, which other
+// processors cannot run.
 #define ATTENTION_INLINE inline __attribute__((always_inline))
 
 namespace internlm2 {
 
-// q, k, v, out or a gradient: [sequences, tokens, heads, d] where dense, [tokens, heads, d] where packed (its sequence
-// stride unused); strides in elements, the last one is 1.
+// q, k, v, out or a gradient of them: [sequences, tokens, heads, d] where dense, [tokens, heads, d] where packed
+// (sequence_stride is then unused). Strides are in elements; that of d is 1.
 struct AttentionTensor {
   const void* data;
   int64_t sequence_stride, token_stride, head_stride;
 };
 
-// What forward and backward share. The sequences are packed where cu_q and cu_k are given. Otherwise every sequence has
-// seqlen_q queries and seqlen_k keys.
+// The arguments that forward and backward share. The sequences are packed where cu_q and cu_k are given. Otherwise every
+// sequence has seqlen_q queries and seqlen_k keys.
 struct Attention {
   Dtype dtype;
   int64_t sequences, heads, kv_heads, d;
   const int32_t *cu_q, *cu_k;  // [sequences + 1]
   int64_t seqlen_q, seqlen_k;
-  const int32_t* seqlens_k;  // [sequences]; a paged cache gives it in place of cu_k and seqlen_k
+  const int32_t* seqlens_k;  // [sequences], the length of each in a paged cache; null without one: cu_k or seqlen_k then
   int64_t window_left, window_right;  // -1: unlimited, else at most 2^40
-  double scale, softcap;  // from 1e-37 to 1e37; softcap 0: none
+  double scale, softcap;  // each from 1e-37 to 1e37; softcap 0: no soft-cap
   AttentionTensor q, k, v;
-  int64_t lse_sequence_stride, lse_head_stride;  // of lse and of everything else that has one number for each query row and head
+  int64_t lse_sequence_stride, lse_head_stride;  // of lse, and in the backward of dlse, shift and delta
 
   ATTENTION_INLINE int64_t group() const { return heads / kv_heads; }
   ATTENTION_INLINE int64_t begin_q(int64_t s) const { return cu_q ? cu_q[s] : 0; }
@@ -36,7 +37,7 @@ struct Attention {
     if (seqlens_k) return seqlens_k[s];
     return cu_k ? cu_k[s + 1] - cu_k[s] : seqlen_k;
   }
-  // Offset of a sequence's first element of a head, in elements.
+  // Where the first token of sequence s begins in a head of t, in elements.
   ATTENTION_INLINE int64_t offset_q(const AttentionTensor& t, int64_t s, int64_t head) const {
     return cu_q ? cu_q[s] * t.token_stride + head * t.head_stride : s * t.sequence_stride + head * t.head_stride;
   }
@@ -70,24 +71,24 @@ struct FlashFwd : Attention {
   void* lse;
 };
 
-// A tile of the forward's work for one thread: query rows [begin, end) of one sequence, with all query heads of the key heads
-// [kv_head, kv_head + kv_heads). By default a tile is computed over all keys. Where there are too few tiles for the threads,
-// it is split along the keys (split-K): each split is computed on its own (split >= 0) and leaves its unfinished result in
-// `state`; then the tile joins its states (splits > 0), which lie state_bytes apart from `state` on, in rising order.
+// A tile of the forward, computed by one thread: query rows [begin, end) of one sequence, with all query heads of the key heads
+// [kv_head, kv_head + kv_heads). There are three kinds:
+//   split < 0, splits == 0   the whole tile over all keys.
+//   split >= 0               one split of it along the keys (split-K), which leaves its partial result in `state`.
+//   split < 0, splits > 0    joins the partial results of all its splits, which stand in rising order at `state`.
 struct AttentionTile {
   int64_t sequence, kv_head, kv_heads, begin, end;
-  int64_t split = -1, splits = 0, state_bytes = 0;
+  int64_t split = -1, splits = 0, state_bytes = 0;  // state_bytes: between two partial results
   void* state = nullptr;
 };
 
-// The tiling of a call in which no sequence has more than `longest` query rows. Only a tile of at most decode_lanes rows times
-// query heads of a group takes several key heads.
+// How a forward is divided into tiles.
 struct AttentionTiling {
-  int64_t rows;           // of a tile
-  int64_t split_keys;     // of a split
-  int64_t decode_lanes;
-  int64_t scratch_bytes;  // for each thread
-  int64_t state_bytes;    // for each split
+  int64_t rows;           // query rows of a tile
+  int64_t split_keys;     // keys of a split
+  int64_t decode_lanes;   // a tile of at most so many lanes (rows times query heads of a group) may take several key heads
+  int64_t scratch_bytes;  // scratch memory of each thread
+  int64_t state_bytes;    // the partial result of a split
 };
 
 INTERNLM2_CPU_MATRIX_KERNELS(

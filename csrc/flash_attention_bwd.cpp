@@ -11,8 +11,9 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
 constexpr int64_t kSerial = 1 << 20;  // multiplications in a product below which a second thread costs more than it saves
 
-// Tiles of one block each, ordered by sequence, then by groups of `abreast` heads, then by block, then by head. With more
-// heads abreast than threads, no thread waits for the block before its own; few heads abreast still fit the shared cache.
+// The tiles of the backward in the order in which threads take them: by sequence, then by groups of `abreast` heads, then by
+// block, then by head within the group. The tile of a block waits for the blocks before it of the same head. With more heads
+// abreast than threads, these have ended as a rule. A smaller `abreast` keeps fewer heads at once in the shared cache.
 class BlockTiles {
  public:
   BlockTiles(int64_t heads, int64_t abreast, const std::vector<int64_t>& blocks)

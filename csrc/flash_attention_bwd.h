@@ -4,34 +4,35 @@
 
 namespace internlm2 {
 
-// A block of queries against a block of keys. Both are multiples of the register tile, and the operands and sums of a block
-// stay in the second-level cache.
+// The backward works on one block of queries against one block of keys at a time. These are their sizes in rows: multiples of
+// the register tile (gemm/product.h), and small enough that the operands and sums of a pair stay in the second-level cache.
 constexpr int64_t kBwdQueries = 144, kBwdKeys = 192;
 
 struct FlashBwd : Attention {
   AttentionTensor dout, out;
   void *dq, *dk, *dv;      // contiguous
   const void *lse, *dlse;  // dlse may be null
-  // Blocks of queries and of keys before each sequence, [sequences + 1]; the last entries are the totals.
+  // [sequences + 1]: how many blocks of queries, and of keys, all sequences before s have together; the last entries are the
+  // totals.
   const int64_t *q_blocks, *k_blocks;
-  // One number for each query row and head, laid out as lse, in the accumulator's dtype: lse (to base 2 for 16-bit tensors)
-  // and delta, the sum over d of dout * out, less dlse.
+  // Laid out as lse, in the accumulator's dtype. shift: the lse that is subtracted from the scores, to base 2 for 16-bit
+  // tensors. delta: the sum over d of dout * out, minus dlse.
   void *shift, *delta;
-  int64_t tokens_q;
+  int64_t tokens_q;  // query rows of all sequences together
   void* dq_sum;    // [heads, tokens_q, columns] in the accumulator's dtype
-  int32_t* turns;  // [heads, query blocks], zeros: how many key blocks have added to dq_sum
+  int32_t* turns;  // [heads, query blocks], zeros at first: how many key blocks have added their part to this block's dq_sum
 };
 
-// A tile of work for one thread: one block of keys against all queries of its key head's group that see it; for
-// flash_attention_bwd_prepare, one block of queries of one head. Where they meet keys, blocks of queries are counted from the
-// first query row that is not fully masked.
+// A tile of work for one thread. For flash_attention_bwd: block `block` of keys of key head `head`, against all queries of the
+// head's group that see one of these keys; the blocks of queries begin at the first row that is not fully masked. For
+// flash_attention_bwd_prepare: block `block` of queries of query head `head`, counted from row 0.
 struct BwdTile {
   int64_t sequence, head, block;
 };
 
 struct BwdSizes {
   int64_t columns;        // d, rounded up to whole vectors
-  int64_t scratch_bytes;  // for each thread
+  int64_t scratch_bytes;  // scratch memory of each thread
 };
 
 INTERNLM2_CPU_MATRIX_KERNELS(

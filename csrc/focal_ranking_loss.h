@@ -1,4 +1,4 @@
-// Focal ranking loss of pairs of rewards: the raw-pointer contract between binding and kernels.
+// Focal ranking loss of pairs of rewards: the arguments that the binding passes to the kernels, as raw pointers.
 // Formula: internlm2_kernels/ops/focal_ranking_loss.py.
 #pragma once
 #include "types.h"
@@ -8,7 +8,7 @@ namespace internlm2 {
 struct FocalRanking {
   Dtype acc;  // f32 or f64: the type of dloss and loss, in which everything is computed
   In chosen, rejected;
-  const void* dloss;  // [n], for the backward pass
+  const void* dloss;  // [n] the upstream gradient, read by the backward
   void* loss;         // [n]
   Out dchosen, drejected;
   double gamma;

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kTokens = 8192;  // a tile is one or more whole sequences that together have at least this many tokens
 
-// The first sequence of every tile, and the end.
+// The first sequence of every tile, and after them the number of sequences.
 std::vector<int64_t> tile_starts(const int32_t* cu, int64_t n) {
   std::vector<int64_t> starts{0};
   for (int64_t i = 1; i <= n; ++i) {

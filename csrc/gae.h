@@ -1,4 +1,5 @@
-// Generalized advantage estimation: the raw-pointer contract between binding and kernel. Formula: internlm2_kernels/ops/gae.py.
+// Generalized advantage estimation: the arguments that the binding passes to the kernels, as raw pointers. Formula:
+// internlm2_kernels/ops/gae.py.
 #pragma once
 #include "types.h"
 
@@ -8,8 +9,8 @@ struct Gae {
   Dtype acc;  // f32 or f64: the type of bootstrap and of the results
   In rewards, values;
   const int32_t* cu_seqlens;  // [n + 1]
-  const uint8_t* mask;        // null: every element counts
-  const void* bootstrap;      // [n]; null: 0
+  const uint8_t* mask;        // [tokens], 0: the token is masked; null: none is
+  const void* bootstrap;      // [n] the value after the last token of each sequence; null: 0
   void *advantages, *returns;
   double gamma, lam;
 };

@@ -6,7 +6,7 @@
 namespace internlm2 {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements
+constexpr int64_t kGrain = 16384;  // elements below which a second thread costs more than it saves
 
 KlPenalty args_of(const Tensor& logprobs, const Tensor& ref_logprobs, const OptTensor& mask, int64_t estimator) {
   INTERNLM2_CHECK_VALUE(estimator >= 1 && estimator <= 3, "kl_penalty", "estimator", "1, 2 or 3, got ", estimator);

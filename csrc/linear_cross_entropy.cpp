@@ -27,7 +27,7 @@ class LossCall : public HeadCall {
     factor_ = rows_.factor();
   }
 
-  // Allocates also what the loss and its gradient need.
+  // Does what prepare() does, and allocates the arrays that only the loss and its gradient need.
   void prepare_loss() {
     prepare();
     if (a.store != HeadStore::gradient && rows_.label_smoothing != 0) {
@@ -40,7 +40,7 @@ class LossCall : public HeadCall {
   void at(int64_t first) { a.label = label_ + first; }
 
   LossSum losses(const Tensor& like, bool wanted) const { return LossSum(like, rows_, wanted); }
-  // Adds the weighted loss and z-loss of the chunk's row t, 0 where it is ignored.
+  // Adds the weighted loss and z-loss of row t of the chunk that begins at token `first`; both are 0 where the row is ignored.
   void add_losses(int64_t first, int64_t t, LossSum& loss, LossSum& z_loss) const {
     const double weight = rows_.weight(first + t), mean = a.total ? number(a.total, t) / a.vocab : 0;
     const double top = number(a.top, t), log_sum = number(a.log_sum, t);
@@ -95,7 +95,8 @@ Quadruple linear_cross_entropy_grad_fwd_cpp(const Tensor& hidden, const Tensor& 
   LossCall call(hidden, weight, {labels, token_weights, ignore_index, label_smoothing, z_loss, softcap, reduction},
                 rounded ? HeadStore::exponentials : HeadStore::logits);
   LossSum loss = call.losses(hidden, true), z = call.losses(hidden, return_z_loss);
-  // In the accumulator's dtype, so that backward rounds them once, after the upstream gradient.
+  // Gradients for an upstream gradient of 1, in the accumulator's dtype: the backward multiplies them with the real one, and
+  // only then rounds.
   Tensor dhidden = call.numbers({needs_dhidden ? call.tokens() : 0, call.a.d});
   Tensor dweight = call.numbers({needs_dweight ? call.a.vocab : 0, call.a.d});
   call.a.dhidden_dtype = dtype_of(dhidden);

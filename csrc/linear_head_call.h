@@ -1,4 +1,5 @@
-// One call of a head over a vocabulary: its memory, its chunks of tokens, and their tiles on threads.
+// One call of a head over a vocabulary (linear_head.h): allocates its memory, divides the tokens into chunks and runs the steps
+// of each chunk on threads.
 #pragma once
 #include <cstring>
 
@@ -16,7 +17,7 @@ class HeadCall {
  public:
   LinearHead a{};
 
-  // What both directions share. The caller sets in `a` what else it needs before prepare().
+  // Sets the arguments that forward and backward share. The caller sets the others that it needs in `a` before prepare().
   HeadCall(const Tensor& hidden, const Tensor& weight, double scale, double softcap, HeadStore store)
       : hidden_(hidden), weight_(weight), tokens_(hidden.size(0)) {
     a.dtype = dtype_of(hidden);
@@ -47,7 +48,7 @@ class HeadCall {
     return data(kept_.back());
   }
   void* statistic(int64_t size) { return take(blocks() * a.capacity * size); }
-  // A chunk's part of lse [tokens, 2]: the largest logit, and the log of the sum of exp(l - largest).
+  // Copy the lse of a chunk to and from its part of lse [tokens, 2]: the largest logit, and log(sum of exp(l - largest)).
   void put_lse(const Numbers& lse, int64_t first) const {
     const Numbers top(a.top, wide()), log_sum(a.log_sum, wide());
     for (int64_t t = 0; t < a.rows; ++t) {
@@ -64,11 +65,12 @@ class HeadCall {
   }
   void* row_numbers() { return take(a.capacity * acc_size()); }
 
-  // Sizes the chunks and allocates their memory. dweight, dhidden and dweight_sum are set before, to null where not needed.
+  // Chooses the size of the chunks and allocates their memory. Before the call a.dweight, a.dhidden and a.dweight_sum must be
+  // set, to null where they are not needed.
   void prepare() {
     HeadSizes sizes = INTERNLM2_CPU_MATRIX(linear_head_sizes, a);
     const int64_t most = most_rows(sizes), chunks = std::max<int64_t>(1, (tokens_ + most - 1) / most);
-    chunk_ = std::min(most, ((tokens_ + chunks - 1) / chunks + 11) / 12 * 12);  // even chunks of whole register tiles
+    chunk_ = std::min(most, ((tokens_ + chunks - 1) / chunks + 11) / 12 * 12);  // nearly equal chunks, multiples of 12 rows
     a.rows = chunk_;
     a.capacity = (chunk_ + 15) / 16 * 16;
     sizes = INTERNLM2_CPU_MATRIX(linear_head_sizes, a);
@@ -88,8 +90,8 @@ class HeadCall {
     a.label_logit = row_numbers();
   }
 
-  // For each chunk: at(first) sets the pointers to results for its first token, and merged(first, rows) is called when its
-  // statistics are complete.
+  // Computes all chunks. For the chunk that begins at token `first`, at(first) sets the pointers to labels and results, and
+  // merged(first, rows) is called when its lse and other statistics are complete, before the gradients.
   template <typename At, typename F> void run(const At& at, const F& merged) {
     for (int64_t first = 0; first < tokens_; first += chunk_) {
       a.rows = std::min(chunk_, tokens_ - first);
@@ -110,7 +112,7 @@ class HeadCall {
   }
 
  private:
-  static constexpr double kSerial = 1 << 20;  // multiplications below which a second thread costs more than it saves
+  static constexpr double kSerial = 1 << 20;  // multiplications below which more threads cost more than they save
 
   const Tensor &hidden_, &weight_;
   int64_t tokens_, chunk_ = 0, workers_ = 1, scratch_bytes_ = 0, column_panels_ = 0;
@@ -143,8 +145,8 @@ class HeadCall {
   }
 };
 
-// The gradients of a backward in the dtypes of hidden and weight. dweight is summed in its own memory where it has the
-// accumulator's dtype; otherwise more than one chunk needs an accumulator.
+// Allocates dhidden and dweight in the dtypes of hidden and weight. Chunks add to dweight in its own memory where its dtype is
+// the accumulator's. Otherwise, where there is more than one chunk, they add to a separate accumulator (a.dweight_sum).
 class HeadGradients {
  public:
   HeadGradients(HeadCall& call, const Tensor& hidden, const Tensor& weight, bool needs_dhidden, bool needs_dweight)

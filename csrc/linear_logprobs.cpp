@@ -5,7 +5,7 @@
 namespace internlm2 {
 namespace {
 
-// A HeadCall over the shard of a vocabulary that begins at vocab_start. A token's label may stand in another shard.
+// A HeadCall over the shard of the vocabulary that begins at vocab_start. The label of a token may belong to another shard.
 class TokenCall : public HeadCall {
  public:
   TokenCall(const Tensor& hidden, const Tensor& weight, const Tensor& tokens, double inv_temperature, double softcap,
@@ -15,7 +15,7 @@ class TokenCall : public HeadCall {
   }
   void at(int64_t first) { a.label = label_ + first; }
   void* moved(const Tensor& t, int64_t first) const { return static_cast<char*>(data(t)) + first * acc_size(); }
-  int64_t column(int64_t t) const { return label_[t]; }  // in this shard; -1: in another one
+  int64_t column(int64_t t) const { return label_[t]; }  // the label's column in this shard; -1: it belongs to another shard
 
  private:
   int64_t* label_;
@@ -83,7 +83,8 @@ std::tuple<Tensor, Tensor> linear_logprobs_bwd_cpp(const OptTensor& dlogprobs, c
         call.get_lse(lses, first);
         for (int64_t t = 0; t < a.rows; ++t) {
           const int64_t i = first + t;
-          // dl_j = dlogprobs ([j=y] - p_j) - dentropy p_j (l_j - lse + entropy) + dlse p_j + dsum
+          // The gradient of logit j, where y is the label and dlogprobs, dentropy, dlse and dsum are the upstream gradients:
+          // dl_j = dlogprobs ([j = y] - p_j) - dentropy p_j (l_j - lse + entropy) + dlse p_j + dsum
           const double up = value(dlogprobs, i), tilt = value(dentropy, i);
           const double rest = value(dlse, i) - (tilt == 0 ? 0 : tilt * value(entropy, i));
           const double each[4] = {rest - up, -tilt, value(dsum, i), rest};

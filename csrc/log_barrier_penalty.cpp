@@ -5,7 +5,7 @@
 namespace internlm2 {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements
+constexpr int64_t kGrain = 16384;  // elements below which a second thread costs more than it saves
 
 LogBarrier args_of(const Tensor& rewards, double bound, double margin, bool clamp) {
   LogBarrier a{};

@@ -1,4 +1,4 @@
-// Log-barrier penalty of rewards: the raw-pointer contract between binding and kernels.
+// Log-barrier penalty of rewards: the arguments that the binding passes to the kernels, as raw pointers.
 // Formula: internlm2_kernels/ops/log_barrier_penalty.py.
 #pragma once
 #include "types.h"
@@ -8,7 +8,7 @@ namespace internlm2 {
 struct LogBarrier {
   Dtype acc;  // f32 or f64: the type of dpenalty and penalty, in which everything is computed
   In rewards;
-  const void* dpenalty;  // [n], for the backward pass
+  const void* dpenalty;  // [n] the upstream gradient, read by the backward
   void* penalty;         // [n]
   Out drewards;
   double bound, margin;

@@ -1,4 +1,5 @@
-// The Python module: facts for `doctor` and the tests. Operators are registered by their own files.
+// The Python module: tells `doctor` (internlm2_kernels/__main__.py) and the tests about the build and the process.
+// Operators are registered in their own files.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

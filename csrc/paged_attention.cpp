@@ -7,8 +7,8 @@ namespace {
 
 constexpr const char* kOp = "paged_attention";
 
-// Every length holds its sequence's new tokens and fits the block table, and the entries of blocks that a new token sees are
-// blocks of the cache. A sequence without new tokens is skipped.
+// Checks the values of each sequence that has new tokens: its length in the cache is at least the number of its new tokens and
+// fits the block table, and each entry of the block table that a new token needs is the number of a block of the cache.
 void check_values(const PagedFwd& a, int64_t blocks) {
   for (int64_t s = 0; s < a.sequences; ++s) {
     if (a.length_q(s) == 0) continue;
@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> paged_attention_fwd_cpp(const Tensor& q, const Tensor
   Tensor out = empty_as(q), lse = torch::stable::new_empty(q, {a.heads, q.size(0)}, accumulator_of(q));
   a.q = attention_tensor(q);
   a.out = attention_tensor(out);
-  a.q.sequence_stride = a.q.token_stride;  // where there is no cu_q, a sequence is a token
+  a.q.sequence_stride = a.q.token_stride;  // used where there is no cu_q: each sequence then has one new token
   a.out.sequence_stride = a.out.token_stride;
   a.lse = data(lse);
   a.lse_sequence_stride = 1;

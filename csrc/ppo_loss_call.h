@@ -1,4 +1,4 @@
-// One call of a PPO loss, forward or backward.
+// One call of PPO's policy or value loss, forward or backward: checks, allocation and distribution over threads.
 #pragma once
 #include "errors.h"
 #include "ppo_loss.h"
@@ -10,7 +10,7 @@ using PpoResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, clip_fr
 
 class PpoCall {
  public:
-  static constexpr int64_t kGrain = 16384;  // elements
+  static constexpr int64_t kGrain = 16384;  // elements below which a second thread costs more than it saves
   PpoLoss a{};
 
   PpoCall(const char* op, const Tensor& x, const Tensor& old, const Tensor& target, const Tensor& mask, double clip) : x_(x) {
@@ -26,14 +26,14 @@ class PpoCall {
     a.clip = clip;
   }
 
-  // `chunks(begin, end)` leaves `sums` numbers of each chunk, of which a thread takes at least `grain`; `total()` makes the
-  // results of them.
+  // chunks(begin, end) writes `sums` numbers for each chunk of elements to a.partial; a thread takes at least `grain` chunks.
+  // total() then computes the results from them.
   template <typename Chunks, typename Total>
   PpoResults forward(int64_t sums, int64_t grain, const Chunks& chunks, const Total& total) {
     const auto scalar = [&] { return torch::stable::new_empty(x_, {}, accumulator_of(x_)); };
     Tensor loss = scalar(), clip_fraction = scalar(), statistic = scalar(), count = scalar();
     const int64_t n = (a.n + kPpoChunk - 1) / kPpoChunk;
-    double few[256];  // on the stack where a small call needs no more: an allocation costs as much as its arithmetic
+    double few[256];  // a.partial of a small call, on the stack: an allocation would cost as much as its arithmetic
     OptTensor many;
     if (n * sums > 256) many = torch::stable::new_empty(x_, {n, sums}, torch::headeronly::ScalarType::Double);
     a.partial = many.has_value() ? static_cast<double*>(data(*many)) : few;

@@ -14,8 +14,8 @@ struct Cache {
   const Tensor& slots;
 };
 
-// Allocates q, k and v and has run(arguments, tokens) write them. Indices are checked here in the name of `op`, or, where it
-// is null, by the kernel.
+// Allocates q, k and v and calls run(arguments, tokens), which writes them. Positions and slots are checked here, with errors
+// of operator `op`; where `op` is null (CUDA), the kernel checks them.
 template <typename Run>
 Outputs forward(const char* op, const Tensor& qkv, const Tensor& cos, const Tensor& sin, const OptTensor& positions,
                 int64_t num_heads, int64_t num_kv_heads, const Cache* cache, const Run& run) {

@@ -1,21 +1,23 @@
-// Reward loss from hidden states, for reward_loss and reward_loss_from_last: the raw-pointer contract between bindings and
-// kernels. Formulas: internlm2_kernels/ops/reward_loss.py.
+// Reward loss from hidden states, for reward_loss and reward_loss_from_last: the arguments that the binding passes to the
+// kernels, as raw pointers. Formulas: internlm2_kernels/ops/reward_loss.py.
 #pragma once
 #include "types.h"
 
 namespace internlm2 {
 
-// n sequences, chosen and rejected in turn. The last token of sequence i is row cu_seqlens[i + 1] - 1 of hidden, or row i
-// where cu_seqlens is null.
+// n sequences: those of even index are chosen, each followed by the rejected one of its pair. The last token of sequence i is
+// row cu_seqlens[i + 1] - 1 of hidden, or row i where cu_seqlens is null.
 struct RewardLoss {
   Dtype dtype, weight_dtype;  // weight: dtype or f32
   const void *hidden, *weight;
   const int32_t* cu_seqlens;
   int64_t tokens, n, cols, row_stride;
   double gamma, penalty_weight, bound, margin;
-  void *loss, *rewards, *slopes;  // accumulator, [], [n], [n]; the backward pass reads slopes
-  const void *dloss, *drewards;   // accumulator, [] and [n]; either may be null
-  void* drewards_total;           // accumulator, [n]: dloss * slopes + drewards
+  // In the accumulator's dtype. loss is 0-dim; rewards [n]; slopes [n]: the derivative of the loss with respect to each reward,
+  // which the backward reads. dloss, 0-dim, and drewards [n] are upstream gradients, and either may be null.
+  void *loss, *rewards, *slopes;
+  const void *dloss, *drewards;
+  void* drewards_total;           // [n]: dloss * slopes + drewards
   void *dhidden, *dweight;        // [tokens, cols], [cols]
 };
 

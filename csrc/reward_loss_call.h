@@ -9,9 +9,9 @@ namespace internlm2 {
 using RewardForward = std::tuple<Tensor, Tensor, Tensor>;
 using RewardBackward = std::tuple<Tensor, Tensor>;
 
-constexpr int64_t kRewardColumns = 128;  // columns of dweight that a thread takes at a time: whole pairs of vectors
+constexpr int64_t kRewardColumns = 128;  // columns of dweight that a thread takes at a time: a multiple of two vectors
 
-// The arguments that both directions share; `sequences` were found in the argument `where`.
+// The arguments that forward and backward share. `where` is the argument that gives the number of sequences, for the error.
 inline RewardLoss reward_args(const char* op, const char* where, const Tensor& hidden, const Tensor& weight, int64_t sequences,
                               const int32_t* cu_seqlens) {
   INTERNLM2_CHECK_VALUE(sequences % 2 == 0, op, where, "an even number of sequences, got ", sequences);

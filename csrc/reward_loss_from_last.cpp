@@ -1,4 +1,4 @@
-// The kernels are those of reward_loss (cpu/reward_loss.cpp), without cu_seqlens.
+// Bindings of reward_loss_from_last. Its kernels are those of reward_loss (cpu/reward_loss.cpp), called without cu_seqlens.
 #include "reward_loss_call.h"
 
 namespace internlm2 {

@@ -5,7 +5,7 @@
 namespace internlm2 {
 namespace {
 
-constexpr int64_t kChunks = 64;  // partial sums of dweight: their number depends on that of rows alone, hence deterministic
+constexpr int64_t kChunks = 64;  // the most partial sums of dweight; a fixed number, so that no bit depends on the threads
 
 int64_t grain(int64_t cols) { return grain_of(32768, cols); }
 
@@ -14,11 +14,11 @@ using Triple = std::tuple<Tensor, Tensor, Tensor>;
 
 struct Forward {
   Tensor y;
-  OptTensor h;  // where there is a residual
+  OptTensor h;  // x + residual, only where there is a residual
   Tensor rstd;
 };
 
-// Allocates the results and has run(arguments) write them.
+// Allocates the results and calls run(arguments), which writes them.
 template <typename Run>
 Forward forward(const Tensor& x, const Tensor* residual, const Tensor& weight, double eps, bool hf, const Run& run) {
   const auto sizes = x.sizes();
@@ -44,7 +44,7 @@ Forward forward(const Tensor& x, const Tensor* residual, const Tensor& weight, d
   return out;
 }
 
-// Allocates dx, dweight and its partial sums and has run(arguments, chunks) write them.
+// Allocates dx, dweight and the partial sums of dweight, and calls run(arguments, chunks), which writes them.
 template <typename Run>
 Pair backward(const Tensor& dy, const OptTensor& dresidual, const Tensor& h, const Tensor& weight, const Tensor& rstd,
                    bool hf, bool needs_dweight, int64_t rows_per_chunk, const Run& run) {

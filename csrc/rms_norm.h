@@ -1,4 +1,5 @@
-// RMS normalization: the raw-pointer contract between binding and kernels. Formulas: internlm2_kernels/ops/rms_norm.py.
+// RMS normalization: the arguments that the binding passes to the kernels, as raw pointers. Formulas:
+// internlm2_kernels/ops/rms_norm.py.
 #pragma once
 #include "types.h"
 
@@ -8,7 +9,7 @@ struct RmsNormFwd {
   Dtype dtype, weight_dtype;  // weight: dtype or f32
   Rows x_rows, residual_rows;
   const void* x;
-  const void* residual;  // null: h is x and is not written
+  const void* residual;  // h = x + residual; null: h is x and is not written
   const void* weight;
   void *y, *h;  // contiguous [rows, cols]
   void* rstd;   // [rows] float (double for f64)
@@ -22,9 +23,9 @@ struct RmsNormBwd {
   Rows dy_rows, dresidual_rows, h_rows;
   const void *dy, *dresidual, *h, *weight, *rstd;  // dresidual may be null
   void* dx;                                        // contiguous [rows, cols]
-  void* dweight;                                   // null: not needed
+  void* dweight;                                   // null: the gradient of weight is not needed
   void* partial;                                   // [chunks, cols] float or double, where dweight is needed
-  int64_t cols, rows_per_chunk;                    // chunk c sums rows [c * rows_per_chunk, ...), depending on rows alone
+  int64_t cols, rows_per_chunk;                    // chunk c sums dweight over rows_per_chunk rows from c * rows_per_chunk on
   bool hf;
 };
 

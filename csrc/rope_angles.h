@@ -1,4 +1,4 @@
-// What the kernels that rotate heads share: the tables of cos and sin and where each token finds its angles.
+// Shared by the kernels of the rotary embedding: the tables of cos and sin, and the row of them that holds each token's angles.
 #pragma once
 #include "types.h"
 

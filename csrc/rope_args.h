@@ -1,11 +1,12 @@
-// From the tensors of the operators that rotate heads to the arguments of their kernels.
+// Fills the arguments of the rotary embedding's kernels (rope_angles.h) from tensors.
 #pragma once
 #include "checks.h"
 #include "rope_angles.h"
 
 namespace internlm2 {
 
-// Refuses positions outside the tables in the name of `op`. With op = nullptr the kernel checks them itself, on a GPU.
+// Raises an error of operator `op` for positions outside the tables. With op = nullptr nothing is checked here, because
+// positions are on a GPU, where the kernel checks them.
 inline RopeAngles angles_of(const char* op, const Tensor& cos, const Tensor& sin, const OptTensor& positions) {
   RopeAngles a{dtype_of(cos), Dtype::i64, cdata(cos), cdata(sin), nullptr, cos.size(0), cos.size(1)};
   if (positions.has_value()) {

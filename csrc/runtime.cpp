@@ -18,7 +18,7 @@
 namespace internlm2 {
 namespace {
 
-// Whether the processor has tiles and bfloat16 products, and the operating system saves and restores their state.
+// Whether the processor has AMX tiles and their bfloat16 products, and the operating system saves and restores the tiles.
 bool tiles_offered() {
 #if defined(INTERNLM2_EMULATE_AMX)
   return true;
@@ -27,7 +27,7 @@ bool tiles_offered() {
   constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (bf16 | tile)) != (bf16 | tile)) return false;
   constexpr long supported = 0x1021;  // ARCH_GET_XCOMP_SUPP
-  constexpr uint64_t states = 3u << 17;  // XFEATURE_XTILECFG and _XTILEDATA
+  constexpr uint64_t states = 3u << 17;  // XFEATURE_XTILECFG and XFEATURE_XTILEDATA
   uint64_t mask = 0;
   return syscall(SYS_arch_prctl, supported, &mask) == 0 && (mask & states) == states;
 #else
@@ -35,8 +35,8 @@ bool tiles_offered() {
 #endif
 }
 
-// Asks the operating system for permission to use the tiles. It is given to the whole process for good, and the signal frames
-// of its threads grow by the tiles' 8 KiB, so it is asked for at the first call of an operator, not when the library is loaded.
+// Asks the operating system for permission to use AMX tiles. The permission holds for the whole process until it ends, and each
+// thread's signal frame grows by the 8 KiB of the tiles. So it is asked for at the first call of an operator, not at loading.
 bool tiles_permitted() {
 #if defined(__x86_64__) && defined(__linux__) && !defined(INTERNLM2_EMULATE_AMX)
   constexpr long request = 0x1023, data = 18;  // ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA
@@ -63,7 +63,7 @@ Isa detect() {
 #endif
 }
 
-Isa initial() {  // follows torch's own variable, so that one variable forces the whole process
+Isa initial() {  // follows torch's own environment variable, so that one variable limits torch and this library alike
   const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
   const Isa best = best_isa();
   if (wanted != nullptr && best >= Isa::avx512 && (!std::strcmp(wanted, "avx2") || !std::strcmp(wanted, "default"))) {

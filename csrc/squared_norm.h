@@ -1,4 +1,4 @@
-// Sum of the squares of a list of tensors: the raw-pointer contract between binding and kernel.
+// Sum of the squares of a list of tensors: the arguments that the binding passes to the kernels, as raw pointers.
 // Formula: internlm2_kernels/ops/squared_norm.py.
 #pragma once
 #include "types.h"

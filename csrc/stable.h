@@ -1,5 +1,6 @@
-// The only way to libtorch: its stable ABI at version 2.10, so that one binary serves every torch from 2.10 on.
-// Bindings include this header. Kernels never do: they see raw pointers and the types of types.h.
+// The only header through which this library uses libtorch. It uses torch's stable ABI at version 2.10 alone, so that one
+// binary serves every torch from 2.10 on. Bindings include it. Kernels never do: they see raw pointers and the types of
+// types.h.
 #pragma once
 #ifndef TORCH_TARGET_VERSION
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 10) << 48))
@@ -46,7 +47,8 @@ inline torch::headeronly::ScalarType accumulator_of(const Tensor& t) {
 
 inline Dtype accumulator_tag(const Tensor& t) { return dtype_of(t) == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 
-// A tensor as rows along its last dimension. The public functions guarantee a last stride of 1 and at most two leading strides.
+// A tensor as rows along its last dimension. The public functions guarantee that the last stride is 1 and that two strides
+// suffice for the other dimensions together.
 inline Rows rows_of(const Tensor& t) {
   const int64_t dim = t.dim();
   STD_TORCH_CHECK(dim >= 1 && (t.size(dim - 1) <= 1 || t.stride(dim - 1) == 1 || t.numel() == 0),
@@ -78,8 +80,8 @@ inline void* data(const Tensor& t) { return t.mutable_data_ptr(); }
 inline const void* cdata(const Tensor& t) { return t.const_data_ptr(); }
 
 #ifdef INTERNLM2_CUDA
-// Makes the tensor's device current for a scope and holds its current stream. The stable ABI itself gives a stream's handle
-// only from 2.13 on. A CUDA build of torch has had the function below for longer; in a CPU build its address is null.
+// Makes the tensor's device current for a scope and holds its current stream. The stable ABI itself gives the handle of a
+// stream only from 2.13 on. aoti_torch_get_current_cuda_stream is older; in a CPU build of torch its (weak) address is null.
 class CudaScope {
  public:
   explicit CudaScope(const Tensor& t) : device_(t.get_device_index()), guard_(device_) {
@@ -103,8 +105,8 @@ inline void check_cuda_dtype(const Tensor& t) {
 inline void check_launch(const char* error) { STD_TORCH_CHECK(error == nullptr, "internlm2_kernels: CUDA: ", error); }
 #endif
 
-// Registration. The dispatcher never compares the types of a schema with those of C++, so that each registration records its
-// own signature, which a test compares.
+// Registration. The dispatcher never compares the types of an operator's schema with those of the C++ function. Therefore
+// INTERNLM2_IMPL records the types of each function it registers, and a test compares them with the schema.
 template <typename T> struct TypeName;
 template <> struct TypeName<Tensor> { static std::string get() { return "Tensor"; } };
 template <> struct TypeName<OptTensor> { static std::string get() { return "Tensor?"; } };

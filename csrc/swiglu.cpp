@@ -5,9 +5,9 @@
 namespace internlm2 {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements
+constexpr int64_t kGrain = 16384;  // elements below which a second thread costs more than it saves
 
-// Where every tensor is contiguous it is treated as one row, so that short rows cost no more than long ones.
+// Where all tensors are contiguous, each is treated as one long row, so that short rows cost no more than long ones.
 bool dense(const Rows& r, int64_t cols) { return r.inner == 1 && (r.outer_stride == cols || r.outer <= 1); }
 void flatten(Rows& r) { r = {1, 1, 0, 0}; }
 

@@ -1,4 +1,5 @@
-// Gated activation: the raw-pointer contract between binding and kernels. Formulas: internlm2_kernels/ops/swiglu.py.
+// Gated activation: the arguments that the binding passes to the kernels, as raw pointers. Formulas:
+// internlm2_kernels/ops/swiglu.py.
 #pragma once
 #include "types.h"
 
@@ -21,7 +22,8 @@ struct SwigluBwd {
   int64_t cols;
 };
 
-// Elements [begin, end) are counted row after row, so that threads can share one long row as they share many short ones.
+// Elements [begin, end) are counted through all rows, so that one long row is distributed over threads as well as many short
+// ones.
 INTERNLM2_CPU_KERNELS(
   void swiglu_fwd(const SwigluFwd& a, int64_t begin, int64_t end);
   void swiglu_bwd(const SwigluBwd& a, int64_t begin, int64_t end);)

@@ -1,5 +1,5 @@
-// Lists of tensors as the optimizer's operators take them: cut into chunks that are counted over all tensors together, so
-// that many small tensors are distributed over the threads as well as a few large ones.
+// Lists of tensors, for the optimizer's operators. Each tensor is divided into chunks, and the chunks of all tensors are
+// numbered through, so that many small tensors are distributed over the threads as well as a few large ones.
 #pragma once
 #include <algorithm>
 #include <utility>
@@ -11,13 +11,13 @@ namespace internlm2 {
 
 using Tensors = std::vector<Tensor>;
 
-constexpr int64_t kListChunk = 65536;  // elements of one tensor in a chunk
+constexpr int64_t kListChunk = 65536;  // the most elements of a chunk, all of one tensor
 
 class Chunks {
  public:
   void add(int64_t numel) { ends_.push_back(count() + (numel + kListChunk - 1) / kListChunk); }
   int64_t count() const { return ends_.empty() ? 0 : ends_.back(); }
-  // f(chunk, tensor, first element of the chunk in the tensor) for each chunk.
+  // Calls f(chunk, tensor, first) for each chunk on threads; `first` is the element of the tensor at which the chunk begins.
   template <typename F> void run(const F& f) const {
     for_tiles(count(), workers_for(count()), [&](int64_t chunk, int64_t) {
       const auto tensor = static_cast<size_t>(std::upper_bound(ends_.begin(), ends_.end(), chunk) - ends_.begin());
@@ -29,7 +29,7 @@ class Chunks {
   std::vector<int64_t> ends_;
 };
 
-// Whether the elements lie without gaps, in whatever order of dimensions.
+// Whether the elements of a tensor lie in memory without gaps, whatever the order of its dimensions.
 inline bool is_dense(const Tensor& t) {
   if (t.is_contiguous()) return true;
   std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size

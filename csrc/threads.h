@@ -8,7 +8,7 @@
 
 namespace internlm2 {
 
-// f(begin, end) over [0, n) in contiguous chunks, one for each thread. `grain` is the number of rows below which a second
+// Calls f(begin, end) for contiguous parts of [0, n), one for each thread. `grain` is the number of rows below which a second
 // thread costs more than it saves.
 template <typename F>
 inline void for_rows(int64_t n, int64_t grain, const F& f) {
@@ -17,7 +17,7 @@ inline void for_rows(int64_t n, int64_t grain, const F& f) {
   torch::stable::parallel_for(0, n, grain, f);
 }
 
-// The grain for rows of `width` elements, where a thread is worth `elements` of them.
+// The grain of for_rows for rows of `width` elements, where a second thread pays from `elements` elements on.
 inline int64_t grain_of(int64_t elements, int64_t width) {
   return std::max<int64_t>(1, elements / std::max<int64_t>(width, 1));
 }
@@ -29,8 +29,9 @@ inline int64_t workers_for(int64_t tiles) {
   return tiles < threads ? tiles : threads;
 }
 
-// f(tile, worker) for every tile in [0, tiles), each handed to the next free worker in rising order. Tiles of unequal cost
-// should be ordered with the most expensive first, for load balance. What a tile computes must not depend on its worker.
+// Calls f(tile, worker) for every tile in [0, tiles). Tiles are handed out in rising order, each to the next free worker. Tiles
+// of unequal cost should be ordered with the most expensive first, for load balance. What a tile computes must not depend on
+// its worker.
 template <typename F>
 inline void for_tiles(int64_t tiles, int64_t workers, const F& f) {
   std::atomic<int64_t> next{0};

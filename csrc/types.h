@@ -6,7 +6,8 @@ namespace internlm2 {
 
 enum class Dtype : int { f32, bf16, f16, f64, i32, i64, i8 };
 
-// Bits of a device's error word, which internlm2_kernels/_device_errors.py names: append, never renumber.
+// Bits of a CUDA device's error word (runtime.h). internlm2_kernels/_device_errors.py knows them by number: append, never
+// renumber.
 enum DeviceError : int { kQkvRopePositions = 1 << 1, kQkvRopeSlots = 1 << 2 };
 
 struct bf16 { uint16_t bits; };
@@ -33,8 +34,8 @@ struct Rows {
 
 }  // namespace internlm2
 
-// Declares CPU kernels once for each build of them; used inside namespace internlm2. Kernels made of matrix products have two
-// more builds (runtime.h).
+// Declare the given CPU kernels once for each instruction set that they are built for; used inside namespace internlm2. Kernels
+// made of matrix products are built for two more (runtime.h).
 #define INTERNLM2_CPU_KERNELS(...) \
   namespace cpu { namespace AVX2 { __VA_ARGS__ } namespace AVX512 { __VA_ARGS__ } }
 #define INTERNLM2_CPU_MATRIX_KERNELS(...) \

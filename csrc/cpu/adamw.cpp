@@ -19,7 +19,8 @@ template <typename Acc> struct Constants {
         root_scale(static_cast<Acc>(t.root_scale)), eps(static_cast<Acc>(a.eps)), step_size(static_cast<Acc>(t.step_size)) {}
 };
 
-// Non-temporal stores for parameters that are written and not read: the cache would first fetch their lines.
+// Non-temporal stores, for parameters that are written and not read: an ordinary store would first fetch the lines into the
+// cache.
 #if defined(CPU_CAPABILITY_AVX512)
 VEC_INLINE void store_nontemporal(bf16* p, Two<Vec<float>> x) {
   const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(x.a.to_bf16()), x.b.to_bf16(), 1);
@@ -34,21 +35,22 @@ VEC_INLINE void store_nontemporal(bf16* p, Two<Vec<float>> x) {
 
 template <typename V> VEC_INLINE Two<V> root(Two<V> x) { return {root(x.a), root(x.b)}; }
 
-// One call of Philox gives the random bits of a block of kPairs pairs of vectors.
+// A block is kPairs pairs of vectors: as many elements as get their random bits from one call of philox().
 constexpr int kPairs = 2;
 
 template <typename P, typename G, typename M, bool kMaster, bool kStochastic> struct Step {
   using Acc = acc_t<P>;
   using V = Vec<Acc>;
   static constexpr bool kRandom = kStochastic || is_bf16<M>;
-  // Random bits come for even and odd elements separately. Without random bits the order of memory needs no shuffles.
+  // The order of lanes in a pair of vectors (Both in simd/vec.h). philox() returns random bits for even and odd elements
+  // separately, the order of Both<bf16>; without random bits the order of memory needs no shuffles.
   using Order = std::conditional_t<kRandom, bf16, Acc>;
   static constexpr int kElements = kPairs * 2 * V::size;
   static_assert(!kRandom || kElements == kPhiloxElements);
 
   const Constants<Acc> c;
   const PhiloxKey key;
-  const uint32_t stream, step;  // of the parameter; exp_avg and exp_avg_sq have the next two
+  const uint32_t stream, step;  // stream: the parameter's random stream; exp_avg has stream + 1 and exp_avg_sq stream + 2
 
   Step(const Adamw& a, const AdamwTensor& t)
       : c(a, t), key(a.seed_low, a.seed_high), stream(t.index * 4), step(t.step) {}
@@ -90,7 +92,8 @@ template <typename P, typename G, typename M, bool kMaster, bool kStochastic> st
     }
   }
 
-  // Elements [i, i + count), which are elements [lead, lead + count) of the block that begins at `element`.
+  // Updates elements [i, i + count) of the arrays by way of a copy of a whole block. They are elements [lead, lead + count) of
+  // the block that begins at `element` of the unsharded tensor.
   void part(const Pointers<P, G, M>& p, int64_t i, int64_t count, int64_t lead, int64_t element) const {
     P param[kElements] = {};
     G grad[kElements] = {};
@@ -110,7 +113,7 @@ template <typename P, typename G, typename M, bool kMaster, bool kStochastic> st
 
   void range(const Pointers<P, G, M>& p, int64_t n, int64_t element) const {
     int64_t i = 0;
-    const int64_t lead = kRandom ? element % 8 : 0;  // eight elements share a counter, and a shard may begin among them
+    const int64_t lead = kRandom ? element % 8 : 0;  // a counter gives bits to eight elements; a shard may begin among them
     if (lead != 0) {
       i = std::min(n, 8 - lead);
       part(p, 0, i, lead, element - lead);

@@ -5,7 +5,8 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
-// Rotates columns [first, first + n) of every head of a token, or of each half of it unless pairs are interleaved.
+// Rotates some columns of every head of a token. With kInterleaved they are columns [first, first + n) of the head; otherwise
+// they are columns [first, first + n) of each half of the head.
 template <bool kInterleaved, typename T>
 void rotate_heads(const Heads& in, void* out, int64_t token, const Staged<acc_t<T>>& angles, int64_t half, int64_t first,
                   int64_t n) {

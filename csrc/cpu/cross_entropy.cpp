@@ -7,7 +7,7 @@ namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
 constexpr double kInfinity = __builtin_huge_val();
-constexpr int64_t kBlock = 1024;  // elements read twice, for their maximum and their sum, the second time from cache
+constexpr int64_t kBlock = 1024;  // elements of a row that are read for their maximum and then, from the cache, for their sum
 
 template <typename V> VEC_INLINE Two<V> largest_of(Two<V> x, Two<V> y) { return {max(x.a, y.a), max(x.b, y.b)}; }
 template <typename V> VEC_INLINE Two<V> largest_of(Two<V> x, V y) { return {max(x.a, y), x.b}; }
@@ -16,7 +16,7 @@ template <typename V> VEC_INLINE Two<V> plus(Two<V> x, V y) { return {x.a + y, x
 template <typename V> VEC_INLINE Two<V> fma(Two<V> x, V y, V z) { return {fma(x.a, y, z), fma(x.b, y, z)}; }
 template <typename V> VEC_INLINE Two<V> tanh(Two<V> x) { return {tanh(x.a), tanh(x.b)}; }
 
-// One row. The order of its sums depends on its length alone.
+// One row of logits. The order of its sums depends on its length alone.
 template <typename T> struct Row {
   using Acc = acc_t<T>;
   using V = Vec<Acc>;
@@ -30,7 +30,7 @@ template <typename T> struct Row {
         inverse(static_cast<Acc>(1 / args.softcap)) {}
 
   VEC_INLINE Acc capped(Acc l) const { return a.softcap > 0 ? lane(V(cap) * tanh(V(l) * V(inverse))) : l; }
-  // The soft-capped logits minus `shift`, and the slope of the soft-cap, 1 - tanh^2.
+  // less: the soft-capped logits minus `shift`. slope: the derivative of the soft-cap there, 1 - tanh^2.
   template <typename L> struct Capped { L less, slope; };
   VEC_INLINE Capped<V> capped_less(V l, V shift) const {
     const V u = tanh(l * V(inverse));
@@ -40,7 +40,7 @@ template <typename T> struct Row {
     const auto first = capped_less(l.a, shift), second = capped_less(l.b, shift);
     return {{first.less, second.less}, {first.slope, second.slope}};
   }
-  // -inf in the last lanes of a partial vector, beyond the end of the row.
+  // l with -inf in the lanes beyond the end of the row, where l is a partial vector (N is int, and n its number of lanes).
   template <typename L, typename N> static VEC_INLINE L ended(L l, N n) {
     if constexpr (std::is_same_v<N, int>) {
       Acc lanes[V::size];
@@ -64,7 +64,7 @@ template <typename T> struct Row {
     for (int64_t first = 0; first < a.cols; first += kBlock) {
       const int64_t n = a.cols - first < kBlock ? a.cols - first : kBlock;
       const Acc top = capped(block_max(first, n));
-      if (!(top <= most)) {  // a NaN too
+      if (!(top <= most)) {  // true for a NaN too, which becomes the maximum
         const Acc before = most;
         most = top;
         const V less(before == static_cast<Acc>(-kInfinity) ? Acc(0) : lane(exp(V(before - top))));
@@ -103,11 +103,11 @@ template <typename T> struct Row {
   VEC_INLINE Two<V> block_total(int64_t first, int64_t n) const {
     const V zero(Acc(0));
     Two<V> sum{zero, zero};
-    for_vectors<V, T>(n, [&](int64_t i, auto part) VEC_LAMBDA { sum = plus(sum, logits(first + i, part)); });  // 0 beyond the end
+    for_vectors<V, T>(n, [&](int64_t i, auto part) VEC_LAMBDA { sum = plus(sum, logits(first + i, part)); });  // 0 past the end
     return sum;
   }
 
-  // exp as exactly as a result of type T needs.
+  // exp(d), only as exact as a result of type T needs.
   template <typename X> static VEC_INLINE X exp_for_result(X d) {
     if constexpr (sizeof(T) == 2) return exp2_for_16_bits(d * V(Acc(1.4426950408889634)));
     else return exp(d);
@@ -127,7 +127,7 @@ template <typename T> struct Row {
     gradient_part(V(lse.top), static_cast<Acc>(factor * ::exp(-log_sum)), fs, out);
     V(g).store(out + label, 1);
   }
-  // The label's column is overwritten afterwards.
+  // Writes the gradient of all columns as if none were the label's; the caller then overwrites the label's column.
   void gradient_part(V down, Acc fa, Acc fs, T* out) const {
     const V va(fa), vs(fs);
     if (a.softcap > 0) {

@@ -19,7 +19,7 @@
   }
 #endif
 
-// The same for kernels that compute in the accumulator's type only: double for f64, otherwise float.
+// WITH_ACC(dtype, Acc, { ... }) runs the block with Acc as the accumulator's type: double for f64, otherwise float.
 #define WITH_ACC(tag, Acc, ...)                                               \
   if ((tag) == ::internlm2::Dtype::f64) { using Acc = double; __VA_ARGS__ }   \
   else { using Acc = float; __VA_ARGS__ }

@@ -1,5 +1,5 @@
-// Elementwise kernels over contiguous tensors of any floating-point dtype, which are read and written in blocks of the
-// accumulator's type.
+// Loops of elementwise kernels over contiguous tensors of any floating-point dtype. The kernel sees blocks of kBlock elements
+// in the accumulator's type, whatever the dtypes of the tensors.
 #pragma once
 #include <utility>
 
@@ -12,7 +12,7 @@ constexpr int64_t kBlock = 512;  // elements converted to the accumulator's type
 
 template <typename Acc> constexpr Dtype kDtype = sizeof(Acc) == 4 ? Dtype::f32 : Dtype::f64;
 
-// Elements [i, i + n) of a contiguous tensor as Acc: in place, or converted into `buffer`.
+// Converts n elements from p on to Acc.
 template <typename Acc, typename T> void widen_block(const T* p, int64_t n, Acc* buffer) {
   if constexpr (std::is_same_v<Acc, float> && !std::is_same_v<T, double>) {
     for_vectors<Vec<float>, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
@@ -22,6 +22,7 @@ template <typename Acc, typename T> void widen_block(const T* p, int64_t n, Acc*
     for (int64_t j = 0; j < n; ++j) buffer[j] = static_cast<Acc>(to_acc(p[j]));
   }
 }
+// Returns elements [i, i + n) of a tensor as Acc: in place where that is its dtype, otherwise converted into `buffer`.
 template <typename Acc> const Acc* block_of(const In& in, int64_t i, int64_t n, Acc* buffer) {
   if (in.dtype == kDtype<Acc>) return static_cast<const Acc*>(in.data) + i;
   switch (in.dtype) {
@@ -33,8 +34,8 @@ template <typename Acc> const Acc* block_of(const In& in, int64_t i, int64_t n, 
   return buffer;
 }
 
-// Where the caller writes elements [i, i + n) of a result: in place, or into `buffer`, which put_block then rounds into the tensor.
-// Null for a tensor without data.
+// Returns where the kernel writes the elements of a result from i on as Acc: into the tensor where Acc is its dtype, otherwise
+// into `buffer`, which put_block then rounds into the tensor. Null for a tensor without data, which is not needed.
 template <typename Acc> Acc* block_of(const Out& out, int64_t i, int64_t, Acc* buffer) {
   if (out.data == nullptr) return nullptr;
   return out.dtype == kDtype<Acc> ? static_cast<Acc*>(out.data) + i : buffer;
@@ -49,11 +50,11 @@ inline void put_block(const Out& out, int64_t i, int64_t n, const float* from) {
   if (out.dtype == Dtype::bf16) round_block(from, n, static_cast<bf16*>(out.data) + i);
   if (out.dtype == Dtype::f16) round_block(from, n, static_cast<f16*>(out.data) + i);
 }
-inline void put_block(const Out&, int64_t, int64_t, const double*) {}  // double results are double tensors
+inline void put_block(const Out&, int64_t, int64_t, const double*) {}  // written in place: the result is a double tensor
 template <typename Acc> void put_block(const In&, int64_t, int64_t, const Acc*) {}
 
-// body(i, n, blocks...) for each block of n <= kBlock elements from i on within [begin, end). `blocks` points to the block in each
-// tensor: const Acc* for an In, Acc* for an Out.
+// Divides [begin, end) into blocks and calls body(i, n, blocks...) for each, with its first element i and its length n <=
+// kBlock. `blocks` are pointers to the block in each of `tensors`: const Acc* for an In, Acc* for an Out.
 template <typename Acc, typename F, size_t... k, typename... Tensors>
 VEC_INLINE void for_blocks(std::index_sequence<k...>, int64_t begin, int64_t end, const F& body, const Tensors&... tensors) {
   Acc buffers[sizeof...(k)][kBlock];

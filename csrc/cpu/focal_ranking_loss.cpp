@@ -6,8 +6,9 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
-// With d = chosen - rejected and e = exp(-|d|): softplus(-d) = max(0, -d) + log(1 + e), and s = sigmoid(-d) is e / (1 + e) for
-// d > 0 and 1 / (1 + e) otherwise. Nothing cancels for either sign.
+// What loss and gradient of a pair need, with d = chosen - rejected and e = exp(-|d|): softplus(-d) = max(0, -d) + log(1 + e),
+// and s = sigmoid(-d), which is e / (1 + e) for d > 0 and 1 / (1 + e) otherwise. Nothing cancels for either sign. `weight` is
+// (2 s)^gamma for d > 0 and 1 otherwise.
 template <typename Acc> struct Focal { Vec<Acc> softplus, s, q, weight; };  // q = 1 - s
 
 template <bool kSquare, typename Acc> VEC_INLINE Focal<Acc> focal(Vec<Acc> d, Acc gamma) {
@@ -18,7 +19,7 @@ template <bool kSquare, typename Acc> VEC_INLINE Focal<Acc> focal(Vec<Acc> d, Ac
   V weight;
   if constexpr (kSquare) {  // (2 s)^2
     weight = (small + small) * (small + small);
-  } else {  // log(2 s) = ln 2 - d - log(1 + e), bounded so that gamma = 0 gives 1 for any d
+  } else {  // (2 s)^gamma by log(2 s) = ln 2 - d - log(1 + e), bounded because 0 * -inf would be NaN
     weight = exp(V(gamma) * max(V(Acc(-1e30)), (V(Acc(0.6931471805599453)) - a) - l));
   }
   return {l + max(V(0), V(0) - d), pick(positive, small, large), pick(positive, large, small),

@@ -7,7 +7,7 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
-// Lane i of the result is lane i + k of x, or 0 where there is none.
+// Moves lanes down by k: lane i of the result is lane i + k of x, or 0 where x has no such lane.
 #if defined(CPU_CAPABILITY_AVX512)
 template <int k> VEC_INLINE Vec<float> lanes_down(Vec<float> x) {
   return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_setzero_si512(), _mm512_castps_si512(x.v), k));
@@ -28,14 +28,16 @@ template <int k> VEC_INLINE Vec<double> lanes_down(Vec<double> x) {
 }
 #endif
 
-// A_t = delta_t + decay A_{t+1} as a scan over a vector: after the step of k lanes each lane holds its sum over 2 k of them.
-// Powers of the decay bring in the advantage behind the vector. Vectors are counted from the end of a sequence, so that its bits
-// do not depend on other sequences.
+// The recurrence A_t = delta_t + decay A_{t+1}, decay = gamma lam, as a scan over the lanes of a vector. In steps k = 1, 2, 4,
+// ... each lane adds decay^k times the lane k above, and then holds the decayed sum of 2 k deltas. At last each lane adds the
+// advantage of the token after the vector, times the power of decay for their distance. Vectors are counted from the end of a
+// sequence, so that its bits do not depend on other sequences.
 template <typename Acc> struct Scan {
   using V = Vec<Acc>;
   V gamma, decay[4];
-  Acc powers[2 * V::size];  // decay^(size - i) for i < size, then 0
-  Acc last[2 * V::size];    // 1 at size - 1, else 0
+  // Read from offset V::size - n on, for a vector of n tokens:
+  Acc powers[2 * V::size];  // decay^(V::size - i) for i < V::size, then 0
+  Acc last[2 * V::size];    // 1 at V::size - 1, which marks the last token, else 0
   explicit Scan(double gamma_, double lam) : gamma(static_cast<Acc>(gamma_)) {
     double power = gamma_ * lam;
     for (V& step : decay) {
@@ -48,7 +50,8 @@ template <typename Acc> struct Scan {
     for (int i = 0; i < 2 * V::size; ++i) last[i] = static_cast<Acc>(i == V::size - 1);
   }
 
-  // Writes n advantages. `next` and `carry` are the value and the advantage behind them, and afterwards those of element 0.
+  // Writes the advantages of n successive tokens. On entry `next` and `carry` are the value and the advantage of the token
+  // after them; on return they are those of the first of the n tokens.
   void run(const Acc* r, const Acc* v, int64_t n, Acc* out, Acc& next, Acc& carry) const {
     for (; n >= V::size; n -= V::size) {
       const int64_t i = n - V::size;
@@ -82,8 +85,8 @@ template <typename Acc> VEC_INLINE void add_values(const Part<Acc>& p) {
   });
 }
 
-// Copies the unmasked elements together, so that nothing masked enters a sum. A masked element then gets the advantage of the
-// next unmasked one.
+// A part of a sequence with a mask. Copies its unmasked tokens together and scans those, so that nothing masked enters a sum. A
+// masked token then gets the advantage of the next unmasked one.
 template <typename Acc>
 void masked_part(const Scan<Acc>& scan, const Part<Acc>& p, const uint8_t* mask, Acc& next, Acc& carry) {
   Acc rewards[kBlock + 1], values[kBlock + 1], advantages[kBlock + 1];

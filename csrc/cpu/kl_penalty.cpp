@@ -6,7 +6,7 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
-// x, or 0 in the lanes of masked entries; the first lane is entry `at`.
+// x with 0 in the lanes whose entry is masked. Lane 0 is entry `at`.
 template <typename V, typename N> VEC_INLINE V counted(const KlPenalty& a, int64_t at, N lanes, V x) {
   return a.mask == nullptr ? x : only(true_lanes<V>(a.mask + at, lanes), x);
 }
@@ -24,7 +24,7 @@ template <typename Acc> void kl_fwd(const KlPenalty& a, int64_t begin, int64_t e
   for_blocks<Acc>(begin, end, fill, a.logprobs, a.ref_logprobs);
 }
 
-// d kl / d l: 1, l, 1 - exp(-l).
+// With l = logprobs - ref_logprobs, the derivative of kl with respect to l is 1 for k1, l for k2 and 1 - exp(-l) for k3.
 template <typename Acc> void kl_bwd(const KlPenalty& a, int64_t begin, int64_t end) {
   using V = Vec<Acc>;
   const auto fill = [&](int64_t i, int64_t n, const Acc* logprobs, const Acc* ref, Acc* out, Acc* dref) VEC_LAMBDA {

@@ -1,4 +1,4 @@
-// The edge of the log barrier, which log_barrier_penalty and reward_loss share.
+// The edge of the log barrier -(log(bound + x) + log(bound - x)), shared by log_barrier_penalty and reward_loss.
 #pragma once
 #include <cmath>
 
@@ -6,8 +6,9 @@
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
-// Where |x| is at most `at` the penalty is the barrier itself. Beyond, it continues from its value and slope there, which are
-// computed in double. The distance to the bound is `margin`, because the difference bound - at would be rounded.
+// Where |x| is at most at = bound - margin, the penalty is the barrier itself. Beyond, it goes on as a straight line (or a
+// constant) from the barrier's `value` and `slope` at that point. The distance from `at` to the bound is taken as `margin`,
+// which is exact, where bound - at would be rounded.
 struct Edge {
   double at, value, slope;
   Edge(double bound, double margin)

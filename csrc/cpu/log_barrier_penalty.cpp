@@ -14,7 +14,7 @@ template <typename Acc> void barrier_fwd(const LogBarrier& a, int64_t begin, int
   const auto fill = [&](int64_t i, int64_t n, const Acc* rewards) VEC_LAMBDA {
     Acc* penalty = static_cast<Acc*>(a.penalty) + i;
     for_vectors<V, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
-      const V x = load<V>(rewards + j, lanes), size = magnitude(x), near = min(at, size);  // passes NaN on
+      const V x = load<V>(rewards + j, lanes), size = magnitude(x), near = min(at, size);  // NaN stays NaN
       const V inside = V(0) - (log(bound + near) + log(max(margin, bound - near)));
       const V beyond = a.clamp ? V(static_cast<Acc>(edge.value))
                                : fma(V(static_cast<Acc>(edge.slope)), size - at, V(static_cast<Acc>(edge.value)));
@@ -24,7 +24,7 @@ template <typename Acc> void barrier_fwd(const LogBarrier& a, int64_t begin, int
   for_blocks<Acc>(begin, end, fill, a.rewards);
 }
 
-// 1 / (bound - x) - 1 / (bound + x) = 2 x / ((bound - x) (bound + x))
+// The derivative of the barrier is 1 / (bound - x) - 1 / (bound + x) = 2 x / ((bound - x) (bound + x)).
 template <typename Acc> void barrier_bwd(const LogBarrier& a, int64_t begin, int64_t end) {
   using V = Vec<Acc>;
   const Edge edge(a.bound, a.margin);

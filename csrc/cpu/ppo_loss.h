@@ -1,4 +1,4 @@
-// What the kernels of PPO's two losses share: their results from sums, and the gradient that reaches each entry.
+// Shared by the kernels of PPO's policy and value losses: the results from sums, and the factor of every entry's gradient.
 #pragma once
 #include "../ppo_loss.h"
 #include "elementwise.h"
@@ -8,7 +8,7 @@ namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
 constexpr double kInfinity = __builtin_huge_val();
 
-// total / count, or 0 where count is 0.
+// sum / count, or 0 where count is 0.
 inline double over(double sum, double count) { return count > 0 ? sum / count : 0; }
 
 template <typename Acc> void put_results(const PpoLoss& a, double loss, double clipped, double statistic, double count) {

@@ -5,9 +5,9 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
-constexpr double kMostRatio = 20;  // bound of the log-ratio
+constexpr double kMostRatio = 20;  // the log-ratio logprobs - old_logprobs is bounded to [-20, 20] before exp
 
-// What the two passes share. A NaN is passed on, because no comparison with it is true.
+// The clipping that forward and backward share. A NaN is passed on, because no comparison with it is true.
 template <typename Acc> struct Policy {
   using V = Vec<Acc>;
   V low, high;
@@ -18,7 +18,9 @@ template <typename Acc> struct Policy {
 template <typename Acc> void policy_fwd(const PpoLoss& a, int64_t chunk) {
   using V = Vec<Acc>;
   const Policy<Acc> policy(a.clip);
-  // A clipped term is A (1 + clip) or A (1 - clip) by the sign of A. The factors are applied to the two sums, in double.
+  // A clipped term is A (1 + clip) where the advantage A is positive, and A (1 - clip) where it is negative. `raised` and
+  // `lowered` sum A of either kind, and the factor is applied to the sum, in double. `free` sums the terms that are not
+  // clipped.
   WideSum free, raised, lowered, kl;
   V clipped_terms, count;
   const auto add = [&](int64_t i, int64_t n, const Acc* logprobs, const Acc* old, const Acc* advantages) VEC_LAMBDA {

@@ -6,7 +6,8 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
-// The clipped value. Near the old value it is v itself, so that the two forms of the loss have equal bits there.
+// The value v clipped to [old - clip, old + clip]. Within that range it is v itself and not old + (v - old), so that the
+// clipped and the plain loss have equal bits there.
 template <typename Acc> struct Clip {
   using V = Vec<Acc>;
   V most;
@@ -18,7 +19,8 @@ template <typename Acc> struct Clip {
   }
 };
 
-// Count, mean and sum of squared deviations of a set of numbers. Those of two sets are combined without cancellation.
+// Count, mean, and sum of squared deviations from the mean (`squares`) of a set of numbers. add() merges two sets without
+// cancellation.
 struct Moments {
   double count = 0, mean = 0, squares = 0;
   void add(const Moments& other) {
@@ -30,7 +32,8 @@ struct Moments {
   }
 };
 
-// A row of `partial`: the sums of losses and clipped terms, the returns' moments, the errors' mean and squares.
+// The numbers of one row of PpoLoss::partial: the sum of losses, the number of clipped terms, and the moments of the returns
+// and of the errors, returns - values, which have the same count.
 struct ValueSums {
   double loss = 0, clipped = 0;
   Moments returns, errors;
@@ -46,7 +49,8 @@ struct ValueSums {
   }
 };
 
-// The moments of x(j, lanes) over the unmasked elements of a block, by a second pass around the mean of the first one.
+// The moments of x(j, lanes) over the unmasked elements of a block. `count` and `sum` come from a first pass; this second pass
+// adds up deviations from sum / count.
 template <typename Acc, typename F> VEC_INLINE Moments moments_of(int64_t n, const uint8_t* mask, double count, double sum,
                                                                   const F& x) {
   using V = Vec<Acc>;
@@ -100,7 +104,7 @@ template <typename Acc> void value_total(const PpoLoss& a) {
   ValueSums sums;
   for (int64_t chunk = 0; chunk * kPpoChunk < a.n; ++chunk) sums.add(a.partial + chunk * kValueSums);
   const double count = sums.returns.count, squares = sums.returns.squares;
-  // The variance of constant returns is the rounding error of their mean.
+  // Returns that are all equal have as variance only the rounding error of their mean: explained_variance is then 0.
   const double noise = 8 * std::numeric_limits<Acc>::epsilon() * sums.returns.mean;
   const bool flat = count == 0 || squares <= count * noise * noise;
   put_results<Acc>(a, 0.5 * sums.loss, sums.clipped, flat ? 0 : 1 - sums.errors.squares / squares, count);

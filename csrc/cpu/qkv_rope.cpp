@@ -13,8 +13,8 @@ VEC_INLINE Vec<float> load_float(const double* p, int n) {
 }
 VEC_INLINE Vec<float> load_float(const double* p, All) { return load_float(p, Vec<float>::size); }
 
-// The scale is max |x| / 127 in float, and x / scale is stored, rounded half to even; a scale of 0 counts as 1. A NaN makes the
-// scale NaN.
+// Quantizes one head to int8. The scale is max |x| / 127 in float, and NaN where an x is NaN. What is stored is x / scale,
+// rounded half to even; a scale of 0 divides as 1.
 template <typename T> void quantize(const T* x, int8_t* out, float* scale, int64_t d) {
   using V = Vec<float>;
   V most;
@@ -35,7 +35,8 @@ void write_cache(const QkvRopeFwd& a, const T* x, void* cache, float* scale, int
   std::memcpy(static_cast<T*>(cache) + place * d, x, sizeof(T) * static_cast<size_t>(d));
 }
 
-// Columns [first, first + n) of each half of a token's heads; with the last columns also its values and the cache.
+// Rotates columns [first, first + n) of each half of a token's query and key heads. The call that has the last columns also
+// copies the token's values and writes the cache.
 template <typename T>
 void fwd_token(const QkvRopeFwd& a, int64_t token, const Staged<acc_t<T>>& angles, int64_t first, int64_t n) {
   const int64_t half = a.angles.half, d = 2 * half;

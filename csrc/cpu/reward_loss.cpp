@@ -27,7 +27,7 @@ template <typename T, typename W> void rewards_of(const RewardLoss& a, int64_t b
   }
 }
 
-// There are few sequences, so this uses scalar library functions in double and rounds once.
+// Loss and slopes from the rewards. There are few sequences, so it calls scalar library functions in double and rounds once.
 template <typename Acc> void total(const RewardLoss& a) {
   const auto* rewards = static_cast<const Acc*>(a.rewards);
   auto* slopes = static_cast<Acc*>(a.slopes);
@@ -67,7 +67,7 @@ template <typename T, typename W> void dhidden_of(const RewardLoss& a, int64_t b
   int64_t i = begin;
   if (a.cu_seqlens != nullptr) {
     std::memset(dhidden + begin * a.cols, 0, sizeof(T) * static_cast<size_t>((end - begin) * a.cols));
-    i = std::upper_bound(a.cu_seqlens + 1, a.cu_seqlens + a.n + 1, begin) - (a.cu_seqlens + 1);  // the sequence of token `begin`
+    i = std::upper_bound(a.cu_seqlens + 1, a.cu_seqlens + a.n + 1, begin) - (a.cu_seqlens + 1);  // sequence of token `begin`
   }
   for (; i < a.n && row_of(a, i) < end; ++i) {
     const V scale(static_cast<const acc_t<T>*>(a.drewards_total)[i]);
@@ -76,11 +76,12 @@ template <typename T, typename W> void dhidden_of(const RewardLoss& a, int64_t b
   }
 }
 
-// Sums over rows have two levels, because one chain over half a million sequences would lose four digits of float32.
+// Sums over rows are block-wise: a chain adds this many rows, and the chains are added up. A single float32 chain over half a
+// million sequences would lose four digits.
 constexpr int64_t kChainRows = 512;
 
-// Four rows at a time over a piece of the columns, whose sums stay in the first-level cache. So the hardware prefetcher follows
-// each row, and the chain of a column still takes the rows in rising order.
+// Takes kPiece columns, whose sums stay in the first-level cache, and goes along four rows at a time, so that the hardware
+// prefetcher can follow each row. The chain of a column still adds the rows in rising order.
 template <typename T, typename W> void dweight_of(const RewardLoss& a, int64_t begin, int64_t end) {
   using Acc = acc_t<T>;
   using V = Vec<Acc>;

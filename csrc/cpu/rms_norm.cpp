@@ -7,7 +7,7 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
-// The sum of h^2 with h = x (+ residual). h is written where there is a residual.
+// Returns the sum of h^2, where h is x, or with kResidual x + residual, which is also written to `h`.
 template <typename T, bool kResidual>
 VEC_INLINE acc_t<T> squares(const T* x, const T* residual, T* h, int64_t cols) {
   using V = Vec<acc_t<T>>;
@@ -44,7 +44,7 @@ void fwd_rows(const RmsNormFwd& a, int64_t begin, int64_t end) {
     T* y = static_cast<T*>(a.y) + row * cols;
     const V scale(rstd);
     for_vectors<V, T>(cols, [&](int64_t i, auto n) VEC_LAMBDA {
-      prefetch<V>(next_x + i, n);  // this row's writes and the next row's reads overlap
+      prefetch<V>(next_x + i, n);  // while this row is written, the next one is read
       if constexpr (kResidual) prefetch<V>(next_residual + i, n);
       auto x_hat = load<V>(h + i, n) * scale;
       if constexpr (kHf) x_hat = rounded_to<T>(x_hat);
@@ -53,15 +53,16 @@ void fwd_rows(const RmsNormFwd& a, int64_t begin, int64_t end) {
   }
 }
 
-// So many rows are added to `partial` together. The bits of a row do not depend on it.
+// How many rows bwd_rows computes together, with one addition of their sum to `partial`. The bits of dx do not depend on it.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int kTogether = 4;
 #else
-constexpr int kTogether = 2;  // half the registers
+constexpr int kTogether = 2;  // AVX2 has half as many registers
 #endif
 
-// x_hat = h * rstd, g = dy * weight: dx = rstd * (g - x_hat * mean(g * x_hat)) + dresidual; dweight = sum of dy * x_hat.
-// The lanes of `partial` are in the order of Both<T>, as dweight_typed reads them, which saves shuffles.
+// With x_hat = h * rstd and g = dy * weight, writes dx = rstd * (g - x_hat * mean(g * x_hat)) + dresidual of kRows rows and
+// adds their dy * x_hat to `partial`. The lanes of `partial` stay in the order of Both<T> (simd/vec.h), in which dweight_typed
+// reads them, too.
 template <int kRows, typename T, typename W, bool kHf>
 void bwd_rows(const RmsNormBwd& a, int64_t row, acc_t<T>* partial) {
   using Acc = acc_t<T>;

@@ -1,5 +1,5 @@
-// Rotation of heads by the angles of their token. Products and sums are rounded one by one, as PyTorch's own composition rounds
-// them. So all processors give the same bits, and it does not matter which of them wrote a cache.
+// Rotation of heads by the angles of their token. Each product and sum is rounded on its own, as in PyTorch's eager composition
+// (no fused multiply-add). So all devices give the same bits, and it does not matter which of them wrote a cache.
 #pragma once
 #include "../rope_angles.h"
 #include "dispatch.h"
@@ -22,7 +22,7 @@ template <typename Acc> struct Staged {
   alignas(64) Acc cos[kTile], sin[kTile];
 };
 
-// Columns [first, first + n) of [0, half); sin negated for the inverse rotation.
+// Stages columns [first, first + n) of the table row of a token, with sin negated for the inverse rotation.
 template <typename T, typename C>
 VEC_INLINE void stage(Staged<acc_t<T>>& out, const RopeAngles& a, int64_t token, int64_t first, int64_t n, bool inverse) {
   using V = Vec<acc_t<T>>;
@@ -47,8 +47,8 @@ VEC_INLINE void rotate_halves(const T* x, T* y, const Staged<acc_t<T>>& angles, 
   });
 }
 
-// For pairs a = x[2i], b = x[2i + 1]: cos for both columns, -sin for that of a and sin for that of b. Columns
-// [first, first + n) of [0, 2 * half), where first and n are even.
+// Stages the angles for interleaved pairs a = x[2i], b = x[2i + 1]: cos for both columns, -sin for a's column and sin for b's.
+// Columns [first, first + n) are those of the head, [0, 2 * half); first and n are even.
 template <typename T, typename C>
 VEC_INLINE void stage_pairs(Staged<acc_t<T>>& out, const RopeAngles& a, int64_t token, int64_t first, int64_t n,
                             bool inverse) {
@@ -83,8 +83,9 @@ template <typename T> VEC_INLINE void rotate_pairs(const T* x, T* y, const Stage
   });
 }
 
-// each(token, angles, first, n) for tokens [begin, end) and every tile of columns [first, first + n), with their angles staged.
-// kPairs: the columns are those of interleaved pairs, [0, 2 * half), instead of those of one half.
+// Calls each(token, angles, first, n) for tokens [begin, end) and every tile of columns [first, first + n), whose angles are
+// staged. The columns are those of one half of a head, [0, half), or with kPairs (interleaved pairs) those of the head, [0, 2 *
+// half).
 template <typename T, bool kPairs, typename F>
 VEC_INLINE void for_tokens(const RopeAngles& a, int64_t begin, int64_t end, bool inverse, const F& each) {
   Staged<acc_t<T>> angles;

@@ -9,7 +9,8 @@ namespace {
 
 using V = Vec<double>;
 
-// The low mantissa bits of `t` hold an integer. select0 selects by its bit 0, flip changes the sign by its bit k.
+// The low mantissa bits of `t` hold an integer. select0 returns `set` where its bit 0 is set, else `unset`. flip<k> changes the
+// sign of x where its bit k is set.
 #if defined(CPU_CAPABILITY_AVX512)
 VEC_INLINE V select0(V t, V unset, V set) {
   return _mm512_mask_blend_pd(_mm512_test_epi64_mask(_mm512_castpd_si512(t.v), _mm512_set1_epi64(1)), unset.v, set.v);
@@ -36,8 +37,9 @@ VEC_INLINE void store_float(float* p, V x, int n) { _mm_maskstore_ps(p, first4(n
 
 constexpr double kLargest = 1 << 30;  // larger angles are left to the exact reduction of the C library
 
-// cos and sin for |x| <= kLargest, within 2e-15: x = n pi/2 + r with |r| <= pi/4, Taylor polynomials in r, and the quadrant from
-// n. pi/2 is split into three parts, and an fma subtracts n times each; the first subtraction is exact.
+// cos and sin for |x| <= kLargest, within 2e-15. x = n pi/2 + r with |r| <= pi/4: Taylor polynomials in r give cos r and sin r,
+// and n says which is which and their signs. r is x minus n times each of three parts of pi/2, by fma; the first subtraction is
+// exact.
 VEC_INLINE void cos_sin(V x, V& cos, V& sin) {
   const V t = fma(x, V(0.63661977236758134), V(0x1.8p52));  // n = round(x * 2/pi) stands in the low bits of t
   const V n = t - V(0x1.8p52);
@@ -71,7 +73,7 @@ struct Row {
 };
 
 template <typename N> VEC_INLINE void columns(const Row& row, int64_t i, N n) {
-  V x = V(row.position) * load<V>(row.inv_freq + i, n);  // exact in double where both are floats, so rounded once
+  V x = V(row.position) * load<V>(row.inv_freq + i, n);  // a product of two floats is exact in double
   if (row.float32_angles) x = round_to_float(x);
   V cos, sin;
   cos_sin(x, cos, sin);
@@ -83,7 +85,7 @@ template <typename N> VEC_INLINE void columns(const Row& row, int64_t i, N n) {
   store_float(row.sin + i, sin * V(row.magnitude), n);
 }
 
-// One element, for any size of angle.
+// One element by the C library, for angles larger than kLargest.
 VEC_INLINE void column(const Row& row, int64_t i) {
   if (row.float32_angles) {
     const float angle = static_cast<float>(row.position) * static_cast<float>(row.inv_freq[i]);
@@ -98,7 +100,7 @@ VEC_INLINE void column(const Row& row, int64_t i) {
 }  // namespace
 
 void rope_table_fwd(const RopeTableFwd& a, int64_t begin, int64_t end) {
-  double largest = 0;  // inverse frequency
+  double largest = 0;  // the largest |inv_freq|
   for (int64_t i = 0; i < a.half; ++i) {
     const double size = std::fabs(a.inv_freq[i]);
     largest = size > largest ? size : largest;

@@ -5,7 +5,7 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
-VEC_INLINE void add_squares(Two<Vec<double>>& sum, Vec<float> x) {  // in double, where no square of a float overflows
+VEC_INLINE void add_squares(Two<Vec<double>>& sum, Vec<float> x) {  // squares in double: no float's overflows
   const Vec<double> low = lower_half(x), high = upper_half(x);
   sum = {fma(low, low, sum.a), fma(high, high, sum.b)};
 }
@@ -20,7 +20,7 @@ template <typename T> double squares(const T* x, int64_t n) {
   Two<Vec<double>> sums[4];
   double first = 0;
   int64_t i = 0;
-  if constexpr (sizeof(T) == 2) {  // The squares are exact in float: eight are added before they are widened to double.
+  if constexpr (sizeof(T) == 2) {  // float holds these squares without rounding: eight are added before widening
     WideSum eights[2];
     constexpr int64_t step = 16 * V::size;
     for (; i + step <= n; i += step) {

@@ -6,7 +6,7 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
-// body(row, first column, columns) for each part of a row that elements [begin, end) cover.
+// Calls body(row, first column, number of columns) for each part of a row that elements [begin, end) cover.
 template <typename F> VEC_INLINE void for_row_parts(int64_t cols, int64_t begin, int64_t end, const F& body) {
   int64_t row = begin / cols, col = begin % cols;
   for (int64_t n; begin < end; begin += n, ++row, col = 0) {
@@ -15,7 +15,7 @@ template <typename F> VEC_INLINE void for_row_parts(int64_t cols, int64_t begin,
   }
 }
 
-// exp(-g), as exactly as a result of type T needs.
+// exp(-g), only as exact as a result of type T needs.
 template <typename T, typename G> VEC_INLINE G exp_minus(G g) {
   using V = Vec<acc_t<T>>;
   if constexpr (sizeof(T) == 2) return exp2_for_16_bits(g * V(-1.44269504f));
@@ -30,8 +30,9 @@ template <typename T> void fwd_part(const T* gate, const T* up, T* y, int64_t co
   });
 }
 
-// With e = exp(-g) and s = 1 / (1 + e): dup = dy * g * s and dgate = dy * up * s * (1 + g * (1 - s)). 1 - s is computed as e * s,
-// which loses no digits where s is close to 1. Where s is 0, e is infinite; it is bounded so that e * s is 0 and not NaN.
+// With e = exp(-g) and s = 1 / (1 + e): dup = dy * g * s and dgate = dy * up * s * (1 + g * (1 - s)). 1 - s is computed as e *
+// s, which loses no digits where s is close to 1. Where s underflows to 0, e is infinite; e is bounded so that e * s is 0 and
+// not NaN.
 template <typename T> void bwd_part(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t cols) {
   using Acc = acc_t<T>;
   using V = Vec<Acc>;

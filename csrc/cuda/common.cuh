@@ -1,4 +1,4 @@
-// 16-byte pieces of rows, conversions and reductions that the CUDA kernels share, without any torch header.
+// Shared by the CUDA kernels, without any torch header: 16-byte pieces of rows, conversions and reductions.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -18,16 +18,16 @@ template <> __device__ __forceinline__ float from_float<float>(float v) { return
 template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
 template <> __device__ __forceinline__ __half from_float<__half>(float v) { return __float2half_rn(v); }
 
-// A piece is what one 16-byte access moves, in elements of T. Threads share a row in pieces whether or not the row is aligned,
-// so that the order of every sum depends on the row's length alone.
+// A piece is the kPiece<T> elements of T that one 16-byte access moves. Threads divide a row into pieces whether or not the row
+// is aligned, so that the order of every sum depends on the row's length alone.
 template <typename T> constexpr int kPiece = 16 / static_cast<int>(sizeof(T));
 
 template <typename T, int n = kPiece<T>> struct alignas(16) Piece {
   T v[n];
 };
 
-// `wide`: p is 16-byte aligned and all n elements exist. Otherwise the first `valid` elements are loaded one by one and the rest
-// are 0.
+// `wide` promises that p is 16-byte aligned and that all n elements exist. Without it, load reads the first `valid` elements
+// one by one and sets the rest to 0, and store writes the first `valid` elements.
 template <typename T, int n> __device__ __forceinline__ void load(Piece<T, n>& out, const T* p, int64_t valid, bool wide) {
   if (wide) {
 #pragma unroll
@@ -53,9 +53,9 @@ template <typename T, int n> __device__ __forceinline__ void store(T* p, const P
   }
 }
 
-// The sum over threadIdx.x, returned to every thread: a butterfly in each warp, then one over the warps. blockDim.x is a
-// multiple of 32. With more than one warp, blockDim.y is 1 and `scratch` holds 32 floats of shared memory; between two calls
-// with the same scratch the caller needs a __syncthreads().
+// Returns to every thread the sum of `value` over threadIdx.x: a butterfly of shuffles within each warp, then one over the sums
+// of the warps. blockDim.x must be a multiple of 32. Where it is more than 32, blockDim.y must be 1 and `scratch` must hold 32
+// floats of shared memory; between two calls with the same scratch the caller needs a __syncthreads().
 __device__ __forceinline__ float sum_over_x(float value, float* scratch) {
 #pragma unroll
   for (int step = 16; step > 0; step >>= 1) value += __shfl_xor_sync(0xffffffffu, value, step);
@@ -78,7 +78,7 @@ template <typename T> inline bool aligned(const Rows& r) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The number of blocks for `blocks` of work, over which kernels loop with a stride of the grid.
+// The grid size for `blocks` blocks of work. Where it is at its limit, blocks take more work in a grid-stride loop.
 inline unsigned grid_for(int64_t blocks) {
   constexpr int64_t most = 0x7fffffff;
   return static_cast<unsigned>(blocks < most ? blocks : most);

@@ -1,4 +1,5 @@
-// Launchers. A block has about 256 threads, and in x as many as half a head has pieces.
+// Launches of the kernels of qkv_rope.cuh. A block has at most 256 threads. In x it has one thread for each piece of half a
+// head, and in y as many heads as fit.
 #include "qkv_rope.cuh"
 
 namespace internlm2 { namespace cuda {
@@ -9,7 +10,7 @@ dim3 block_of(int64_t half, int piece, int64_t heads) {
   const unsigned x = static_cast<unsigned>(pieces < 256 ? pieces : 256);
   unsigned y = 256 / x;
   if (y > heads) y = static_cast<unsigned>(heads);
-  while (x * y % 32 != 0 && x * (y + 1) <= 256) ++y;  // whole warps where possible, because quantize works warp by warp
+  while (x * y % 32 != 0 && x * (y + 1) <= 256) ++y;  // whole warps where possible: quantize() is done by warps
   return dim3(x, y);
 }
 

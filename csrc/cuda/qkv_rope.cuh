@@ -1,6 +1,7 @@
-// Split, rotation and cache write on CUDA. A block takes one token after another. Thread (x, y) rotates piece x of each half of
-// the token's heads y, y + blockDim.y, ... (columns [x * n, x * n + n) and the same columns of the second half). Products and sums
-// are rounded one by one, as PyTorch's own composition rounds them, so that the cache has the same bits on every device.
+// Split of the packed projection, rotation and cache write on CUDA. A block takes one token after another. Thread (x, y) takes
+// heads y, y + blockDim.y, ... of the token, and of each of them columns [x * n, x * n + n) of the first half and the same
+// columns of the second half. Each product and sum is rounded on its own, as in PyTorch's eager composition (no fused
+// multiply-add), so that a cache has the same bits whichever device wrote it.
 #pragma once
 #include "../qkv_rope.h"
 #include "common.cuh"
@@ -15,7 +16,7 @@ __device__ __forceinline__ int64_t position_of(const RopeAngles& a, int64_t toke
 
 __device__ __forceinline__ bool first_thread() { return threadIdx.x == 0 && threadIdx.y == 0; }
 
-// cos and sin of a piece of columns. Where the position is outside the table they are NaN and the table is not read.
+// cos and sin of n columns from `col` on. Where the position is not `inside` the table they are NaN, and the table is not read.
 template <int n> struct Angles { float cos[n], sin[n]; };
 template <int n>
 __device__ __forceinline__ Angles<n> angles_at(const RopeAngles& a, int64_t position, bool inside, int64_t col, bool wide) {
@@ -36,7 +37,7 @@ __device__ __forceinline__ Angles<n> angles_at(const RopeAngles& a, int64_t posi
   return out;
 }
 
-// (a, b) -> (a cos - b sin, b cos + a sin); by the negative angle where `inverse`.
+// Rotates a and b in place: (a, b) -> (a cos - b sin, b cos + a sin). `inverse` rotates by the negative angle.
 template <typename T, int n>
 __device__ __forceinline__ void rotate(Piece<T, n>& a, Piece<T, n>& b, const Angles<n>& angles, bool inverse) {
 #pragma unroll
@@ -52,11 +53,11 @@ template <typename T, int n> __device__ __forceinline__ void fill_nan(Piece<T, n
   for (int j = 0; j < n; ++j) a.v[j] = b.v[j] = from_float<T>(__int_as_float(0x7fffffff));
 }
 
-// Quantizes one head to int8, by one warp: the scale is max |x| / 127 (0 counts as 1), and x / scale is rounded half to even, NaN
-// to 0. `x` holds the rounded values that the block has written.
+// One warp quantizes one head to int8. The scale is max |x| / 127. Each x / scale is rounded half to even (a scale of 0 divides
+// as 1, and NaN becomes 0). x is the output k or v, which the block has already written and rounded to T.
 template <typename T> __device__ void quantize(const T* x, int8_t* out, float* scale, int64_t d) {
   const int lane = (threadIdx.y * blockDim.x + threadIdx.x) & 31;
-  unsigned most = 0;  // the bits of float magnitudes compare as the floats do, with NaN as the largest
+  unsigned most = 0;  // bits of the largest |x|: the bits of floats >= 0 compare as the floats do, and NaN is the largest
   for (int64_t i = lane; i < d; i += 32) most = max(most, __float_as_uint(to_float(x[i])) & 0x7fffffffu);
 #pragma unroll
   for (int step = 16; step > 0; step >>= 1) most = max(most, __shfl_xor_sync(0xffffffffu, most, step));
@@ -69,10 +70,10 @@ template <typename T> __device__ void quantize(const T* x, int8_t* out, float* s
   }
 }
 
-// The position of a token and its slot in the cache.
+// The position of a token and its slot in the cache. place_of also checks both and records a bad one in the error word.
 struct Place {
-  int64_t position, slot;  // slot: -1 where nothing is cached
-  bool inside;
+  int64_t position, slot;  // slot: -1 where nothing is written to the cache
+  bool inside;             // whether the position is in the tables
 };
 __device__ __forceinline__ Place place_of(const RopeAngles& angles, const int64_t* slots, int64_t cache_slots, int64_t token,
                                           int* error) {
@@ -89,7 +90,7 @@ __device__ __forceinline__ Place place_of(const RopeAngles& angles, const int64_
   return p;
 }
 
-// kCached: there are slots, hence a cache. It is an instance of its own because its pointers would cost the other one registers.
+// kCached: there are slots and a cache. Without it the kernel has no pointers to the cache, which saves registers.
 template <typename T, int n, bool kCached>
 __global__ void __launch_bounds__(256, kCached ? 2 : 3) qkv_rope_fwd_kernel(const QkvRopeFwd a, int64_t tokens, int* error, bool wide) {
   const int64_t half = a.angles.half, d = 2 * half;
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(256, kCached ? 2 : 3) qkv_rope_fwd_kernel(cons
         }
       }
     }
-    if (kCached && place.slot >= 0 && a.quantized) {  // the same for all threads of the block
+    if (kCached && place.slot >= 0 && a.quantized) {  // all threads of the block take the same branch
       __syncthreads();
       const int thread = threadIdx.y * blockDim.x + threadIdx.x, warps = (blockDim.x * blockDim.y) >> 5;
       for (int64_t i = thread >> 5; i < 2 * a.groups && (thread >> 5) < warps; i += warps) {

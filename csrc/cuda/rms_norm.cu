@@ -1,28 +1,32 @@
-// Launchers: from columns and dtype to the shape of a block.
+// Launches of the kernels of rms_norm.cuh: chooses the shape of a block from the number of columns and the dtype.
 #include "rms_norm.cuh"
 
 namespace internlm2 { namespace cuda {
 namespace {
 
-// Threads for each row, pieces that a thread keeps (0: the row is too long to be kept), and rows for each block.
+// threads: for each row. pieces: those of a row that a thread keeps in registers; 0: the row is too long to be kept. rows: of a
+// block.
 struct Shape {
   int threads, pieces, rows;
 };
 
-// One warp for each row of up to 32 * 4 pieces, then as few pieces for each thread as 512 threads allow, at most `most`.
+// `piece` is the number of elements of a piece, `most` the most pieces that a thread may keep. A row of up to 32 * most pieces
+// gets one warp. A longer row gets a block of up to 512 threads, which keep 2 pieces each where `most` allows, or 4 where
+// needed.
 Shape shape_of(int64_t cols, int piece, int most) {
   const int64_t pieces = ceil_div(cols, piece);
   for (int kept = 1; kept <= most; kept *= 2) {
     if (pieces <= 32 * kept) return {32, kept, 4};
   }
-  for (int kept = most > 1 ? 2 : 1; kept <= most; kept *= 2) {  // two loads in flight hide more latency than one
+  for (int kept = most > 1 ? 2 : 1; kept <= most; kept *= 2) {  // starts at 2: two loads in flight hide more latency than one
     if (pieces <= 512 * kept) return {static_cast<int>(ceil_div(ceil_div(pieces, kept), 32) * 32), kept, 1};
   }
   return {512, 0, 1};
 }
 
 template <typename T> Shape forward_shape(int64_t cols) { return shape_of(cols, kPiece<T>, 4); }
-// The backward keeps weight, dweight and two rows. Only for float, whose pieces have four elements, are there registers for four.
+// The backward keeps weight, dweight, dy and h in registers. There are enough for four pieces of each only for float, whose
+// pieces have 4 elements; pieces of 16-bit types have 8.
 Shape backward_shape(Dtype dtype, int64_t cols) {
   return dtype == Dtype::f32 ? shape_of(cols, kPiece<float>, 4) : shape_of(cols, kPiece<__half>, 2);
 }
@@ -73,7 +77,8 @@ const char* rms_norm_fwd(const RmsNormFwd& a, void* stream) {
   return launch_error();
 }
 
-// As many chunks as keep a large GPU busy in one wave: 65536 threads, at least 256 blocks.
+// Chooses as many chunks as keep a large GPU busy in one wave: 65536 threads in all, but at least 256 chunks. Returns the rows
+// of a chunk.
 int64_t rms_norm_bwd_rows_per_chunk(Dtype dtype, int64_t rows, int64_t cols) {
   const int threads = backward_shape(dtype, cols).threads;
   return ceil_div(rows > 0 ? rows : 1, threads < 256 ? 65536 / threads : 256);

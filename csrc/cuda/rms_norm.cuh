@@ -1,6 +1,7 @@
-// RMS normalization on CUDA. blockDim.x threads share a row, and thread x takes its pieces x, x + blockDim.x, and so on.
-// blockDim.x and kPieces follow from the number of columns and the dtype alone, so that the bits of a row depend on nothing else.
-// Each thread keeps up to kPieces pieces in registers between the two passes over a row; with kPieces = 0 the row is read twice.
+// RMS normalization on CUDA. blockDim.x threads share a row, and thread x takes its 16-byte pieces x, x + blockDim.x, and so
+// on. blockDim.x and kPieces follow from the number of columns and the dtype alone, so that the bits of a row do not depend on
+// other rows. A row needs two passes, one for its sum and one for its result. Between them each thread keeps up to kPieces
+// pieces in registers; with kPieces = 0 the row is read from memory twice.
 #pragma once
 #include "../rms_norm.h"
 #include "common.cuh"
@@ -11,7 +12,8 @@ template <typename T> __device__ __forceinline__ const T* row_of(const void* p, 
   return static_cast<const T*>(p) + rows.offset(row);
 }
 
-// Returns h of one piece and adds its squares to `sum`. Where there is a residual, h is stored.
+// Returns one piece of h, which is x or x + residual, and adds the squares of its elements to `sum`. Stores h where there is a
+// residual.
 template <typename T>
 __device__ __forceinline__ Piece<T> take_piece(const RmsNormFwd& a, const T* x, const T* residual, T* h, int64_t col,
                                                bool wide, float& sum) {
@@ -75,17 +77,18 @@ __global__ void __launch_bounds__(512) rms_norm_fwd_kernel(const RmsNormFwd a, b
         if (first + k * step < a.cols) finish_piece<T, W>(a, kept[k], y, rstd, first + k * step, wide);
       }
     } else {
-      const T* source = a.residual ? h : x;  // h: this thread has written the elements that it reads
+      const T* source = a.residual ? h : x;  // without a barrier: a thread reads only those elements of h that it wrote
       for (int64_t col = first; col < a.cols; col += step) {
         load(kept[0], source + col, a.cols - col, wide);
         finish_piece<T, W>(a, kept[0], y, rstd, col, wide);
       }
     }
-    if (blockDim.x > 32) __syncthreads();  // before the next row writes to scratch
+    if (blockDim.x > 32) __syncthreads();  // all have read scratch before the next row writes to it
   }
 }
 
-// One piece of the backward: with x_hat = h * rstd and g = dy * weight, adds g * x_hat to `sum` and the terms of dweight.
+// The first pass of the backward over one piece. With x_hat = h * rstd and g = dy * weight, it adds every g * x_hat to `sum`,
+// and dy * x_hat of each column (x_hat rounded to T with `hf`) to that column's element of `dweight`.
 template <typename T, typename W>
 __device__ __forceinline__ void take_gradient(const Piece<T>& dy, const Piece<T>& h, const Piece<W, kPiece<T>>& weight,
                                               float rstd, bool hf, float& sum, Piece<float, kPiece<T>>& dweight) {
@@ -97,7 +100,7 @@ __device__ __forceinline__ void take_gradient(const Piece<T>& dy, const Piece<T>
   }
 }
 
-// dx = rstd * (g - x_hat * mean(g * x_hat)) + dresidual
+// The second pass: stores one piece of dx = rstd * (g - x_hat * mean) + dresidual, where `mean` is the row's mean of g * x_hat.
 template <typename T, typename W>
 __device__ __forceinline__ void finish_gradient(const RmsNormBwd& a, const Piece<T>& dy, const Piece<T>& h,
                                                 const Piece<W, kPiece<T>>& weight, const T* dresidual, T* dx, float rstd,
@@ -114,16 +117,17 @@ __device__ __forceinline__ void finish_gradient(const RmsNormBwd& a, const Piece
   store(dx + col, out, a.cols - col, wide);
 }
 
-// Chunk c sums dweight over its rows, in order, into partial[c]. Its rows depend on the number of all rows alone. While a row is
-// summed the next one is loaded, if there are enough registers.
+// dx of every row, and dweight summed over the rows of each chunk, in order, into row `chunk` of `partial`. Which rows a chunk
+// has depends on the shape and dtype alone. While a row is summed the next one is loaded, if there are enough registers
+// (`ahead`).
 template <typename T, typename W, int kPieces>
 __global__ void __launch_bounds__(512) rms_norm_bwd_kernel(const RmsNormBwd a, int64_t chunks, bool wide) {
   constexpr int n = kPiece<T>;
-  __shared__ float scratch[2][32];  // two, so that one __syncthreads a row is enough
+  __shared__ float scratch[2][32];  // used in turn by even and odd rows, so that one __syncthreads for each row is enough
   const int64_t rows = a.h_rows.count(), step = static_cast<int64_t>(blockDim.x) * n;
   const int64_t first = static_cast<int64_t>(threadIdx.x) * n;
   const int64_t chunk = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (chunk >= chunks) return;  // whole warps, and only where a row is one warp's
+  if (chunk >= chunks) return;  // only where one warp takes a row (blockDim.y > 1): no barrier waits for the warps that return
   const int64_t last = min(rows, (chunk + 1) * a.rows_per_chunk);
   Piece<W, n> weight[kPieces];
   constexpr bool ahead = kPieces <= 2;
@@ -178,8 +182,8 @@ __global__ void __launch_bounds__(512) rms_norm_bwd_kernel(const RmsNormBwd a, i
   }
 }
 
-// The same for rows that no block can hold: two passes over memory, with dweight summed in `partial`, each of whose elements one
-// thread owns.
+// The backward for rows that are too long for the registers of a block: both passes read the row from memory. dweight is summed
+// in `partial` in memory; each element of it belongs to one thread, so that no barrier is needed.
 template <typename T, typename W>
 __global__ void __launch_bounds__(512) rms_norm_bwd_long_kernel(const RmsNormBwd a, bool wide) {
   constexpr int n = kPiece<T>;
@@ -221,7 +225,8 @@ __global__ void __launch_bounds__(512) rms_norm_bwd_long_kernel(const RmsNormBwd
 
 constexpr int kColumns = 32, kSlices = 16;
 
-// dweight = sum of `partial` over the chunks. Slice y of a block sums chunks y, y + kSlices, ...; then the slices are added.
+// dweight = sum of `partial` over the chunks. A block takes kColumns columns. Its threads of threadIdx.y = y sum chunks y,
+// y + kSlices, ...; then the kSlices sums of a column are added in order.
 template <typename W> __global__ void rms_norm_bwd_dweight_kernel(const RmsNormBwd a, int64_t chunks) {
   __shared__ float sums[kSlices][kColumns];
   const int64_t col = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x;

@@ -1,12 +1,13 @@
-// The forward of attention: what its two forms share (prefill.h for many lanes, decode.h for few). A tile is some query rows of
-// one sequence with all query heads of one key head's group; a lane is one query row and head of it.
+// The forward of attention: shared by its two forms, prefill.h for tiles of many lanes and decode.h for tiles of few. A tile is
+// some query rows of one sequence with all query heads of a key head's group; a lane is one of these query rows with one of
+// these heads.
 //
 // The arithmetic of a row is the same whatever else is in its tile, however the call is tiled and whichever thread runs it:
 //   - The keys of a sequence are cut into splits of kSplit and these into blocks of kBlock, counted from key 0.
 //   - A score is one chain over d.
-//   - A block updates the running maximum, m' = max(m, ...), with a = exp(m - m'). The block's weights are summed in a chain
-//     over its keys, l = a l + sum. o is the sum of weights times values, to which the o before enters as a o.
-//   - Splits are joined in rising order: (l, o) = exp(m1 - m) (l1, o1) + exp(m2 - m) (l2, o2).
+//   - A lane has a running maximum m of scores, sum l of weights, and sum o of weights times values. A block with largest score
+//     s updates them: m' = max(m, s), a = exp(m - m'), l' = a l + the block's sum of exp(score - m'), and o likewise.
+//   - Splits are joined in rising order, with m = max(m1, m2): (l, o) = exp(m1 - m) (l1, o1) + exp(m2 - m) (l2, o2).
 // A masked key has weight 0 and changes nothing, so that blocks without unmasked keys may be left out or not.
 #pragma once
 #include <cmath>
@@ -19,14 +20,14 @@
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
-constexpr int64_t kSplit = 4096, kBlock = 128, kLanes = 256;  // kLanes: in a full prefill tile
+constexpr int64_t kSplit = 4096, kBlock = 128, kLanes = 256;  // keys of a split and of a block; lanes of a full prefill tile
 // Whether the weighted values of a block of keys get a separate accumulator, which is then added to o. In long sequences
 // float32 needs it; the rounding of bfloat16 weights hides what it would gain.
 template <typename P> constexpr bool kSeparateBlocks = P::step == 1;
-constexpr int64_t kAhead = 32;  // how many rows before its use a row of the cache is prefetched
+constexpr int64_t kAhead = 32;  // a row of keys or values is prefetched so many rows before it is used
 
-// The keys and values of one sequence, read in place. select(first, n) selects keys [first, first + n), n <= kBlock, from
-// which rows and scales are then counted. A class of keys for a paged cache is in paged_attention.cpp.
+// The keys and values of one sequence, read in place. select(first, n) selects keys [first, first + n), n <= kBlock. In the
+// other functions key i is then key first + i. paged_attention.cpp has a class with the same functions for a paged cache.
 template <typename T> class DenseKeys {
  public:
   using Stored = T;
@@ -52,8 +53,8 @@ template <typename T> class DenseKeys {
   int64_t first_ = 0;
 };
 
-// A score is product * factor, in the base of kLogBase. With a soft-cap, product is first replaced by
-// cap * tanh(product * inverse).
+// How a score is computed from the product q . k: it is product * factor, to the base 2 or e of kLogBase (softmax.h). With a
+// soft-cap, product is first replaced by cap * tanh(product * inverse).
 template <typename Acc> struct Score { Acc factor, cap, inverse; };
 template <typename T> VEC_INLINE Score<acc_t<T>> score_of(const Attention& a) {
   using Acc = acc_t<T>;
@@ -63,7 +64,8 @@ template <typename T> VEC_INLINE Score<acc_t<T>> score_of(const Attention& a) {
   return {static_cast<Acc>(1 / kLogBase<T>), static_cast<Acc>(a.softcap), static_cast<Acc>(inverse < most ? inverse : most)};
 }
 
-// The unfinished result of one split, or of all splits so far: the maximum, the sum and the weighted values of every lane.
+// The partial result of one split, or of all splits so far, for every lane: the maximum m, the sum l of the weights, and the
+// sum o of weights times values.
 template <typename Acc> struct State {
   Acc *m, *l, *o;
   VEC_INLINE void allocate(Arena& arena, int64_t lanes, int64_t width) {
@@ -73,7 +75,7 @@ template <typename Acc> struct State {
   }
 };
 
-// Lane i of a key head: query row begin + i / group, head i % group of the group.
+// Where the data of lane i of a key head are. Lane i is query row begin + i / group with head i % group of the group.
 template <typename T> class LaneMap {
  public:
   LaneMap(const Attention& a, const AttentionTile& tile, int64_t kv_head)
@@ -87,7 +89,7 @@ template <typename T> class LaneMap {
   VEC_INLINE int64_t lse(int64_t lane) const {
     return a_.offset_lse(tile_.sequence, head_) + lane % group_ * a_.lse_head_stride + row(lane);
   }
-  // The unmasked keys of each lane: [first, last).
+  // Sets the unmasked keys [first[lane], last[lane]) of each lane.
   void ranges(int64_t* first, int64_t* last) const {
     for (int64_t lane = 0; lane < count(); ++lane) {
       first[lane] = a_.first_key(tile_.sequence, row(lane));
@@ -104,8 +106,8 @@ template <typename T> class LaneMap {
   const int64_t group_, head_, q_;
 };
 
-// Joins the maxima and sums of a vector of lanes. The values of the total so far are then multiplied with a, those of the part
-// with b. `alone`: there is no total so far.
+// Joins m and l of `part` to those of `total`, for a vector of lanes from i on. The caller then joins o as a * total.o + b *
+// part.o. `alone`: `part` is the first, and `total` holds nothing yet.
 template <typename T, typename V>
 VEC_INLINE void join_lanes(const State<acc_t<T>>& total, const State<acc_t<T>>& part, int64_t i, bool alone, V& a, V& b) {
   const V old = alone ? V(static_cast<acc_t<T>>(-kInfinity)) : V::load(total.m + i), one = V::load(part.m + i);
@@ -122,13 +124,13 @@ template <typename V, typename Acc> VEC_INLINE void fill(Acc* p, int64_t n, doub
   for (int64_t i = 0; i < n; i += V::size) V(static_cast<Acc>(value)).store(p + i);
 }
 
-// Weights are summed in chains of this many keys, counted from key 0, and the chains are added up. Almost equal weights are all
-// rounded in the same direction: with one float32 chain for a block of keys, dv had three times the error of PyTorch's own.
-// Results of 16 bits do not show it.
+// Weights are summed in chains of this many keys, counted from key 0, and the chains are added up. In a longer float32 chain,
+// the additions of almost equal weights all round in the same direction: with one chain for a block of keys, dv had three times
+// the error of PyTorch's. 16-bit results do not show it.
 template <typename T> constexpr int64_t kSumChain = sizeof(T) == 2 ? kBlock : 8;
 
-// The natural log-sum-exp, and 1 / l; -inf and 0 for a fully masked row. The log-sum-exp is computed in double and rounded
-// once, because its rounding is a relative error of every weight in the backward.
+// log_sum_exp: the natural log-sum-exp, -inf for a fully masked row (l = 0). It is computed in double and rounded once, because
+// its rounding error becomes a relative error of every weight in the backward. reciprocal: 1 / l, or 0 for a fully masked row.
 template <typename T, typename Acc> VEC_INLINE Acc log_sum_exp(Acc m, Acc l) {
   const double natural = static_cast<double>(m) * kLogBase<T> + ::log(static_cast<double>(l));
   return l == 0 ? static_cast<Acc>(-kInfinity) : static_cast<Acc>(natural);

@@ -1,16 +1,17 @@
 // Attention of a tile with few lanes (decode). A vector runs over keys in the first product and over d in the second, so that
 // every row of keys and values is read once for all query heads of the group. Keys are transposed and pairs of values are
-// interleaved in registers. Each score, sum and weighted value is the same chain of the same operations as in prefill.h, except
-// for int8 keys where there are integer products (decode_int8.h).
+// interleaved in registers. Each score, sum and weighted value is the same chain of the same operations as in prefill.h, so
+// that the bits are equal; not so for an int8 cache in builds that multiply it in integers (decode_int8.h).
 #pragma once
 #include "decode_int8.h"
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
-constexpr int64_t kDecodeLanes = 8, kDecodeKeys = 16;  // kDecodeKeys: rows of values for which the accumulators stay in registers
+// kDecodeLanes: the most lanes of a decode tile. kDecodeKeys: for so many rows of values accumulators stay in registers.
+constexpr int64_t kDecodeLanes = 8, kDecodeKeys = 16;
 
-// s[r][i] = q[r] . k[i] for a vector's worth of keys and rows r < kRows. The keys are `offset` elements beyond the pointers.
-// Meanwhile the keys kAhead further on are prefetched.
+// s[r][i] = q[r] . k[i] for as many keys i as a vector has lanes, and for lanes r < kRows. Key i begins at keys[i] + offset.
+// While it is read, key i + kAhead is prefetched.
 template <typename P, int kRows, typename S>
 __attribute__((noinline)) void decode_scores(const S* const* keys, int64_t offset, const typename P::Element* q,
                                              int64_t d_steps, typename P::Acc* s) {
@@ -44,11 +45,12 @@ __attribute__((noinline)) void decode_scores(const S* const* keys, int64_t offse
   for (int r = 0; r < kRows; ++r) acc[r].store(s + r * kBlock);
 }
 
-// Whether two successive vectors of values come out of interleaved_rows with their lanes in its order, which o keeps until it
-// is finished.
+// Whether values are loaded by interleaved_rows (gemm/pack.h), two vectors at a time. Their lanes are then in an order of its
+// own, which o keeps until the result is written.
 template <typename P, typename S> constexpr bool kInterleaved = P::step == 2 && is_bf16<S>;
 
-// o[r][e..] = (opens ? 0 : factor[r] * o[r][e..]) + sum of p[r][i] * v[i][e..] over rows of values; kVectors of d at a time.
+// For kVectors vectors of d from element e on and n rows of values v[i]: o[r][e..] = start + sum over i of p[r][i] * v[i][e..],
+// where start is 0 if `opens`, else factor[r] * o[r][e..] (o[r][e..] without a factor).
 template <typename P, int kRows, int kVectors, typename S, typename N>
 VEC_INLINE void decode_values(const S* const* values, int64_t offset, int64_t n, const typename P::Element* p,
                            const typename P::Acc* factor, bool opens, typename P::Acc* o, int64_t width, int64_t e, N lanes) {
@@ -219,7 +221,7 @@ template <typename T, typename Keys> class Decode {
         const V factor(reciprocal(l));
         T* to = map(h).out(out, i);
         Acc* o = w_.total.o + r * w_.width;
-        if (l == 0) fill<V>(o, w_.width, 0);  // fully masked: the other lanes' keys may have made it NaN
+        if (l == 0) fill<V>(o, w_.width, 0);  // fully masked; 0 * NaN of another lane's value may stand in o
         if constexpr (kInt8<T, Stored>) in_order_of_elements(o, w_.width);
         if constexpr (kInterleaved<P, Stored>) {
           for (int64_t e = 0; e + 2 * V::size <= d_; e += 2 * V::size) {
@@ -242,11 +244,12 @@ template <typename T, typename Keys> class Decode {
     if (values) fill<V>(state.o, w_.lanes * w_.width, 0);
   }
 
-  // Keys [key, end); the next block reaches at least to `beyond`. All heads take some rows before any takes the next ones, so
-  // that memory is read in its order.
+  // Adds keys [key, end) to the state `part`; `opens`: they are its first. Keys [end, beyond) follow in the next block and are
+  // prefetched. All heads take some rows before any head takes the next ones, so that memory is read in order.
   void block(const State<Acc>& part, int64_t key, int64_t end, int64_t beyond, bool opens) {
     const int64_t n = end - key, wide = round_up(n, greater(V::size, kDecodeKeys));
-    // The rows in the order of their use: keys, values, and the next block's first keys, or the last row where there is none.
+    // The rows in the order of their use: this block's keys, its values, and then for prefetching the first keys of the next
+    // block, or the last row again where there is none.
     const Stored* rows[2 * kBlock + kAhead];
     keys_.select(key, n);
     for (int64_t i = 0; i < wide; ++i) {
@@ -323,13 +326,13 @@ template <typename T, typename Keys> class Decode {
     }
   }
 
-  // The scales of a head's keys; lanes beyond them get the last one's.
+  // Loads the scales of a head's n keys and values; lanes beyond the last key get its scales.
   void scales(int64_t head, int64_t n) {
     for (int64_t i = 0; i < round_up(n, V::size); ++i) {
       w_.k_scale[i] = static_cast<Acc>(keys_.k_scale(lesser(i, n - 1), head));
       w_.v_scale[i] = static_cast<Acc>(keys_.v_scale(lesser(i, n - 1), head));
     }
-    if constexpr (kInt8<T, Stored>) {  // a row of zeros has scale 1, which must not cost the others' precision
+    if constexpr (kInt8<T, Stored>) {  // the scale 1 of a row of zeros must not coarsen the integers of other rows
       for (int64_t i = 0; i < n; ++i) {
         if (w_.v_scale[i] != 1) continue;
         const Stored* row = keys_.v_row(i, head);
@@ -363,7 +366,7 @@ template <typename T, typename Keys> class Decode {
     if constexpr (kInt8<T, Stored>) split_weights(s, w_.v_scale, n, w_.int8, r);
   }
 
-  // The weights of one lane, as numbers and as operands.
+  // Turns the scores s of one lane into weights, in place as numbers and in p as operands of the second product.
   VEC_INLINE void exponentials(Acc* s, typename P::Element* p, V shift, int64_t n) {
     const V factor(score_.factor);
     for (int64_t i = 0; i < n; i += V::size) {

@@ -1,5 +1,6 @@
-// Products of bfloat16 queries and weights with int8 keys and values in integers, for decode.h: no byte is converted. (prefill.h
-// converts the bytes once for its many lanes. Its results are the same within rounding, not to the bit.)
+// For decode.h: products of bfloat16 queries and weights with int8 keys and values, computed in integers, so that no byte of
+// the cache is converted to bfloat16. (prefill.h converts the bytes once for its many lanes. Its results agree with these
+// within rounding, not in every bit.)
 //
 // Queries and weights are scaled to 16-bit integers, so that the largest of a lane (for weights: of a lane's block) is 32767,
 // and split into bytes: x = 256 (high - 128) + low, both in [0, 255], which VPDPBUSD multiplies with signed bytes. The sum of
@@ -10,7 +11,7 @@
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
-constexpr int64_t kInt8Keys = 32;  // rows of values for which the accumulators stay in registers
+constexpr int64_t kInt8Keys = 32;  // for so many rows of values the accumulators stay in registers
 
 #if defined(CPU_CAPABILITY_AVX512_BF16)
 constexpr bool kIntegerProducts = true;
@@ -34,7 +35,7 @@ struct Int8Scratch {
   }
 };
 
-// High and low bytes of round(x * times), whole vectors.
+// Splits round(x * times) into the bytes `high` and `low` (see the top of the file), for one vector.
 VEC_INLINE void split_bytes(Vec<float> x, Vec<float> times, uint8_t* high, uint8_t* low) {
   const __m512i whole = _mm512_cvtps_epi32((x * times).v);
   const __m512i upper = _mm512_add_epi32(_mm512_srai_epi32(whole, 8), _mm512_set1_epi32(128));
@@ -42,7 +43,7 @@ VEC_INLINE void split_bytes(Vec<float> x, Vec<float> times, uint8_t* high, uint8
   _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm512_cvtepi32_epi8(whole));
 }
 
-// The scale of integers up to 32767, and its inverse; a NaN or infinity makes the scale NaN.
+// The scale that maps numbers up to `most` to integers up to 32767, and its inverse. A NaN or infinity makes the scale NaN.
 VEC_INLINE float scale_of(float most, float& inverse) {
   inverse = most > 0 ? 32767.0f / most : 0.0f;
   return most * (1.0f / 32767.0f) + (most - most);
@@ -60,7 +61,7 @@ template <typename T> void split_queries(const T* q, int64_t d, const Int8Scratc
   }
 }
 
-// A lane's weights, 0 beyond n, times the scales of the values.
+// Splits the products of a lane's n weights (0 beyond n) and the scales of the values into bytes.
 VEC_INLINE void split_weights(const float* weights, const float* scales, int64_t n, const Int8Scratch& to,
                                  int64_t lane) {
   using V = Vec<float>;
@@ -79,12 +80,13 @@ VEC_INLINE __m512i four_bytes(const uint8_t* p) {
   std::memcpy(&x, p, sizeof(x));
   return _mm512_set1_epi32(x);
 }
-// 256 (high - 128 sum) + low.
+// The product with x = 256 (high - 128) + low, from the products with the bytes `high` and `low` and the sum of the signed
+// bytes.
 VEC_INLINE __m512i whole_of(__m512i high, __m512i low, __m512i sum) {
   return _mm512_add_epi32(_mm512_slli_epi32(_mm512_sub_epi32(high, _mm512_slli_epi32(sum, 7)), 8), low);
 }
 
-// s[r][i] = integer product of query r and key i, for 16 keys.
+// s[r][i] = the integer product of query r and key i, as a float, for 16 keys.
 template <int kRows>
 __attribute__((noinline)) void int8_scores(const int8_t* const* keys, int64_t offset, const Int8Scratch& w, int64_t lane,
                                            int64_t d, float* s) {
@@ -121,8 +123,9 @@ __attribute__((noinline)) void int8_scores(const int8_t* const* keys, int64_t of
   for (int r = 0; r < kRows; ++r) _mm512_storeu_ps(s + r * kBlock, _mm512_cvtepi32_ps(whole_of(high[r], low[r], sum)));
 }
 
-// w.o[lane + r] = (at > 0 ? w.o : 0) + integer product of the weights of keys [at, at + n) and n rows of values. Of 64 elements,
-// quarter L of vector j holds elements 16 L + 4 j to 16 L + 4 j + 3.
+// Adds to w.o[lane + r] (or sets it, where `at` is 0) the integer product of the weights of keys [at, at + n) and n rows of
+// values, for half of the 64 elements from `first` on: of the four vectors of w.o for these, 0 and 1, or with `half` 2 and 3.
+// Quarter q of vector j holds elements 16 q + 4 j to 16 q + 4 j + 3.
 template <int kRows, bool half>
 VEC_INLINE void int8_values_half(const int8_t* const* values, int64_t offset, int64_t n, const Int8Scratch& w,
                                  int64_t lane, int64_t at, int64_t first, int64_t elements) {
@@ -131,7 +134,7 @@ VEC_INLINE void int8_values_half(const int8_t* const* values, int64_t offset, in
   __m512i high[kRows][2], low[kRows][2], sum[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) high[r][0] = high[r][1] = low[r][0] = low[r][1] = _mm512_setzero_si512();
-  for (int64_t i = 0; i < n; i += 4) {  // rows beyond n: any, with weights of 0
+  for (int64_t i = 0; i < n; i += 4) {  // rows beyond n have weights of 0: any row will do
     __m512i v[4];
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) {
@@ -168,7 +171,7 @@ VEC_INLINE void int8_values_half(const int8_t* const* values, int64_t offset, in
 template <int kRows>
 __attribute__((noinline)) void int8_values(const int8_t* const* values, int64_t offset, int64_t n, const Int8Scratch& w,
                                            int64_t lane, int64_t at, int64_t d) {
-  for (int64_t first = 0; first < d; first += 64) {  // twice: vectors 0 and 1, then 2 and 3
+  for (int64_t first = 0; first < d; first += 64) {  // vectors 0 and 1 of w.o, then 2 and 3
     int8_values_half<kRows, false>(values, offset, n, w, lane, at, first, lesser(64, d - first));
     int8_values_half<kRows, true>(values, offset, n, w, lane, at, first, lesser(64, d - first));
   }
@@ -200,7 +203,7 @@ template <typename T, typename S> constexpr bool kInt8 = false;
 struct Int8Scratch {
   VEC_INLINE void allocate(Arena&, int64_t, int64_t) {}
 };
-template <int kRows, typename... Args> void int8_scores(Args...);  // never called
+template <int kRows, typename... Args> void int8_scores(Args...);  // declared for decode.h, never called
 template <int kRows, typename... Args> void int8_values(Args...);
 #endif
 

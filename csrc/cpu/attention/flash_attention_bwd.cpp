@@ -2,11 +2,12 @@
 //
 // The backward of attention in five products, each of a block of keys against a block of queries (rows) of one head:
 //   S = Q K^T,  P = exp(scale S - lse),  dV += P^T dO,  dP = dO V^T,  dS = P (dP - delta),  dK += dS^T Q,  dQ += dS K
-// A tile of work owns a block of keys, whose dK and dV stay in its thread's second-level cache. dQ is summed in memory. The key
-// blocks add to it in rising order, each waiting for its turn, so that no thread's pace changes a bit. Tiles are handed out in
-// rising order, so that a tile that waits for its turn waits for a tile that is running. Of the products only S repeats work of
-// the forward. At the edge of the mask each strip of rows takes only the keys that it needs, and each strip of keys only the
-// rows. Fully masked rows stand in no block: nothing of them is read.
+// A tile of work owns a block of keys, whose dK and dV stay in the second-level cache of its thread. dQ is summed in memory
+// (FlashBwd::dq_sum). The key blocks add to it in rising order, and each waits until the one before has added its part
+// (FlashBwd::turns), so that the speed of threads changes no bit. Tiles are handed out in rising order, so that the tile that
+// is waited for is always running or done. Of the five products only S repeats work of the forward. At the edge of the mask
+// each strip of rows takes only the keys that it sees, and each strip of keys only the rows that see it. Blocks of queries
+// contain no fully masked rows: nothing of these is read.
 #include <sched.h>
 
 #include "../../flash_attention_bwd.h"
@@ -21,26 +22,27 @@ template <typename T> struct Bwd {
   using Acc = typename P::Acc;
   using V = Vec<Acc>;
   static constexpr int64_t step = P::step, depth = P::depth, lanes = V::size;
-  static constexpr int64_t kGrain = depth > lanes ? depth : lanes;  // keys are cut in multiples of this at the mask's edge
-  static constexpr int64_t kStrip = kTiles<P> ? 32 : 12;  // rows that S holds: a multiple of the product's register tile
+  static constexpr int64_t kGrain = depth > lanes ? depth : lanes;  // ranges of keys at the mask's edge are multiples of this
+  static constexpr int64_t kStrip = kTiles<P> ? 32 : 12;  // rows of S at a time: a multiple of the product's register tile
   static constexpr int64_t kSteps = (kBwdQueries + depth - 1) / depth * depth / step;
-  static constexpr bool in_place = std::is_same_v<T, Acc> || (step == 2 && !kTiles<P>);  // the products read rows of T
-  // Rows that are read down a column are an odd number of cache lines apart, so that they fall into different sets.
+  static constexpr bool in_place = std::is_same_v<T, Acc> || (step == 2 && !kTiles<P>);  // products read q and dout in place
+  // The stride of rows that are read down a column: an odd number of cache lines, so that the rows fall into different cache
+  // sets.
   static constexpr int64_t kStride = kBwdKeys + 64 / static_cast<int64_t>(sizeof(E));
 
   // One thread's scratch. B operands lie in panels: [panel][k][kPanel lanes].
   struct Scratch {
-    E *keys, *values;        // [d][keys], for S and dP
-    E* key_rows;             // [keys][columns], for dQ
-    E *q_rows, *dout_rows;   // [queries][columns], for dK and dV
-    E *p, *ds;               // [queries][kStride]: columns are A's rows of dK and dV
-    E* ds_rows;              // [queries][kStride / step]: A's rows of dQ (ds where step is 1)
+    E *keys, *values;        // [d][keys]: B of S and of dP
+    E* key_rows;             // [keys][columns]: B of dQ
+    E *q_rows, *dout_rows;   // [queries][columns]: B of dK and of dV
+    E *p, *ds;               // [queries][kStride]: their columns are the rows of A of dV and of dK
+    E* ds_rows;              // [queries][kStride / step]: the rows of A of dQ (the same memory as ds where step is 1)
     Acc *s, *dp;             // [kStrip][kBwdKeys]
     Acc *dk, *dv;            // [keys][columns]
-    E *q, *dout;             // [queries][d] converted, where the products do not read T
-    E *p_transposed, *ds_transposed;  // [keys][kSteps], for tiles: A's rows of dV and dK
+    E *q, *dout;             // [queries][d]: converted copies of q and dout, where !in_place
+    E *p_transposed, *ds_transposed;  // [keys][kSteps], with AMX tiles: the rows of A of dV and of dK
 
-    // Returns its size in bytes.
+    // Takes the arrays from `memory` and returns their size in bytes.
     int64_t allocate(void* memory, int64_t d, int64_t columns) {
       Arena arena(memory);
       arena.take(keys, steps_of(d) * kBwdKeys);
@@ -64,12 +66,12 @@ template <typename T> struct Bwd {
     }
   };
 
-  static VEC_INLINE int64_t steps_of(int64_t n) { return round_up(n, depth) / step; }  // elements of n indices along k
+  static VEC_INLINE int64_t steps_of(int64_t n) { return round_up(n, depth) / step; }  // how many elements hold n indices of k
 
   const FlashBwd& a;
   const BwdTile& tile;
   Scratch w;
-  int64_t d, columns, sq, sk, shift;  // shift: a row's position less its index
+  int64_t d, columns, sq, sk, shift;  // sq, sk: queries and keys; query row i has position i + shift among the keys
   int64_t first_unmasked;             // the first row that is not fully masked, where the first block of queries begins
   int64_t c0, nc, wide;               // this block's first key, its number of keys, and that rounded up to kGrain
 
@@ -84,10 +86,10 @@ template <typename T> struct Bwd {
     wide = round_up(nc, kGrain);
   }
 
-  // The unmasked keys of row r in this block: [low, high).
+  // The unmasked keys of row r in this block are [low(r), high(r)), counted from its first key.
   int64_t low(int64_t r) const { return clip(a.first_key(tile.sequence, r) - c0, 0, nc); }
   int64_t high(int64_t r) const { return clip(a.last_key(tile.sequence, r) - c0, 0, nc); }
-  // The rows of [r0, r1) that see one of this block's keys [x, y).
+  // The rows of [r0, r1) that see one of this block's keys [x, y) are [first_row, last_row).
   int64_t first_row(int64_t r0, int64_t r1, int64_t x) const {
     return a.window_right < 0 ? r0 : clip(c0 + x - shift - a.window_right, r0, r1);
   }
@@ -95,7 +97,7 @@ template <typename T> struct Bwd {
     return a.window_left < 0 ? r1 : clip(c0 + y - shift + a.window_left, r0, r1);
   }
 
-  // Packs n rows of T, `stride` apart, into B's panels: rows are steps of k, or rows are lanes.
+  // Pack n rows of T, `stride` apart, into the panels of a B whose steps of k are the rows, or whose lanes are the rows.
   void pack_rows_as_steps(const T* rows, int64_t stride, int64_t n, E* out) const {
     const int64_t steps = steps_of(n);
     for (int64_t j = 0; j < columns; j += kPanel<P>) {
@@ -110,7 +112,7 @@ template <typename T> struct Bwd {
     }
   }
 
-  struct Operand { const void* p; int64_t row_bytes, step_bytes; };  // A
+  struct Operand { const void* p; int64_t row_bytes, step_bytes; };  // A of a product, with its strides
 
   struct Queries {
     const T *q, *dout;
@@ -146,7 +148,8 @@ template <typename T> struct Bwd {
     return r;
   }
 
-  // P of one vector of keys, and `slope`, the derivative of the soft-cap.
+  // Returns P of one row for a vector of keys, from their products s = q . k, and sets `slope` to the derivative of the
+  // soft-cap.
   template <bool softcap> VEC_INLINE V probability(V s, V shift_, V& slope) const {
     const Score<Acc> score = score_of<T>(a);
     if constexpr (softcap) {
@@ -154,10 +157,10 @@ template <typename T> struct Bwd {
       slope = fnma(t, t, V(Acc(1)));
       s = t * V(score.cap);
     }
-    return exp_of<T>(min(V(Acc(0)), fma(s, V(score.factor), V(Acc(0)) - shift_)));  // at most 1, although lse is rounded
+    return exp_of<T>(min(V(Acc(0)), fma(s, V(score.factor), V(Acc(0)) - shift_)));  // at most 1 even with a rounded lse
   }
 
-  // Turns S and dP of rows [i, i + n) of the block (at most kStrip) and keys [from, to) into P and dS.
+  // Turns S and dP of rows [i, i + n) of the block of queries (n <= kStrip) and keys [from, to) into P and dS.
   template <bool masked, bool softcap>
   void gradients(const Queries& r, int64_t i, int64_t n, int64_t from, int64_t to) const {
     for (int64_t x = 0; x < n; x += step) {
@@ -184,7 +187,7 @@ template <typename T> struct Bwd {
         if (edge) s = between(s, first, last), dp = between(dp, first, last);
         pv = probability<softcap>(s, V(r.shift[row + h]), slope);
         if (edge) pv = between(pv, first, last);
-        // A row that sees one key has P = 1 and dP equal to the sum over d of dout * out: only dlse is left.
+        // A row that sees one key has P = 1 and out = v, so that dP - delta is exactly dlse: dP is taken as 0, delta as -dlse.
         if (masked && one_key[h]) dp = V(Acc(0));
         dsv = pv * (dp - V(delta[h]));
         if constexpr (softcap) dsv = dsv * slope;
@@ -238,13 +241,13 @@ template <typename T> struct Bwd {
     for (int64_t i = 0; i < r.n; i += kStrip) {
       const int64_t n = lesser(kStrip, r.n - i);
       if (!fresh) prefetch_rows(sum + i * columns, n * columns * static_cast<int64_t>(sizeof(Acc)));
-      for (int64_t x = i; x < i + n && r.r0 + kBwdQueries + x < sq; ++x) {  // of the next block
+      for (int64_t x = i; x < i + n && r.r0 + kBwdQueries + x < sq; ++x) {  // the next block's queries
         prefetch_rows(r.q + (kBwdQueries + x) * r.q_stride, d * static_cast<int64_t>(sizeof(T)));
         prefetch_rows(r.dout + (kBwdQueries + x) * r.dout_stride, d * static_cast<int64_t>(sizeof(T)));
       }
       const int64_t from = full ? 0 : low(r.r0 + i) / kGrain * kGrain;
       const int64_t to = full ? wide : greater(from, round_up(high(r.r0 + i + n - 1), kGrain));
-      const auto multiply = [&](Operand rows, const E* b, Acc* out) VEC_LAMBDA {  // S has the bits of the forward's
+      const auto multiply = [&](Operand rows, const E* b, Acc* out) VEC_LAMBDA {  // S has the same bits as in the forward
         product<P, Start::zero>({static_cast<const char*>(rows.p) + i * rows.row_bytes, rows.row_bytes, rows.step_bytes, b,
                                  kPanel<P>, steps * kPanel<P>, out, kBwdKeys, n, steps, from, to});
       };
@@ -256,8 +259,8 @@ template <typename T> struct Bwd {
     }
   }
 
-  // C = A B, or C += A B, of steps [first, last) of k. A block has an accumulator of its own: one chain over 64k tokens was 10
-  // times less exact in float32.
+  // C = A B where `fresh`, else C += A B, over steps [first, last) of k. The product of a block is summed in an accumulator of
+  // its own and then added to C: with one chain over 64k tokens the float32 error was 10 times larger.
   VEC_INLINE void add(bool fresh, Operand rows, int64_t m, const E* b, int64_t steps, int64_t first, int64_t last, Acc* c) const {
     if (first >= last) {
       if (fresh) std::memset(c, 0, static_cast<size_t>(m * columns) * sizeof(Acc));
@@ -315,7 +318,7 @@ template <typename T> struct Bwd {
     __atomic_store_n(turns, static_cast<int32_t>(turn + 1), __ATOMIC_RELEASE);
   }
 
-  // Writes sums as T, to rows of the result that are `heads` * d apart.
+  // Writes n rows of sums, times factor, as T to the result, whose rows are heads * d apart.
   void write(const Acc* sum, int64_t n, T* out, int64_t heads, double factor) const {
     const V scale(static_cast<Acc>(factor));
     for (int64_t i = 0; i < n; ++i) {
@@ -351,7 +354,8 @@ template <typename T> struct Bwd {
   }
 };
 
-// shift and delta of a block of queries, and dq = 0 for the fully masked ones, which no other code reads or writes.
+// Computes FlashBwd::shift and delta for a block of queries, and sets dq to 0 in its fully masked rows, which nothing else
+// writes.
 template <typename T> void prepare(const FlashBwd& a, const BwdTile& tile) {
   using Acc = acc_t<T>;
   using V = Vec<Acc>;

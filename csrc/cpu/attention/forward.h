@@ -1,12 +1,12 @@
-// One tile of attention's forward, from its keys to its rows of the result, in the form that its number of lanes asks for.
+// Computes one tile of attention's forward, with class Decode or Prefill by its number of lanes.
 #pragma once
 #include "decode.h"
 #include "prefill.h"
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
-// A tile of at most this many lanes takes the decode form. AMX tiles add up in an order of their own, so that in the AMX build
-// one-token queries take the prefill form too, to give the same bits as a prefill.
+// A tile of at most this many lanes is computed by Decode, a larger one by Prefill. In the AMX build all are computed by
+// Prefill: AMX tiles add products in an order of their own, and a decode of one token must give the same bits as a prefill.
 template <typename T> constexpr int64_t kMostDecodeLanes = kTiles<matrix_t<T>> ? 0 : kDecodeLanes;
 
 template <typename T> VEC_INLINE AttentionTiling tiling_of(const Attention& a, int64_t longest) {
@@ -20,7 +20,8 @@ template <typename T> VEC_INLINE AttentionTiling tiling_of(const Attention& a, i
           greater(prefill_state.bytes, decode_state.bytes)};
 }
 
-// What AttentionTile asks for: the whole tile, one of its splits, or the join of its splits.
+// Computes with `form`, a Decode or Prefill, what AttentionTile (flash_attention.h) says: the whole tile, one of its splits, or
+// the join of its splits.
 template <typename Form> VEC_INLINE void run_form(Form& form, const FlashFwd& a, const AttentionTile& tile) {
   using Acc = std::remove_pointer_t<decltype(form.part().m)>;
   if (tile.split >= 0) return form.split(tile.split * kSplit, form.state_at(tile.state));

@@ -18,7 +18,8 @@ template <typename T, typename S> class PagedKeys {
         table_(a.block_table + sequence * a.max_blocks), size_(a.block_size), heads_(a.kv_heads), d_(a.d),
         first_unmasked_(a.first_key(sequence, 0)) {}
 
-  // Keys before the first unmasked one stand in blocks that may be anything: the first unmasked key is read in their place.
+  // Entries of the block table for keys before the first unmasked one may be invalid (a window has passed them). In place of
+  // these keys the first unmasked key is read; the mask gives it weight 0 there.
   VEC_INLINE void select(int64_t first, int64_t n) {
     const int64_t key = greater(first, first_unmasked_);
     int64_t i = 0, block = key / size_, inside = key % size_, at = (table_[block] * size_ + inside) * heads_;

@@ -1,6 +1,6 @@
 // Attention of a tile with many lanes (prefill). Lanes stand in panels of kPanel. Scores are transposed, [keys][lanes], so that
-// maxima, exponentials and sums run along the keys without a reduction across lanes, and the weights are already an operand of
-// the second product. Keys and values are packed once in each block for all panels.
+// maxima, exponentials and sums run along the keys without a reduction across the lanes of a vector, and the weights are an
+// operand of the second product as they are. The keys and values of a block are packed once for all panels.
 #pragma once
 #include "common.h"
 
@@ -21,8 +21,8 @@ template <typename T> struct PrefillScratch {
     Arena arena(memory);
     lanes = round_up(count, kPanel<P>);
     d_steps = round_up(d, P::depth) / P::step;
-    // The stride of V's rows, or for AMX tiles of its transpose's. It is no power of two, so that rows fall into different sets
-    // of the cache.
+    // The stride between rows of V, or with AMX tiles between rows of V transposed. It is no power of two, so that rows fall
+    // into different sets of the cache.
     v_stride = kTiles<P> ? kBlock / P::step + 16 : d + 16;
     arena.take(q, lanes * d_steps);
     arena.take(k, kBlock * d_steps);
@@ -74,7 +74,7 @@ template <typename T, typename Keys> class Prefill {
     fill<V>(w_.total.o, w_.lanes * d_, 0);
   }
 
-  // Computes the state of the split that begins at key `begin`, for every panel.
+  // Computes the partial result `part` of the split that begins at key `begin`, for every panel.
   void split(int64_t begin, const State<Acc>& part) {
     const int64_t first = greater(begin, first_key()), last = lesser(begin + kSplit, last_key());
     fill<V>(part.m, lanes_, -kInfinity);
@@ -101,7 +101,7 @@ template <typename T, typename Keys> class Prefill {
     }
   }
 
-  // Joins the state of a split to the total; `alone`: there is no total so far.
+  // Joins the partial result of a split to the total. `alone`: the split is the first, and the total holds nothing yet.
   void join(const State<Acc>& part, bool alone) {
     for (int64_t from = 0; from < lanes_; from += panel) {
       for (int64_t i = from; i < from + width(from); i += V::size) {
@@ -133,17 +133,18 @@ template <typename T, typename Keys> class Prefill {
   VEC_INLINE int64_t count(int64_t from) const { return lesser(panel, lanes_ - from); }
   VEC_INLINE int64_t width(int64_t from) const { return round_up(count(from), V::size); }
 
-  void clear_lane(int64_t from, int64_t i) {  // a fully masked one, which the other lanes' keys may have made NaN
+  void clear_lane(int64_t from, int64_t i) {  // of a fully masked row, where 0 * NaN of another lane's value may stand
     for (int64_t e = 0; e < d_; ++e) w_.total.o[from * d_ + e * panel + i] = 0;
   }
 
-  // Keys [key, end) against one panel of lanes; they begin at index `at` of the packed keys and values.
+  // Adds keys [key, end) to `part` for the panel of lanes that begins at lane `from`. The keys begin at index `at` of the
+  // packed keys and values. `opens`: they are the first of the split for this panel.
   void block(const State<Acc>& part, int64_t from, int64_t key, int64_t end, int64_t at, bool opens, bool masked) {
     const int64_t n = end - key, wide = width(from), size = sizeof(Element);
     product<P, Start::zero>({w_.k + at * w_.d_steps, w_.d_steps * size, size, w_.q + from * w_.d_steps, panel, 0, w_.s, panel, n,
                              w_.d_steps, 0, wide});
     if (masked) {
-      for (int64_t i = 0; i < wide; ++i) {  // lanes past the last one get its limits
+      for (int64_t i = 0; i < wide; ++i) {  // lanes past the last one get the limits of the last
         const int64_t lane = lesser(from + i, lanes_ - 1);
         w_.low[i] = static_cast<Acc>(greater(w_.first[lane] - key, 0));
         w_.high[i] = static_cast<Acc>(lesser(w_.last[lane] - key, n));
@@ -165,7 +166,7 @@ template <typename T, typename Keys> class Prefill {
     else product<P, kSeparateBlocks<P> ? Start::separate_scaled : Start::scaled>(pv);
   }
 
-  // Applies the scales of the keys, the soft-cap and the mask to the products.
+  // Turns the products q . k in w_.s into scores: applies the scales of the keys, the soft-cap and the mask.
   template <bool masked> void scores(int64_t wide, int64_t n, int64_t at) {
     const V cap(score_.cap), inverse(score_.inverse);
     for (int64_t i = 0; i < wide; i += V::size) {
@@ -181,7 +182,7 @@ template <typename T, typename Keys> class Prefill {
     }
   }
 
-  // Updates the running maximum and sum, computes the factor of o, w_.factor, and the weights.
+  // Updates the running maximum and sum of each lane, and computes w_.factor, with which o must be multiplied, and the weights.
   void weights(const State<Acc>& part, int64_t from, int64_t wide, int64_t n, int64_t at, int64_t key) {
     const V factor(score_.factor);
     for (int64_t i = 0; i < wide; i += V::size) {
@@ -204,7 +205,8 @@ template <typename T, typename Keys> class Prefill {
     }
   }
 
-  // The product is rounded before the shift is subtracted, as the maximum was: the largest weight is exactly 1.
+  // Turns scores into weights and stores them as operands. score * factor is rounded before the shift is subtracted (no fma),
+  // because the maximum was rounded in the same way: so the largest weight is exactly 1.
   VEC_INLINE V exponentials(const Acc* s, Element* p, V shift, int64_t n, int64_t at, int64_t key) {
     const V factor(score_.factor);
     const auto weight = [&](int64_t j) VEC_LAMBDA { return exp_of<T>(V::load(s + j * panel) * factor - shift); };

@@ -1,4 +1,4 @@
-// Between the two products of attention: masks, exponentials, and weights as operands.
+// What attention computes between its two products: masks, exponentials, and weights as operands of the second product.
 #pragma once
 #include <limits>
 
@@ -10,9 +10,10 @@ namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
 constexpr double kInfinity = __builtin_huge_val();
 
-// Scores of 16-bit tensors are kept to base 2, for which the exponential is cheapest; others to base e, which is exact.
+// Scores of 16-bit tensors are multiplied with log2(e), so that weights are 2^score, which costs least. Those of other tensors
+// stay to base e, which adds no rounding.
 template <typename T> constexpr bool kBase2 = sizeof(T) == 2;
-template <typename T> constexpr double kLogBase = kBase2<T> ? 0.6931471805599453 : 1.0;  // natural = kLogBase * kept
+template <typename T> constexpr double kLogBase = kBase2<T> ? 0.6931471805599453 : 1.0;  // score to base e = kLogBase * score
 template <typename T, typename V> VEC_INLINE V exp_of(V x) {
   if constexpr (kBase2<T>) return exp2_for_16_bits(x);
   else return exp(x);
@@ -24,13 +25,14 @@ template <typename V> VEC_INLINE V within(V s, V j, V low, V high) {
   return pick(less(j, low), masked, pick(less(j, high), s, masked));
 }
 
-// x, and 0 where it is -inf: a lane that is fully masked so far is shifted by nothing.
+// What is subtracted from scores before the exponential: the maximum x, or 0 where x is -inf, because the lane is fully masked
+// so far and -inf - -inf would be NaN.
 template <typename Acc> VEC_INLINE Vec<Acc> finite_shift(Vec<Acc> x) {
   using V = Vec<Acc>;
   return pick(less(x, V(std::numeric_limits<Acc>::lowest())), V(0), x);
 }
 
-// x, and 0 in the lanes outside [first, last).
+// x in lanes [first, last), and 0 in the other lanes.
 template <typename Acc> VEC_INLINE Vec<Acc> between(Vec<Acc> x, int first, int last) {
   using V = Vec<Acc>;
 #if defined(CPU_CAPABILITY_AVX512)
@@ -60,7 +62,7 @@ VEC_INLINE void store_weights(uint32_t* p, Vec<float> a) {
 #endif
 template <typename Acc> VEC_INLINE void store_weights(Acc* p, Vec<Acc> a) { a.store(p); }
 
-// first, first + 1, ...
+// The vector first, first + 1, ...
 template <typename Acc> VEC_INLINE Vec<Acc> count_from(int64_t first) {
   alignas(64) Acc lanes[Vec<Acc>::size];
   for (int i = 0; i < Vec<Acc>::size; ++i) lanes[i] = static_cast<Acc>(first + i);

@@ -9,7 +9,8 @@ VEC_INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 VEC_INLINE int64_t clip(int64_t x, int64_t low, int64_t high) { return greater(low, lesser(x, high)); }
 VEC_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Allocates arrays from `memory`, each of which begins on a cache line. Without memory (nullptr) it only counts bytes.
+// Allocates arrays from `memory`, each beginning on a cache line. Without memory (nullptr) it only counts the bytes that they
+// need.
 class Arena {
  public:
   explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}

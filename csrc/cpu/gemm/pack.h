@@ -1,11 +1,11 @@
 // Packing of rows of tensors into the operands of product.h, and back:
-//   pack_rows              row by row: A where k runs along a row
-//   pack_lanes             transposed, rows become lanes: B where k runs along a row
-//   pack_steps             rows are steps of k, in pairs where the policy multiplies pairs: B where k runs over the rows
-//   pack_steps_transposed  the transpose of pack_steps: A where k runs over the rows
+//   pack_rows              row by row: makes A of rows along which k runs
+//   pack_lanes             transposed, so that rows become lanes: makes B of rows along which k runs
+//   pack_steps             rows become steps of k, pairs of rows where an element is a pair: makes B of rows over which k runs
+//   pack_steps_transposed  the transpose of pack_steps: makes A of rows over which k runs
 //
-// row(i) is the address of row i. Its storage type may differ from the policy's element: bfloat16 and float16 become float,
-// and int8 becomes the policy's type exactly.
+// The argument row(i) returns the address of row i. The rows may have another storage type than the policy's element: where the
+// policy is float, bfloat16 and float16 become float. int8 becomes the policy's type, which is exact.
 #pragma once
 #include "product.h"
 
@@ -82,9 +82,9 @@ VEC_INLINE void transpose(Vec<double> (&r)[4]) {
 #endif
 
 // --------------------------------------------------------------------------------- elements of a policy out of a row
-// row() loads elements [e, e + lanes) of a row, or the first n of these and zeros. rows() makes pairs of the elements of two
-// rows. A vector of pairs is held as the vector of floats with the same bits.
-template <typename P> struct Elements {  // one number
+// row() loads a vector of elements of a row from `e` on, or n elements and zeros. rows() makes pairs of the elements of two
+// rows. A vector of bfloat16 pairs is held as the vector of floats with the same bits.
+template <typename P> struct Elements {  // for policies whose element is one number
   using Acc = typename P::Acc;
   using V = Vec<Acc>;
   template <typename T, typename N> static VEC_INLINE V row(const T* p, int64_t e, N n) { return load<V>(p + e, n); }
@@ -114,7 +114,7 @@ template <> struct Elements<Pairs> {
     const __m512i words = _mm512_cvtepi8_epi16(bytes);
     return both(_mm512_srai_epi32(_mm512_slli_epi32(words, 16), 16), _mm512_srai_epi32(words, 16));
   }
-  // Elements of two rows side by side.
+  // A vector of pairs (a[e + i], b[e + i]); without a row b (nullptr) the second of each pair is 0.
   template <typename N> static VEC_INLINE V rows(const bf16* a, const bf16* b, int64_t e, N n) {
     const __m512i low = _mm512_cvtepu16_epi32(words(a + e, n));
     if (b == nullptr) return bits(low);
@@ -124,8 +124,8 @@ template <> struct Elements<Pairs> {
     const __m512i low = _mm512_cvtepi8_epi32(bytes(a + e, n));
     return both(low, b == nullptr ? _mm512_setzero_si512() : _mm512_cvtepi8_epi32(bytes(b + e, n)));
   }
-  // The same for two whole vectors, in the order that one instruction each makes: the first quarters of x and y hold elements
-  // 0 to 7.
+  // Two vectors of pairs (a[e + i], b[e + i]), in the order that one unpack instruction each makes: quarter q of x holds
+  // elements 8 q to 8 q + 3, quarter q of y elements 8 q + 4 to 8 q + 7.
   static VEC_INLINE void interleaved_rows(const bf16* a, const bf16* b, int64_t e, V& x, V& y) {
     const __m512i first = _mm512_loadu_si512(a + e);
     const __m512i second = b == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(b + e);
@@ -158,7 +158,7 @@ VEC_INLINE void undo_interleaved_rows(Vec<float>& x, Vec<float>& y) {
 template <> struct Elements<Tiles> : Elements<Pairs> {};
 #endif
 
-// How much of a partial vector is stored: for tiles all of it, padded with zeros.
+// How much of a partial vector of n lanes is stored: n lanes, but for AMX tiles the whole vector, padded with zeros.
 template <typename P, typename N> VEC_INLINE auto padded(N n) {
   if constexpr (kTiles<P>) return All{};
   else return n;
@@ -182,7 +182,7 @@ VEC_INLINE void pack_rows(int64_t rows, int64_t d, const F& row, typename P::Ele
   }
 }
 
-// to[i / step][e] = element e of rows i to i + step - 1; rows missing at the end are 0.
+// to[i / step][e] = element e of rows i to i + step - 1 (with step 2 a pair); rows missing at the end are 0.
 template <typename P, typename F>
 VEC_INLINE void pack_steps(int64_t rows, int64_t d, const F& row, typename P::Element* to, int64_t stride) {
   using V = Vec<typename P::Acc>;
@@ -202,7 +202,7 @@ VEC_INLINE void pack_steps(int64_t rows, int64_t d, const F& row, typename P::El
   }
 }
 
-// to[e][i] = element e of row i; lanes up to a whole vector are 0.
+// to[e][i] = element e of row i. Lanes beyond the last row, up to a whole vector, are 0.
 template <typename P, typename F>
 VEC_INLINE void pack_lanes(int64_t rows, int64_t d, const F& row, typename P::Element* to, int64_t stride) {
   using V = Vec<typename P::Acc>;
@@ -219,7 +219,8 @@ VEC_INLINE void pack_lanes(int64_t rows, int64_t d, const F& row, typename P::El
   }
 }
 
-// to[e][i / 2] = element e of rows i and i + 1. Rows of `to` up to a whole vector, and rows missing at the end, are 0.
+// to[e][i / 2] = the pair of element e of rows i and i + 1. Rows of `to` beyond d, up to a whole vector, and elements of rows i
+// that are missing at the end are 0.
 template <typename P, typename F>
 VEC_INLINE void pack_steps_transposed(int64_t rows, int64_t d, const F& row, typename P::Element* to, int64_t stride) {
   using V = Vec<typename P::Acc>;
@@ -236,7 +237,7 @@ VEC_INLINE void pack_steps_transposed(int64_t rows, int64_t d, const F& row, typ
   }
 }
 
-// to[j][i] = from[i][j] for i < rows, and 0 for rows <= i < all. `all` and `columns` are whole vectors.
+// to[j][i] = from[i][j] for i < rows, and 0 for rows <= i < all. `all` and `columns` are multiples of a vector's lanes.
 template <typename P>
 VEC_INLINE void transpose_block(int64_t rows, int64_t all, int64_t columns, typename P::Element* from, int64_t stride,
                      typename P::Element* to, int64_t to_stride) {

@@ -1,8 +1,9 @@
 // The matrix product of attention and of the heads over a vocabulary: C[m][n] = start + sum over k of A(m, k) * B[k][n].
 //
-// The elements of A are broadcast from memory, at any row and step stride and any alignment. B is packed: its lanes (columns)
-// stand in panels [k][kPanel]. C is held in registers while k runs. Every element of C is one sequential chain of fused
-// multiply-adds over k, so that no result depends on how the product was tiled. A policy says what an element is:
+// The elements of A are broadcast from memory; its strides between rows and between steps of k, and its alignment, are
+// arbitrary. B is packed: its columns, the lanes of a vector, stand in panels [k][kPanel]. C is held in registers while k runs.
+// Every element of C is one sequential chain of fused multiply-adds over k, so that no result depends on how the product was
+// tiled. A policy says what an element is:
 //   Real<float>, Real<double>  one number
 //   Pairs  two bfloat16 that are neighbours along k, as one 32-bit element, with float accumulators. Only the AVX512_BF16
 //          build has it. Its products flush subnormal numbers to zero.
@@ -18,7 +19,7 @@ namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 template <typename T> struct Real {
   using Element = T;
   using Acc = T;
-  static constexpr int step = 1;   // indices of k in one element
+  static constexpr int step = 1;   // how many indices of k one element holds
   static constexpr int depth = 1;  // operands hold a multiple of this many indices of k, padded with zeros
   struct Lanes { Vec<T> v; };
   static VEC_INLINE Lanes broadcast(const char* p) {
@@ -65,7 +66,7 @@ template <typename P> VEC_INLINE typename P::Lanes lanes_of(Vec<typename P::Acc>
   else return {_mm512_castps_si512(bits.v)};
 }
 
-// The register tile holds kTileRows x kTileVectors accumulators.
+// The register tile, the part of C that is computed at a time: kTileRows rows of kTileVectors vectors, as accumulators.
 constexpr int kTileRows = 6;
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int kTileVectors = 4;
@@ -74,24 +75,24 @@ constexpr int kTileVectors = 2;
 #endif
 template <typename P> constexpr int64_t kPanel = kTileVectors * Vec<typename P::Acc>::size;
 
-// How a chain over k meets what C holds.
+// How the sum over k (one chain) is combined with what C holds.
 enum class Start {
   zero,             // C = chain
   scaled,           // C = chain that starts at factor[n] * C
   separate,         // C = C + chain: a separate accumulator for the chain
-  separate_scaled   // C = factor[n] * C + chain (not in tiles)
+  separate_scaled   // C = factor[n] * C + chain (not with AMX tiles)
 };
 
-// Lanes [from, to) of C = A B. Strides of A in bytes, all others in elements.
+// The arguments of a product, which computes lanes [from, to) of C = A B. Strides of A are in bytes, all others in elements.
 template <typename P> struct ProductArgs {
   const void* a;
   int64_t a_row_bytes, a_step_bytes;
-  const typename P::Element* b;  // panels, of which each is [k][b_stride]; b_panel elements apart
+  const typename P::Element* b;  // panels [k][b_stride], each b_panel elements after the one before
   int64_t b_stride, b_panel;
   typename P::Acc* c;  // [m][c_stride]
   int64_t c_stride;
-  int64_t m, k;      // k: in elements
-  int64_t from, to;  // whole vectors
+  int64_t m, k;      // rows of A and C; steps of k, in elements of the policy
+  int64_t from, to;  // multiples of a vector's lanes
   const typename P::Acc* factor = nullptr;  // [to], with Start::scaled and Start::separate_scaled
 };
 
@@ -104,7 +105,7 @@ template <typename P> struct ProductArgs {
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
 #if !defined(CPU_CAPABILITY_AMX)
-// AMX needs both around a thread's products; elsewhere there is nothing to do.
+// The AMX build needs both calls around the products of a thread (product_amx.h). The other builds have nothing to do.
 VEC_INLINE void begin_tiles() {}
 VEC_INLINE void end_tiles() {}
 #endif
@@ -152,7 +153,7 @@ template <typename P, Start start> void product(const ProductArgs<P>& p) {
   if constexpr (kTiles<P>) return product_amx<P, start>(p);
 #endif
   constexpr int64_t panel = kPanel<P>;
-  const int64_t tiles = (p.m + kTileRows - 1) / kTileRows;  // of nearly equal height: no tile is left with one or two rows
+  const int64_t tiles = (p.m + kTileRows - 1) / kTileRows;  // of nearly equal height: none has only one or two rows
   for (int64_t first = p.from / panel * panel; first < p.to; first += panel) {
     const int64_t j = first > p.from ? first : p.from, end = first + panel < p.to ? first + panel : p.to;
     const auto* b = p.b + first / panel * p.b_panel + (j - first);

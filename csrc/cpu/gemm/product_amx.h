@@ -3,12 +3,13 @@
 // instruction needs. Operands are packed so that k is a multiple of 16 pairs, padded with zeros (Tiles::depth), and that the
 // rows of A up to the next multiple of 16 may be read. The rows of C that belong to those beyond m are not stored.
 //
-// An element of C is a chain over k in steps of 16 pairs. A step adds the sum of its even products and the sum of its odd
-// products, in whatever tile the element stands: no result depends on m, on the range of lanes or on other rows and lanes.
+// An element of C is a chain over k in steps of 16 pairs. A step adds two sums to it, that of the products of the first and
+// that of the second bfloat16 of each pair. This order is the same in every tile, so that no result depends on m, on the range
+// of lanes or on other rows and lanes.
 //
-// The tile instructions are written as assembly because gcc 12's own functions do not say that a tile instruction reads or writes
-// memory, so that the compiler may move a store past it. INTERNLM2_EMULATE_AMX names a header that defines them in plain C++
-// instead (tests/support/amx_emulation.h).
+// The tile instructions are written as assembly because gcc 12's own functions do not say that a tile instruction reads or
+// writes memory, so that the compiler may move a store past it. INTERNLM2_EMULATE_AMX names a header that defines them in plain
+// C++ instead (tests/support/amx_emulation.h).
 #pragma once
 #include "../simd/vec.h"
 
@@ -46,8 +47,9 @@ template <int c, int a, int b> VEC_INLINE void tile_multiply() {  // c += a b
 }
 #endif
 
-// Called before a thread's first product and after its last. Releasing the tiles spares the system saving them at every switch
-// of threads. It is no destructor's work, because a destructor brings in a symbol that all builds would share.
+// Called before a thread's first product and after its last one. Once the tiles are released, the operating system need not
+// save them when it switches threads. A class with a destructor would do this too, but would add a symbol that the linker
+// shares among builds.
 inline void begin_tiles() {
   TileConfig config{};
   config.palette = 1;
@@ -59,7 +61,7 @@ inline void begin_tiles() {
 }
 inline void end_tiles() { tile_release(); }
 
-// Loads and stores one tile of C, of which `rows` rows exist.
+// Load and store a tile of C of which only `rows` rows exist in memory.
 template <int t> VEC_INLINE void load_sums(const float* c, int64_t stride, int64_t rows) {
   if (rows >= kTile) return tile_load<t>(c, stride * 4);
   alignas(64) float whole[kTile * kTile] = {};
@@ -73,7 +75,7 @@ template <int t> VEC_INLINE void store_sums(float* c, int64_t stride, int64_t ro
   for (int64_t i = 0; i < rows; ++i) Vec<float>::load(whole + i * kTile).store(c + i * stride);
 }
 
-// body(tile of C, its first row and lane within the block) for each of kRows x kColumns tiles.
+// Calls body(tile register, first row, first lane) for each of the kRows x kColumns tiles of C that are computed together.
 template <int kRows, int kColumns, typename F> VEC_INLINE void for_each_tile(const F& body) {
   body(std::integral_constant<int, 0>{}, 0, 0);
   if constexpr (kColumns > 1) body(std::integral_constant<int, 1>{}, 0, kTile);
@@ -81,7 +83,7 @@ template <int kRows, int kColumns, typename F> VEC_INLINE void for_each_tile(con
   if constexpr (kRows > 1 && kColumns > 1) body(std::integral_constant<int, 3>{}, kTile, kTile);
 }
 
-// Rows from i on and lanes from j on: C in tiles 0 to 3, A in 4 and 5, B in 6 and 7.
+// Computes kRows x kColumns tiles of C, from row i and lane j on. C is in tile registers 0 to 3, A in 4 and 5, B in 6 and 7.
 template <typename P, bool kFresh, int kRows, int kColumns>
 __attribute__((noinline)) void product_tiles(const ProductArgs<P>& p, int64_t i, int64_t j) {
   float* c = p.c + i * p.c_stride + j;
@@ -113,7 +115,7 @@ __attribute__((noinline)) void product_tiles(const ProductArgs<P>& p, int64_t i,
 }
 
 template <typename P, Start start> void product_amx(const ProductArgs<P>& p) {
-  constexpr bool fresh = start == Start::zero;  // otherwise C is the start of the tiles' sums
+  constexpr bool fresh = start == Start::zero;  // otherwise the sums start from what C holds
   using V = Vec<float>;
   if constexpr (start == Start::scaled) {
     for (int64_t i = 0; i < p.m; ++i) {
@@ -121,7 +123,7 @@ template <typename P, Start start> void product_amx(const ProductArgs<P>& p) {
       for (int64_t j = p.from; j < p.to; j += V::size) (V::load(c + j) * V::load(p.factor + j)).store(c + j);
     }
   }
-  for (int64_t j = p.from, end; j < p.to; j = end) {  // pairs of tiles that do not cross a panel's edge
+  for (int64_t j = p.from, end; j < p.to; j = end) {  // two tiles at a time, within one panel of B
     const int64_t panel_end = (j / kPanel<P> + 1) * kPanel<P>, last = panel_end < p.to ? panel_end : p.to;
     const bool wide = last - j > kTile;
     end = j + (wide ? 2 : 1) * kTile;

@@ -1,5 +1,5 @@
-// Between the products of linear_head.cpp: the statistics of a block of logits, their merge into lse and entropy, and the
-// gradient of the logits.
+// What linear_head.cpp computes between its matrix products: the statistics of a block of logits, their merge into lse and
+// entropy, and the gradient of the logits.
 #pragma once
 #include "../../linear_head.h"
 #include "../dispatch.h"
@@ -9,7 +9,7 @@ namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
 constexpr double kInfinity = __builtin_huge_val();
 
-// A bit for each lane of a that is equal to b's.
+// Bit i is set where lane i of a equals lane i of b.
 #if defined(CPU_CAPABILITY_AVX512)
 VEC_INLINE unsigned equal_lanes(Vec<float> a, Vec<float> b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
 VEC_INLINE unsigned equal_lanes(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_EQ_OQ); }
@@ -30,7 +30,7 @@ template <typename T> struct HeadRows {
 
   const LinearHead& a;
 
-  int64_t gradient_bytes() const {  // between rows of scores, at whose beginning the gradient is stored
+  int64_t gradient_bytes() const {  // bytes of a row of scores; the gradient is stored at its beginning
     const bool wide = a.store == HeadStore::logits;
     return kHeadSpan * static_cast<int64_t>(wide ? sizeof(Acc) : sizeof(G));
   }
@@ -42,7 +42,8 @@ template <typename T> struct HeadRows {
   Acc at(const void* p, int64_t t) const { return static_cast<const Acc*>(p)[t]; }
 
   // ----------------------------------------------------------------------------------------------- a block of logits
-  // Turns the products x of row t into logits, -inf beyond the end of the vocabulary, and stores what HeadStore says.
+  // Turns the products x of row t into logits, with -inf beyond the end of the vocabulary, computes their statistics, and
+  // stores what a.store says.
   VEC_INLINE void finish_scores(int64_t t, int64_t block, int64_t count, Acc* x) const {
     const V scale(static_cast<Acc>(a.scale)), cap(static_cast<Acc>(a.softcap)), inverse(static_cast<Acc>(1 / a.softcap));
     if (a.softcap > 0) {
@@ -79,7 +80,7 @@ template <typename T> struct HeadRows {
     for (int64_t j = 0; j < kHeadBlock; j += lanes) {
       const V d = V::load(x + j) - shift, e = exp(d);
       sum = sum + e;
-      if (a.block_dot != nullptr) dot = fma(e, max(V(Acc(-1000)), d), dot);  // bounded: 0 times -inf would be NaN
+      if (a.block_dot != nullptr) dot = fma(e, max(V(Acc(-1000)), d), dot);  // d is bounded, because 0 * -inf would be NaN
       if constexpr (sizeof(Acc) == 4) {
         if (exponentials != nullptr) e.store(exponentials + j);
       }
@@ -106,7 +107,7 @@ template <typename T> struct HeadRows {
   }
 
   // ------------------------------------------------------------------------------------------------------------ merge
-  // Rows [begin, end) of the chunk. Lanes run over rows; blocks are merged in rising order.
+  // Merges the statistics of rows [begin, end) of the chunk. A lane of a vector is a row; blocks are merged in rising order.
   void merge(int64_t begin, int64_t end) const {
     const int64_t blocks = (a.vocab + kHeadBlock - 1) / kHeadBlock;
     for (int64_t t = begin; t < end; t += lanes) {
@@ -117,7 +118,7 @@ template <typename T> struct HeadRows {
       most.store(shift);
       for (Acc& s : shift) s = s == static_cast<Acc>(-kInfinity) ? Acc(0) : s;
       V sum(Acc(0)), rest(Acc(0));
-      for (int64_t b = 0; b < blocks; ++b) {  // a compensated sum: `rest` is what the addition before lost
+      for (int64_t b = 0; b < blocks; ++b) {  // a compensated sum: `rest` is the rounding error of the addition before
         const V term = fma(part(a.block_sum, b, t), exp(part(a.block_max, b, t) - V::load(shift)), rest);
         const V next = sum + term;
         rest = term - (next - sum);
@@ -141,8 +142,9 @@ template <typename T> struct HeadRows {
   VEC_INLINE V part(const void* statistic, int64_t block, int64_t t) const {
     return V::load(static_cast<const Acc*>(statistic) + block * a.capacity + t);
   }
-  // sum_j p_j (lse - l_j) = sum over blocks of exp(m - lse) ((lse - m) sum - dot), of which no term is negative. lse is given in
-  // two parts, shift + log, so that the rounding of their sum does not enter the entropy.
+  // The entropy sum_j p_j (lse - l_j). It is the sum over blocks of exp(m - lse) ((lse - m) sum - dot), where m, sum and dot
+  // are the block's block_max, block_sum and block_dot; no term is negative. lse is given as two numbers, shift + log, because
+  // the rounding of their sum would enter the entropy.
   VEC_INLINE V entropy(int64_t t, int64_t blocks, V shift, V log) const {
     const V least(static_cast<Acc>(sizeof(Acc) == 4 ? -1e38 : -1e300));  // a block of nothing but -inf gives 0 and not NaN
     V sum(Acc(0)), rest(Acc(0));
@@ -172,14 +174,16 @@ template <typename T> struct HeadRows {
     const Acc u = l * static_cast<Acc>(1 / a.softcap);
     return 1 - u * u;
   }
-  // p - 1 comes from expm1, so that nothing cancels where the label's probability is close to 1.
+  // The gradient of the label's logit l. p - 1 comes from expm1, so that nothing cancels where the label's probability p is
+  // close to 1.
   Acc label_gradient(int64_t t, Acc l) const {
     const Acc d = (l - at(a.top, t)) - at(a.log_sum, t), x = expm1_of(d);
     Acc g = at(a.a, t) * x + at(a.k, t) + at(a.s, t);
     if (at(a.b, t) != 0) g += at(a.b, t) * (x + 1) * (d < -1000 ? -1000 : d);
     return a.softcap > 0 ? g * slope(l) : g;
   }
-  // The gradient of `all` columns, 0 from `count` on. `out` may be the memory of the logits x.
+  // Writes the gradient of the logits x of row t as if none were the label's: `count` columns, and 0 up to column `all`. `out`
+  // may be the memory of x.
   VEC_INLINE void from_logits(int64_t t, const Acc* x, int64_t count, int64_t all, G* out) const {
     if (idle(t)) return static_cast<void>(std::memset(static_cast<void*>(out), 0, static_cast<size_t>(all) * sizeof(G)));
     const V top(at(a.top, t)), log_sum(at(a.log_sum, t)), va(at(a.a, t)), vb(at(a.b, t)), vs(at(a.s, t)), one(Acc(1));
@@ -200,7 +204,7 @@ template <typename T> struct HeadRows {
     if (from < to) std::memset(static_cast<void*>(out + from), 0, static_cast<size_t>(to - from) * sizeof(G));
   }
 
-  // Turns what was stored of a span into its gradient, in place.
+  // Turns the exponentials or logits that were stored of a span into the gradient, in place.
   void form_gradient(int64_t span, int64_t count) const {
     const int64_t all = (count + kHeadBlock - 1) / kHeadBlock * kHeadBlock;
     alignas(64) Acc factor[kBlocks * lanes];
@@ -216,7 +220,7 @@ template <typename T> struct HeadRows {
       if (label >= 0 && label < count && !idle(t)) put(row + label, label_gradient(t, at(a.label_logit, t)));
     }
   }
-  // exp(largest logit of the block - lse) for a vector of rows from t on.
+  // factor[b * lanes + i] = exp(largest logit of the span's block b - lse) of row t + i: times it, a stored exponential is p.
   VEC_INLINE void factors(int64_t t, int64_t span, int64_t blocks, Acc* factor) const {
     const int n = static_cast<int>(a.rows - t < lanes ? a.rows - t : lanes);
     const V top = V::load(static_cast<const Acc*>(a.top) + t, n), log_sum = V::load(static_cast<const Acc*>(a.log_sum) + t, n);

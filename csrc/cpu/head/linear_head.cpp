@@ -1,15 +1,15 @@
 // Built for: avx2 avx512 avx512_bf16 amx
 //
 // The head over a vocabulary in three products, S = H W^T, dW += G^T H, dH = G W, for one chunk of tokens at a time:
-//   scores   A tile is kHeadBlock columns of the vocabulary. Rows of W become lanes, and S of all the chunk's tokens stays in the
-//            second-level cache. It leaves statistics and, where gradients are needed, what HeadStore says.
+//   scores   S. A tile is kHeadBlock columns of the vocabulary (a block). Rows of W become lanes. S of all tokens of the chunk
+//            stays in the second-level cache. What is kept are its statistics and, for gradients, what HeadStore says.
 //   merge    The statistics of the blocks, in rising order, become lse (head_logits.h).
-//   dweight  A tile is kHeadSpan columns of the vocabulary. Their G is formed in place, rounded to its type, and multiplied with
-//            all tokens.
-//   dhidden  A tile is kHeadColumns columns of hidden, each one chain over the whole vocabulary.
-// An element of S adds up one chain for each kSteps of d, one of dH a chain for each span, and one of dW a chain for each chunk,
-// in rising order. So no result depends on how tiles and threads cut the products, and the statistics and dH of a token do not
-// depend on other tokens.
+//   dweight  dW. A tile is kHeadSpan columns of the vocabulary (a span). Their G, the gradient of S, is formed in place,
+//            rounded to its type, and multiplied with the hidden states of all tokens of the chunk.
+//   dhidden  dH. A tile is some rows and columns of it, summed over the whole vocabulary, span after span.
+// The order of sums is fixed: an element of S adds one chain for each kSteps of d, an element of dH one chain for each span,
+// and an element of dW one chain for each chunk, in rising order. So no result depends on tiling or threads, and the statistics
+// and dH of a token do not depend on other tokens.
 #include "../gemm/arena.h"
 #include "../gemm/pack.h"
 #include "head_logits.h"
@@ -26,15 +26,15 @@ template <typename T> struct Head : HeadRows<T> {
   using P = matrix_t<T>;
   using E = typename P::Element;
   static constexpr int64_t step = P::step, depth = P::depth, lanes = V::size, size = sizeof(E);
-  static constexpr int64_t kSteps = step == 1 ? 512 : 1024;  // steps of k in a chain of S, for which W is packed at a time
+  static constexpr int64_t kSteps = step == 1 ? 512 : 1024;  // steps of k in a chain of S; W is packed for so many at a time
   static constexpr int64_t kStrip = kTiles<P> ? 32 : kTileRows;
-  static constexpr bool in_place = step == 2 || std::is_same_v<G, Acc>;  // rows of G are operands without packing
-  // Rows that are read together are an odd number of cache lines apart, so that they fall into different sets.
+  static constexpr bool in_place = step == 2 || std::is_same_v<G, Acc>;  // rows of G are operands as they are
+  // The stride of packed rows that are read down a column: an odd number of cache lines, so that rows fall into different sets.
   static constexpr int64_t kTransposedStride = kHeadSpan + 64 / size;
 
   explicit Head(const LinearHead& args) : Rows{args} {}
 
-  static VEC_INLINE int64_t steps_of(int64_t n) { return round_up(n, depth) / step; }  // elements of n indices along k
+  static VEC_INLINE int64_t steps_of(int64_t n) { return round_up(n, depth) / step; }  // how many elements hold n indices of k
   int64_t row_steps() const {
     const int64_t lines = round_up(steps_of(a.d) * size, 64) / 64;
     return (lines | 1) * 64 / size;
@@ -43,7 +43,8 @@ template <typename T> struct Head : HeadRows<T> {
   const T* weight(int64_t row) const { return static_cast<const T*>(a.weight) + row * a.weight_stride; }
   int64_t span_width(int64_t span) const { return lesser(kHeadSpan, a.vocab - span * kHeadSpan); }
 
-  // The last of an odd number of elements has no partner, so that rows are copied with a 0 after them.
+  // Whether an element is a pair and d is odd. The last number of a row then has no partner, and rows are copied with a 0 after
+  // it.
   bool odd() const { return step == 2 && a.d % 2 != 0; }
   static VEC_INLINE void copy_even(const T* from, int64_t n, T* to) {
     std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
@@ -64,8 +65,8 @@ template <typename T> struct Head : HeadRows<T> {
     }
   };
   struct WeightScratch {
-    E *steps, *g;  // G as steps of k, and as dW's A: [strips][steps][kStrip], or for tiles [kHeadSpan][steps]
-    Acc* edge;     // [kHeadSpan][kPanel]: the last columns, where they are no whole vector
+    E *steps, *g;  // G packed as steps of k; then as A of dW: [strips][steps][kStrip], or for AMX tiles [kHeadSpan][steps]
+    Acc* edge;     // [kHeadSpan][kPanel]: the last columns of dW, where d is no multiple of a vector
     Acc* sum;      // [kHeadSpan][d]
     int64_t allocate(void* memory, const Head& h) {
       Arena c(memory);
@@ -79,7 +80,7 @@ template <typename T> struct Head : HeadRows<T> {
   struct HiddenScratch {
     E* w;       // [panels][steps of a span][kPanel]
     Acc* sum;   // [capacity][kHeadColumns]
-    E* g;       // [capacity][kHeadSpan], where G is not in place
+    E* g;       // [capacity][kHeadSpan]: packed G, where !in_place
     int64_t allocate(void* memory, const Head& h) {
       Arena c(memory);
       c.take(w, steps_of(kHeadSpan) * kHeadColumns);
@@ -91,7 +92,7 @@ template <typename T> struct Head : HeadRows<T> {
   int64_t transposed_steps() const { return ((steps_of(a.capacity) * size / 64) | 1) * 64 / size; }
 
   HeadSizes sizes() const {
-    constexpr int64_t budget = 1056;  // bytes of scores for each column of the vocabulary
+    constexpr int64_t budget = 1056;  // the most bytes of a chunk's scores for each column of the vocabulary
     const int64_t stored = a.store == HeadStore::exponentials || (a.store == HeadStore::gradient && is_bf16<T>)
                                ? int64_t{2} : static_cast<int64_t>(sizeof(Acc));
     const int64_t spans = (a.vocab + kHeadSpan - 1) / kHeadSpan;
@@ -120,7 +121,7 @@ template <typename T> struct Head : HeadRows<T> {
     E* to = static_cast<E*>(a.hidden_rows);
     for (int64_t i = tile * kHeadPackRows; i < lesser((tile + 1) * kHeadPackRows, a.rows); ++i) {
       E* out = to + i * row_steps();
-      if (odd()) {  // padded to even length, the row is an operand
+      if (odd()) {  // a row padded to even length is an operand as it is
         copy_even(hidden(i), a.d, reinterpret_cast<T*>(out));
         if constexpr (kTiles<P>) std::memset(out + (a.d + 1) / 2, 0, (steps_of(a.d) - (a.d + 1) / 2) * size);
       } else {
@@ -130,7 +131,7 @@ template <typename T> struct Head : HeadRows<T> {
   }
 
   // ----------------------------------------------------------------------------------------------------------- scores
-  // m rows of A against n lanes of B [k][b_stride].
+  // C = m rows of A times n lanes of B [k][b_stride], combined with what C holds as `start` says.
   template <Start start>
   static VEC_INLINE void multiply(const void* rows, int64_t row_bytes, int64_t step_bytes, int64_t m, const E* b,
                                   int64_t b_stride, int64_t n, int64_t k, Acc* c, int64_t c_stride) {
@@ -195,7 +196,7 @@ template <typename T> struct Head : HeadRows<T> {
     if (a.last && a.dweight != nullptr) write(a.dweight_dtype, sum, a.d, count, a.d, a.dweight, first * a.d);
   }
 
-  // The columns of G become the rows of A, those of a strip interleaved.
+  // Packs G as A of dW: the columns of G become rows of A, and kStrip of these (a strip) are interleaved, except for AMX tiles.
   void pack_gradient(int64_t span, int64_t count, const WeightScratch& w) const {
     const auto row = [&](int64_t t) VEC_LAMBDA { return this->gradient_row(t, span); };
     if constexpr (kTiles<P>) {
@@ -227,7 +228,7 @@ template <typename T> struct Head : HeadRows<T> {
     }
   }
 
-  // Writes sums in the result's dtype, the accumulator's or T, to rows that are a.d apart, from element `at` on.
+  // Writes sums to the rows of a result, [..][a.d] from element `at` on, in its dtype: the accumulator's or T.
   void write(Dtype dtype, const Acc* sum, int64_t stride, int64_t rows, int64_t columns, void* out, int64_t at) const {
     const auto each = [&](auto* to) {
       for (int64_t i = 0; i < rows; ++i) {
@@ -241,7 +242,7 @@ template <typename T> struct Head : HeadRows<T> {
   }
 
   // ---------------------------------------------------------------------------------------------------------- dhidden
-  // G of rows [r, r + m) in a span, as rows of A.
+  // Returns G of rows [r, r + m) in a span as rows of A, packed into `packed` where they are not operands as they are.
   const void* gradient_operand(int64_t span, int64_t r, int64_t m, int64_t count, E* packed, int64_t& row_bytes) const {
     if constexpr (in_place) {
       row_bytes = this->gradient_bytes();

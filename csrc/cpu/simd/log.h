@@ -1,4 +1,4 @@
-// Logarithms on Vec, and exp without its first terms.
+// On Vec: log(x), log(1 + x), exp(x) - 1, and exp(x) - 1 - x.
 #pragma once
 #include <cmath>
 
@@ -7,9 +7,9 @@
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
-// log(1 + f) + e ln 2 for 1 + f in [sqrt(1/2), sqrt(2)], f exact: with s = f / (2 + f), log(1 + f) = 2 atanh(s)
-// = f - s (f - R), R = 2 s^2 (1/3 + s^2/5 + ...), so that the leading term is exact. s^2 <= 0.0295: the terms left out are
-// below 3e-9 of the sum in float, 2e-17 in double.
+// Returns log(1 + f) + e ln 2 for 1 + f in [sqrt(1/2), sqrt(2)], where f has no rounding error. With s = f / (2 + f) and
+// R = 2 s^2 (1/3 + s^2/5 + ...), log(1 + f) = 2 atanh(s) = f - s (f - R), whose leading term f is exact. As s^2 <= 0.0295, the
+// terms of R that are left out are below 3e-9 of the sum in float, and below 2e-17 in double.
 VEC_INLINE Vec<float> log_from(Vec<float> f, Vec<float> e) {
   using V = Vec<float>;
   const V s = f / (V(2) + f), z = s * s;
@@ -17,7 +17,7 @@ VEC_INLINE Vec<float> log_from(Vec<float> f, Vec<float> e) {
   r = fma(z, r, V(2.0f / 5));
   r = fma(z, r, V(2.0f / 3)) * z;
   const V half = V(0.5f) * f * f;
-  const V low = fma(s, half + r, e * V(-2.12194440e-4f));  // f^2/2 + s (f^2/2 + R): s f = f^2/2 - s f^2/2
+  const V low = fma(s, half + r, e * V(-2.12194440e-4f));  // s (f - R) = f^2/2 - s (f^2/2 + R)
   return fma(e, V(0.693359375f), f - (half - low));
 }
 VEC_INLINE Vec<double> log_from(Vec<double> f, Vec<double> e) {
@@ -64,7 +64,8 @@ VEC_INLINE Vec<double> log(Vec<double> x) {
   return Vec<double>::load(lanes);
 }
 
-// The terms of exp(x) = 2^n (1 + r + t). Where |x| < ln 2 / 2, n is 0 and r is x. x is bounded where exp underflows or overflows.
+// exp(x) = power * (1 + r + t) with power = 2^n, and `whole` is exp(x) itself. Where |x| < ln 2 / 2, n is 0 and r is x. An x
+// for which exp(x) would underflow or overflow is bounded first.
 template <typename V> struct ExpTerms { V r, t, power, whole; };
 template <typename Acc> VEC_INLINE ExpTerms<Vec<Acc>> exp_terms(Vec<Acc> x) {
   using V = Vec<Acc>;
@@ -74,14 +75,14 @@ template <typename Acc> VEC_INLINE ExpTerms<Vec<Acc>> exp_terms(Vec<Acc> x) {
   return {e.r, e.t, scale2(V(1), e.n), scale2(e.p + V(1), e.n)};
 }
 
-// exp(x) - 1 and exp(x) - 1 - x: neither cancels near 0. Within 2 ulp, 4 ulp for the latter.
+// expm1(x) = exp(x) - 1, within 2 ulp, and expm1_minus(x) = exp(x) - 1 - x, within 4 ulp. Near 0 neither cancels.
 template <typename Acc> VEC_INLINE Vec<Acc> expm1(Vec<Acc> x) {
   using V = Vec<Acc>;
   const auto e = exp_terms(x);
   const V sum = fma(e.power, e.r + e.t, e.power - V(1));
   return pick(less(V(64), x), e.whole, sum);  // the 1 no longer matters, and 2^n may already be infinite
 }
-template <typename V> VEC_INLINE V expm1_minus(V x, ExpTerms<V> e) {  // where exp(x) is finite
+template <typename V> VEC_INLINE V expm1_minus(V x, ExpTerms<V> e) {  // only for finite exp(x)
   return fma(e.power, e.t, fma(e.power, e.r, e.power - V(1)) - x);
 }
 template <typename Acc> VEC_INLINE Vec<Acc> expm1_minus(Vec<Acc> x) {

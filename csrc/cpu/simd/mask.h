@@ -43,7 +43,7 @@ VEC_INLINE DoubleMask true_bytes(const uint8_t* p, Vec<double>) {
 }
 #endif
 
-// The lanes whose byte in a bool tensor is true, for the lanes of load(p, n).
+// The mask of the lanes whose byte in a bool tensor is true. Lane i belongs to byte p[i]; lanes from n on are false.
 template <typename V> VEC_INLINE auto true_lanes(const uint8_t* p, All) { return true_bytes(p, V()); }
 template <typename V> VEC_INLINE auto true_lanes(const uint8_t* p, int n) {
   uint8_t bytes[V::size] = {};
@@ -51,7 +51,7 @@ template <typename V> VEC_INLINE auto true_lanes(const uint8_t* p, int n) {
   return true_bytes(bytes, V());
 }
 
-// a where m, else 0, so that a masked entry has no influence even if it is NaN.
+// a in the lanes of mask m, and 0 in the other lanes, so that an entry outside the mask has no influence even if it is NaN.
 template <typename M, typename Acc> VEC_INLINE Vec<Acc> only(M m, Vec<Acc> a) { return pick(m, a, Vec<Acc>()); }
 
 // ------------------------------------------------------------------------------------------------- sums in double
@@ -63,7 +63,7 @@ VEC_INLINE Vec<double> lower_half(Vec<float> x) { return _mm256_cvtps_pd(_mm256_
 VEC_INLINE Vec<double> upper_half(Vec<float> x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x.v, 1)); }
 #endif
 
-// A long sum of float terms in double, so that cancellation does not lose the digits that each term has.
+// The sum of many float terms, held in double: where large terms cancel, the digits of the small ones are not lost.
 struct WideSum {
   Vec<double> low, high;
   VEC_INLINE void add(Vec<float> x) {

@@ -6,11 +6,11 @@
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
-// exp(x) = 2^n * (1 + p), n = round(x / ln 2); with r = x - n ln 2, |r| <= ln 2 / 2, p = r + r^2 q(r). ln 2 is split in two
-// so that n * (upper part) is exact.
+// The parts of exp(x) = 2^n * (1 + p): n = round(x / ln 2), and p = r + r^2 q(r) with a polynomial q and r = x - n ln 2, so
+// that |r| <= ln 2 / 2. ln 2 is split into an upper and a lower part, so that n * (upper part) is exact.
 template <typename V> struct ExpParts { V p, n, r, t; };  // t = r^2 q(r)
 
-// q fitted for least maximum relative error of 1 + p (3.1e-9).
+// In float: q is fitted so that the maximum relative error of 1 + p is smallest (3.1e-9).
 VEC_INLINE ExpParts<Vec<float>> exp_parts(Vec<float> x) {
   using V = Vec<float>;
   const V n = round(x * V(1.44269504f));
@@ -23,7 +23,7 @@ VEC_INLINE ExpParts<Vec<float>> exp_parts(Vec<float> x) {
   return {fma(q * r, r, r), n, r, q * r * r};
 }
 
-// The same in double; Taylor's polynomial of degree 13 is exact to 5e-18 on this interval.
+// In double: 1 + p is Taylor's polynomial of degree 13, which on |r| <= ln 2 / 2 is exact to 5e-18.
 VEC_INLINE ExpParts<Vec<double>> exp_parts(Vec<double> x) {
   using V = Vec<double>;
   const V n = round(x * V(1.4426950408889634));
@@ -44,8 +44,8 @@ VEC_INLINE ExpParts<Vec<double>> exp_parts(Vec<double> x) {
   return {fma(q * r, r, r), n, r, q * r * r};
 }
 
-// Within 1 ulp. NaN stays NaN, because min and max pass it on in this order of arguments. Overflow gives infinity, and underflow
-// goes through the subnormal numbers to 0.
+// exp(x) within 1 ulp. NaN stays NaN, because min and max return their second argument where one is NaN. Overflow gives
+// infinity, and underflow goes through the subnormal numbers to 0.
 template <typename Acc> VEC_INLINE Vec<Acc> exp(Vec<Acc> x) {
   using V = Vec<Acc>;
   constexpr bool narrow = sizeof(Acc) == 4;
@@ -53,18 +53,20 @@ template <typename Acc> VEC_INLINE Vec<Acc> exp(Vec<Acc> x) {
   return scale2(e.p + V(1), e.n);
 }
 
-// tanh(x) = m / (m + 2), m = exp(2x) - 1 = 2^n p + (2^n - 1): nothing cancels for small x. Within 3 ulp.
+// tanh(x) = m / (m + 2) with m = exp(2x) - 1 = 2^n p + (2^n - 1), n and p from exp_parts(2x). For small x n is 0 and nothing
+// cancels. Within 3 ulp.
 template <typename Acc> VEC_INLINE Vec<Acc> tanh(Vec<Acc> x) {
   using V = Vec<Acc>;
-  constexpr int most = sizeof(Acc) == 4 ? 10 : 20;  // there tanh rounds to 1
+  constexpr int most = sizeof(Acc) == 4 ? 10 : 20;  // beyond this tanh rounds to 1
   x = min(V(most), max(V(-most), x));
   const auto e = exp_parts(x + x);
   const V power = scale2(V(1), e.n), m = fma(e.p, power, power - V(1));
   return m / (m + V(2));
 }
 
-// 2^x within 2^-18 of it, for results that are rounded to 16 bits: 2^n * (1 + f q(f)) with f = x - n, and q of degree 3 fitted for
-// least maximum relative error. Where x is at a bound, f is 0 and the factor exactly 1, so that the result is infinity or 0.
+// 2^x with a relative error below 2^-18, for results that are rounded to 16 bits. It is 2^n * (1 + f q(f)) with an integer n
+// near x and f = x - n; q has degree 3 and is fitted so that the maximum relative error is smallest. Out of range the
+// result is infinity or 0: AVX-512's scalef saturates, and AVX2 first bounds x to numbers at which 1 + f q(f) is exactly 1.
 VEC_INLINE Vec<float> exp2_for_16_bits(Vec<float> x) {
   using V = Vec<float>;
 #if defined(CPU_CAPABILITY_AVX512)
@@ -72,19 +74,20 @@ VEC_INLINE Vec<float> exp2_for_16_bits(Vec<float> x) {
   V q = fma(V(0x1.b7f730p-7f), f, V(0x1.abf868p-5f));
   q = fma(q, f, V(0x1.ee2450p-3f));
   q = fma(q, f, V(0x1.62d6c6p-1f));
-  return scale2(fma(q, f, V(1.0f)), x);  // scalef uses floor(x)
+  return scale2(fma(q, f, V(1.0f)), x);  // scalef multiplies with 2^floor(x)
 #else
   x = min(V(128.0f), max(V(-127.0f), x));
   const V n = round(x), f = x - n;
   V q = fma(V(0x1.3a02ccp-7f), f, V(0x1.c9fc46p-5f));
   q = fma(q, f, V(0x1.ec0378p-3f));
   q = fma(q, f, V(0x1.62e12cp-1f));
-  const V p = fma(q, f, V(1.0f));  // exactly 1 where x is at a bound: 2^128 is then the bits of inf, 2^-127 those of 0
+  const V p = fma(q, f, V(1.0f));  // 1 where x is at a bound: n = 128 then makes the bits of infinity, n = -127 those of 0
   return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23)));
 #endif
 }
 
-// The functions of C, because those of C++ are inline, with one copy for all builds.
+// They call the functions of C. Those of C++ (std::log of a float) are inline, and the linker keeps one copy of an inline
+// function for all builds, which might be that of AVX-512.
 VEC_INLINE float log_of(float x) { return ::logf(x); }
 VEC_INLINE double log_of(double x) { return ::log(x); }
 VEC_INLINE float expm1_of(float x) { return ::expm1f(x); }

@@ -1,6 +1,6 @@
 // Random bits that are a function of seed and counter alone: Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random
-// numbers: as easy as 1, 2, 3" (SC 2011). One call takes one counter for each 64-bit lane. Each counter gives 16 bits for each of
-// 8 elements, so that a call serves Vec<float>::size * 4 elements.
+// numbers: as easy as 1, 2, 3" (SC 2011). A counter of four 32-bit words gives four random words, which are 16 bits for each of
+// 8 elements. One call computes one counter in each 64-bit lane of a vector, for Vec<float>::size * 4 elements together.
 #pragma once
 #include "vec.h"
 
@@ -29,7 +29,7 @@ VEC_INLINE Words plus(Words a, Words b) { return _mm512_add_epi64(a, b); }
 VEC_INLINE Words pairs(Words low, Words high) { return _mm512_mask_shuffle_epi32(low, 0xaaaa, high, _MM_PERM_CCAA); }
 VEC_INLINE Words first_of(Words a, Words b) { return _mm512_unpacklo_epi64(a, b); }
 VEC_INLINE Words second_of(Words a, Words b) { return _mm512_unpackhi_epi64(a, b); }
-VEC_INLINE Words order() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }  // the order that unpacking turns into that of memory
+VEC_INLINE Words order() { return _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7); }  // philox() then returns them in order
 #else
 using Words = __m256i;
 VEC_INLINE Words same(uint64_t x) { return _mm256_set1_epi64x(static_cast<long long>(x)); }
@@ -43,8 +43,9 @@ VEC_INLINE Words second_of(Words a, Words b) { return _mm256_unpackhi_epi64(a, b
 VEC_INLINE Words order() { return _mm256_setr_epi64x(0, 2, 1, 3); }
 #endif
 
-// The four words of each counter (first + i low, first + i high, third, fourth), i = 0, 1, ..., in the order of memory. Every
-// 64-bit lane computes one counter. The upper half of a lane is read only where it is that of a product.
+// Writes to a and b the four random words of each of the counters (low half of first + i, high half of first + i, third,
+// fourth), i = 0, 1, ..., one after the other. Each 64-bit lane computes one counter, and c0 to c3 hold a word in the lower
+// half of a lane; the upper half is read (by upper()) only of a product.
 VEC_INLINE void philox(const PhiloxKey& key, uint64_t first, uint32_t third, uint32_t fourth, Words& a, Words& b) {
   Words c0 = plus(same(first), order()), c1 = upper(c0), c2 = same(third), c3 = same(fourth);
   const Words by_a = same(kPhiloxA), by_b = same(kPhiloxB);
@@ -61,8 +62,9 @@ VEC_INLINE void philox(const PhiloxKey& key, uint64_t first, uint32_t third, uin
   b = second_of(front, back);
 }
 
-// Stores x as bf16 with stochastic rounding, which keeps the mean: the upper half of bits(x) + r with 16 random bits r. Infinity
-// and NaN are rounded as usual, and no finite number becomes infinite.
+// Stores a pair of vectors (even and odd elements) as bf16 with stochastic rounding, whose expected value is exact: what is
+// stored is the upper half of bits(x) + r, with 16 random bits r. Infinity and NaN are rounded as usual, and no finite number
+// becomes infinite.
 #if defined(CPU_CAPABILITY_AVX512)
 VEC_INLINE __m512i stochastic_upper(__m512 v, __m512i random) {
   const __m512i bits = _mm512_castps_si512(v), sign = _mm512_set1_epi32(static_cast<int>(0x80000000u));

@@ -1,12 +1,12 @@
 // SIMD vectors of an accumulator type, compiled once for AVX2 and once for AVX-512; CPU_CAPABILITY says which.
 //
-// at::vec is not used because its exp and similar functions call Sleef symbols, which no ABI promises, and because it needs more
-// instructions to round to bfloat16. Everything is in an unnamed namespace inside the namespace of the instruction set: a weak
-// symbol that two builds share would let the linker run AVX-512 code on a machine without AVX-512.
+// at::vec is not used because its exp and similar functions call Sleef symbols, which no ABI promises, and because it needs
+// more instructions to round to bfloat16. Everything is in an unnamed namespace inside the namespace of the instruction set: a
+// weak symbol that two builds share would let the linker run AVX-512 code on a machine without AVX-512.
 //
-// Vec<float> and Vec<double> hold `size` lanes. load and store convert from and to the storage types float, bf16, f16 and double.
-// load(p, n) and store(p, n) touch only the first n elements; the other lanes read as 0. Two<V> is a pair of vectors: loops over
-// rows (`for_vectors`) take pairs first and then what is left.
+// Vec<float> and Vec<double> hold `size` lanes. load and store convert from and to the storage types float, bf16, f16 and
+// double. load(p, n) and store(p, n) access only the first n elements; load sets the other lanes to 0. Two<V> is a pair of
+// vectors: loops over rows (`for_vectors`) take as many pairs as fit, and then a vector and a partial vector for the rest.
 #pragma once
 #include <immintrin.h>
 
@@ -23,12 +23,15 @@ namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
 template <typename Acc> struct Vec;
 
-// The type of the last argument of load and store says how many elements they move: an int, that many lanes of a vector; All, a
-// whole vector; Both<L>, two vectors. The lanes of two vectors are in the order in which tensors of storage type L are loaded
-// fastest: even and odd elements for bf16, otherwise the order of memory. Arrays of another type are brought into the same order.
+// The type of the last argument of load and store says how many elements they move:
+//   int      so many lanes of one vector
+//   All      one whole vector
+//   Both<L>  two vectors. Their lanes are in the order in which tensors of storage type L are loaded fastest: for bf16 the even
+//            elements in the first vector and the odd ones in the second, otherwise the order of memory. Arrays of another type
+//            that are loaded with Both<L> are brought into the order of L.
 struct All {};
 template <typename L> struct Both {};
-struct Single {};  // in place of L in loops: one vector at a time
+struct Single {};  // in place of the storage type L in for_vectors: the loop takes one vector at a time, not pairs
 
 // The accumulator of a storage type: float for the 16- and 32-bit types, double for double.
 template <typename T> struct AccOf { using type = float; };
@@ -81,7 +84,7 @@ template <> VEC_INLINE Vec<float> Vec<float>::rounded_to<float>() const { return
 template <> VEC_INLINE Vec<float> Vec<float>::rounded_to<bf16>() const { return widen(to_bf16()); }
 template <> VEC_INLINE Vec<float> Vec<float>::rounded_to<f16>() const { return MM(cvtph_ps)(to_f16()); }
 
-// The largest lane by the order of max_abs.
+// The largest lane of a result of max_abs: no lane is negative, and NaN counts as the largest.
 VEC_INLINE float largest_abs(Vec<float> most) {
   int32_t lanes[Vec<float>::size], top = 0;
   most.store(reinterpret_cast<float*>(lanes));
@@ -109,11 +112,11 @@ template <typename V> VEC_INLINE Two<V> fma(Two<V> x, V y, Two<V> z) { return {f
 template <typename V> VEC_INLINE Two<V> fnma(Two<V> x, V y, Two<V> z) { return {fnma(x.a, y, z.a), fnma(x.b, y, z.b)}; }
 template <typename V> VEC_INLINE Two<V> min(V x, Two<V> y) { return {min(x, y.a), min(x, y.b)}; }
 
-// Adds products to a running sum over a row, for pairs and for what is left after them.
+// Adds x * y to a sum over a row that is held in two vectors: for a pair of vectors, and for a single one after the last pair.
 template <typename V> VEC_INLINE void add_to(Two<V>& sum, Two<V> x, Two<V> y) { sum = fma(x, y, sum); }
 template <typename V> VEC_INLINE void add_to(Two<V>& sum, V x, V y) { sum.a = fma(x, y, sum.a); }
 
-// The value after a store as T and a load.
+// x after rounding to storage type T, as a store as T and a load would return it.
 template <typename T, typename V> VEC_INLINE V rounded_to(V x) { return x.template rounded_to<T>(); }
 template <typename T, typename V> VEC_INLINE Two<V> rounded_to(Two<V> x) {
   if constexpr (is_bf16<T>) return {round_upper(x.a), round_upper(x.b)};
@@ -144,11 +147,11 @@ template <typename T, typename V, typename L> VEC_INLINE void store(T* p, Two<V>
     x.b.store(p + V::size);
   }
 }
-// The same for values that rounded_to<T> has already rounded.
+// Store for values that rounded_to<T> has already rounded: no rounding is needed.
 template <typename T, typename V, typename N> VEC_INLINE void store_exact(T* p, V x, N n) { store(p, x, n); }
 template <typename V, typename L> VEC_INLINE void store_exact(bf16* p, Two<V> x, Both<L>) { store_split_exact(p, x.a, x.b); }
 
-// Scratch memory keeps the lanes in their order.
+// Loads and stores of scratch memory, in which the lanes of a pair stay in the order of Both<L>, whatever that is.
 template <typename V, typename Acc, typename N> VEC_INLINE V load_partial(const Acc* p, N n) { return load<V>(p, n); }
 template <typename V, typename Acc, typename L> VEC_INLINE Two<V> load_partial(const Acc* p, Both<L>) {
   return {V::load(p), V::load(p + V::size)};
@@ -167,9 +170,9 @@ template <typename V, typename T, typename L> VEC_INLINE void prefetch(const T* 
 }
 template <typename V, typename T, typename N> VEC_INLINE void prefetch(const T*, N) {}
 
-// body(i, n, u) over [0, cols): kUnroll pairs of vectors at a time (u < kUnroll, for independent sums), then pairs, then a whole
-// vector, then a partial one. The types of n differ, so that a whole vector never takes a masked access: Zen 4 runs masked 16-bit
-// stores as microcode.
+// Calls body(i, n, u) for the vectors of [0, cols): kUnroll pairs at a time, with u = 0 to kUnroll - 1 (for independent sums),
+// then single pairs, then a whole vector, then a partial one. n is Both<L>{}, All{} or an int, as load and store take it. The
+// types differ so that a whole vector never takes a masked access, because Zen 4 runs masked 16-bit stores as microcode.
 template <int kUnroll, typename V, typename L, typename F> VEC_INLINE void for_unrolled(int64_t cols, const F& body) {
   constexpr int64_t pair = 2 * V::size;
   int64_t i = 0;

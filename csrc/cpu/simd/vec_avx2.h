@@ -56,7 +56,7 @@ template <> struct Vec<float> {
   }
 };
 VEC_INLINE Vec<float> round(Vec<float> a) { return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-VEC_INLINE Vec<float> scale2(Vec<float> a, Vec<float> n) {  // in two factors, so that 2^n may be subnormal
+VEC_INLINE Vec<float> scale2(Vec<float> a, Vec<float> n) {  // a * 2^n, in two factors, so that 2^n may be subnormal
   const __m256i whole = _mm256_cvtps_epi32(n.v);
   const __m256i half = _mm256_srai_epi32(whole, 1);
   const auto power = [](__m256i e) {
@@ -103,7 +103,7 @@ VEC_INLINE Vec<double> scale2(Vec<double> a, Vec<double> n) {
 VEC_INLINE Vec<float> swap_pairs(Vec<float> a) { return _mm256_permute_ps(a.v, 0xb1); }  // (x1, x0, x3, x2, ...)
 VEC_INLINE Vec<double> swap_pairs(Vec<double> a) { return _mm256_permute_pd(a.v, 0x5); }
 
-// Separates two consecutive vectors into even and odd elements, and back.
+// deinterleave: turns two successive vectors into one of the even and one of the odd elements. interleave: the reverse.
 VEC_INLINE __m256 lanes_0213(__m256 v) {
   return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
 }
@@ -143,7 +143,7 @@ VEC_INLINE Vec<float> round_upper(Vec<float> a) {
   return _mm256_castsi256_ps(_mm256_and_si256(rounded_upper(a.v), _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
-// Rounds to nearest with ties to even, NaN to 0, and saturates to [-128, 127].
+// Rounds to the nearest integer with ties to even, turns NaN into 0, and saturates to [-128, 127].
 VEC_INLINE __m128i to_i8(Vec<float> a) {
   const __m256i number = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_ORD_Q));
   const __m256i wide = _mm256_and_si256(_mm256_cvtps_epi32(a.v), number);
@@ -156,7 +156,8 @@ VEC_INLINE void store_i8(int8_t* p, Vec<float> a, int n) {
   _mm_store_si128(reinterpret_cast<__m128i*>(lanes), to_i8(a));
   std::memcpy(p, lanes, static_cast<size_t>(n));
 }
-// The larger of `most`, which is not negative, and |a|; NaN is the largest. Floats that are not negative compare as their bits.
+// The larger of `most` and |a|, where `most` must not be negative and NaN counts as the largest: floats that are not negative
+// compare as their bits do.
 VEC_INLINE Vec<float> max_abs(Vec<float> most, Vec<float> a) {
   const __m256i bits = _mm256_and_si256(_mm256_castps_si256(a.v), _mm256_set1_epi32(0x7fffffff));
   return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(most.v), bits));

@@ -35,10 +35,10 @@ template <> struct Vec<float> {
   VEC_INLINE void store(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   VEC_INLINE void store(bf16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), to_bf16()); }
   VEC_INLINE void store(f16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), to_f16()); }
-  // The value after a store as T and a load.
+  // This vector after rounding to storage type T, as a store as T and a load would return it.
   template <typename T> VEC_INLINE Vec rounded_to() const;
 
-  VEC_INLINE float sum() const {  // halves are added in a fixed order
+  VEC_INLINE float sum() const {  // adds the halves of the vector, then the halves of the result, and so on
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
     __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
@@ -74,7 +74,7 @@ VEC_INLINE Vec<double> scale2(Vec<double> a, Vec<double> n) { return _mm512_scal
 VEC_INLINE Vec<float> swap_pairs(Vec<float> a) { return _mm512_permute_ps(a.v, 0xb1); }  // (x1, x0, x3, x2, ...)
 VEC_INLINE Vec<double> swap_pairs(Vec<double> a) { return _mm512_permute_pd(a.v, 0x55); }
 
-// Separates two consecutive vectors into even and odd elements, and back.
+// deinterleave: turns two successive vectors into one of the even and one of the odd elements. interleave: the reverse.
 VEC_INLINE void deinterleave(Vec<float>& a, Vec<float>& b) {
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512 first = a.v;
@@ -113,13 +113,14 @@ VEC_INLINE Vec<float> round_upper(Vec<float> a) {
   return _mm512_castsi512_ps(_mm512_and_si512(rounded_upper(a.v), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
-// Rounds to nearest with ties to even, NaN to 0, and saturates to [-128, 127].
+// Rounds to the nearest integer with ties to even, turns NaN into 0, and saturates to [-128, 127].
 VEC_INLINE __m128i to_i8(Vec<float> a) {
   return _mm512_cvtsepi32_epi8(_mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q), a.v));
 }
 VEC_INLINE void store_i8(int8_t* p, Vec<float> a, All) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_i8(a)); }
 VEC_INLINE void store_i8(int8_t* p, Vec<float> a, int n) { _mm_mask_storeu_epi8(p, Vec<float>::first(n), to_i8(a)); }
-// The larger of `most`, which is not negative, and |a|; NaN is the largest. Floats that are not negative compare as their bits.
+// The larger of `most` and |a|, where `most` must not be negative and NaN counts as the largest: floats that are not negative
+// compare as their bits do.
 VEC_INLINE Vec<float> max_abs(Vec<float> most, Vec<float> a) {
   const __m512i bits = _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff));
   return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(most.v), bits));

@@ -9,10 +9,11 @@ from ._attention import pairs_of, sdpa
 
 
 class Contiguous:
-    """What PyTorch offers for decoding: SDPA on the contiguous keys of each sequence, which `prepare` gathers beforehand.
+    """What PyTorch offers for decoding: F.scaled_dot_product_attention on the contiguous keys of each sequence, which `prepare`
+    gathers beforehand.
 
-    `folded` makes the query heads of a group the rows of one product, so that they share each read of a key. That works for one
-    new token for each sequence.
+    `folded` makes the query heads of a group the rows of one product, so that they share each read of a key. It needs sequences
+    with one new token each.
     """
 
     def __init__(self, enable_gqa, folded=False):

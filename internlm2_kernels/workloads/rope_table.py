@@ -7,7 +7,7 @@ from . import Case, Sample, Workload
 
 
 def _eager(length_or_positions, head_dim, *, base=1e6, scaling=None, angles="float64", device=None):
-    """The tables computed with PyTorch's operators, one after the other."""
+    """The tables by PyTorch's operators, one kernel each: the reference is already what users would write."""
     return reference(length_or_positions, head_dim, base=base, scaling=scaling, angles=angles, device=device)
 
 

@@ -10,8 +10,8 @@ from ._attention import pairs_of, sdpa
 
 
 def _eager(enable_gqa):
-    """F.scaled_dot_product_attention (SDPA) for each sequence. Where a soft-cap or the lse is wanted, which SDPA does not offer,
-    the softmax is written out in the dtype of the inputs."""
+    """F.scaled_dot_product_attention (SDPA) for each sequence. SDPA offers neither a soft-cap nor the lse; where one of them is
+    wanted, the softmax is written out in the dtype of the inputs."""
     def composition(q, k, v, *, causal=False, scale=None, window=None, softcap=0.0, cu_seqlens_q=None, cu_seqlens_k=None,
                     max_seqlen_q=None, max_seqlen_k=None, return_lse=False):
         scale, left, right, softcap = check_options("flash_attention", q.shape[-1], scale, window, softcap)

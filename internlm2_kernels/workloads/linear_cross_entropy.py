@@ -58,8 +58,8 @@ def _sample(case, dtype, device, generator):
 
 
 def logit_error(hidden, weight):
-    """The typical error of a logit, in units of eps: the root of its sum of squared terms. It is also the relative error of a
-    probability, and so of a gradient that is computed from it."""
+    """The typical error of the largest logit, in units of eps: the root of the sum of its squared terms. It is also the
+    relative error of a probability, and so of a gradient that is computed from it."""
     return float((hidden.square() @ weight.square().T).max().sqrt())
 
 

@@ -26,8 +26,8 @@ def _magnitude(sample, upstream):
     """The size of the terms that cancel in the penalty: the error ladder (testing.py) takes it as the scale of the allowed
     error where it is larger than the result itself.
 
-    Up to the edge, bound - margin, the penalty is a sum of two logarithms, which may have opposite signs. Beyond it, slope * |x|
-    and slope * edge are subtracted, which nearly cancel close to the edge.
+    Up to the edge, bound - margin, the penalty is a sum of two logarithms, which may have opposite signs. Beyond the edge it
+    contains slope * |x| - slope * edge, which nearly cancel close to the edge.
     """
     x, bound, margin = sample.inputs["rewards"], sample.inputs.get("bound", 5.0), 1e-3
     if not x.numel():

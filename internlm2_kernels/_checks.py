@@ -1,4 +1,4 @@
-"""Argument checks of the public functions. Every error names the operator, the argument, what was expected and what came."""
+"""Argument checks of the public functions. Every error names operator and argument, and says what was expected and given."""
 
 import math
 import numbers
@@ -89,7 +89,7 @@ def check_labels(op, argument, labels, rows, like, of):
 def check_values(op: str, argument: str, values: torch.Tensor | None, low: int, high: int, besides: int | None = None) -> None:
     """Raises unless all values of a CPU tensor lie in [low, high) or equal `besides`.
 
-    Only the reference needs this: compiled kernels check values themselves.
+    Only the backend `reference` calls this: compiled kernels check the values themselves.
     """
     if values is None or values.device.type != "cpu" or torch.compiler.is_compiling() or not values.numel():
         return
@@ -113,7 +113,8 @@ def check_vector(op, argument, tensor, shape, like, of):
 
 
 def check_mask(op, mask, like, of):
-    """Returns `mask` as a contiguous bool tensor; of numbers all but 0 count. Raises unless it has the shape of `like`."""
+    """Returns `mask` as a contiguous bool tensor, in which every number but 0 is True. Raises unless it has the shape of
+    `like`, the argument named `of`."""
     check_tensor(op, "mask", mask)
     if mask.shape != like.shape:
         check_shape(op, "mask", mask, like.shape, f"the shape of {of}")
@@ -135,7 +136,7 @@ def check_cu_seqlens(op, argument, cu, like, of):
 def check_boundaries(op: str, argument: str, cu: torch.Tensor, total: int, shortest: int = 0, longest: int = -1) -> None:
     """Raises unless cu_seqlens on the CPU rise from 0 to `total`, in steps from `shortest` to `longest` (-1: no bound).
 
-    Only the reference needs this: compiled kernels check values themselves.
+    Only the backend `reference` calls this: compiled kernels check the values themselves.
     """
     if cu.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -158,7 +159,8 @@ def check_longest(op, argument, bound, longest):
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x`, or a contiguous copy where kernels cannot read it: they take up to three dimensions, the last with stride 1."""
+    """`x`, or a contiguous copy where kernels cannot read the rows of `x`: if it is not contiguous, they need at most three
+    dimensions, the last of them with stride 1."""
     if x.is_contiguous() or (x.dim() <= 3 and x.stride(-1) == 1):
         return x
     return x.contiguous()

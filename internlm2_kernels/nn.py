@@ -1,4 +1,4 @@
-"""Module forms of the operators, with the parameter names of the usual checkpoints."""
+"""The operators as torch modules, with the parameter names of the usual checkpoints."""
 
 import torch
 

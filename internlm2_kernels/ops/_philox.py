@@ -41,7 +41,8 @@ def bits16(elements, seed, tensor_index, stream, step, device="cpu", offset=0):
 
 
 def stochastic_bfloat16(x, random):
-    """float32 `x` in bfloat16, rounded away from zero with a probability equal to the cut-off fraction, and else towards zero.
+    """float32 `x` in bfloat16. A number between two bfloat16 numbers is rounded away from zero with a probability equal to the
+    fraction that bfloat16 discards, and otherwise towards zero.
 
     Values that are not finite are rounded to nearest.
     """

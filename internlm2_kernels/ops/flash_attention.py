@@ -29,7 +29,7 @@ def sequences_of(q, k, v, cu_q, cu_k):
 
 
 def on_sequences(one, q, k, v, cu_q, cu_k, return_lse):
-    """Calls `one(q, k, v)` -> (out, lse) for every sequence, and joins the results as the operator returns them."""
+    """Calls the function `one(q, k, v)` -> (out, lse) for every sequence, and joins the results to those of the operator."""
     results = [one(*sequence) for sequence in sequences_of(q, k, v, cu_q, cu_k)]
     if not results:
         out, lse = q * 1, q[..., 0].transpose(-1, -2).float()

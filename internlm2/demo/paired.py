@@ -20,7 +20,7 @@ from internlm2.training.trainer import Trainer
 
 
 class PairedTrainer(Trainer):
-    """A Trainer that also trains the plain model; plain_loss, plain_step_s and plain_validation_loss in its log are of that one.
+    """A Trainer that also trains the plain model, whose plain_loss, plain_step_s and plain_validation_loss are in its log.
 
     plain: the learner of the plain model, built like the trainer's own but with operators="plain"
     """

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 try:
     import tomllib
-except ModuleNotFoundError:  # Python 3.10
+except ModuleNotFoundError:  # Python 3.10 has no tomllib; the package tomli has the same functions
     import tomli as tomllib
 
 from internlm2.storage import atomic_file

@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 import internlm2_kernels
 from internlm2.config import ModelConfig
 
-_TABLES_KEPT = 16
-_LARGEST_TABLE = 1 << 22  # rows: 2 GiB of cos and sin at a head size of 128, and far beyond any trained length
+_TABLES_KEPT = 16  # rotary tables that a model keeps, for different numbers of rows
+_LARGEST_TABLE = 1 << 22  # the most rows of a rotary table: 2 GiB at a head size of 128, far beyond any trained length
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, previous = path.with_name(f".{path.name}.writing"), _previous(path)
-    if temporary.exists():  # a process that was killed left it behind
+    if temporary.exists():  # left by a process that was killed while it wrote
         shutil.rmtree(temporary)
     temporary.mkdir()
     try:

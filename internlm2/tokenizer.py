@@ -21,7 +21,7 @@ _RELEASED_NAMES = {
     **{name: f"[UNUSED_TOKEN_{146 - i}]" for i, name in enumerate(CHAT_SPECIALS)},
     "<|reward|>": "[UNUSED_TOKEN_130]",
 }
-_SPACE = "▁"  # stands for a space in SentencePiece's pieces, so this character itself would come back as a space
+_SPACE = "▁"  # SentencePiece writes a space as this character, so the character itself would be decoded as a space
 _PROBE = "  a\tb\n\nc  ▁ Ａ… é\u0301\u200b 𝄞\0 "
 
 
@@ -38,7 +38,7 @@ class Tokenizer:
     def __init__(self, path: str | Path):
         data = Path(path).read_bytes()
         if hasattr(sentencepiece, "set_min_log_level"):
-            sentencepiece.set_min_log_level(2)  # errors only: it warns of the released model's piece for the null character
+            sentencepiece.set_min_log_level(2)  # only errors: it warns about the null character's piece in the released model
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:

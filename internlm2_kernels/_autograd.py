@@ -19,7 +19,7 @@ def once_differentiable(op: str) -> Callable:
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def wrapper(ctx: Any, *upstream: torch.Tensor | None) -> tuple:
-            if not torch.is_grad_enabled():  # no create_graph=True; compiled code takes this path too
+            if not torch.is_grad_enabled():  # the call has no create_graph=True, or is in compiled code
                 return backward(ctx, *upstream)
             unpacked = _Unpacked(ctx)
             with torch.no_grad():
@@ -29,7 +29,7 @@ def once_differentiable(op: str) -> Callable:
                 return gradients
             try:
                 return _Refusal.apply(op, len(gradients), *gradients, *sources)
-            except RuntimeError as error:  # is_grads_batched=True: vmap has no rule for this Function
+            except RuntimeError as error:  # the call has is_grads_batched=True, and vmap has no rule for _Refusal
                 raise RuntimeError(f"{op}: batched gradients with create_graph=True: use backend='reference'") from error
 
         return wrapper

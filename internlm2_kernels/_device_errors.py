@@ -46,10 +46,10 @@ def error_word(device: torch.device) -> torch.Tensor:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("the first call of an operator that takes indices allocates the device's error word and waits "
                                "for it: make one call before capturing a CUDA graph")
-        with torch.inference_mode(False):  # outside inference mode an inference tensor could not be reset
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be reset outside it
             word = _words[device] = torch.zeros(1, dtype=torch.int32, device=device)
         if device.type == "cuda" and hasattr(_C, "set_error_word"):
-            torch.cuda.synchronize(device)  # compiled kernels may run on another stream than the zeroing
+            torch.cuda.synchronize(device)  # the word must be zero before kernels on other streams use it
             _C.set_error_word(device.index, word.data_ptr())
     return word
 

@@ -35,7 +35,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OPS: dict[str, "Op"] = {}
 
 _library = torch.library.Library("internlm2", "FRAGMENT")
-_forced: str | None = None  # a module global, because Dynamo guards those and cannot guard a ContextVar
+_forced: str | None = None  # the backend of `use_backend`. A module global, because Dynamo cannot guard a ContextVar
 _entries: list[list[str | None]] = []  # [backend] of each open `use_backend` block, in the order in which the blocks began
 _entries_lock = threading.Lock()
 

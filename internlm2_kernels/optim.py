@@ -225,7 +225,7 @@ class FusedAdamW(Optimizer):
             fail(ValueError, "FusedAdamW", "state_dict", "state and param_groups", ", ".join(map(str, state_dict)) or "nothing")
         groups = [{"maximize": False, **group} for group in state_dict["param_groups"]]
         for group in groups:
-            group.pop("skipped", None)  # _loaded_state reads it from the dictionary
+            group.pop("skipped", None)  # the count is not an option of the group; _loaded_state reads it
         if len(groups) != len(self.param_groups):
             fail(ValueError, "FusedAdamW", "state_dict", f"{len(self.param_groups)} parameter groups", len(groups))
         for group in groups:
@@ -335,7 +335,7 @@ class FusedAdamW(Optimizer):
         computed_in = lambda dtype: torch.float64 if dtype == torch.float64 else torch.float32
         rates = {key: self._rate(*key[:2], computed_in(key[2])) for key in lists}
         tensors = [rate for key, rate in rates.items() if isinstance(self.param_groups[key[0]]["lr"], torch.Tensor)]
-        if len(lists) == 1 or not tensors:  # one list checks its own learning rate
+        if len(lists) == 1 or not tensors:  # the kernel of a single list checks its learning rate itself
             return rates, None
         together = torch.stack([t.to(tensors[0].device, non_blocking=True) for t in tensors])
         return rates, 1 - together.isfinite().all().to(torch.float32)

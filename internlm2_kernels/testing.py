@@ -189,7 +189,7 @@ def ladder(op: Op, draws: Sequence[Draw]) -> list[Rung]:
         if any(name not in by.gold for by in standards):
             rungs.append(Rung(name, *[math.inf] * 6, problem="unexpected"))
             continue
-        argument = name.removeprefix("d_")  # a gradient's magnitude may be declared under the argument's name
+        argument = name.removeprefix("d_")  # workloads may declare the magnitude of the gradient d_x as "x"
         keys = (name,) if name == argument or argument in op.outputs else (name, argument)
         size = max(by.sizes.get(key, 0.0) for by in standards for key in keys)
         rungs.append(_rung(name, [draw.got.get(name) for draw in draws], [by.base[name] for by in standards],

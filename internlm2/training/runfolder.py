@@ -19,7 +19,7 @@ class RunLock:
         self._file = open(folder / "lock", "a+")  # noqa: SIM115  (the open file is the lock)
         try:
             import fcntl
-        except ImportError:  # Windows has no fcntl; there the user must not start two processes in one folder
+        except ImportError:  # Windows has no fcntl: there the user must not start two processes in one folder
             return
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -20,7 +20,7 @@ from .functions import _expm1
 from .squared_norm import TYPES
 from .tables import _address_of, _find_chunk, aligned, table
 
-CHUNK = 8192  # elements per program
+CHUNK = 8192  # elements that a program updates
 GROUPS = 256  # groups of eight elements that a program updates in one step of its loop
 # The rows of the table of addresses (tables.py, which defines row 0). The address of a master is 0 if there is none.
 SIZE, PARAM, GRAD, MASTER, EXP_AVG, EXP_AVG_SQ, STEPS, INDEX, OFFSET = (tl.constexpr(i) for i in range(1, 10))

@@ -32,7 +32,7 @@ from .functions import _fast_tanh, _tanh
 SPLIT = 512
 LOG2E = 1.4426950408889634
 _LN2 = tl.constexpr(0.6931471805599453)
-LARGEST_WINDOW = 2**30
+LARGEST_WINDOW = 2**30  # a wider window is treated as none; sequences are shorter, so it masks nothing
 CHECK_PROGRAMS = 64  # the largest number of programs that fill the results with NaN after an error
 
 
@@ -79,7 +79,8 @@ def tile_config(head_dim: int, element_size: int, arch: int, few_rows: bool) -> 
         return Tile(32, 16, min(width, 128), 8, 2)
     if arch // 10 == 10:
         return Tile(128, 64 if width <= 64 else 32, min(width, 64), 8, 3)
-    # Where a result has fewer rows than columns, mma.sync would distribute a row over several warps.
+    # 64 rows only with wgmma (sm_90) or for heads of at most 64 columns: where a product has fewer rows than columns, mma.sync
+    # would distribute a row over several warps.
     rows, num_warps = (64, 4) if few_rows and (arch == 90 or width <= 64) else (128, 8)
     if arch == 90:
         return Tile(rows, {32: 128, 64: 128, 128: 64, 256: 32}[width], min(width, 128), num_warps, 3)
@@ -213,7 +214,7 @@ def _edges(first, last, length, before, after, BLOCK: tl.constexpr):
 def _cap(score, inner, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr):
     """tanh(inner * score) with a soft-cap, score without one. The result is still to be multiplied by Options.outer."""
     if SOFTCAP:
-        # 16-bit inputs round the probabilities to 2^-9 or 2^-12, and do not need an accurate tanh
+        # With 16-bit inputs the probabilities are rounded to 2^-9 or 2^-12, so an accurate tanh would not improve the result.
         return _tanh(score * inner) if FLOAT32 else _fast_tanh(score, inner)
     else:
         return score

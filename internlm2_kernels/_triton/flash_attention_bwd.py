@@ -60,7 +60,7 @@ def dkdv_tiles(head_dim: int, element_size: int, arch: int) -> list[tuple[bool, 
 
 def dq_tile(head_dim: int, element_size: int, arch: int) -> Tile:
     width = triton.next_power_of_2(head_dim)
-    server = arch in (80, 90) or arch // 10 == 10  # other GPUs have 99 KiB of shared memory
+    server = arch in (80, 90) or arch // 10 == 10  # data-center GPUs; others have only 99 KiB of shared memory
     if element_size == 4:
         return Tile(32, 16, min(width, 128), 8, 2 if server or width <= 128 else 1)
     if width == 256:

@@ -54,7 +54,7 @@ def _exponential(x):
     x = tl.where(x < -104.0, -104.0, x)  # tl.maximum would not propagate a NaN
     x = tl.where(x > 89.0, 89.0, x)
     n = tl.floor(tl.fma(x, 1.4426950408889634, 0.5))
-    r = tl.fma(n, -0.693359375, x)  # ln(2) in two parts; n times the first part is exact
+    r = tl.fma(n, -0.693359375, x)  # x - n ln(2), with ln(2) in two parts; n times the first part is exact
     r = tl.fma(n, 2.12194440e-4, r)
     return (1.0 + _series(r)) * tl.exp2(n - 1.0) * 2.0  # 2^n in two factors: n may be 128, and 2^128 is infinite in float32
 

@@ -13,7 +13,7 @@ from .linear_head_bwd import COEFFICIENTS, backward
 from .losses import _label, _store_lse
 
 MERGE_TILES, MERGE_ROWS = 32, 32
-NO_TOKEN = -(2**62)  # an ignore_index that no token can equal
+NO_TOKEN = -(2**62)  # the ignore_index for `_label`: no token equals it, so none is ignored
 
 
 @triton.jit(do_not_specialize=["rows", "first_token", "vocab_size"])

@@ -12,7 +12,7 @@ import triton.language as tl
 from .common import launch, launch_elements
 from .functions import _tanh
 
-NONE, MEAN = 0, 1  # values of `reduction`; 2 is the sum
+NONE, MEAN = 0, 1  # the codes of the reductions "none" and "mean"; that of "sum" is 2
 
 
 @triton.jit

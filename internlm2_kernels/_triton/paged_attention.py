@@ -34,7 +34,7 @@ ENOUGH_PROGRAMS = 1024
 # The most programs over which splits are distributed: with a wide table and short sequences most of them have no work.
 MOST_PROGRAMS = 4096
 LARGEST_WORKSPACE_BYTES = 2**28
-UNROLL = 16  # splits whose results are loaded together, before they are merged in order
+UNROLL = 16  # the merge kernel loads the results of this many splits at once and then merges them in order
 
 
 @triton.jit

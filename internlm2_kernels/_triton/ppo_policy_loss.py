@@ -6,7 +6,7 @@ import triton.language as tl
 from .functions import _expm1_less_x, _exponential
 from .ppo import _counted, _mean, _store_results, _sum_of, arguments_of, backward, forward
 
-BLOCK = 4096  # tokens per step of a program
+BLOCK = 4096  # tokens that a program processes in one step of its loop
 SUMS = tl.constexpr(4)  # partial sums of a program: loss, clipped tokens, approximate KL, tokens that count
 LARGEST_LOG_RATIO = tl.constexpr(20.0)
 

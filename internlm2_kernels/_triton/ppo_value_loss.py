@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .ppo import _counted, _mean, _store_results, _sum_of, arguments_of, backward, forward
 
-BLOCK = 2048  # tokens per step of a program
+BLOCK = 2048  # tokens that a program processes in one step of its loop
 # The partial sums of a program: loss, clipped tokens, count, mean and squared deviations of the errors R - v, mean and squared
 # deviations of the returns R.
 SUMS = tl.constexpr(7)

@@ -19,7 +19,7 @@ from .focal_ranking_loss import _focal
 from .log_barrier_penalty import _barrier
 
 ROWS = 32  # rewards per program of the forward: 16 pairs
-BACKWARD_ROWS = 16  # sequences per step of the backward
+BACKWARD_ROWS = 16  # sequences that a program of the backward processes in one step of its loop
 
 
 @triton.jit

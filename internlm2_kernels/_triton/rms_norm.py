@@ -129,7 +129,7 @@ def rms_norm_bwd_kernel(dy_ptr, dresidual_ptr, h_ptr, weight_ptr, rstd_ptr, dx_p
         h = tl.load(h_ptr + h_row[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
         x_hat = h * rstd[:, None]
-        if partial_ptr is not None:  # before dx, so that the registers of dy are free early
+        if partial_ptr is not None:  # before dx is computed, so that dy needs no registers after this
             dweight += dy * (x_hat.to(dtype).to(tl.float32) if HF else x_hat)
         g = dy * weight[None, :]
         mean = tl.div_rn(tl.sum(g * x_hat, axis=1), cols * 1.0)

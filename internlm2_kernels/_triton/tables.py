@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-ARENA_ELEMENTS = 1 << 20  # 8 MiB of int64
+ARENA_ELEMENTS = 1 << 20  # int64 elements of the arena of a device: 8 MiB
 
 
 class _Arena:
@@ -54,7 +54,7 @@ def table(chunk: int, sizes: list[int], rows: list[list[int]], device: torch.dev
     else:
         if device not in _arenas:
             _arenas[device] = _Arena()
-        pinned = host.pin_memory()  # the caching allocator does not reuse it before the copy is done
+        pinned = host.pin_memory()  # PyTorch does not reuse pinned memory before copies from it are done
     return pinned.to(device, non_blocking=True), counts[-1]
 
 

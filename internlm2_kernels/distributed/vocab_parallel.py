@@ -69,10 +69,11 @@ class _Losses(torch.autograd.Function):
         end = start + weight.shape[0]
         own, lse = lse, _global_lse(lse, group)
         most, log_sum = lse.unbind(-1)
-        # The rank that has the label: lse - logit = (lse - the rank's own lse) - the rank's log-probability of the label.
+        # On the rank that holds the label's row: loss = lse - logit = (lse of all ranks - lse of this rank) - logprobs, where
+        # logprobs is the log-probability of the label under the softmax of this rank's rows.
         loss = torch.where((labels >= start) & (labels < end), ((most - own[:, 0]) - own[:, 1]) + (log_sum - logprobs), 0)
         marks = [lse.new_full((1,), mark) for mark in _marks(start, end)]  # on the device: CUDA graphs capture no host copy
-        parts = torch.cat((loss, total, *marks))  # all in one all-reduce; total is empty without label smoothing
+        parts = torch.cat((loss, total, *marks))  # summed in one all-reduce; `total` is empty without label smoothing
         dist.all_reduce(parts, group=group)
         loss, total, found = parts.split((loss.shape[0], total.shape[0], 2))
         right = (labels >= 0) & (labels < vocab_size) & _check_cover(found, start, weight.shape[0], vocab_size)

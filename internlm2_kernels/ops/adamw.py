@@ -7,7 +7,7 @@ from .._registry import Op
 from ._philox import bits16, stochastic_bfloat16
 
 LEAST_NORMAL = torch.finfo(torch.float32).tiny
-MOST_STEPS = 2**24  # steps are counted in float32, which cannot count further by ones
+MOST_STEPS = 2**24  # the step count is a float32; from here on adding 1 does not change it
 INDICES = 2**30  # tensors are numbered below this, so that each has random bits of its own
 MOMENTS = ((torch.float32, torch.bfloat16), (torch.float64,))
 

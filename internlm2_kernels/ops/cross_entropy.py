@@ -17,7 +17,7 @@ def reference(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=
 
 
 def _fake_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction, return_z_loss):
-    lse = logits.new_empty((*labels.shape, 2), dtype=accumulator(logits.dtype))  # maximum, log of sum exp(l - maximum)
+    lse = logits.new_empty((*labels.shape, 2), dtype=accumulator(logits.dtype))  # (max, log sum exp(logit - max))
     return *fake_losses(logits, labels, reduction, return_z_loss), lse
 
 

@@ -46,7 +46,7 @@ class Contiguous:
         if not self.folded or q.shape[1] != 1:
             return sdpa(q, k, v, left, 0, scale, self.enable_gqa)
         group = q.shape[2] // k.shape[2]
-        rows = q.view(q.shape[0], k.shape[2], group, -1)  # one new token: the heads of its group become the rows
+        rows = q.view(q.shape[0], k.shape[2], group, -1)  # with one new token, the query heads of a group become the rows
         if left >= 0:
             k, v = k[:, -left - 1:], v[:, -left - 1:]
         out = torch.nn.functional.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), scale=scale)

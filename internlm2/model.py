@@ -89,7 +89,7 @@ class Embedding(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm with weight [D]. Called with a residual it normalises x + residual. Returns the result and that sum (or x)."""
+    """RMSNorm with weight [D]. Returns (normalised x, x); called with a residual (normalised x + residual, x + residual)."""
 
     def __init__(self, config: ModelConfig, operators: Operators, **factory):
         super().__init__()

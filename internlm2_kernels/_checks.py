@@ -76,7 +76,7 @@ def check_number(op, argument, value, expected, accept):
 def check_labels(op, argument, labels, rows, like, of):
     """Returns `labels` contiguous. Raises unless it is int64 or int32, of shape `rows`, on the device of `like`.
 
-    The values are checked by the kernels, or by `check_values`.
+    The values of the labels are not checked here, but by the kernels, or for the backend `reference` by `check_values`.
     """
     check_tensor(op, argument, labels, "an int64 or int32 tensor")
     if labels.dtype not in (torch.int64, torch.int32):

@@ -317,7 +317,8 @@ class FusedAdamW(Optimizer):
         return {device: total.to(device, non_blocking=True) for device in devices}
 
     def _rate(self, number, device, dtype):
-        """The group's learning rate as a tensor on the device; it is written only when the number has changed."""
+        """The learning rate of group `number` as a tensor on the device. The tensor is kept, and written only when the learning
+        rate has changed."""
         lr = self.param_groups[number]["lr"]
         if isinstance(lr, torch.Tensor):
             return lr.detach().reshape(()).to(device, dtype, non_blocking=True)

@@ -198,7 +198,8 @@ def ladder(op: Op, draws: Sequence[Draw]) -> list[Rung]:
 
 
 def ladder_table(rungs: list[Rung]) -> str:
-    """The rungs as a table: error, the baseline's error and the bound, of the maximum and of the root mean square."""
+    """The rungs as a table with a line for each tensor: error, error of the baseline and bound, first for the maximum and then
+    for the root mean square."""
     head = f"{'tensor':<16}{'max error':>11}{'eager':>11}{'bound':>11}   {'rms error':>11}{'eager':>11}{'bound':>11}"
     lines = [head + f"{'error/bound':>13}"]
     for r in rungs:

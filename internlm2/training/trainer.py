@@ -29,8 +29,8 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 @dataclass(frozen=True)
 class FitResult:
-    """How fit ended. step: steps done; stopped_by: the signal that stopped it, or None; saved: whether the state at `step` is
-    on the disk."""
+    """How `Trainer.fit` ended. step: steps done; stopped_by: the signal that stopped the run, or None; saved: whether a
+    checkpoint of the state at `step` is on the disk."""
 
     step: int
     stopped_by: signal.Signals | None

@@ -56,7 +56,8 @@ def adamw_prepare_kernel(table_ptr, state_ptr, skipped_ptr, total_sq_ptr, grad_s
 
 @triton.jit
 def _random(bits, seed, group, tensor, stream, step):
-    """16 random bits for each of [groups, 8] elements."""
+    """16 random bits for each of [groups, 8] elements, by Philox4x32-10. `stream` is 0 for the parameter, 1 for exp_avg and 2
+    for exp_avg_sq, so that each draws other bits (ops/_philox.py)."""
     low = (group & 0xFFFFFFFF).to(tl.uint32)
     high = (group >> 32).to(tl.uint32)
     third = low * 0 + (tensor * 4 + stream).to(tl.uint32)

@@ -89,7 +89,8 @@ def tile_config(head_dim: int, element_size: int, arch: int, few_rows: bool) -> 
 
 
 def strides(x: torch.Tensor, name: str) -> dict[str, int]:
-    """The strides of [B, S, heads, d], or of packed [T, heads, d] as one batch, as kernel arguments."""
+    """The strides of the tensor `name` as kernel arguments: of dense [B, S, heads, d], or of packed [T, heads, d], whose batch
+    stride is 0."""
     batch, row, head = x.stride()[:3] if x.dim() == 4 else (0, *x.stride()[:2])
     return {f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
 

@@ -14,7 +14,8 @@ recorded_architecture = 90
 
 
 class Rows(NamedTuple):
-    """Row i of a tensor begins at (i // inner) * outer_stride + (i % inner) * inner_stride; strides in elements."""
+    """Where the rows of a tensor lie in memory: row i begins at element (i // inner) * outer_stride + (i % inner) *
+    inner_stride."""
 
     count: int
     inner: int
@@ -22,7 +23,7 @@ class Rows(NamedTuple):
     inner_stride: int
 
     def named(self, name: str) -> dict[str, int]:
-        """The three kernel arguments of the tensor `name`."""
+        """The kernel arguments that describe the rows of the tensor `name`."""
         return {f"{name}_inner": self.inner, f"{name}_outer_stride": self.outer_stride,
                 f"{name}_inner_stride": self.inner_stride}
 

@@ -144,7 +144,7 @@ def _sweep(logits, labels, count, losses, lse, dlogits, ignore_index, label_smoo
 
 
 def _losses(logits, return_z_loss):
-    """Memory for the rows' losses and, where wanted, their z-losses."""
+    """New tensors for the losses of the rows and for their z-losses (None where they are not wanted)."""
     check_dtype("cross_entropy", "logits", logits)
     new = lambda: torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     return new(), new() if return_z_loss else None

@@ -114,7 +114,8 @@ def _probabilities(score, lse, allowed, inner, outer, SOFTCAP: tl.constexpr, FLO
 
 @triton.jit
 def _score_gradient(p, dp, delta, tanh, allowed, SOFTCAP: tl.constexpr):
-    """The gradient of scale * q.k."""
+    """The gradient with respect to scale * q.k, from the probabilities p, their gradients dp, delta = rowsum(dout * out) - dlse
+    and, with a soft-cap, its tanh."""
     ds = p * (dp - delta)
     if SOFTCAP:
         ds = ds * tl.fma(-tanh, tanh, 1.0)

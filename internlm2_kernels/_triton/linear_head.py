@@ -104,7 +104,8 @@ def _logits(hidden_ptr, weight_ptr, rows, vocab, depth, hidden_stride, weight_st
 
 @triton.jit
 def _labels_in(block_n, labels_ptr, row, col, mask, first_token, vocab, BLOCK_N: tl.constexpr):
-    """(whether the label of each row is in this column block, which logits of the tile belong to labels)."""
+    """(here, own): for each row whether its label is in this column block, and the mask of the elements of the tile that are
+    the logits of labels."""
     label = tl.load(labels_ptr + row, mask=mask, other=-1).to(tl.int64) - first_token
     here = (label < vocab) & (label >= block_n * BLOCK_N) & (label < (block_n + 1) * BLOCK_N)
     return here, col[None, :] == tl.where(here, label, -1).to(tl.int32)[:, None]
@@ -185,7 +186,7 @@ def _merged(top_ptr, sum_ptr, total_ptr, moment_ptr, index_ptr, row, mask, tiles
 
 
 def block_sizes(tile, inner):
-    """The constants of a kernel whose product has the inner dimension `inner`."""
+    """The constexpr arguments of a kernel that computes a matrix product with `tile`, summed over `inner` elements."""
     return dict(EVEN=inner % tile.inner == 0, GROUP=GROUP, BLOCK_M=tile.rows, BLOCK_N=tile.cols, BLOCK_K=tile.inner)
 
 

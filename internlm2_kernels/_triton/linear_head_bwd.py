@@ -186,7 +186,8 @@ def gradient_of_logits(hidden, weight, labels, lse, coefficients, peak, gradient
 
 
 def gradient_of_stored(stored, labels, blocks, lse, coefficients, peak, vocab, softcap):
-    """Converts what `forward` stored in `stored` to the gradient of the logits, in place."""
+    """Converts `stored`, in place, to the gradient of the logits. `linear_head.forward` has put into it
+    exp(logit - block maximum), or with a soft-cap logit - block maximum."""
     rows = labels.shape[0]
     cols = scores_tile(stored, softcap).cols
     tiles = 4096 // cols

@@ -106,7 +106,7 @@ def reduce_losses(loss, z_loss, labels, weights, ignore_index, reduction):
 
 @triton.jit
 def _share(upstream_ptr, row, step, weights_ptr, count_ptr, mask):
-    """The factor of a row's gradient: upstream gradient (None: 1) * weight / count."""
+    """The factor of the gradient of each row: upstream gradient * weight / count, of which each is 1 if it is None."""
     share = (row * 0 + 1).to(tl.float32)
     if upstream_ptr is not None:
         share = tl.load(upstream_ptr + row * step, mask=mask, other=0.0)

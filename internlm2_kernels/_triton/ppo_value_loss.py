@@ -18,7 +18,8 @@ SUMS = tl.constexpr(7)
 
 @triton.jit
 def _terms(values_ptr, old_values_ptr, returns_ptr, mask_ptr, index, size, clip, CLIP: tl.constexpr):
-    """(which tokens count, value, return, unclipped term, clipped term). Tokens that do not count have 0."""
+    """(which tokens count, value, return, unclipped term, clipped term) of each token. value and return are 0 for tokens that
+    do not count."""
     known = index < size
     counts = tl.load(mask_ptr + index, mask=known, other=0) != 0
     value = _counted(values_ptr, index, known, counts)

@@ -80,7 +80,7 @@ def check_loss_options(op, ignore_index, label_smoothing, z_loss, softcap, reduc
 
 
 def flattened(tensor):
-    """The tensor with one dimension, contiguous."""
+    """The tensor as a contiguous one with one dimension; copied only if necessary."""
     return tensor if tensor.dim() == 1 and tensor.is_contiguous() else tensor.contiguous().view(-1)
 
 

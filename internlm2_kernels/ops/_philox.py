@@ -31,7 +31,8 @@ def philox(counter, key):
 
 
 def bits16(elements, seed, tensor_index, stream, step, device="cpu", offset=0):
-    """Sixteen random bits, as int64, for each of `elements` elements that begin at `offset`."""
+    """Sixteen random bits, as int64, for each of `elements` consecutive elements, of which the first has the index `offset` in
+    the whole tensor."""
     lead = offset % 8
     e = torch.arange((lead + elements + 7) // 8, dtype=torch.int64, device=device) + offset // 8
     other = lambda value: torch.full_like(e, value & WORD)

@@ -32,7 +32,7 @@ def inverse_frequencies(head_dim, base, scaling, dtype):
 
 
 def _wavelengths(head_dim, base, dtype):
-    """base^(2i/d), which is the wavelength divided by 2 pi."""
+    """base^(2i/d) for each pair i of dimensions: the wavelength of its rotation, in positions, divided by 2 pi."""
     return base ** (torch.arange(0, head_dim, 2, dtype=dtype, device="cpu") / head_dim)
 
 

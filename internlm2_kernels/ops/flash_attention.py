@@ -108,7 +108,7 @@ class _FlashAttention(torch.autograd.Function):
 
 
 def _check_layout(q, k, v, cu_q, cu_k):
-    """Checks that the tensors are packed if there are cu_seqlens, and dense otherwise; returns the cu_seqlens."""
+    """Checks that q, k and v are packed if there are cu_seqlens, and dense otherwise. Returns (cu_seqlens_q, cu_seqlens_k)."""
     if cu_q is None:
         if cu_k is not None:
             fail(ValueError, "flash_attention", "cu_seqlens_k", "None where cu_seqlens_q is None", "a tensor")

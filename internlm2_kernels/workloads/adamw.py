@@ -7,7 +7,8 @@ from . import Case, Sample, Workload
 
 def _eager(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
            maximize=False, stochastic_rounding=False, seed=0, index=0, offset=0):
-    """The functional form of torch.optim.AdamW on float32 copies, with the casts before and after."""
+    """The step of torch.optim.AdamW, in its functional form. It is computed on float32 copies of the tensors, whose results are
+    cast back."""
     acc = torch.promote_types(param.dtype, torch.float32)
     w = (param if master is None else master).to(acc, copy=True)
     m, v = exp_avg.to(acc, copy=True), exp_avg_sq.to(acc, copy=True)

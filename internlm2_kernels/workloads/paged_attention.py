@@ -54,7 +54,7 @@ class Contiguous:
 
 
 def _lengths(dims):
-    """(number of new tokens, length including them) of every sequence."""
+    """(number of new tokens, number of keys including them) of every sequence of a case."""
     return [(new, old + new) for new, old in zip(dims["new"], dims["cached"], strict=True)]
 
 

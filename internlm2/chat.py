@@ -15,18 +15,19 @@ def encode_chat(
 ) -> list[int]:  # fmt: skip
     """Ids of a conversation: <s>, then for each message <|im_start|>role[ name=...]\\ncontent<|im_end|>\\n.
 
-    The ids are those of the released chat template, which tokenises all text between two control tokens as one piece: a
-    content that begins with a newline continues the newline after the role ("\\n\\n" is one token).
+    The ids are those of the released chat template, which tokenises all text between two control tokens together. If a content
+    begins with a newline, this newline and the one after the role therefore become one token ("\\n\\n").
 
     messages: dictionaries with role (system, user, assistant, environment), content, and optionally name: "plugin" and
               "interpreter" become their control tokens, any other name stays text. An assistant's message may carry a tool
               call in `action` = {"name": "plugin" | "interpreter", "content": ...}, which is put between <|action_start|>
               and <|action_end|>
     add_generation_prompt: end with <|im_start|>assistant\\n, after which the model writes its answer
-    as_generated: tokenise the role line of an assistant's turn by itself. A model that answers sees the generation prompt as
-              tokens of its own, so its answer never shares a token with it. True gives training the same tokens, and makes
-              the ids of a prompt a prefix of the ids of the conversation that continues it. False gives the released ids.
-    Contents are text: whatever they spell, no control token comes of it. No system message is added.
+    as_generated: tokenise the line "assistant\\n" of an assistant's turn separately from the content. When a model answers,
+              this line is the end of the prompt, and no token of the answer contains a part of it. True gives training
+              these same tokens, so that the ids of a prompt are a prefix of the ids of the conversation that continues it.
+              False gives the ids of the released template.
+    Contents are text: none of them becomes a control token, whatever it spells. No system message is added.
     Errors: ValueError names the message and what is wrong, or the control token that the tokenizer lacks
     """
     missing = [name for name in ("<|im_start|>", "<|im_end|>") if name not in tokenizer.specials]

@@ -1,9 +1,9 @@
 """Models on disk: safetensors with checksums, written all or nothing, in the released InternLM2 layout or in Llama's.
 
-A checkpoint is a folder: config.json, model.safetensors (or shards with model.safetensors.index.json), and manifest.json
-with the size and sha256 of every file where this package wrote it. The default layout is that of the released checkpoints,
-so other programs read the folder as it is; `layout="llama"` writes what any Llama implementation loads. layouts.py knows
-these layouts, storage.py how a file survives a kill.
+A checkpoint is a folder with config.json and model.safetensors (or shards with model.safetensors.index.json). Where this
+package wrote it, it also has manifest.json with the size and sha256 of every file. The default layout is that of the released
+checkpoints, so other programs read the folder as it is; `layout="llama"` writes what any Llama implementation loads. The two
+layouts are described in layouts.py, and storage.py writes files so that they survive a kill.
 """
 
 import contextlib
@@ -45,7 +45,8 @@ MODELS = {model.head_name: model for model in (InternLM2, RewardModel)}
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Writes named tensors to one safetensors file. This is not atomic by itself. OSError names the file (a full disk)."""
+    """Writes named tensors to one safetensors file. A kill may leave a part of the file: write into storage.atomic_directory.
+    OSError (a full disk, for example) names the file."""
     try:
         save_file({n: t.detach().to("cpu").contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -78,9 +79,9 @@ def save_model(
 
     What was at `directory` before is removed once the new folder is complete on the disk.
 
-    model:           an InternLM2 or a RewardModel; config.json names the class that its head belongs to
-    layout:          "internlm2" (ours and the released checkpoints'), or "llama"
-    dtype:           of the stored weights; default the parameters'
+    model:           an InternLM2 or a RewardModel; config.json names the class of the layout that has the same head
+    layout:          "internlm2" (that of this package and of the released checkpoints), or "llama"
+    dtype:           dtype of the stored weights; by default that of the parameters
     max_shard_bytes: larger models are cut into several files with an index; a single tensor is never cut
     Errors:          ValueError for a configuration that the layout cannot hold; OSError (a full disk, for example) leaves
                      the previous folder in place
@@ -117,7 +118,7 @@ def save_model(
 
 
 def write_config(hf: Mapping[str, Any], directory: Path, dtype: torch.dtype) -> None:
-    """Writes config.json: what `layouts.config_to_hf` gave, and the dtype of the stored weights."""
+    """Writes config.json: the dictionary `hf` from `layouts.config_to_hf`, with the dtype of the stored weights."""
     text = json.dumps(dict(hf) | {"torch_dtype": str(dtype).removeprefix("torch.")}, indent=2)
     (directory / CONFIG).write_text(text + "\n", encoding="utf-8")
 
@@ -163,7 +164,7 @@ def load_model(
 
 
 def read_config(directory: str | Path) -> ModelConfig:
-    """The ModelConfig in a folder's config.json; CheckpointError names the file and what it lacks."""
+    """The ModelConfig in the config.json of a folder; CheckpointError names the file and what is missing or wrong in it."""
     return _read_hf(Path(directory))[1]
 
 
@@ -179,7 +180,7 @@ def _read_hf(directory: Path) -> tuple[dict[str, Any], ModelConfig]:
 
 
 def _weight_files(directory: Path) -> dict[str, str] | None:
-    """Tensor name -> file as the index says; None where the weights are one file without an index."""
+    """{tensor name: file} from the index; None where the weights are one file without an index."""
     if (directory / INDEX).exists():
         weight_map = read_json(directory / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
@@ -191,7 +192,7 @@ def _weight_files(directory: Path) -> dict[str, str] | None:
 
 
 def _open_all(directory: Path, files: dict[str, str] | None, stack: contextlib.ExitStack) -> dict[str, tuple[str, Any]]:
-    """Tensor name -> (file, open handle), after a check that the files hold what the index says."""
+    """{tensor name: (file, open handle)}, after a check that the files hold the tensors that the index lists."""
     found: dict[str, tuple[str, Any]] = {}
     for file in sorted(set(files.values())) if files else [WEIGHTS]:
         if Path(file).name != file:
@@ -215,6 +216,6 @@ def _compare(wanted: Mapping[str, tuple], found: Mapping[str, tuple[str, Any]], 
         if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
             raise CheckpointError(f"{directory / file}: {name} must be of a floating-point type, got {stored.get_dtype()}")
     for name, (file, _) in found.items():
-        # Old files hold the rotary frequencies too, which are computed from the configuration here.
+        # Old files also hold the rotary frequencies. They are ignored: this package computes them from the configuration.
         if name not in wanted and not name.endswith(".inv_freq"):
             raise CheckpointError(f"{directory / file}: unexpected tensor {name}")

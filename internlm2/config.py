@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 try:
     import tomllib
-except ModuleNotFoundError:  # Python 3.10
+except ModuleNotFoundError:  # Python 3.10 has no tomllib; the package tomli has the same functions
     import tomli as tomllib
 
 from internlm2.storage import atomic_file
@@ -30,17 +30,18 @@ class ModelConfig:
 
     vocab_size:               rows of the embedding and of the output matrix
     hidden_size, num_layers:  width of the residual stream, number of blocks
-    num_heads, num_kv_heads:  number of query heads, and of key/value heads; num_heads / num_kv_heads query heads share one
+    num_heads, num_kv_heads:  number of query heads, and of key/value heads; every num_heads / num_kv_heads query heads share
+                              one key/value head
     head_dim:                 width of one head, a multiple of 8 from 32 to 256
     intermediate_size:        width of the feed-forward layer
     rms_norm_eps:             added to the mean square
     rope_theta:               base of the rotary frequencies
-    rope_scaling:             None or Hugging Face's dictionary, for example {type = "dynamic", factor = 2.0}. Released
-                              checkpoints of one size differ in it, so presets have none
+    rope_scaling:             None or Hugging Face's dictionary, for example {type = "dynamic", factor = 2.0}. It is None in
+                              the presets, because released checkpoints of the same size differ in it
     rope_angles:              "float64", or "float32" for the angles that the released code computes
     max_position_embeddings:  length that the model was trained for; dynamic scaling begins beyond it
     initializer_range:        standard deviation of initial weights
-    bos, eos, pad_token_id:   ids of the tokenizer; stop_token_ids are further ids that end a generation
+    bos_token_id, eos_token_id, pad_token_id: ids of the tokenizer; stop_token_ids are further ids that end a generation
     reward_token_id:          the id that ends a conversation given to a reward model, which puts its reward there
     """
 
@@ -96,7 +97,7 @@ class ModelConfig:
 
     @property
     def rope_scaling_type(self) -> str | None:
-        """ "linear", "dynamic", "yarn", "llama3", or None without scaling."""
+        """The kind of rope_scaling: "linear", "dynamic", "yarn" or "llama3"; None without scaling."""
         return None if self.rope_scaling is None else self.rope_scaling.get("rope_type", self.rope_scaling.get("type"))
 
     def rope_scaling_at(self, length: int) -> dict[str, Any] | None:
@@ -145,7 +146,7 @@ class ModelConfig:
 
 
 def _checked_scaling(config: ModelConfig) -> dict[str, Any]:
-    """rope_scaling as a plain dictionary; ValueError for a type, a factor or a length that the model cannot honour."""
+    """rope_scaling as a plain dictionary; ValueError for a type, a factor or a length that the model does not support."""
     if not isinstance(config.rope_scaling, Mapping):
         raise ValueError(f"rope_scaling must be None or a table, got {config.rope_scaling!r}")
     scaling = dict(config.rope_scaling)
@@ -156,7 +157,7 @@ def _checked_scaling(config: ModelConfig) -> dict[str, Any]:
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 <= factor < float("inf"):
         raise ValueError(f"rope_scaling must have a factor of 1 or more, got {scaling!r}")
     if kind in ("linear", "dynamic"):
-        # Dynamic scaling begins beyond the length the model was trained for, which has one place: max_position_embeddings.
+        # Dynamic scaling begins beyond the trained length. That is config.max_position_embeddings; a different one is an error.
         for key in ("max_position_embeddings", "original_max_position_embeddings"):
             if key in scaling and scaling[key] != config.max_position_embeddings:
                 raise ValueError(
@@ -181,7 +182,8 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 class _Text(str):
-    """The right side of an override `a.b=c`, not yet read: the type of the field decides whether it is TOML or a string."""
+    """The right side c of an override `a.b=c`, before it is parsed: the type of the field decides whether it is TOML or a
+    plain string."""
 
 
 def load_toml(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -289,7 +291,8 @@ def _read_text(text: str, hint: Any) -> Any:
 
 
 def dump_config(config: Any, path: str | Path | None = None) -> str:
-    """The TOML text of a dataclass with every field, from which load_config makes an equal one; also written to `path`."""
+    """The TOML text of a dataclass, with every field; load_config makes an equal dataclass from it. The text is also written
+    to `path` if that is given."""
     lines = _dump(config, "")
     text = "\n".join(lines).strip() + "\n"
     if path is not None:

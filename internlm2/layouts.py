@@ -1,8 +1,9 @@
 """How others store the same model: names and shapes of tensors, and config.json, in the InternLM2 and Llama layouts.
 
-This file alone knows what Hugging Face and InternEvo call things; the rest of the package has one name for each. The
-"internlm2" layout is that of the released checkpoints, and its tensors are ours by name and shape. The "llama" layout is what
-any Llama implementation loads: queries, keys and values are separate tensors in the order of their heads.
+Only this file uses the names of Hugging Face and InternEvo; the rest of the package has one name for each thing. The
+"internlm2" layout is that of the released checkpoints; its tensors have the names and shapes of the parameters of our models.
+The "llama" layout is what any Llama implementation loads: queries, keys and values are separate tensors in the order of their
+heads.
 
 In the packed wqkv of InternLM2 the rows are grouped by key/value head: each group holds its query heads, then its key head,
 then its value head. In the patterns below `entry` counts these heads within a group.
@@ -20,7 +21,8 @@ from internlm2.config import ModelConfig
 Layout = Literal["internlm2", "llama"]
 Head = Literal["output", "v_head"]
 
-# The class that config.json names, by layout and by the model's head: a language model's or a reward model's.
+# The class that config.json names in `architectures`, by (layout, head of the model). "output" is the head of a language
+# model, "v_head" that of a reward model.
 _ARCHITECTURES: dict[tuple[Layout, Head], str] = {
     ("internlm2", "output"): "InternLM2ForCausalLM",
     ("internlm2", "v_head"): "InternLM2ForRewardModel",
@@ -56,8 +58,8 @@ def head_of(hf: Mapping[str, Any]) -> Head:
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """The ModelConfig in the dictionary of a Hugging Face config.json, of either layout and with either head.
 
-    A key that the file leaves out is an error and never the Hugging Face class's default, which fits no released InternLM2
-    model. ValueError also for what this model does not have: biases, tied embeddings, other activations.
+    A missing key is an error. It does not take the default of the Hugging Face class, because those defaults fit no released
+    InternLM2 model. ValueError also for what this model does not have: biases, tied embeddings, other activations.
     """
     layout, head = layout_of(hf), head_of(hf)
     fixed = {"hidden_act": "silu", "tie_word_embeddings": False}
@@ -96,11 +98,11 @@ def config_to_hf(
 ) -> dict[str, Any]:
     """The dictionary of a Hugging Face config.json.
 
-    layout, head: what `layout_of` and `head_of` read back
-    exact:        ValueError for a configuration that the layout's own class refuses to load or would compute otherwise. The
-                  released InternLM2 class knows only linear and dynamic scaling, and no head_dim other than hidden_size /
-                  num_heads. False writes such a configuration for this package alone
-    `rope_angles`, a key of ours that other programs pass over, is written where it is not the default.
+    layout, head: of the checkpoint; `layout_of` and `head_of` read them back from the dictionary
+    exact:        ValueError for a configuration that Hugging Face's class for the layout refuses to load, or with which it
+                  would compute something else. The released InternLM2 class knows only linear and dynamic scaling, and no
+                  head_dim other than hidden_size / num_heads. False writes such a configuration for this package alone
+    `rope_angles`, a key of this package that other programs ignore, is written where it is not the default.
     """
     if (layout, head) not in _ARCHITECTURES:
         raise ValueError(f"layout must be 'internlm2' or 'llama' and head 'output' or 'v_head', got {layout!r}, {head!r}")
@@ -175,7 +177,8 @@ _LLAMA_NAMES = {
 
 
 def names_in_layout(name: str, layout: Layout) -> tuple[str, ...]:
-    """What a layout calls our tensor `name`: one name, or the three of queries, keys and values."""
+    """The names in a layout for the parameter `name` of our model: one name, or for wqkv in the Llama layout three, of queries,
+    keys and values."""
     if layout == "internlm2":
         return (name,)
     if name in _LLAMA_NAMES:
@@ -187,7 +190,7 @@ def names_in_layout(name: str, layout: Layout) -> tuple[str, ...]:
 def shapes_in_layout(
     name: str, shape: tuple[int, ...], layout: Layout, config: ModelConfig
 ) -> dict[str, tuple[int, ...]]:  # fmt: skip
-    """The shapes of the tensors that `names_in_layout` lists, for our tensor `name` of `shape`."""
+    """{name: shape} of the tensors that `names_in_layout` lists for the parameter `name`, which has `shape` in our model."""
     names = names_in_layout(name, layout)
     if len(names) == 1:
         return {names[0]: tuple(shape)}
@@ -213,8 +216,8 @@ def merge_qkv(q: Tensor, k: Tensor, v: Tensor, config: ModelConfig) -> Tensor:
 def rotary_halves_from_pairs(wqkv: Tensor, config: ModelConfig) -> Tensor:
     """wqkv of a model that rotates dimensions 2i and 2i + 1 of a head together, for a model that rotates i and i + d/2.
 
-    Our model is of the second kind. InternEvo trains the first kind with adapt_hf=False. Rows move within each query and key
-    head; the rows of values stay.
+    Our model rotates dimensions i and i + d/2 together; InternEvo with adapt_hf=False trains models that rotate 2i and 2i + 1.
+    Rows move within each query and key head; the rows of values stay.
     """
     grouped = _grouped(wqkv, config)
     qk = rearrange(grouped[:, :-1], "group entry (pair two) hidden -> group entry (two pair) hidden", two=2)

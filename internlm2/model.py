@@ -4,9 +4,10 @@ Everything is packed: the tokens [T] of all sequences end to end, and cu_seqlens
 and ends at T. A token attends only to tokens of its own sequence. Parameters carry the names of the released checkpoints.
 Every operator that is not a matrix product or an embedding comes from `operators`.
 
-Under torch.compile the checks and the packing, which read cu_seqlens on the host, run outside the graph; everything after
-them is one graph for all packings. Under torch.autocast the residual stream keeps the parameters' dtype, matrix products and
-attention run in autocast's, and losses, log-probabilities and rewards are float32.
+Under torch.compile the checks and the computation of `Packing`, which read cu_seqlens on the host, run outside the graph;
+everything after them is one graph, whatever the lengths of the sequences. Under torch.autocast the residual stream keeps the
+dtype of the parameters, matrix products and attention run in the dtype of autocast, and losses, log-probabilities and rewards
+are float32.
 
 Sizes: T tokens, D hidden_size, H num_heads, G num_kv_heads, d head_dim, V vocab_size.
 """
@@ -24,13 +25,14 @@ from torch.utils.checkpoint import checkpoint
 import internlm2_kernels
 from internlm2.config import ModelConfig
 
-_TABLES_KEPT = 16
-_LARGEST_TABLE = 1 << 22  # rows: 2 GiB of cos and sin at a head size of 128, and far beyond any trained length
+_TABLES_KEPT = 16  # rotary tables that a model keeps, for different numbers of rows
+_LARGEST_TABLE = 1 << 22  # the most rows of a rotary table: 2 GiB at a head size of 128, far beyond any trained length
 
 
 @dataclass(frozen=True)
 class Operators:
-    """The operators that a model calls. They are functions and not a module, since a module cannot be pickled."""
+    """The operators that a model calls, as single functions: a model that held the Python module they come from could not be
+    pickled."""
 
     rms_norm: Callable
     swiglu: Callable
@@ -50,9 +52,9 @@ class Operators:
 
 @dataclass(frozen=True)
 class Packing:
-    """What every block needs to know of a batch.
+    """What every block of the network needs to know about a batch.
 
-    cu_seqlens, max_seqlen: where its sequences lie, and the length of the longest
+    cu_seqlens, max_seqlen: where the sequences begin and end, and the length of the longest
     cos, sin:  rotary tables [rows, d/2]; token t takes row positions[t], or row t where positions is None
     """
 
@@ -87,7 +89,7 @@ class Embedding(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm with weight [D]. Called with a residual it normalises x + residual. Returns the result and that sum (or x)."""
+    """RMSNorm with weight [D]. Returns (normalised x, x); called with a residual (normalised x + residual, x + residual)."""
 
     def __init__(self, config: ModelConfig, operators: Operators, **factory):
         super().__init__()
@@ -131,7 +133,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. It returns its last output and the residual stream apart: the next norm adds and normalises in one pass."""
+    """One layer. It returns the output of its feed-forward and the residual stream as two tensors, because the next norm adds
+    and normalises them in one pass."""
 
     def __init__(self, config: ModelConfig, operators: Operators, **factory):
         super().__init__()
@@ -147,7 +150,7 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Embedding, blocks and final norm: the `model.` of the parameter names."""
+    """Embedding, blocks and final norm: the module whose parameters have names that begin with `model.`."""
 
     def __init__(self, config: ModelConfig, operators: Operators, **factory):
         super().__init__()
@@ -157,12 +160,12 @@ class Backbone(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The network with a head of `outputs` rows. Users take one of its two kinds: InternLM2, or RewardModel (reward.py).
+    """The network with a head of `outputs` rows. Users take one of its two subclasses: InternLM2, or RewardModel (reward.py).
 
     config:            sizes
     operators:         a module with rms_norm, swiglu, rope_table, qkv_rope, flash_attention, linear_cross_entropy;
                        default internlm2_kernels
-    compute_dtype:     dtype of activations and matrix products; default the parameters'. Weights of norms are not cast
+    compute_dtype:     dtype of activations and matrix products; None: that of the parameters. Weights of norms are not cast
     device, dtype:     of the parameters; device "meta" allocates and initialises nothing
     seed:              of the initial weights: normal with standard deviation initializer_range, divided by sqrt(2 (i + 1))
                        for wo and w2 of layer i; 1 for norms. Equal seeds give equal weights on one kind of device
@@ -190,7 +193,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Draws all parameters anew, as the class's docstring says for `seed`."""
+        """Draws all parameters anew, with the distributions that the docstring of Decoder gives under `seed`."""
         generator = torch.Generator(self.model.norm.weight.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
@@ -225,7 +228,8 @@ class Decoder(nn.Module):
     def _packing(self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None) -> Packing:
         """Checks the arguments of hidden_states and prepares what the blocks share.
 
-        Not compiled: the lengths of sequences are numbers on the host, so every new packing would be a new graph.
+        It is kept out of torch.compile: the lengths of sequences are numbers on the host, so that every batch with other
+        lengths would need a new graph.
         """
         lengths, device = _check_packing(tokens, cu_seqlens, positions, self.config.vocab_size), tokens.device
         where = cu_seqlens.to(device, non_blocking=True), max(lengths, default=0)
@@ -247,15 +251,15 @@ class Decoder(nn.Module):
             rows = 1 << (max(ends, default=1) - 1).bit_length() if ends else 1
             cos, sin = self._table(rows if not dynamic else min(rows, longest), device)
             return Packing(*where, cos, sin, positions.to(device, non_blocking=True))
-        # Dynamic NTK scaling beyond the trained length: each sequence gets the base that its own length calls for, whichever
-        # sequences are packed with it.
+        # Dynamic NTK scaling beyond the trained length: the base of each sequence depends on its own length only, and not on
+        # the sequences that are packed with it.
         tables = [self._table(max(end, 1) if end > longest else longest, device) for end in ends]
         rows = [p.to(device, torch.int64, non_blocking=True) for p in positions.split(lengths)]
         cos, sin = (torch.cat([table[i][p] for table, p in zip(tables, rows, strict=True)]) for i in (0, 1))
         return Packing(*where, cos, sin, None)
 
     def _table(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin [rows, d/2], computed once for a length and never changed afterwards."""
+        """cos and sin [rows, d/2]. They are computed once for each number of rows, kept, and never changed."""
         key = (rows, device)
         if key not in self._tables:
             config, scaling = self.config, self.config.rope_scaling_at(rows)
@@ -270,7 +274,7 @@ class Decoder(nn.Module):
 
 
 class InternLM2(Decoder):
-    """A causal language model. Arguments as `Decoder`'s, without `outputs`."""
+    """A causal language model. It takes the arguments of `Decoder` except `outputs`."""
 
     head_name = "output"
 
@@ -286,7 +290,7 @@ class InternLM2(Decoder):
         self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None, *,
         reduction: str = "mean",
     ) -> Tensor:  # fmt: skip
-        """Cross-entropy in nats, float32 []; with the kernels the logits are never in memory.
+        """The cross-entropy in nats, float32 []. With the operators of internlm2_kernels the logits are never held in memory.
 
         labels:    int64 [T], the token that follows each token; -100 leaves the token out
         reduction: "mean" divides the sum by the number of labels that count (the loss is 0 if none does); "sum" does not
@@ -301,7 +305,7 @@ class InternLM2(Decoder):
         temperature: float = 1.0, return_entropy: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """Log-probability in nats, float32 [T], of targets int64 [T] after each token; with return_entropy also the entropy
-        [T] of each prediction. Logits are never in memory, forward or backward.
+        [T] of each prediction. The logits are never held in memory, neither in the forward nor in the backward.
 
         Every target must lie in [0, V). For a token without a target pass any id and ignore its result.
         """
@@ -335,7 +339,7 @@ def _check_targets(tokens: Tensor, targets: Tensor) -> None:
 
 
 def _check_packing(tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None, vocab_size: int) -> list[int]:
-    """The lengths of the sequences, after every check that needs no value from a GPU."""
+    """Checks the arguments as far as that needs no values from a GPU. Returns the lengths of the sequences."""
     _check_integers("tokens", tokens)
     _check_integers("cu_seqlens", cu_seqlens, dtypes=(torch.int32,))
     total, bounds = tokens.shape[0], cu_seqlens.tolist()

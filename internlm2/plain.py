@@ -42,7 +42,7 @@ def qkv_rope(qkv, cos, sin, positions=None, *, num_heads, num_kv_heads):
     qkv = qkv.view(tokens, num_kv_heads, per_group + 2, -1)
     if positions is not None:
         cos, sin = cos[positions], sin[positions]
-    # Both halves have the same angles. Products over the full width are faster than separate products of the halves.
+    # The two halves of a head have the same angles. Products over the full width are faster than separate ones of the halves.
     cos, sin = (torch.cat((t, t), dim=-1).to(qkv.dtype).unsqueeze(1) for t in (cos, sin))
     q, k = qkv[:, :, :per_group].reshape(tokens, num_heads, -1), qkv[:, :, per_group]
     return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin, qkv[:, :, per_group + 1]
@@ -82,7 +82,8 @@ _known = WeakIdKeyDictionary()
 
 
 def _lengths(cu_seqlens):
-    """The lengths of sequences as numbers. All layers pass the same tensor, so it is read back from a device only once."""
+    """The lengths of the sequences as numbers. All layers of a model pass the same tensor, so the result is kept: the tensor is
+    read from its device only once."""
     if cu_seqlens not in _known:
         bounds = cu_seqlens.tolist()
         _known[cu_seqlens] = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]

@@ -1,4 +1,4 @@
-"""RewardModel: InternLM2 with one number a token in place of logits, as a reward model and as PPO's critic
+"""RewardModel: InternLM2 with one number for each token in place of logits, for a reward model and for the critic of PPO
 (arXiv:2403.17297 section 4.2)."""
 
 from typing import Any
@@ -15,8 +15,8 @@ from internlm2_kernels import reward_loss
 class RewardModel(Decoder):
     """v_head [1, D] on the hidden states after the final norm. Parameters are named as in the released reward checkpoints.
 
-    Arguments as `Decoder`'s, without `outputs`. The reward of a sequence is the number at its last token; a conversation
-    therefore ends with config.reward_token_id. As a critic, the number at a token is the value of the state after that token.
+    It takes the arguments of `Decoder` except `outputs`. The reward of a sequence is the number at its last token; therefore a
+    conversation ends with config.reward_token_id. In a critic, the number at a token is the value of the state after it.
     """
 
     head_name = "v_head"
@@ -29,7 +29,7 @@ class RewardModel(Decoder):
         return self._number(self.hidden_states(tokens, cu_seqlens, positions))
 
     def rewards(self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """[sequences], none of which is empty: each one's number at its last token."""
+        """The rewards, float32 [sequences]: the number at the last token of each sequence. No sequence may be empty."""
         _check_no_empty_sequence(cu_seqlens)
         packing = self._packing(tokens, cu_seqlens, positions)
         ends = packing.cu_seqlens[1:].to(torch.int64) - 1
@@ -37,7 +37,7 @@ class RewardModel(Decoder):
 
     def _number(self, hidden: Tensor) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        with torch.autocast(hidden.device.type, enabled=False):  # which would round the number to its dtype
+        with torch.autocast(hidden.device.type, enabled=False):  # autocast would round the number to its dtype
             return F.linear(hidden.to(wide), self.v_head.weight.to(wide))[:, 0]
 
     def loss(

@@ -1,4 +1,4 @@
-"""Files that survive a kill and a full disk: written all or nothing, with checksums that name what was damaged later.
+"""Files that survive a kill and a full disk: written all or nothing, with checksums by which later damage is found.
 
 One process at a time may write one path.
 """
@@ -21,7 +21,8 @@ class CheckpointError(ValueError):
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary path to write to. Leaving without an error forces that file onto the disk and renames it to `path`.
+    """A context that gives a temporary path to write to. When it ends without an error, the file is forced onto the disk and
+    renamed to `path`.
 
     An error, a kill or a full disk leaves whatever was at `path` unchanged.
     """
@@ -39,16 +40,16 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """The same for a folder: gives an empty temporary folder, which becomes `path` once all its files are on the disk.
+    """`atomic_file` for a folder: a context that gives an empty temporary folder. When it ends without an error, a manifest of
+    the files is added, all files are forced onto the disk, and the folder is renamed to `path`.
 
-    A manifest of its files is added on leaving. One folder cannot replace another in a single step, so for a moment the old
-    folder is called `.NAME.previous`. If the process is killed in that moment the old folder keeps that name, and `present`
-    (which load_model uses) finds it there.
+    One folder cannot replace another in a single step, so for a moment the old folder is called `.NAME.previous`. If the
+    process is killed in that moment, the old folder keeps that name, and `present` (which load_model uses) finds it there.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, previous = path.with_name(f".{path.name}.writing"), _previous(path)
-    if temporary.exists():  # a process that was killed left it behind
+    if temporary.exists():  # left by a process that was killed while it wrote
         shutil.rmtree(temporary)
     temporary.mkdir()
     try:

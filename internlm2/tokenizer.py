@@ -21,14 +21,14 @@ _RELEASED_NAMES = {
     **{name: f"[UNUSED_TOKEN_{146 - i}]" for i, name in enumerate(CHAT_SPECIALS)},
     "<|reward|>": "[UNUSED_TOKEN_130]",
 }
-_SPACE = "▁"  # stands for a space in SentencePiece's pieces, so this character itself would come back as a space
+_SPACE = "▁"  # SentencePiece writes a space as this character, so the character itself would be decoded as a space
 _PROBE = "  a\tb\n\nc  ▁ Ａ… é\u0301\u200b 𝄞\0 "
 
 
 class Tokenizer:
     """A SentencePiece model from a file.
 
-    vocab_size, bos_id, eos_id: of the model
+    vocab_size, bos_id, eos_id: those of the SentencePiece model
     specials:                   name -> id of every control token: <s>, </s>, the chat tokens under the names that the chat
                                 format gives them, spare and unknown pieces under their own names
     Errors: ValueError where sentencepiece cannot load the file, or where the model cannot give every text back exactly (it
@@ -38,7 +38,7 @@ class Tokenizer:
     def __init__(self, path: str | Path):
         data = Path(path).read_bytes()
         if hasattr(sentencepiece, "set_min_log_level"):
-            sentencepiece.set_min_log_level(2)  # errors only: it warns of the released model's piece for the null character
+            sentencepiece.set_min_log_level(2)  # only errors: it warns about the null character's piece in the released model
         try:
             self._sp = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:
@@ -48,15 +48,16 @@ class Tokenizer:
         self._byte_ids = {sp.id_to_piece(i): i for i in range(self.vocab_size) if sp.is_byte(i)}
         if len(self._byte_ids) != 256 or self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(f"{path} must have <s>, </s> and byte fallback, got {len(self._byte_ids)} byte pieces")
-        # Texts that get these ids instead of SentencePiece's. Its versions disagree about a piece for the null character: up to
-        # 0.2.1 it is an ordinary piece, with which the released model was trained; from 0.2.3 on it is never used.
+        # {text: ids that it gets here, in place of those of SentencePiece}. Versions of SentencePiece disagree about the piece
+        # of the null character: up to 0.2.1 it is an ordinary piece, and the released model was trained with it; from 0.2.3 on
+        # it is never used.
         self._fixed_ids = {_SPACE: [self._byte_ids[f"<0x{b:02X}>"] for b in _SPACE.encode()]}
         self._fixed_ids |= {piece: [i] for i in range(self.vocab_size) if (piece := sp.id_to_piece(i)) == "\0"}
         pieces = {sp.id_to_piece(i): i for i in range(self.vocab_size) if _reserved(sp, i)}
         names = {piece: name for name, piece in _RELEASED_NAMES.items()}
         self.specials = {names.get(piece, piece): i for piece, i in pieces.items()}
         self._special_names = {i: name for name, i in self.specials.items()}
-        # What SentencePiece would not treat as ordinary text.
+        # Matches everything in a text that SentencePiece would not treat as ordinary text.
         self._spellings = re.compile("|".join(map(re.escape, sorted({*pieces, *self._fixed_ids}, key=len, reverse=True))))
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise ValueError(f"{path} must give text back exactly: identity normaliser, no dummy prefix, all spaces kept")
@@ -87,8 +88,8 @@ class Tokenizer:
         return ids + [self.eos_id] if eos else ids
 
     def _encode_text(self, text: str) -> list[int]:
-        """Ids that stand for text. A spelled reserved piece is cut after its first character, so that SentencePiece does not
-        recognise it; ▁ and the null character have ids of their own."""
+        """Ids that stand for text, without control tokens. Where the text spells a reserved piece, it is cut after the first
+        character of the piece, so that SentencePiece does not recognise it; ▁ and the null character get fixed ids."""
         ids: list[int] = []
         start, match = 0, self._spellings.search(text)
         while match:
@@ -128,11 +129,11 @@ def _not_loaded(path: str | Path, error: RuntimeError) -> str:
 
 
 def _reserved(sp: sentencepiece.SentencePieceProcessor, i: int) -> bool:
-    """Whether a piece has a meaning other than its text.
+    """Whether piece i is reserved: it has a meaning other than its text.
 
-    These are control, unknown and unused pieces, and markers such as [NAME] or <name> among the user-defined pieces, which
-    SentencePiece matches before all others (their score is 0, that of merges is negative). Other user-defined pieces are
-    text: the released model has full-width letters and dashes among them.
+    Reserved are control, unknown and unused pieces. Of the user-defined pieces, which SentencePiece matches before all others
+    (their score is 0, that of merges is negative), those of the form [NAME] or <name> are reserved. The other user-defined
+    pieces are text: in the released model they are full-width letters and dashes, for example.
     """
     piece = sp.id_to_piece(i)
     if piece == "\0":
@@ -147,9 +148,9 @@ def train_bpe(
 ) -> Tokenizer:
     """Trains a byte-pair tokenizer on `texts`, with the settings of InternLM2's tokenizer, and writes it to `path`.
 
-    It has byte fallback, a piece for each digit, and keeps every space; `specials` become control tokens. Equal texts give an
-    equal file. Long texts are cut at the first line break after every 4,000 characters: SentencePiece leaves out a text that
-    is longer than its limit.
+    The tokenizer has byte fallback and a piece for each digit, and keeps every space; `specials` become control tokens. Equal
+    texts give an equal file. Long texts are cut at the first line break after every 4,000 characters, because SentencePiece
+    leaves out texts that are longer than its limit.
     ValueError where the texts hold too little for vocab_size.
     """
     buffer = io.BytesIO()

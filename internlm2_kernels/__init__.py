@@ -1,7 +1,8 @@
 """Deterministic, batch-invariant operators for InternLM2-style language models, on CPU and GPU. See `OPS` and README.
 
-The backends cpp, triton and cuda keep the promises about bits that docstrings make. `reference` is plain PyTorch, and all
-that macOS, Windows and aarch64 have: its values are right, but its bits may depend on what else is in the batch.
+The backends cpp, triton and cuda keep the promises of docstrings to be deterministic and batch-invariant, bit for bit. The
+backend `reference` is plain PyTorch, and the only one on macOS, Windows and aarch64. Its values are right, but the last bits of
+a row may depend on the other rows of the batch.
 """
 
 from . import nn

@@ -63,7 +63,8 @@ def library() -> list[tuple[str, str]]:
 
 
 def backend_table(explain: bool, names: list[str]) -> list[str]:
-    """One line for each operator: its usable backends on each device, the automatic choice first; on request with reasons."""
+    """Lines that list, for each operator, its usable backends on each type of device, the automatic choice first. With
+    `explain` also the reasons why other backends are not usable."""
     from ._registry import BACKENDS, OPS, why_not
 
     lines, names = [], names or list(OPS)
@@ -83,7 +84,7 @@ def backend_table(explain: bool, names: list[str]) -> list[str]:
 
 
 def self_test(report) -> bool:
-    """Runs the smoke cases of every operator on every usable backend, and compares the errors with the error ladder."""
+    """Runs the smoke cases of every operator on every usable backend and checks them by the error ladder (testing.py)."""
     import torch
 
     from ._registry import OPS

@@ -17,7 +17,7 @@ import torch
 
 from ._checks import fail
 
-# Computed once, because torch.compile of PyTorch 2.10 cannot trace is_autocast_available. Meta and others have no autocast.
+# The device types with autocast. Computed once, because torch.compile of PyTorch 2.10 cannot trace is_autocast_available.
 _DEVICES = frozenset(d for d in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(d))
 
 
@@ -37,7 +37,8 @@ def promoted(*tensors):
 
 
 def cast_weight(op, weight, x):
-    """Under autocast, a norm's weight in the dtype of `x`, or in float32 if that would round it. Otherwise raises."""
+    """For the weight of a norm, whose dtype is neither float32 nor that of `x`. Under autocast it returns the weight in the
+    dtype of `x`, or in float32 if the dtype of `x` would round it. Without autocast it raises."""
     if not weight.is_floating_point() or not enabled(x.device.type):
         fail(TypeError, op, "weight", f"float32 or the dtype of x, {x.dtype}", weight.dtype)
     return weight.to(x.dtype if torch.promote_types(weight.dtype, x.dtype) == x.dtype else torch.float32)
@@ -53,7 +54,8 @@ def autocast(*tensors):
 
 
 def without_autocast(reference: Callable) -> Callable:
-    """Decorates a function that multiplies matrices in a dtype of its own choice, which autocast would change."""
+    """Decorates a function that multiplies matrices in a dtype of its own choice: inside it autocast, which would change that
+    dtype, is off."""
     @functools.wraps(reference)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         for argument in (*args, *kwargs.values()):

@@ -1,4 +1,4 @@
-"""Argument checks of the public functions. Every error names the operator, the argument, what was expected and what came."""
+"""Argument checks of the public functions. Every error names operator and argument, and says what was expected and given."""
 
 import math
 import numbers
@@ -48,7 +48,7 @@ def check_shape(op: str, argument: str, tensor: torch.Tensor, shape: tuple, mean
 
 
 def check_choice(op: str, argument: str, value: object, choices: tuple) -> None:
-    if not isinstance(value, str | int) or value not in choices:  # comparing an array gives no truth value
+    if not isinstance(value, str | int) or value not in choices:  # `in` would raise for an array
         fail(ValueError, op, argument, " or ".join(repr(c) for c in choices), repr(value))
 
 
@@ -62,7 +62,7 @@ def check_number(op, argument, value, expected, accept):
 
     Comparisons decide whether it is finite, because torch.compile cannot trace math.isfinite of a symbolic number.
     """
-    if type(value) is float and -LARGEST <= value <= LARGEST and accept(value):  # fast: numbers.Real takes a microsecond
+    if type(value) is float and -LARGEST <= value <= LARGEST and accept(value):  # fast: isinstance of Real takes 1 us
         return value
     try:
         number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
@@ -76,7 +76,7 @@ def check_number(op, argument, value, expected, accept):
 def check_labels(op, argument, labels, rows, like, of):
     """Returns `labels` contiguous. Raises unless it is int64 or int32, of shape `rows`, on the device of `like`.
 
-    The values are checked by the kernels, or by `check_values`.
+    The values of the labels are not checked here, but by the kernels, or for the backend `reference` by `check_values`.
     """
     check_tensor(op, argument, labels, "an int64 or int32 tensor")
     if labels.dtype not in (torch.int64, torch.int32):
@@ -89,7 +89,7 @@ def check_labels(op, argument, labels, rows, like, of):
 def check_values(op: str, argument: str, values: torch.Tensor | None, low: int, high: int, besides: int | None = None) -> None:
     """Raises unless all values of a CPU tensor lie in [low, high) or equal `besides`.
 
-    Only the reference needs this: compiled kernels check values themselves.
+    Only the backend `reference` calls this: compiled kernels check the values themselves.
     """
     if values is None or values.device.type != "cpu" or torch.compiler.is_compiling() or not values.numel():
         return
@@ -113,7 +113,8 @@ def check_vector(op, argument, tensor, shape, like, of):
 
 
 def check_mask(op, mask, like, of):
-    """Returns `mask` as a contiguous bool tensor; of numbers all but 0 count. Raises unless it has the shape of `like`."""
+    """Returns `mask` as a contiguous bool tensor, in which every number but 0 is True. Raises unless it has the shape of
+    `like`, the argument named `of`."""
     check_tensor(op, "mask", mask)
     if mask.shape != like.shape:
         check_shape(op, "mask", mask, like.shape, f"the shape of {of}")
@@ -135,7 +136,7 @@ def check_cu_seqlens(op, argument, cu, like, of):
 def check_boundaries(op: str, argument: str, cu: torch.Tensor, total: int, shortest: int = 0, longest: int = -1) -> None:
     """Raises unless cu_seqlens on the CPU rise from 0 to `total`, in steps from `shortest` to `longest` (-1: no bound).
 
-    Only the reference needs this: compiled kernels check values themselves.
+    Only the backend `reference` calls this: compiled kernels check the values themselves.
     """
     if cu.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -158,7 +159,8 @@ def check_longest(op, argument, bound, longest):
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x`, or a contiguous copy where kernels cannot read it: they take up to three dimensions, the last with stride 1."""
+    """`x`, or a contiguous copy where kernels cannot read the rows of `x`: if it is not contiguous, they need at most three
+    dimensions, the last of them with stride 1."""
     if x.is_contiguous() or (x.dim() <= 3 and x.stride(-1) == 1):
         return x
     return x.contiguous()

@@ -1,7 +1,7 @@
-"""Index errors found on a device: one int32 word a device, with one bit for each index argument of each operator.
+"""Index errors found on a device: an int32 error word for each device, with one bit for each index argument of each operator.
 
-A kernel that meets an index outside its range touches no memory with it, writes NaN to that row and sets its bit. Nothing
-waits for the device until `check()` or `validate()` asks.
+A kernel that finds an index outside its range does not use it to access memory. It writes NaN to the results of that row and
+sets the bit of the argument. Nothing waits for the device until the user calls `check()` or `validate()`.
 """
 
 import contextlib
@@ -15,15 +15,16 @@ from ._native import _C
 
 @dataclass(frozen=True)
 class Index:
-    """An argument that holds indices. `bit` is a contract with csrc/cuda and _triton: append, never renumber."""
+    """An argument that holds indices. `bit` is its bit in the error word; kernels in csrc/cuda and _triton set it by number, so
+    new arguments take new bits and existing bits never change."""
 
     bit: int
-    expected: str  # the values that are accepted
-    consequence: str  # what happened to the results
+    expected: str  # the values that are accepted, for the error message
+    consequence: str  # what a wrong index has done to the results, for the error message
 
 
-INDICES: dict[tuple[str, str], Index] = {}  # by operator and argument
-CODES: dict[tuple[str, str], int] = {}  # the bits alone, for kernels
+INDICES: dict[tuple[str, str], Index] = {}  # all index arguments, by (operator, argument)
+CODES: dict[tuple[str, str], int] = {}  # the bit of each of them, which launchers pass to kernels
 _words: dict[torch.device, torch.Tensor] = {}
 
 
@@ -36,7 +37,8 @@ def declare(op: str, indices: Mapping[str, Index]) -> None:
 
 
 def error_word(device: torch.device) -> torch.Tensor:
-    """The word that kernels on `device` set. It is never freed, because recorded CUDA graphs keep its address."""
+    """The error word of `device`, in which kernels set bits. It is never freed, because recorded CUDA graphs hold its
+    address."""
     if device.type == "meta":
         return torch.empty(1, dtype=torch.int32, device=device)
     word = _words.get(device)
@@ -44,23 +46,23 @@ def error_word(device: torch.device) -> torch.Tensor:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("the first call of an operator that takes indices allocates the device's error word and waits "
                                "for it: make one call before capturing a CUDA graph")
-        with torch.inference_mode(False):  # outside inference mode an inference tensor could not be reset
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be reset outside it
             word = _words[device] = torch.zeros(1, dtype=torch.int32, device=device)
         if device.type == "cuda" and hasattr(_C, "set_error_word"):
-            torch.cuda.synchronize(device)  # compiled kernels may run on another stream than the zeroing
+            torch.cuda.synchronize(device)  # the word must be zero before kernels on other streams use it
             _C.set_error_word(device.index, word.data_ptr())
     return word
 
 
-if hasattr(_C, "set_error_word_maker"):  # called by the first CUDA kernel on a device that needs the word
+if hasattr(_C, "set_error_word_maker"):  # the C++ calls it at the first CUDA kernel of a device that needs an error word
     _C.set_error_word_maker(lambda index: error_word(torch.device("cuda", index)))
 
 
 def check() -> None:
     """Raises `ValueError`, naming operator and argument, if a kernel has found an index out of range since the last check.
 
-    It synchronises every CUDA device that ran such a kernel, and clears what it reports. Indices on the CPU are checked in the
-    call itself.
+    It waits for every CUDA device that has an error word, and clears the errors that it reports. Indices on the CPU are checked
+    in the call itself.
     """
     found = []
     for device, word in _words.items():

@@ -13,10 +13,10 @@ except ImportError as error:
 
 
 def native(overload: Any, *args: Any) -> Any:
-    """Calls an overload whose C++ checks values, and raises its errors as ValueError: torch delivers them as RuntimeError.
+    """Calls a C++ overload that checks the values of its arguments, and raises its errors as ValueError. torch turns them into
+    RuntimeError; their message begins with "ValueError: " (csrc/errors.h), by which they are recognised.
 
-    csrc/errors.h marks them with "ValueError: " before the operator's name. In compiled code nothing can catch them, so that
-    they stay RuntimeErrors with that mark.
+    In compiled code they cannot be caught here, so they stay RuntimeErrors whose message begins with "ValueError: ".
     """
     if torch.compiler.is_compiling():
         return overload(*args)

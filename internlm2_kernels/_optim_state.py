@@ -13,7 +13,7 @@ STATE = ("exp_avg", "exp_avg_sq", "master")
 
 
 def _value(tensor):
-    """The number in a tensor of one element. None on other devices than the CPU, where reading it would synchronise."""
+    """The number in a tensor of one element; None if it is not on the CPU, because reading it would wait for the device."""
     return local_of(tensor).item() if tensor.device.type == "cpu" else None
 
 
@@ -29,7 +29,8 @@ def _check_count(argument, count, most, expected):
 
 
 def check_saved(p, saved):
-    """Raises if the saved state does not fit parameter p. Values are checked on the CPU only: nothing else synchronises."""
+    """Raises if the saved state does not fit parameter p. The values of tensors are checked only if these are on the CPU:
+    reading them from another device would wait for it."""
     if not {"step", *STATE[:2]} <= set(saved):
         fail(ValueError, "FusedAdamW", "state_dict", "step, exp_avg and exp_avg_sq of a parameter", ", ".join(saved))
     _check_count("state_dict: step", saved["step"], MOST_STEPS, "a whole number from 0 to 2^24")
@@ -59,14 +60,15 @@ def loaded_count(state_dict):
 
 
 def settle_masters(pairs):
-    """For pairs (parameter, master): elements of a master that do not round to the parameter's element take its value."""
+    """For pairs (parameter, master): an element of a master that does not round to the parameter's element is replaced by it,
+    because the parameter must have been changed since the master was saved. A warning says how many masters were affected."""
     stale = []
     for p, master in pairs:
         p, master = local_of(p).detach(), local_of(master)
         right = (master.to(p.dtype) == p) | (master.isnan() & p.isnan())
         master.copy_(torch.where(right, master, p.to(master.dtype)))
         stale.append(~right.all())
-    if not torch.compiler.is_compiling():  # counting them synchronises, once after a state was loaded
+    if not torch.compiler.is_compiling():  # counting waits for the device, once after a state was loaded
         warn_of_masters(sum(map(int, stale)), "do not round to their parameters, which were written to since")
 
 

@@ -1,14 +1,14 @@
 """The registry: one `Op` per operator, from which dispatch, tests, benchmarks and documentation are derived.
 
-An operator has *passes* (its registered functions: `fwd`, `bwd`, ...) and *backends*. Every pass x backend is one
-overload of the library `internlm2`: `internlm2::rms_norm_fwd.cpp`. Implementations attach by name:
+An operator has *passes* (its registered functions: `fwd`, `bwd`, ...) and *backends*. Every pair of a pass and a backend is one
+overload in the torch library `internlm2`, for example `internlm2::rms_norm_fwd.cpp`. Implementations are found by name:
 
 - `reference` is the contract file's plain PyTorch function; it is differentiated by PyTorch and needs no overload;
 - `cpp` and `cuda` are registered by the compiled library `_C`;
 - `triton` is the function `NAME_PASS` of `internlm2_kernels/_triton/NAME.py`, imported at its first call.
 
 After a release, a pass whose results or arguments change must take a new name. Inductor's cache on disk and exported programs
-know a raw operator by its name only, and would keep using the graph of the older version.
+know a registered function by its name only, and would keep using the graph of the older version.
 """
 
 import contextlib
@@ -35,8 +35,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OPS: dict[str, "Op"] = {}
 
 _library = torch.library.Library("internlm2", "FRAGMENT")
-_forced: str | None = None  # a module global, because Dynamo guards those and cannot guard a ContextVar
-_entries: list[list[str | None]] = []  # one for each open `use_backend` block, in the order in which they began
+_forced: str | None = None  # the backend of `use_backend`. A module global, because Dynamo cannot guard a ContextVar
+_entries: list[list[str | None]] = []  # [backend] of each open `use_backend` block, in the order in which the blocks began
 _entries_lock = threading.Lock()
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -44,9 +44,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """The contract of one operator; CONTRIBUTING.md walks through adding one.
+    """The contract of one operator. CONTRIBUTING.md explains how to add an operator.
 
-    schemas, fakes  of every registered function, keyed by pass
+    schemas, fakes  the schema (types of arguments and results) and the fake implementation (shapes and dtypes of results,
+                    without data) of every registered function, keyed by pass
     outputs         the names of what the public function returns
     isas            the instruction sets for which `cpp` is compiled separately
     autocast        whether autocast casts the floating-point inputs, except caches, to its dtype
@@ -103,7 +104,8 @@ class Op:
         self.overloads.setdefault(pass_name, {})[backend] = getattr(packet, backend)
 
     def select(self, tensor: torch.Tensor, backend: str | None) -> str:
-        """The backend for this call: `backend`, else `use_backend`'s, else the first usable one for the device."""
+        """The backend for this call: `backend` if it is given, otherwise that of `use_backend`, otherwise the first one of
+        _ORDER that is usable on the device of `tensor`."""
         wanted = backend if backend is not None else _forced
         device = tensor.device.type
         usable = self.usable.get(device, ("reference",))
@@ -117,18 +119,19 @@ class Op:
             if _forward_ad._current_level >= 0:
                 raise RuntimeError(f"{self.name}: backend={wanted!r} has no forward-mode derivative (jvp, jacfwd); "
                                    "inside a dual level use backend='reference'")
-            if torch._C._are_functorch_transforms_active():  # they would lose the gradient silently
+            if torch._C._are_functorch_transforms_active():  # the transforms would lose the gradient silently
                 raise RuntimeError(f"{self.name}: backend={wanted!r} does not take part in functorch transforms (vmap, grad, "
                                    "jacrev, ...); inside them use backend='reference'")
         return wanted
 
 
-# What the automatic choice tries, best first.
+# The backends that the automatic choice tries for each type of device, in this order.
 _ORDER = {"cpu": ("cpp", "reference", "triton"), "cuda": ("triton", "cuda", "reference")}
 
 
 def _lazy_launcher(name: str, qualified: str) -> Callable:
-    """A function that imports the launcher's module at its first call: importing the package must not import Triton."""
+    """A function that calls the Triton launcher `name` and imports its module at the first call, because importing the package
+    must not import Triton."""
     launcher = None
 
     def call(*args: Any) -> Any:
@@ -202,7 +205,8 @@ def _enter(entry: list[str | None]) -> None:
 
 
 def _leave(entry: list[str | None]) -> None:
-    """Removes this block's entry. Blocks of several threads may end in any order; the youngest open one counts."""
+    """Removes the entry of a `use_backend` block that ends. Blocks of several threads may end in any order; among the open
+    blocks the one that began last decides."""
     global _forced
     with _lock():
         _entries[:] = [other for other in _entries if other is not entry]

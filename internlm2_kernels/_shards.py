@@ -21,15 +21,16 @@ def check_placements(op, p):
 
 
 def split_dimensions(p):
-    """The mesh dimensions over which p's elements are divided.
+    """The mesh dimensions over which the elements of p are divided: all but those with the placement Replicate.
 
-    They are those that do not replicate. `Shard` is not asked for: FSDP2 over tensor parallelism has a class of its own.
+    The test is not isinstance(placement, Shard), because FSDP2 over tensor parallelism has a placement class of its own.
     """
     return tuple(k for k, placement in enumerate(p.placements) if not placement.is_replicate())
 
 
 def offset_of(p):
-    """How many elements of the whole tensor come before this shard's first one; random bits are numbered from there.
+    """How many elements of the whole tensor come before the first one of this shard. The random bits of stochastic rounding are
+    numbered by the position in the whole tensor.
 
     A shard of consecutive rows (FSDP2's, with or without tensor parallelism) thus draws the bits that the same elements draw
     in the whole tensor. A shard along a later dimension (Shard(d), d > 0) is not a contiguous range of the whole tensor. It
@@ -50,7 +51,7 @@ def _elements_before(shape, local, mesh, placements, order):
         for parts, mine in _splits(d, mesh, placements):
             most = -(-size // parts)  # torch.chunk's rule: the last parts may be smaller or empty
             first, size = first + most * mine, max(0, min(most, size - most * mine))
-        if size != local[d]:  # the shard's rows do not follow each other in the whole tensor
+        if size != local[d]:  # the rows of the shard are not consecutive rows of the whole tensor
             fail(ValueError, "FusedAdamW", "params", "shards of consecutive rows, as fully_shard over parallelize_module has"
                  " them, where random bits are drawn (redistribute them, or keep masters and float32 moments)", placements)
         inner //= shape[d]

@@ -1,4 +1,4 @@
-"""Module forms of the operators, with the parameter names of the usual checkpoints."""
+"""The operators as torch modules, with the parameter names of the usual checkpoints."""
 
 import numbers
 
@@ -96,7 +96,7 @@ class RotaryEmbedding(torch.nn.Module):
     def _apply(self, fn, recurse=True):
         tables = self.cos, self.sin
         super()._apply(fn, recurse)
-        device = self.cos.device  # the tables keep their dtype; meta tables hold no data and are computed
+        device = self.cos.device  # only the device of the tables changes, not their dtype; from meta they are computed
         self.cos, self.sin = self._tables(device) if tables[0].is_meta else (table.to(device) for table in tables)
         return self
 

@@ -17,7 +17,8 @@ FIXED = {"amsgrad": False, "differentiable": False, "decoupled_weight_decay": Tr
 
 
 def _layout(tensor):
-    """A tensor with the memory layout that the state of `tensor` has: its own, or a dense one where it has gaps."""
+    """A tensor with the memory layout that the optimizer state of `tensor` has: the layout of `tensor` if its elements fill its
+    memory without gaps, otherwise a dense one."""
     return tensor if dense(tensor) else torch.empty_like(tensor)
 
 
@@ -62,7 +63,7 @@ class FusedAdamW(Optimizer):
     """
 
     _step_supports_amp_scaling = True
-    _unseen_masters = False  # True from the loading of masters until a step has compared them with the parameters
+    _unseen_masters = False  # True from the loading of master weights until a step has compared them with the parameters
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, *, master_weights=True,
                  stochastic_rounding=False, moment_dtype=torch.float32, max_grad_norm=None, skip_nonfinite=True, maximize=False,
@@ -89,7 +90,7 @@ class FusedAdamW(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize})
 
     def __getstate__(self):
-        """For copy and pickle: the base class would keep the groups and the state only."""
+        """For copy and pickle. The base class keeps only the groups and the state; this adds the options of the optimizer."""
         own = {name: getattr(self, name) for name in (*OPTIONS, "grad_norm", "_skipped", "_unseen_masters")}
         return super().__getstate__() | own | {"_rates": {}}
 
@@ -106,7 +107,7 @@ class FusedAdamW(Optimizer):
 
     @staticmethod
     def _check_numbers(op, group):
-        """Checks the numbers and flags of a group. It reads no tensor, so that nothing synchronises."""
+        """Checks the numbers and flags of a group. It reads no tensor, so that the host never waits for a device."""
         check_settings(op, group["betas"], group["eps"], group["weight_decay"])
         check_flag(op, "maximize", group["maximize"])
         if not isinstance(group["lr"], torch.Tensor):
@@ -170,7 +171,8 @@ class FusedAdamW(Optimizer):
         return state
 
     def _like(self, p, name, value):
-        """`value` in the dtype of this state and in the memory layout of p: the update reads both in memory order."""
+        """`value` in the dtype of the state `name` and in the memory layout of p: the update reads the elements of state and
+        parameter in memory order, so element i of one must belong to element i of the other."""
         return torch.empty_like(p.detach(), dtype=self._dtype(p, name)).copy_(value)
 
     @torch.no_grad()
@@ -223,7 +225,7 @@ class FusedAdamW(Optimizer):
             fail(ValueError, "FusedAdamW", "state_dict", "state and param_groups", ", ".join(map(str, state_dict)) or "nothing")
         groups = [{"maximize": False, **group} for group in state_dict["param_groups"]]
         for group in groups:
-            group.pop("skipped", None)  # _loaded_state reads it from the dictionary
+            group.pop("skipped", None)  # the count is not an option of the group; _loaded_state reads it
         if len(groups) != len(self.param_groups):
             fail(ValueError, "FusedAdamW", "state_dict", f"{len(self.param_groups)} parameter groups", len(groups))
         for group in groups:
@@ -235,7 +237,8 @@ class FusedAdamW(Optimizer):
 
     @torch.no_grad()
     def _loaded_state(self, state_dict):
-        """(state by parameter, skipped or None, number of stale masters), checked and copied: storing it cannot fail."""
+        """(state by parameter, number of skipped steps or None, number of stale masters: those saved in 16 bits, which are left
+        out). All is checked and copied here, so that storing it afterwards cannot fail."""
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         found = {p: state_dict["state"][i] for i, p in zip(saved_ids, params, strict=False) if state_dict["state"].get(i)}
@@ -259,7 +262,7 @@ class FusedAdamW(Optimizer):
 
     # -------------------------------------------------------------------------------------------------------------- step
     def _gradient(self, p):
-        """The local part of p's gradient, in the memory layout of p."""
+        """The gradient of p, in the memory layout of p; of a DTensor, the shard of this process."""
         check_placements("FusedAdamW", p)
         grad = p.grad
         if grad.is_sparse:
@@ -274,7 +277,8 @@ class FusedAdamW(Optimizer):
         return grad
 
     def _lists(self):
-        """By (group, device, dtype, has master): the parameters that have gradients, and their indices among all parameters."""
+        """The parameters that have gradients and their indices among all parameters, by (number of the group, device, dtype,
+        whether they have masters). One call of the operator updates one such list."""
         lists, place = {}, 0
         for number, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -286,13 +290,15 @@ class FusedAdamW(Optimizer):
         return lists
 
     def _offsets(self, dtype, params):
-        """The offset of each parameter's random bits; an empty list where no bits are drawn."""
+        """For each parameter, the position of its first element in the whole tensor, by which its random bits are numbered (see
+        _shards.offset_of). An empty list where nothing is rounded stochastically."""
         stochastic = self.stochastic_rounding and dtype == torch.bfloat16
         random = stochastic or (self.moment_dtype == torch.bfloat16 and dtype != torch.float64)
         return [offset_of(p) for p in params] if random else []
 
     def _total(self, gradients):
-        """The squared norm of the gradients of all groups, devices and shards, as a 0-dim tensor for each device."""
+        """{device: squared norm} for each device that has gradients. The norm, a 0-dim tensor, is that of the gradients of all
+        groups, devices and shards together."""
         parts = {}
         for p, grad in gradients.items():
             where = (p.device_mesh, split_dimensions(p)) if is_dtensor(p) else None
@@ -311,7 +317,8 @@ class FusedAdamW(Optimizer):
         return {device: total.to(device, non_blocking=True) for device in devices}
 
     def _rate(self, number, device, dtype):
-        """The group's learning rate as a tensor on the device; it is written only when the number has changed."""
+        """The learning rate of group `number` as a tensor on the device. The tensor is kept, and written only when the learning
+        rate has changed."""
         lr = self.param_groups[number]["lr"]
         if isinstance(lr, torch.Tensor):
             return lr.detach().reshape(()).to(device, dtype, non_blocking=True)
@@ -322,20 +329,21 @@ class FusedAdamW(Optimizer):
         return known[1]
 
     def _rates_of(self, lists):
-        """(the learning rate of each list, in the dtype it is computed in, float32 or float64; an overflow flag or None).
+        """(the learning rate of each list of `_lists`, float32, or float64 for float64 parameters; an overflow flag or None).
 
         The flag is 1 where a learning rate tensor is not finite, so that all lists skip the step together.
         """
         computed_in = lambda dtype: torch.float64 if dtype == torch.float64 else torch.float32
         rates = {key: self._rate(*key[:2], computed_in(key[2])) for key in lists}
         tensors = [rate for key, rate in rates.items() if isinstance(self.param_groups[key[0]]["lr"], torch.Tensor)]
-        if len(lists) == 1 or not tensors:  # one list checks its own learning rate
+        if len(lists) == 1 or not tensors:  # the kernel of a single list checks its learning rate itself
             return rates, None
         together = torch.stack([t.to(tensors[0].device, non_blocking=True) for t in tensors])
         return rates, 1 - together.isfinite().all().to(torch.float32)
 
     def _see_masters(self):
-        """Once after loading: a parameter that its master does not round to was written to, and its value counts."""
+        """Called once after loading. Where a master does not round to its parameter, the parameter has been written to, and the
+        master takes the value of the parameter."""
         settle_masters((p, self.state[p]["master"]) for group in self.param_groups for p in group["params"]
                        if p in self.state and "master" in self.state[p] and self._has_master(p))
         self._unseen_masters = False

@@ -1,11 +1,15 @@
-"""What tests and benchmarks share: running an operator by name, and its error ladder.
+"""What tests and benchmarks share: running an operator by name, and the error ladder.
 
-Error ladder (`ladder`): gold is `op.reference` in float64. The errors of every output and gradient, pooled over all draws
-of the inputs (three in the shared checks), are taken twice: their root mean square must be at most 1.25 times that of
-PyTorch's own composition (the first of the operator's eager forms) in the same dtype, their maximum at most 2 times, each
-plus 2 eps x scale, where scale is max |gold| or the operator's declared magnitude of cancelling terms where that is
-larger. A maximum over few elements varies from draw to draw; a root mean square hardly does, so it is held more tightly.
-No tolerance is set by hand.
+Error ladder (`ladder`): a check of an implementation's errors against those of PyTorch.
+- gold is the result of `op.reference` in float64.
+- The baseline is PyTorch's own composition, the first of the operator's eager forms, in the dtype of the implementation.
+- The errors of every output and gradient against gold are pooled over all draws of the inputs (three in the shared checks).
+  Their root mean square must be at most 1.25 times that of the baseline plus 2 eps x scale, and their maximum at most 2 times
+  that of the baseline plus 2 eps x scale.
+- scale is max |gold|, or the magnitude of cancelling terms that the workload declares, where that is larger.
+
+A maximum over few elements varies from draw to draw, a root mean square hardly; therefore its bound is tighter. No tolerance
+is set by hand.
 """
 
 import math
@@ -19,12 +23,12 @@ from .workloads import Sample
 
 RMS_SLACK = 1.25  # the allowed root mean square error, as a multiple of the baseline's
 MAX_SLACK = 2.0  # the allowed largest error, as a multiple of the baseline's
-EPS_TERMS = 2  # how many times eps x scale both may have in addition
+EPS_TERMS = 2  # both errors may be larger by this multiple of eps x scale
 
 
 @dataclass(frozen=True)
 class Rung:
-    """The errors of one tensor against gold, those of the baseline, and the bounds."""
+    """One line of the error ladder: the errors of one output or gradient, those of the baseline, and the bounds."""
 
     name: str
     max_err: float
@@ -37,7 +41,7 @@ class Rung:
 
     @property
     def ratio(self) -> float:
-        """The larger of the two ratios error / bound. At most 1 passes."""
+        """error / bound of the maximum or of the root mean square, whichever is larger. The rung passes if it is at most 1."""
         pairs = ((self.max_err, self.max_bound), (self.rms_err, self.rms_bound))
         return math.inf if self.problem else max(0.0 if e == 0 else e / b if b else math.inf for e, b in pairs)
 
@@ -47,7 +51,7 @@ class Rung:
 
 
 def flat(result: torch.Tensor | tuple) -> tuple[torch.Tensor, ...]:
-    """What a public function returned, as a tuple of tensors. A dictionary of statistics contributes its values."""
+    """The result of a public function as a tuple of tensors. A dictionary of statistics contributes its values."""
     parts = (result,) if isinstance(result, torch.Tensor) else tuple(result)
     return tuple(tensor for part in parts for tensor in (part.values() if isinstance(part, dict) else (part,)))
 
@@ -62,7 +66,8 @@ def call(op: Op, sample: Sample, backend: str | Callable | None) -> dict[str, to
 
 
 def with_leaves(sample: Sample) -> Sample:
-    """The sample with new leaves, with the same strides, that require a gradient if `sample.grad` names them."""
+    """The sample in which the tensors that `sample.grad` names are replaced by new leaves of autograd, with the same strides,
+    that require a gradient."""
     inputs = {name: value.detach().requires_grad_() if name in sample.grad else value
               for name, value in sample.inputs.items()}
     return Sample(inputs, sample.grad)
@@ -70,7 +75,8 @@ def with_leaves(sample: Sample) -> Sample:
 
 def run(op: Op, sample: Sample, backend: str | Callable | None,
         upstream: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """The outputs by name. With `upstream`, gradients by output name, also the inputs' gradients, named `d_<argument>`."""
+    """The outputs by name. If `upstream` holds gradients, by the names of outputs, the result also has the gradients of the
+    inputs, named `d_<argument>`."""
     if not upstream:
         with torch.no_grad():
             return call(op, sample, backend)
@@ -101,7 +107,8 @@ def draw_upstream(op: Op, sample: Sample, scale: float, generator: torch.Generat
 
 
 def _errors(got: torch.Tensor, gold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(|got - gold| in float64, infinite where either is not finite and they differ; a mask of where `got` is finite)."""
+    """(|got - gold| in float64, which is infinite where the two differ and one of them is not finite; mask of the finite
+    elements of `got`)."""
     wide = got.double()
     error = (wide - gold).abs()
     error = torch.where(wide == gold, 0.0, torch.where(error.isfinite(), error, math.inf))
@@ -123,7 +130,7 @@ def _rung(name: str, gots: list[torch.Tensor | None], bases: list[torch.Tensor],
     for got, base, gold in zip(gots, bases, golds, strict=True):
         finite = gold.isfinite()
         scale = max(scale, float(gold[finite].abs().max()) if finite.any() else 0.0)
-        # A baseline that overflows must not excuse everything, so that only its finite elements count.
+        # Only finite elements of the baseline count: with an infinite error of the baseline, any error would pass.
         base_error, base_finite = _errors(base, gold)
         base_errors.append(base_error[base_finite & finite])
         problem = problem or ("missing" if got is None else
@@ -139,7 +146,8 @@ def _rung(name: str, gots: list[torch.Tensor | None], bases: list[torch.Tensor],
 
 @dataclass(frozen=True)
 class Standard:
-    """What an implementation is compared with: gold, the baseline's outputs and gradients, the declared magnitudes."""
+    """What the ladder compares an implementation with: the outputs and gradients of gold and of the baseline, and `sizes`, the
+    magnitudes of cancelling terms that the workload declares, all by name."""
 
     gold: dict[str, torch.Tensor]
     base: dict[str, torch.Tensor]
@@ -147,7 +155,7 @@ class Standard:
 
 
 def standard(op: Op, sample: Sample, upstream: dict[str, torch.Tensor] | None = None) -> Standard:
-    """The costly part of `ladder`, which can be shared by several implementations of one sample."""
+    """Computes the `Standard` of a sample. It is the costly part of `ladder`, so several implementations should share it."""
     wide = sample.to(torch.float64)
     wide_upstream = {name: value.double() for name, value in (upstream or {}).items()}
     gold = run(op, wide, op.reference, wide_upstream)
@@ -181,7 +189,7 @@ def ladder(op: Op, draws: Sequence[Draw]) -> list[Rung]:
         if any(name not in by.gold for by in standards):
             rungs.append(Rung(name, *[math.inf] * 6, problem="unexpected"))
             continue
-        argument = name.removeprefix("d_")  # a gradient's magnitude may be declared under the argument's name
+        argument = name.removeprefix("d_")  # workloads may declare the magnitude of the gradient d_x as "x"
         keys = (name,) if name == argument or argument in op.outputs else (name, argument)
         size = max(by.sizes.get(key, 0.0) for by in standards for key in keys)
         rungs.append(_rung(name, [draw.got.get(name) for draw in draws], [by.base[name] for by in standards],
@@ -190,7 +198,8 @@ def ladder(op: Op, draws: Sequence[Draw]) -> list[Rung]:
 
 
 def ladder_table(rungs: list[Rung]) -> str:
-    """The rungs as a table: error, the baseline's error and the bound, of the maximum and of the root mean square."""
+    """The rungs as a table with a line for each tensor: error, error of the baseline and bound, first for the maximum and then
+    for the root mean square."""
     head = f"{'tensor':<16}{'max error':>11}{'eager':>11}{'bound':>11}   {'rms error':>11}{'eager':>11}{'bound':>11}"
     lines = [head + f"{'error/bound':>13}"]
     for r in rungs:

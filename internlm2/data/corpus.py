@@ -84,7 +84,7 @@ def split_validation(documents: list[Document], fraction: float) -> tuple[list[D
 
 def _library_files(root: Path) -> Iterator[Path]:
     for folder, below, names in os.walk(root):
-        below[:] = set(below) - STDLIB_SKIPPED  # os.walk enters only these; installed packages are many files
+        below[:] = set(below) - STDLIB_SKIPPED  # os.walk then does not enter the skipped folders
         yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 

@@ -22,7 +22,7 @@ IGNORE_INDEX = -100
 class PackedBatch:
     """One batch of T tokens in n sequences.
 
-    tokens, labels, positions: int64 [T]; positions restart at 0 in every sequence; label -100 has no target
+    tokens, labels, positions: int64 [T]; positions restart at 0 in every sequence; a token with label -100 has no target
     cu_seqlens:                int32 [n + 1] on the CPU, strictly increasing from 0 to T
     """
 
@@ -37,7 +37,7 @@ class PackedBatch:
 
     @property
     def num_targets(self) -> int:
-        """The number of labels that count in the loss; where the labels are on a GPU this waits for the GPU."""
+        """The number of labels other than -100. If the labels are on a GPU, this waits for the GPU."""
         return int((self.labels != IGNORE_INDEX).sum())
 
     def to(self, device: torch.device | str) -> "PackedBatch":
@@ -49,7 +49,8 @@ class PackedBatch:
 
 
 class PackedBatches:
-    """An endless stream of packed batches that can be resumed. It runs epoch after epoch; a batch may span two epochs.
+    """An endless stream of packed batches that can be resumed. It passes over the documents again and again (each pass is an
+    epoch); a batch may hold the end of one epoch and the beginning of the next.
 
     store:            the documents
     tokens_per_batch: T, the number of tokens in every batch
@@ -105,7 +106,8 @@ class PackedBatches:
         return self._epoch
 
     def state_dict(self) -> dict[str, int | str | None]:
-        """The position in the stream and what the stream was made of, as a few values that JSON can hold."""
+        """The position in the stream, and the arguments and the fingerprint of the documents by which `load_state_dict`
+        recognises the stream; a few values that JSON can hold."""
         return {"epoch": self._epoch, "piece": self._piece, "offset": self._offset} | self._identity()
 
     def load_state_dict(self, state: dict[str, int | str | None]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Documents end to end.
+    """The documents of a corpus as token ids, end to end.
 
     tokens:  ids [N], uint16 where every id fits (which halves disk and memory for small vocabularies), else uint32
     offsets: int64 [documents + 1], from 0 to N; document i is tokens[offsets[i] : offsets[i + 1]] and is never empty
@@ -36,7 +36,7 @@ class TokenStore:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of the contents. A position in a stream is valid only for the tokens it was taken from."""
+        """A digest of the contents, by which a resumed stream of batches recognises that its documents are the same."""
         digest = hashlib.sha256(self.offsets.tobytes())
         digest.update(np.ascontiguousarray(self.tokens).data)
         return digest.hexdigest()[:16]

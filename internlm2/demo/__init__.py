@@ -1,1 +1,1 @@
-"""What only `python -m internlm2 demo` and `demo-check` need: the same model on plain PyTorch operators beside the kernels."""
+"""The commands `python -m internlm2 demo` and `demo-check`, which run a model with the kernels and with plain operators."""

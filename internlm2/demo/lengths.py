@@ -1,4 +1,4 @@
-"""Tokens per second over context length, of the same model on the kernels and on plain operators, which take turns."""
+"""Tokens per second at several context lengths, of the same model with the kernels and with plain PyTorch operators."""
 
 import statistics
 import time
@@ -18,7 +18,8 @@ def measure_lengths(
     kernels: InternLM2, plain: InternLM2, lengths: Sequence[int] = LENGTHS, seconds: float = 20.0,
     show: Callable[[str], None] = lambda text: None,
 ) -> list[dict]:  # fmt: skip
-    """Times the forward pass (without logits) over one sequence of each length; the two models take turns.
+    """Times the forward pass (without logits) over one sequence of each length. The model with the kernels and the plain model
+    are measured in turns, so that a machine whose speed drifts favours neither.
 
     seconds: for all lengths together; each length gets at least two and at most nine pairs of runs
     Returns, for each length, the median tokens/s of both sides and the median of the paired ratios.
@@ -63,7 +64,7 @@ def lengths_table(rows: list[dict]) -> str:
 
 
 def plot_lengths(path: Path, rows: list[dict]) -> None:
-    """Tokens/s of both sides over the context length, both axes logarithmic."""
+    """Plots the tokens/s of the kernels and of the plain operators over the context length, both axes logarithmic."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullLocator

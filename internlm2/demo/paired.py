@@ -1,7 +1,7 @@
 """PairedTrainer: trains a model on the kernels and the same model on plain PyTorch operators, one step of each in turn.
 
-Both start from the same weights and see the same batches. Which of them goes first alternates, so that a machine whose speed
-drifts favours neither. The plain model is part of every checkpoint, so that the comparison continues where the run does.
+The two models start from the same weights and see the same batches. Which of them goes first alternates, so that a machine
+whose speed drifts favours neither. Every checkpoint also holds the plain model, so that a resumed run continues the comparison.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from internlm2.training.trainer import Trainer
 
 
 class PairedTrainer(Trainer):
-    """A Trainer whose log also holds plain_loss, plain_step_s and plain_validation_loss, of the plain model.
+    """A Trainer that also trains the plain model, whose plain_loss, plain_step_s and plain_validation_loss are in its log.
 
     plain: the learner of the plain model, built like the trainer's own but with operators="plain"
     """

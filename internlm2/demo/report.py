@@ -18,7 +18,8 @@ LAST = 50
 
 @dataclass(frozen=True)
 class StepCost:
-    """Bytes that one step needs beyond weights and optimizer state, for each side; None where the system cannot tell."""
+    """Bytes that one step needs beyond weights and optimizer state, with the kernels and with plain operators; None where the
+    system cannot tell."""
 
     kernels: int | None
     plain: int | None
@@ -112,7 +113,7 @@ def write_report(folder: Path, summary: dict, log: list[dict], sample: str) -> l
 
 
 def plot_losses(path: Path, log: list[dict]) -> None:
-    """Training and validation loss of both sides over the tokens seen."""
+    """Plots the training and validation losses of the kernels' model and of the plain model over the tokens seen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -32,9 +32,10 @@ FINISHED = "comparison.json"
 MIN_STEPS = 30
 # Overrides of the recipe. `steps` is an upper bound, about one pass over the corpus; a GPU needs larger batches to be busy.
 FOR_DEVICE = {"cpu": ("steps=600",), "cuda": ("steps=300", "data.tokens_per_batch=8192")}
-# Steps get this share of the time that is left after the report: checkpoints, validation and slower steps need the rest.
+# The report takes about REPORT_S seconds. Of the time without the report and LENGTHS_S, training steps are planned to take
+# SHARE_FOR_STEPS; checkpoints, validation and steps slower than the timed ones need the remainder.
 SHARE_FOR_STEPS, REPORT_S = 0.88, 12.0
-LENGTHS_S = 20.0  # for the last part, which measures tokens/s over context length
+LENGTHS_S = 20.0  # seconds for the last part, which measures tokens/s at several context lengths (lengths.py)
 PROMPT = 'def read_lines(path):\n    """'
 SAMPLE_TOKENS, TEMPERATURE = 200, 0.7
 
@@ -91,7 +92,8 @@ def _demo(device: str, folder: Path, deadline: float, console: Console) -> int:
 
 
 def _probe_both(config: TrainConfig, corpus: Corpus) -> tuple[list[float], StepCost]:
-    """The time of one step of each side in seconds, and the memory that it needs; measured on models of their own."""
+    """([seconds of a step with the kernels, with plain operators], memory that a step needs), measured on new models, which are
+    discarded afterwards."""
     times, bytes_ = [], []
     for operators in ("kernels", "plain"):
         stream, _ = build_batches(config, corpus)

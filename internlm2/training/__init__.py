@@ -1,1 +1,1 @@
-"""Training: one loop (trainer.py) over one optimizer step (learner.py), in a folder that a run can continue from."""
+"""Training: a loop (trainer.py) over optimizer steps (learner.py), whose state is kept in a folder so that it can continue."""

@@ -49,7 +49,8 @@ class RunCheckpoints:
         with atomic_directory(path) as temporary:
             for name, values in tensors.items():
                 save_tensors(values, temporary / name)
-            # A run may use what the released class refuses, such as another scaling; then only load_model reads the folder.
+            # exact=False, because a run may use what the released class refuses, such as another rope_scaling. Then only
+            # load_model can read the folder.
             hf = config_to_hf(model.config, head=model.head_name, exact=False)
             write_config(hf, temporary, model.model.norm.weight.dtype)
             (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n")
@@ -87,7 +88,8 @@ class RunCheckpoints:
         return None
 
     def _clean_up(self) -> None:
-        """Removes what a killed process left unfinished, and restores a checkpoint that it was about to replace."""
+        """Removes the unfinished folders of a process that was killed, and restores a checkpoint that this process was about
+        to replace."""
         for unfinished in self.folder.glob(".step-*.writing"):
             shutil.rmtree(unfinished)
         for previous in self.folder.glob(".step-*.previous"):

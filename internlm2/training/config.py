@@ -14,11 +14,11 @@ def _require(condition: bool, name: str, expected: str, got: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the text comes from and how it is cut.
+    """Where the text comes from, and how it is divided into sequences and batches.
 
     source:              "stdlib" (the source of Python's standard library), a text or JSON-lines file, or a folder of them
     max_bytes:           documents are read up to this many bytes of UTF-8
-    validation_fraction: share of the documents that is held out; their names decide which
+    validation_fraction: share of the documents that is held out for validation; which ones depends on their names alone
     tokenizer:           a SentencePiece model file; empty trains a byte-pair tokenizer of model.vocab_size on the source
     tokens_per_batch:    tokens of one forward and backward pass; an optimizer step takes `accumulation` such batches
     max_seqlen:          longer documents are cut into pieces of this many tokens
@@ -78,8 +78,8 @@ class TrainConfig:
     accumulation:       packed batches per optimizer step; their losses are weighted by their number of targets
     seed:               of the initial weights and the order of documents
     device:             "cpu" or "cuda"
-    threads:            CPU threads; 0 takes as many as this process may use. The saved configuration fixes the number, since
-                        with another number matrix products may sum in another order
+    threads:            CPU threads; 0 takes as many as this process may use. The saved configuration holds the number that was
+                        taken, because with another number matrix products may sum in another order
     compute_dtype:      "bfloat16" or "float32"; parameters, gradients and optimizer state are float32
     operators:          "kernels" (internlm2_kernels) or "plain" (PyTorch eager operators)
     checkpoint_every:   steps between checkpoints; one is also written at the end and on SIGTERM or SIGINT

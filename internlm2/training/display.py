@@ -9,7 +9,8 @@ LINE_EVERY_S = 10.0
 
 
 class RunDisplay:
-    """A context manager around the steps. Call `update` after each step and `warn` at any time."""
+    """A context manager that shows the progress of the steps made inside it. Call `update` after each step, `warn` at any
+    time."""
 
     def __init__(self, title: str, total: int, console: Console | None = None):
         self.console = console or Console()
@@ -32,7 +33,7 @@ class RunDisplay:
             self._progress.stop()
 
     def start_at(self, step: int) -> None:
-        """Tells where a resumed run begins; the time left is estimated from the steps after it only."""
+        """Sets the step at which a resumed run begins. Only the steps after it are used to estimate the time left."""
         self._started, self._first = time.perf_counter(), step
         if self._progress:
             self._progress.reset(self._task, completed=step, total=self._total, text="")
@@ -49,9 +50,9 @@ class RunDisplay:
             self.say(f"{self._title} {step}/{self._total}  {text}  {left:.0f} s left")
 
     def say(self, text: str) -> None:
-        """A line above the bar. It is printed unchanged: brackets in a path are not taken for markup."""
+        """Prints a line above the bar, unchanged: brackets in a path are not taken for markup."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """A highlighted line above the bar."""
+        """Prints a highlighted line above the bar."""
         self.console.print(f"warning: {text}", style="bold yellow", markup=False, highlight=False, soft_wrap=True)

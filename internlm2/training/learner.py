@@ -31,9 +31,9 @@ class StepResult:
 class Learner:
     """A model, its optimizer and the loss that it minimises.
 
-    The optimizer is AdamW (arXiv:1711.05101) with float32 moments: `FusedAdamW`, or PyTorch's own for comparison where
-    plain=True. Weight decay applies to matrices, embeddings and output head included, but not to the weights of norms: the
-    layer after a norm cannot make up for a shrunken weight.
+    The optimizer is AdamW (arXiv:1711.05101) with float32 moments: `FusedAdamW`, or with plain=True, for comparison, that of
+    PyTorch. Weight decay applies to all matrices, also the embedding and the output head, but not to the weights of norms,
+    because the layer after a norm cannot compensate for a weight that decay has shrunk.
     """
 
     def __init__(self, model: torch.nn.Module, config: OptimizerConfig, loss: Loss = next_token_loss, *,
@@ -103,7 +103,7 @@ class Learner:
         if by_parameter and set(by_parameter) != set(self._named):
             missing = sorted(set(self._named) - set(by_parameter))
             raise ValueError(f"optimizer state must cover every parameter, got none for {missing}")
-        expected = {"step", "exp_avg", "exp_avg_sq"}  # and a master copy where the parameter is not float32
+        expected = {"step", "exp_avg", "exp_avg_sq"}  # a parameter that is not float32 also has a master copy
         for name, fields in by_parameter.items():
             shape = self._named[name].shape
             if set(fields) - {"master"} != expected or any(fields[k].shape != shape for k in set(fields) - {"step"}):

@@ -36,7 +36,7 @@ class StepLog:
                 self._warn(f"{self.path} cannot be written ({error.strerror}); its lines are kept in memory for now")
 
     def sync(self) -> None:
-        """Forces the lines onto the disk, so that no checkpoint is ahead of the log."""
+        """Forces the lines onto the disk. Called before a checkpoint is saved, so that the log has every step up to it."""
         self._write_pending()
         os.fsync(self._file)
 
@@ -66,7 +66,7 @@ class StepLog:
                 self._end, data = self._end + written, data[written:]
             self._pending = []
         except OSError:
-            # A partly written line stays; the rest of it is written when there is room again.
+            # A part of the line may have been written. Only the rest is kept, and written when there is room again.
             self._pending = [data]
             raise
 
@@ -78,8 +78,8 @@ def read_log(path: Path) -> list[dict]:
 
 
 def memory_in_use(device: torch.device) -> tuple[int, int]:
-    """Bytes in use now, and the most since reset_peak_memory: resident memory of the process on a CPU, torch's allocations on
-    a GPU. Outside Linux, where the current figure is not available, both are the peak of the process."""
+    """(bytes in use now, the most since reset_peak_memory): on a CPU the resident memory of the process, on a GPU the memory
+    that torch has allocated. Outside Linux, where the current number is not available, both are the peak of the process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":
@@ -91,7 +91,8 @@ def memory_in_use(device: torch.device) -> tuple[int, int]:
 
 
 def reset_peak_memory(device: torch.device) -> bool:
-    """Starts a new measurement of the peak. False where the system cannot; then a peak is that of the whole process."""
+    """Starts a new measurement of the peak. Returns False where the system cannot do that; `memory_in_use` then gives the peak
+    since the process began."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True

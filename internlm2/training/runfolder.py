@@ -12,14 +12,14 @@ from internlm2.training.config import TrainConfig
 
 
 class RunLock:
-    """Reserves a run's folder for this process. The system releases it when the process ends, in whatever way."""
+    """Reserves the folder of a run for this process. The operating system releases it when the process ends, even by a kill."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         self._file = open(folder / "lock", "a+")  # noqa: SIM115  (the open file is the lock)
         try:
             import fcntl
-        except ImportError:  # Windows has no fcntl; there the user must not start two processes in one folder
+        except ImportError:  # Windows has no fcntl: there the user must not start two processes in one folder
             return
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,7 +56,8 @@ def saved_config(out: str | Path) -> TrainConfig | None:
 
 
 def resolve_machine(config: TrainConfig) -> TrainConfig:
-    """The configuration with threads = 0 replaced by what this process may use; ValueError where there is no such device."""
+    """The configuration with threads = 0 replaced by the number that this process may use; ValueError if config.device does not
+    exist on this machine."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be 'cpu' here, got 'cuda': torch sees no GPU")
     # torch's default is the number of physical cores: more threads than that make matrix products slower.

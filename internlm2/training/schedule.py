@@ -9,8 +9,8 @@ def cosine_with_warmup(step: int, *, peak: float, steps: int, warmup: int, floor
     lr = peak (step + 1) / warmup                                                     for step < warmup
     lr = peak (r + (1 - r) (1 + cos(pi p)) / 2),  p = (step - warmup) / (steps - 1 - warmup),  r = floor_ratio  after
 
-    The first step has a learning rate above 0, steps warmup - 1 and warmup have the peak, and the last step has the floor, as
-    have steps past the end.
+    The learning rate of the first step is above 0, that of steps warmup - 1 and warmup is the peak, and that of the last step
+    and of any step after it is the floor, peak * floor_ratio.
     Source: arXiv:1608.03983 eq. 5 without restarts; floor_ratio 0.1 as in arXiv:2403.17297 section 3.2.2.
     """
     if step < warmup:

@@ -29,8 +29,8 @@ MAX_SKIPPED_IN_A_ROW = 10
 
 @dataclass(frozen=True)
 class FitResult:
-    """How fit ended. step: steps done; stopped_by: the signal that stopped it, or None; saved: whether the state at `step` is
-    on the disk."""
+    """How `Trainer.fit` ended. step: steps done; stopped_by: the signal that stopped the run, or None; saved: whether a
+    checkpoint of the state at `step` is on the disk."""
 
     step: int
     stopped_by: signal.Signals | None
@@ -38,7 +38,8 @@ class FitResult:
 
 
 def exit_status(result: FitResult) -> int:
-    """The exit status of a command that ended with `result`; says on stderr what to do where the end was not reached."""
+    """The exit status of a command that ended with `result`. If the run did not reach its end, a line on stderr says what to
+    do."""
     if result.stopped_by:
         saved = "saved" if result.saved else "NOT saved"
         text = f"stopped by {result.stopped_by.name} at step {result.step}, {saved}; the same command continues"
@@ -51,7 +52,8 @@ def exit_status(result: FitResult) -> int:
 
 
 class StopSignals:
-    """Turns the first SIGTERM or SIGINT into a request to stop after the current step; a second one acts at once."""
+    """A context in which the first SIGTERM or SIGINT becomes a request to stop after the current step, noted in `received`.
+    A second one acts at once, as it would without this context."""
 
     def __init__(self):
         self.received: signal.Signals | None = None
@@ -144,7 +146,7 @@ class Trainer:
                 longest = max(longest, time.perf_counter() - started)
                 if self.step % self.config.checkpoint_every == 0:
                     self.save()
-            # This also tries a save again that failed at the last step.
+            # The state is saved at the end unless it is saved already. If the save at the last step failed, it is tried again.
             if self._saved_step != self.step:
                 self.save()
         return FitResult(self.step, stop.received, self._saved_step == self.step)
@@ -154,7 +156,7 @@ class Trainer:
         return self.learner.step(batches, lr), {}
 
     def validate(self) -> dict[str, float]:
-        """Losses on the held-out batches, under their names in the log."""
+        """{name in the log: loss} on the held-out batches; empty without such batches."""
         return {"validation_loss": self.learner.evaluate(self.validation)} if self.validation else {}
 
     def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
@@ -170,7 +172,7 @@ class Trainer:
         return tensors, {"step": self.step, "skipped": self._skipped, "data": self.batches.state_dict()}
 
     def load_state(self, tensors: dict[str, dict[str, torch.Tensor]], record: dict) -> None:
-        """Restores what `state` returned."""
+        """Restores the state from the two results of `state`."""
         self.batches.load_state_dict(record["data"])
         self.learner.model.load_state_dict(tensors["model.safetensors"])
         self.learner.load_optimizer_tensors(tensors["optimizer.safetensors"])

@@ -20,17 +20,18 @@ from .functions import _expm1
 from .squared_norm import TYPES
 from .tables import _address_of, _find_chunk, aligned, table
 
-CHUNK = 8192  # elements per program
-GROUPS = 256  # groups of eight elements per step of a program
-# The rows of the table after row 0. The address of a master is 0 if there is none.
+CHUNK = 8192  # elements that a program updates
+GROUPS = 256  # groups of eight elements that a program updates in one step of its loop
+# The rows of the table of addresses (tables.py, which defines row 0). The address of a master is 0 if there is none.
 SIZE, PARAM, GRAD, MASTER, EXP_AVG, EXP_AVG_SQ, STEPS, INDEX, OFFSET = (tl.constexpr(i) for i in range(1, 10))
 
 
 @triton.jit(do_not_specialize=["tensors"])
 def adamw_prepare_kernel(table_ptr, state_ptr, skipped_ptr, total_sq_ptr, grad_scale_ptr, found_inf_ptr, lr_ptr, tensors,
                          max_grad_norm, sign, BLOCK: tl.constexpr):
-    """state = (1 if the step is taken or 0 if it is skipped, factor of the gradients). Increments `steps` or `skipped`."""
-    taken = tl.where(tl.abs(tl.load(lr_ptr)) < float("inf"), tensors * 0 + 1, 0)  # a NaN also skips the step
+    """Stores in `state` two numbers: 1 if the step is taken or 0 if it is skipped, and the factor of the gradients. Increments
+    the step counts of all tensors, or `skipped` if the step is skipped."""
+    taken = tl.where(tl.abs(tl.load(lr_ptr)) < float("inf"), tensors * 0 + 1, 0)  # the comparison is false for NaN too
     factor = sign
     if grad_scale_ptr is not None:
         factor = tl.div_rn(factor, tl.load(grad_scale_ptr).to(tl.float32))
@@ -55,7 +56,8 @@ def adamw_prepare_kernel(table_ptr, state_ptr, skipped_ptr, total_sq_ptr, grad_s
 
 @triton.jit
 def _random(bits, seed, group, tensor, stream, step):
-    """16 random bits for each of [groups, 8] elements."""
+    """16 random bits for each of [groups, 8] elements, by Philox4x32-10. `stream` is 0 for the parameter, 1 for exp_avg and 2
+    for exp_avg_sq, so that each draws other bits (ops/_philox.py)."""
     low = (group & 0xFFFFFFFF).to(tl.uint32)
     high = (group >> 32).to(tl.uint32)
     third = low * 0 + (tensor * 4 + stream).to(tl.uint32)
@@ -101,8 +103,8 @@ def _store(ptr, at, x, size, MASKED: tl.constexpr):
 def _update(param_ptr, grad_ptr, master_ptr, avg_ptr, sq_ptr, first, size, first_group, factor, decay, rate, root, beta1,
             one_less_beta1, beta2, one_less_beta2, eps, seed, index, step, STOCHASTIC: tl.constexpr, MASKED: tl.constexpr,
             CHUNK: tl.constexpr, GROUPS: tl.constexpr):
-    """Updates one chunk, which begins at element `first`. A full chunk without a shift needs no masks and uses
-    16-byte accesses."""
+    """Updates one chunk, which begins at element `first`. MASKED: the chunk is shorter than CHUNK or is shifted (see the top of
+    the file). Other chunks need no masks and use 16-byte accesses."""
     for start in range(0, CHUNK // 8, GROUPS):
         group = first_group + start + tl.arange(0, GROUPS)
         at = first + (start + tl.arange(0, GROUPS))[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -151,7 +153,7 @@ def adamw_step_kernel(table_ptr, state_ptr, lr_ptr, tensors, seed, beta1, one_le
         master_ptr = _address_of(table_ptr, tensors, MASTER, tensor, tl.float32, ALIGNED)
     else:
         master_ptr = None
-    rate = tl.div_rn(lr, 0.0 - _expm1(step * log_beta1))  # 1 - beta^step without cancellation
+    rate = tl.div_rn(lr, 0.0 - _expm1(step * log_beta1))  # lr / (1 - beta1^step), without cancellation
     root = tl.sqrt_rn(0.0 - _expm1(step * log_beta2))
     decay = 1.0 - lr * weight_decay
     shift = offset % 8
@@ -165,7 +167,7 @@ def adamw_step_kernel(table_ptr, state_ptr, lr_ptr, tensors, seed, beta1, one_le
 
 
 def _table(entries, device):
-    """The rows of the table for entries (index, param, grad, master, exp_avg, exp_avg_sq, step, offset)."""
+    """(table on the device, number of chunks) of entries (index, param, grad, master, exp_avg, exp_avg_sq, step, offset)."""
     indices, *tensors, offsets = zip(*entries, strict=True)
     address = lambda tensors: [0 if t is None else t.data_ptr() for t in tensors]
     sizes = [t.numel() for t in tensors[0]]

@@ -12,7 +12,8 @@ from .common import check_dtype, launch
 
 
 def tile_config(heads: int, half: int, element_size: int) -> tuple[int, int, int]:
-    """(heads of a tile, columns of half a head, warps): 64 bytes per thread, which are four 16-byte loads."""
+    """(heads of a tile, half the columns of a head rounded up to a power of two, warps). Each thread gets 64 bytes, which are
+    four 16-byte loads."""
     block = triton.next_power_of_2(half)
     tile = min(triton.next_power_of_2(heads), max(1, 1024 // block))
     return tile, block, max(1, tile * block * element_size // 1024)

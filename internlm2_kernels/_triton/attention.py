@@ -27,15 +27,18 @@ from .._device_errors import error_word
 from .common import launch
 from .functions import _fast_tanh, _tanh
 
-SPLIT = 512  # keys per split; fewer merge more often, more leave too few programs: 1024 gives 64 for one sequence of 8k
+# Keys per split. Shorter splits are merged more often; longer ones give a decode of one sequence too few programs to fill a
+# GPU: with 1024, a sequence of 8192 keys and 8 key heads has only 64 programs.
+SPLIT = 512
 LOG2E = 1.4426950408889634
 _LN2 = tl.constexpr(0.6931471805599453)
-LARGEST_WINDOW = 2**30
+LARGEST_WINDOW = 2**30  # a wider window is treated as none; sequences are shorter, so it masks nothing
 CHECK_PROGRAMS = 64  # the largest number of programs that fill the results with NaN after an error
 
 
 class Options(NamedTuple):
-    """A score in units of log2 is outer * q.k, or with a soft-cap outer * tanh(inner * q.k). None: no limit of the window."""
+    """What the kernels need of scale, soft-cap and window. A score in units of log2 is outer * q.k, or with a soft-cap
+    outer * tanh(inner * q.k). A side of the window that is None has no limit."""
 
     inner: float
     outer: float
@@ -47,14 +50,15 @@ SMALLEST = 1.1754943508222875e-38  # the smallest normal float32; a factor of 0 
 
 
 def options(scale: float, softcap: float, left: int, right: int) -> Options:
-    """The settings as the kernels take them. A window wider than any sequence is None; every factor is a normal float32."""
+    """The `Options` of a call. A side of the window that is wider than any sequence becomes None, and factors are limited so
+    that they are normal float32 numbers."""
     # `_fast_tanh` multiplies inner by 3; if the factor became infinite, a score of 0 would become NaN
     inner, outer = (min(scale / softcap, 1e38), softcap * LOG2E) if softcap > 0 else (0.0, max(scale * LOG2E, SMALLEST))
     return Options(inner, outer, *(None if w < 0 or w > LARGEST_WINDOW else w for w in (left, right)))
 
 
 class Tile(NamedTuple):
-    """Query rows of a program, keys of a block, output columns of a program, warps and pipeline stages."""
+    """The tiling of attention. rows: query rows of a program; keys: keys of a block; values: output columns of a program."""
 
     rows: int
     keys: int
@@ -75,32 +79,36 @@ def tile_config(head_dim: int, element_size: int, arch: int, few_rows: bool) -> 
         return Tile(32, 16, min(width, 128), 8, 2)
     if arch // 10 == 10:
         return Tile(128, 64 if width <= 64 else 32, min(width, 64), 8, 3)
-    # Where a result has fewer rows than columns, mma.sync would distribute a row over several warps.
+    # 64 rows only with wgmma (sm_90) or for heads of at most 64 columns: where a product has fewer rows than columns, mma.sync
+    # would distribute a row over several warps.
     rows, num_warps = (64, 4) if few_rows and (arch == 90 or width <= 64) else (128, 8)
     if arch == 90:
         return Tile(rows, {32: 128, 64: 128, 128: 64, 256: 32}[width], min(width, 128), num_warps, 3)
-    # GPUs other than the data-center ones have 99 KiB of shared memory: two stages of heads above 128
+    # GPUs for workstations have 99 KiB of shared memory, which holds only two pipeline stages where d is above 128.
     return Tile(rows, 64 if width <= 64 else 32, min(width, 128), num_warps, 3 if arch == 80 or width <= 128 else 2)
 
 
 def strides(x: torch.Tensor, name: str) -> dict[str, int]:
-    """The strides of [B, S, heads, d], or of packed [T, heads, d] as one batch, as kernel arguments."""
+    """The strides of the tensor `name` as kernel arguments: of dense [B, S, heads, d], or of packed [T, heads, d], whose batch
+    stride is 0."""
     batch, row, head = x.stride()[:3] if x.dim() == 4 else (0, *x.stride()[:2])
     return {f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
 
 
 def slots(tokens: int, sequences: int, rows_per_token: int, block: int) -> int:
-    """The number of tiles for packed rows. The tiles of sequence i begin at cu[i] * rows_per_token // block + i (`_tile`)."""
+    """An upper limit of the number of tiles (slots) of packed sequences, which needs no sequence lengths: `_tile` begins the
+    tiles of sequence i at slot cu[i] * rows_per_token // block + i, and slots between sequences may stay empty."""
     return tokens * rows_per_token // block + max(sequences, 1)
 
 
 @triton.jit(do_not_specialize=["sequences", "tokens_q", "tokens_k", "a_size", "b_size", "c_size"])
 def attention_check_kernel(cu_q_ptr, cu_k_ptr, valid_ptr, error_ptr, a_ptr, b_ptr, c_ptr, sequences, tokens_q, tokens_k,
                            a_size, b_size, c_size, ERROR_Q: tl.constexpr, ERROR_K: tl.constexpr, BLOCK: tl.constexpr):
-    """valid = 1 if cu_q increases from 0 to tokens_q and cu_k, if given, from 0 to tokens_k.
+    """Stores 1 in `valid` if cu_q rises from 0 to tokens_q (equal neighbours are allowed), and cu_k, if given, from 0 to
+    tokens_k.
 
-    Otherwise valid = 0, the bit of the error is set and the results a, b, c are filled with NaN. The kernels that follow return
-    at once if valid is 0.
+    Otherwise stores 0 in `valid`, sets the bit of the error in the device's error word (_device_errors.py) and fills the
+    results a, b, c with NaN. The kernels that follow return at once if `valid` is 0.
     """
     bad_q = tl.zeros((BLOCK,), tl.int32)
     bad_k = tl.zeros((BLOCK,), tl.int32)
@@ -143,7 +151,8 @@ def _out_of_order(cu_ptr, index, sequences, tokens):
 
 
 def check_boundaries(cu_q, cu_k, tokens_q: int, tokens_k: int, error_q: int, error_k: int, *results) -> torch.Tensor:
-    """Whether the boundaries are valid, as int32 [1] on the device. If not, the (contiguous) results are filled with NaN."""
+    """Launches `attention_check_kernel`. Returns int32 [1] on the device, 1 if the boundaries are valid; otherwise the results,
+    up to three contiguous tensors, are filled with NaN."""
     valid = torch.empty(1, dtype=torch.int32, device=cu_q.device)
     a, b, c = (*results, None, None)[:3]
     programs = min(CHECK_PROGRAMS, max(1, triton.cdiv(max(x.numel() for x in results), 4096)))
@@ -157,9 +166,11 @@ def check_boundaries(cu_q, cu_k, tokens_q: int, tokens_k: int, error_q: int, err
 
 @triton.jit
 def _tile(cu_ptr, slot, sequences, length, rows_per_token, BLOCK: tl.constexpr):
-    """(sequence, its first token, its length, first row of the tile in it). Rows past the end of the sequence are unused.
+    """The tile of a slot: (sequence, first token of the sequence, number of its tokens, first row of the tile, counted from the
+    beginning of the sequence). Rows past the end of the sequence are unused.
 
-    The tiles of packed sequence i begin at slot cu[i] * rows_per_token // BLOCK + i, which leaves room for its partial tile.
+    The tiles of packed sequence i begin at slot cu[i] * rows_per_token // BLOCK + i. The term i leaves room for the last,
+    partial tile of every sequence before it.
     The sequence of a slot is found by bisection.
     """
     if cu_ptr is None:
@@ -180,8 +191,9 @@ def _tile(cu_ptr, slot, sequences, length, rows_per_token, BLOCK: tl.constexpr):
 
 @triton.jit
 def _edges(first, last, length, before, after, BLOCK: tl.constexpr):
-    """(a, b, c, d), multiples of BLOCK along the other axis, for a tile of positions first to last. A position p attends to the
-    others from p - before to p + after. The tile needs the others in [a, d), and those in [b, c) need no mask."""
+    """(a, b, c, d), multiples of BLOCK, for a tile of positions first to last on one axis of the scores (queries or keys): the
+    tile needs the blocks [a, d) of the other axis, of which [b, c) need no mask. The window pairs a position p of the tile with
+    the positions p - before to p + after of the other axis; None is no limit."""
     low = first * 0
     full_low = low
     high = length
@@ -201,9 +213,9 @@ def _edges(first, last, length, before, after, BLOCK: tl.constexpr):
 
 @triton.jit
 def _cap(score, inner, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr):
-    """tanh(inner * score) with a soft-cap, score without one. Options.outer is the remaining factor of the score."""
+    """tanh(inner * score) with a soft-cap, score without one. The result is still to be multiplied by Options.outer."""
     if SOFTCAP:
-        # 16-bit inputs round the probabilities to 2^-9 or 2^-12, and do not need an accurate tanh
+        # With 16-bit inputs the probabilities are rounded to 2^-9 or 2^-12, so an accurate tanh would not improve the result.
         return _tanh(score * inner) if FLOAT32 else _fast_tanh(score, inner)
     else:
         return score
@@ -211,8 +223,8 @@ def _cap(score, inner, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr):
 
 @triton.jit
 def _allowed(inside, position, key, left, right):
-    """Which pairs of a query position and a key the window allows: one of them a column, the other a row. `inside` excludes
-    keys or queries past the end of the sequence."""
+    """Mask of the pairs of a query position and a key that the window allows. One of `position` and `key` is a column and the
+    other a row, so that they broadcast. `inside` excludes keys or queries past the end of the sequence."""
     if left is not None:
         inside = inside & (key >= position - left)
     if right is not None:
@@ -222,7 +234,8 @@ def _allowed(inside, position, key, left, right):
 
 @triton.jit
 def _sees_one_key(position, keys, left, right):
-    """Whether the query at a position sees exactly one key. Its softmax is constant, so out does not depend on its score."""
+    """Whether the mask leaves exactly one key to the query at `position`. The softmax of one score is 1 for any score, so the
+    gradient of that score is 0."""
     first = position * 0
     last = first + keys - 1
     if left is not None:
@@ -234,7 +247,7 @@ def _sees_one_key(position, keys, left, right):
 
 @triton.jit
 def _scores(q, k, k_scale, key, position, keys, left, right, inner, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
-    """The scores of a block of keys, which are yet to be multiplied by Options.outer; -inf where the mask forbids the key."""
+    """The scores of a block of keys, still to be multiplied by Options.outer; -inf where the mask forbids the key."""
     score = tl.dot(q, tl.trans(k), input_precision="ieee")
     if k_scale is not None:
         score = score * k_scale[None, :]
@@ -262,7 +275,7 @@ def _attend(acc, z, m, score, v, outer, v_scale=None):
 
 @triton.jit
 def _empty(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The state (acc, z, m) of rows that have seen no key."""
+    """The state (acc, z, m) of rows before their first key: see `_attend`."""
     return (tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS,), tl.float32),
             tl.full((ROWS,), float("-inf"), tl.float32))
 

@@ -1,4 +1,4 @@
-"""What the launchers share: rows of strided tensors, the supported dtypes, the launch itself."""
+"""What the launchers of all operators share: rows of strided tensors, the supported dtypes, the launch itself."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,13 +7,15 @@ import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Only the static audit sets these. `record` gets (kernel, arguments, options) of every launch, and nothing is launched.
+# Only the static audit, which compiles kernels without a GPU and reads their machine code, sets these two variables. `record`
+# is then called with (kernel, arguments, options) in place of every launch.
 record: Callable[[Any, dict, dict], None] | None = None
 recorded_architecture = 90
 
 
 class Rows(NamedTuple):
-    """Row i of a tensor begins at (i // inner) * outer_stride + (i % inner) * inner_stride; strides in elements."""
+    """Where the rows of a tensor lie in memory: row i begins at element (i // inner) * outer_stride + (i % inner) *
+    inner_stride."""
 
     count: int
     inner: int
@@ -21,13 +23,14 @@ class Rows(NamedTuple):
     inner_stride: int
 
     def named(self, name: str) -> dict[str, int]:
-        """The three kernel arguments of the tensor `name`."""
+        """The kernel arguments that describe the rows of the tensor `name`."""
         return {f"{name}_inner": self.inner, f"{name}_outer_stride": self.outer_stride,
                 f"{name}_inner_stride": self.inner_stride}
 
 
 def rows_of(x: torch.Tensor) -> Rows:
-    """The rows of `x`, whose last dimension has stride 1: any shape if it is contiguous, otherwise up to three dimensions."""
+    """The rows of `x`, along its last dimension, which must have stride 1. `x` may have any shape if it is contiguous, and up
+    to three dimensions otherwise."""
     cols = x.shape[-1]
     if x.is_contiguous():
         return Rows(x.numel() // cols if cols else 0, 1, cols, 0)
@@ -46,8 +49,8 @@ def check_dtype(op: str, argument: str, x: torch.Tensor) -> None:
 
 
 def architecture(device: torch.device) -> int:
-    """The compute capability, such as 90, from which tiles are chosen. Without CUDA it is the one that the audit compiles
-    for."""
+    """The compute capability, such as 90 for Hopper, from which tiles are chosen. On other devices than CUDA it is the one for
+    which the static audit compiles."""
     if device.type != "cuda":
         return recorded_architecture
     major, minor = torch.cuda.get_device_capability(device)

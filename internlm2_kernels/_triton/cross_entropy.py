@@ -2,9 +2,9 @@
 
 One program computes one row. It reads the row once for the log-sum-exp and, if the gradient is wanted in the same call, a
 second time for the gradient. The second read hits the L2 cache if few rows are in flight, so each row gets many warps. Each
-thread keeps the running maximum and sum of its own columns, so the first read needs no reduction across threads before its
-end and one exponential per element. A row's bits depend only on its own values and on whether the rows are aligned to 16
-bytes: the alignment decides the width of a load, and the width decides the order of the sum.
+thread keeps the running maximum and sum of its own columns. The first read therefore takes one exponential per element, and
+no reduction across threads before its end. A row's bits depend only on its own values and on whether the rows are aligned to
+16 bytes: the alignment decides the width of a load, and the width decides the order of the sum.
 """
 
 import torch
@@ -22,7 +22,8 @@ BLOCK = 4096  # columns that one program of the separate backward writes
 
 
 def tile_config(vocab: int) -> tuple[int, int]:
-    """(lanes of INNER columns, warps): 16 columns per thread, which are two 16-byte loads of a 2-byte dtype."""
+    """(groups of INNER columns that one step reads, warps). Each thread gets 16 columns, which are two 16-byte loads of a
+    2-byte dtype."""
     block = min(triton.next_power_of_2(max(vocab, INNER)), LARGEST_BLOCK)
     return block // INNER, max(1, block // 512)
 
@@ -104,8 +105,8 @@ def cross_entropy_fwd_kernel(logits_ptr, labels_ptr, count_ptr, loss_ptr, z_loss
 def cross_entropy_bwd_kernel(dloss_ptr, logits_ptr, labels_ptr, lse_ptr, count_ptr, dlogits_ptr, error_ptr, vocab, stride,
                              dlogits_stride, dloss_step, ignore_index, smoothing, z_loss, softcap,
                              SOFTCAP: tl.constexpr, ERROR: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of columns of one row. dlogits and logits may be the same tensor, because each program reads only the elements
-    that it writes."""
+    """Computes the gradient of a block of columns of one row. dlogits and logits may be the same tensor, because each program
+    reads only the elements that it writes."""
     blocks = tl.cdiv(vocab, BLOCK)
     row = tl.program_id(0).to(tl.int64) // blocks
     first = tl.program_id(0) % blocks * BLOCK
@@ -143,7 +144,7 @@ def _sweep(logits, labels, count, losses, lse, dlogits, ignore_index, label_smoo
 
 
 def _losses(logits, return_z_loss):
-    """Memory for the rows' losses and, where wanted, their z-losses."""
+    """New tensors for the losses of the rows and for their z-losses (None where they are not wanted)."""
     check_dtype("cross_entropy", "logits", logits)
     new = lambda: torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     return new(), new() if return_z_loss else None

@@ -32,10 +32,11 @@ from .flash_attention_bwd import backward
 def _walk(state, q, k_ptr, v_ptr, k_row, v_row, v_cols, position, start, end, keys, left, right, inner, outer,
           SOFTCAP: tl.constexpr, MASKED: tl.constexpr, MULTI_SPLIT: tl.constexpr, SPLIT: tl.constexpr,
           HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Processes the key blocks from start to end. Where a split begins, the split before it is merged into the total.
+    """Processes the keys from start to end, in blocks. Where a split begins (attention.py), the result of the split before it
+    is merged into the total.
 
-    This is one loop over blocks with a rare branch, because nested loops over splits and blocks would drain the pipeline of
-    loads at the end of every split.
+    This is one loop over blocks with a branch that is rarely taken: nested loops over splits and blocks would drain the
+    pipeline of loads at the end of every split.
     """
     acc, z, m, total, total_z, total_m = state
     offset = tl.arange(0, BLOCK_N)

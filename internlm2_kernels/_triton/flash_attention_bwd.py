@@ -1,7 +1,7 @@
 """Flash attention backward. Contract: ops/flash_attention.py.
 
-With p = exp(s - lse) and delta = rowsum(dout * out) - dlse: ds = p * (dout v^T - delta), dq = scale * ds k,
-dk = scale * ds^T q, dv = p^T dout.
+With the scores s, p = exp(s - lse) and delta = rowsum(dout * out) - dlse: ds = p * (dout v^T - delta), dq = scale * ds k,
+dk = scale * ds^T q, dv = p^T dout. dlse is the upstream gradient of lse.
 
 One kernel computes dk and dv: a program owns a tile of keys of one key head and loops over the query rows of all heads of the
 group in order. Another kernel computes dq: a program owns a tile of query rows of one head and loops over the keys. Both
@@ -21,8 +21,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Tile(NamedTuple):
-    """The keys (or query rows) that a program owns, the query rows (or keys) of one step of its loop, output columns, warps and
-    pipeline stages."""
+    """The tiling of one kernel. own: the keys (in the kernel of dq: the query rows) whose gradients a program computes; then
+    the query rows (in the kernel of dq: the keys) of one step of its loop, and its output columns."""
 
     own: int
     other: int
@@ -34,9 +34,10 @@ class Tile(NamedTuple):
 def dkdv_tiles(head_dim: int, element_size: int, arch: int) -> list[tuple[bool, bool, Tile]]:
     """(whether it computes dk, whether it computes dv, tile) of each launch.
 
-    For heads of at most 64 columns one launch computes both. For larger heads the two accumulators and the scores do not fit
-    in registers together, and two launches compute the scores twice, one matrix product of eight more. On Hopper the scores'
-    product is efficient from 64 rows on. On Ampere each warp holds its rows of k and v in registers, so the step is small.
+    For heads of at most 64 columns one launch computes dk and dv. For larger heads the two accumulators and the scores do not
+    fit in registers together. There one launch computes dk and another dv. Each computes the scores, so that a backward takes
+    eight matrix products in place of seven. On Hopper the product of the scores is efficient from 64 rows on. On Ampere each
+    warp holds its rows of k and v in registers, so the step is small.
     """
     width = triton.next_power_of_2(head_dim)
     if element_size == 4:
@@ -59,7 +60,7 @@ def dkdv_tiles(head_dim: int, element_size: int, arch: int) -> list[tuple[bool, 
 
 def dq_tile(head_dim: int, element_size: int, arch: int) -> Tile:
     width = triton.next_power_of_2(head_dim)
-    server = arch in (80, 90) or arch // 10 == 10  # other GPUs have 99 KiB of shared memory
+    server = arch in (80, 90) or arch // 10 == 10  # data-center GPUs; others have only 99 KiB of shared memory
     if element_size == 4:
         return Tile(32, 16, min(width, 128), 8, 2 if server or width <= 128 else 1)
     if width == 256:
@@ -75,8 +76,9 @@ def flash_attention_bwd_delta_kernel(dout_ptr, out_ptr, lse_ptr, dlse_ptr, rows_
                                      HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """Stores (lse, delta, lse, delta) for each row, [..., rows, 4]: lse in units of log2, delta = rowsum(dout * out) - dlse.
 
-    A row without keys gets lse = inf, which makes p 0, and delta = 0. The values are stored twice because Triton lets every
-    thread load all values of a tensor that has fewer elements than threads; the addresses would need many registers.
+    A row without keys gets lse = inf, which makes p 0, and delta = 0. Both values are stored twice because a tile of them must
+    not have fewer elements than the program has threads: Triton would then let every thread load all of them, and the
+    addresses would need many registers.
     """
     tiles = (length + ROWS - 1) // ROWS
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -101,7 +103,8 @@ def flash_attention_bwd_delta_kernel(dout_ptr, out_ptr, lse_ptr, dlse_ptr, rows_
 
 @triton.jit
 def _probabilities(score, lse, allowed, inner, outer, SOFTCAP: tl.constexpr, FLOAT32: tl.constexpr):
-    """(p, tanh of the soft-cap, or the scores without one). lse is in units of log2, and infinite for a row without keys."""
+    """(p, capped): the probabilities, and tanh(inner * score) with a soft-cap or the score without one. lse is in units of
+    log2, and infinite for a row without keys."""
     score = _cap(score, inner, SOFTCAP, FLOAT32)
     p = tl.exp2(tl.fma(score, outer, -lse))
     if allowed is not None:
@@ -111,11 +114,12 @@ def _probabilities(score, lse, allowed, inner, outer, SOFTCAP: tl.constexpr, FLO
 
 @triton.jit
 def _score_gradient(p, dp, delta, tanh, allowed, SOFTCAP: tl.constexpr):
-    """The gradient of scale * q.k."""
+    """The gradient with respect to scale * q.k, from the probabilities p, their gradients dp, delta = rowsum(dout * out) - dlse
+    and, with a soft-cap, its tanh."""
     ds = p * (dp - delta)
     if SOFTCAP:
         ds = ds * tl.fma(-tanh, tanh, 1.0)
-    if allowed is not None:  # p is 0 there, but dp is NaN if v or the upstream gradient is
+    if allowed is not None:  # p is 0 where a pair is not allowed, but dp may be NaN there, from v or the upstream gradient
         ds = tl.where(allowed, ds, 0.0)
     return ds
 
@@ -173,13 +177,14 @@ def _dkdv_walk(dk, dv, k, v, q_ptr, dout_ptr, rows_ptr, q_row, dout_row, key, st
         if DV:
             if WHOLE:
                 dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-            else:  # only the output columns of this program
+            else:  # dv needs only the columns of dout that this program computes
                 values = _load(dout_ptr, begin, part, dout_row, queries, HEAD_DIM, True, HEAD_DIM % BLOCK_V == 0, BLOCK_M, WIDE)
                 dv = tl.dot(p.to(values.dtype), values, dv, input_precision="ieee")
         if DK:
             dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
             ds = _score_gradient(p, dp, delta[None, :], tanh, allowed, SOFTCAP)
-            if MASKED and OUT_ONLY:  # a factor of 0, so that a NaN of the upstream gradient stays one
+            # A query with one key has ds = 0 exactly. The product with 0 keeps a NaN of the upstream gradient.
+            if MASKED and OUT_ONLY:
                 ds = ds * tl.where(_sees_one_key(position, keys, left, right), 0.0, 1.0)[None, :]
             ds = ds.to(q.dtype)
             if WHOLE:
@@ -239,7 +244,7 @@ def flash_attention_bwd_dkdv_kernel(dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, dk_
         q_rows = q_ptr + sequence * q_batch + head * q_head + first * q_row
         dout_rows = dout_ptr + sequence * dout_batch + head * dout_head + first * dout_row
         rows = rows_ptr + (sequence * lse_batch + head * lse_head + first) * 4
-        if window_left is not None:  # one loop instead of three, which would need more registers
+        if window_left is not None:  # one masked loop for all blocks: three loops, as below, would need more registers
             dk, dv = _dkdv_walk(dk, dv, k, v, q_rows, dout_rows, rows, q_row, dout_row, key, a, end, keys, queries, shift,
                                 window_left, window_right, inner, outer, column, SOFTCAP, True, OUT_ONLY, DK, DV, WIDE,
                                 HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_V)
@@ -258,7 +263,7 @@ def flash_attention_bwd_dkdv_kernel(dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, dk_
     if DK:
         factor = scale
         if OUT_ONLY:
-            factor = tl.where(keys == 1, 0.0, scale)  # every query sees only this key
+            factor = tl.where(keys == 1, 0.0, scale)  # with one key in the sequence the gradient of every score is 0
         tl.store(dk_ptr + place, (dk * factor).to(dk_ptr.dtype.element_ty), mask=mask)
     if DV:
         tl.store(dv_ptr + place, dv.to(dv_ptr.dtype.element_ty), mask=mask)
@@ -338,7 +343,7 @@ def flash_attention_bwd_dq_kernel(dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, dq_pt
         dq = _dq_walk(dq, q, dout, lse, delta, k_rows, v_rows, k_row, v_row, position, edges[part_of_mask],
                       edges[part_of_mask + 1], keys, window_left, window_right, inner, outer, column, SOFTCAP,
                       part_of_mask != 1, WIDE, HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_V)
-    if window_right is not None:  # a fully masked row, which NaN in keys that it must not see may have made NaN
+    if window_right is not None:  # dq of a fully masked row is 0; masked keys that are NaN may have made it NaN
         dq = tl.where((position + window_right < 0)[:, None], 0.0, dq)
     col = column + tl.arange(0, BLOCK_V)
     place = sequence * dq_batch + (first + row)[:, None] * dq_row + head * dq_head + col[None, :]
@@ -349,7 +354,7 @@ def flash_attention_bwd_dq_kernel(dout_ptr, q_ptr, k_ptr, v_ptr, rows_ptr, dq_pt
 
 
 def backward(dout, q, k, v, out, lse, dlse, cu_q, cu_k, valid, window_left, window_right, scale, softcap, dq, dk, dv):
-    """Fills dq, dk and dv."""
+    """Launches the kernels of the backward, which fill dq, dk and dv. `valid` is the result of `check_boundaries`, or None."""
     dense, (heads, head_dim), kv_heads = cu_q is None, q.shape[-2:], k.shape[-2]
     arch, size, width = architecture(q.device), q.element_size(), triton.next_power_of_2(head_dim)
     sequences = q.shape[0] if dense else cu_q.shape[0] - 1

@@ -10,8 +10,8 @@ import triton.language as tl
 
 @triton.jit
 def _fast_exp(x):
-    """exp(x) in two instructions; tl.exp takes five, because it also gives subnormal results. The error is about |x| / 2 ulp,
-    which softmax and sigmoid tolerate: where |x| is large, their results are close to 0 or 1."""
+    """exp(x) in two instructions; tl.exp takes five, because its results may be subnormal. The error is about |x| / 2 ulp.
+    Softmax and sigmoid tolerate it: where |x| is large, their results are close to 0 or 1."""
     return tl.exp2(x * 1.4426950408889634)
 
 
@@ -19,7 +19,7 @@ def _fast_exp(x):
 def _fast_tanh(x, scale):
     """tanh(scale * x) with an absolute error of 2^-22, as 1 - 2 / (exp(2 * scale * x) + 1).
 
-    The reciprocal is the square of rsqrt, two instructions; Triton's division takes seven.
+    The reciprocal is computed as the square of rsqrt, which takes two instructions; Triton's division takes seven.
     """
     root = tl.rsqrt(tl.exp2(x * (scale * 2.8853900817779268)) + 1.0)
     return tl.fma(root * root, -2.0, 1.0)
@@ -54,9 +54,9 @@ def _exponential(x):
     x = tl.where(x < -104.0, -104.0, x)  # tl.maximum would not propagate a NaN
     x = tl.where(x > 89.0, 89.0, x)
     n = tl.floor(tl.fma(x, 1.4426950408889634, 0.5))
-    r = tl.fma(n, -0.693359375, x)  # ln(2) in two parts; n times the first part is exact
+    r = tl.fma(n, -0.693359375, x)  # x - n ln(2), with ln(2) in two parts; n times the first part is exact
     r = tl.fma(n, 2.12194440e-4, r)
-    return (1.0 + _series(r)) * tl.exp2(n - 1.0) * 2.0  # in two steps, because float32 has no 2^128
+    return (1.0 + _series(r)) * tl.exp2(n - 1.0) * 2.0  # 2^n in two factors: n may be 128, and 2^128 is infinite in float32
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """Generalised advantage estimation. Contract: ops/gae.py.
 
-One program processes one sequence backwards in blocks. A position maps the state (advantage A, next value V) to
-A' = a A + b V + c and V' = its own value; a masked position keeps the state. An associative scan composes the maps of a block,
-and the state at the beginning of a block is the input of the block before it.
+One program processes one sequence backwards in blocks. The state at a position is the pair (A, V) of the advantage and the
+value of the next position that counts. Each position maps it linearly to A' = a A + b V + c and V' = its own value; a masked
+position keeps the state. An associative scan composes the maps of a block. The state that results at the beginning of a block
+is the input of the block that precedes it in the sequence.
 """
 
 import torch
@@ -18,7 +19,8 @@ BLOCK = 1024
 
 @triton.jit
 def _compose(a1, b1, c1, d1, e1, a2, b2, c2, d2, e2):
-    """The map (A, V) -> (a A + b V + c, d V + e), d = 0 or 1, that applies map 1 and then map 2."""
+    """The coefficients (a, b, c, d, e) of the map (A, V) -> (a A + b V + c, d V + e), d = 0 or 1, that applies first the map of
+    a1 to e1 and then that of a2 to e2."""
     return (a1 * a2, a2 * b1 + b2 * d1, a2 * c1 + b2 * e1 + c2, d1 * d2, d2 * e1 + e2)
 
 
@@ -56,7 +58,7 @@ def gae_fwd_kernel(rewards_ptr, values_ptr, cu_ptr, mask_ptr, bootstrap_ptr, adv
         next_value = d * value + e
         tl.store(advantages_ptr + t, at, mask=here)
         tl.store(returns_ptr + t, at + v, mask=here)
-        final = offset == BLOCK - 1  # of a block that is not the sequence's last, all positions count
+        final = offset == BLOCK - 1  # the earliest position of a full block; after a partial one the loop ends
         advantage = tl.sum(tl.where(final, at, 0.0), axis=0)
         value = tl.sum(tl.where(final, next_value, 0.0), axis=0)
 

@@ -12,7 +12,7 @@ BLOCK = 1024
 
 @triton.jit
 def _log_ratio(logprobs_ptr, ref_ptr, mask_ptr, index, size):
-    """(logprobs - ref_logprobs, which tokens count); the difference is 0 where a token does not count."""
+    """(x, counts): counts is True for the tokens inside the mask, and x is logprobs - ref_logprobs there and 0 elsewhere."""
     known = index < size
     x = tl.load(logprobs_ptr + index, mask=known, other=0.0).to(tl.float32)
     x -= tl.load(ref_ptr + index, mask=known, other=0.0).to(tl.float32)

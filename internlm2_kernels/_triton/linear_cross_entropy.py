@@ -16,8 +16,9 @@ MERGE_TILES, MERGE_ROWS = 32, 32
 
 @triton.jit
 def _write_coefficients(coefficients_ptr, row, stride, mask, share, lse, ignored, bad, smoothing, z_loss, vocab):
-    """Writes d loss / d logit_j = share (p_j (1 + 2 z lse) - (1 - e) [j = label] - e / V) as the four coefficients that
-    linear_head_bwd.py describes; e is the label smoothing, z the factor of the z-loss and V the size of the vocabulary."""
+    """Writes, for each row, the four coefficients a, b, c, s (see the top of linear_head_bwd.py) that describe the gradient
+    d loss / d logit_j = share (p_j (1 + 2 z lse) - (1 - e) [j = label] - e / V). share is the factor of the row (`_share`),
+    e the label smoothing, z the factor of the z-loss and V the size of the vocabulary."""
     share = tl.where(bad, float("nan"), tl.where(ignored, 0.0, share))
     drift = tl.where(share == 0.0, 0.0, 2.0 * z_loss * lse)  # the lse of an ignored row may be infinite
     tl.store(coefficients_ptr + row, share * (1.0 + drift), mask=mask)
@@ -84,7 +85,7 @@ def _part(x, begin, end):
 
 
 def _losses(rows, device, return_z_loss):
-    """Memory for the rows' losses, their z-losses where wanted, and their lse."""
+    """New tensors for the losses of the rows, their z-losses (None where they are not wanted), and their lse [rows, 2]."""
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=device)
     return new(rows), new(rows) if return_z_loss else None, new(rows, 2)
 
@@ -102,7 +103,8 @@ def linear_cross_entropy_fwd(hidden, weight, labels, token_weights, ignore_index
 
 
 def _gradients(hidden, weight, needs_dhidden, needs_dweight, dhidden_dtype, dweight_dtype):
-    """(dhidden, dweight), not yet filled. A gradient that is not wanted has no rows; without tokens dweight is zero."""
+    """New tensors (dhidden, dweight), to be filled by the backward. A gradient that is not wanted has no rows. Without tokens
+    no kernel runs, and dweight is set to zero here."""
     depth, device, rows = hidden.shape[1], hidden.device, hidden.shape[0]
     dhidden = torch.empty((rows if needs_dhidden else 0, depth), dtype=dhidden_dtype, device=device)
     make = torch.empty if rows else torch.zeros

@@ -2,8 +2,9 @@
 
 The logits = hidden @ weight.T are never stored as a whole. One program computes a tile of logits, for a block of rows and a
 block of the vocabulary, and stores what the softmax of each row needs from it: the maximum, the sum of exponentials and so
-on, one float32 value each. A second kernel merges the blocks of the vocabulary in order. The tile does not depend on the
-number of rows, and each logit is accumulated along the hidden size in one order, so a row's bits depend only on that row.
+on, one float32 value each. A second kernel merges these results along the vocabulary, in order. The size of the tile does not
+depend on the number of rows, and each logit is accumulated along the hidden size in one order, so a row's bits depend only on
+that row.
 """
 
 from typing import NamedTuple
@@ -16,13 +17,14 @@ from .common import architecture, launch
 from .functions import _fast_exp
 from .losses import _capped
 
-CHUNK_BYTES = 384 * 2**20  # memory for d loss / d logits: 2048 tokens of InternLM2's vocabulary in 16 bits
-FORWARD_ROWS = 16384  # rows per launch without gradients; bounds the memory of the per-block results
-GROUP = 16  # row blocks that are computed together, so that they share blocks of the weight in the L2 cache
+CHUNK_BYTES = 384 * 2**20  # memory for d loss / d logits of one chunk: 2048 tokens of InternLM2's vocabulary in 16 bits
+FORWARD_ROWS = 16384  # rows of one launch where no gradient is wanted; limits the memory for the results of the tiles
+GROUP = 16  # row blocks whose programs run at the same time, so that they share blocks of the weight in the L2 cache
 
 
 class Tile(NamedTuple):
-    """The rows and columns of one program's tile, its step along the inner dimension, warps and pipeline stages."""
+    """The tiling of a matrix product: rows and columns of the tile that a program computes; inner: its step along the dimension
+    that is summed over."""
 
     rows: int
     cols: int
@@ -32,8 +34,8 @@ class Tile(NamedTuple):
 
 
 def tile_config(element_size: int, arch: int, narrow: bool = False) -> Tile:
-    """The tile for an architecture (80, 90, ...). It must not depend on the number of rows, or a row's bits would.
-    `narrow`: half the columns, for an epilogue that needs many registers."""
+    """The tile for an architecture (80, 90, ...). It must not depend on the number of rows, because the bits of a row would
+    then depend on it too. `narrow` takes half the columns, for kernels that need many registers after the product."""
     if element_size == 4:
         return Tile(64, 64, 32, 4, 2)
     if arch < 90:
@@ -48,7 +50,8 @@ def scores_tile(x: torch.Tensor, softcap: float) -> Tile:
 
 @triton.jit
 def _place(blocks_m, blocks_n, GROUP: tl.constexpr):
-    """(row block, column block) of this program. Consecutive programs cover GROUP row blocks of one column block."""
+    """(row block, column block) of this program. GROUP consecutive programs take the same column block and different row
+    blocks, so that they share the column block in the L2 cache."""
     program = tl.program_id(0)
     group = program // (GROUP * blocks_n)
     size = tl.minimum(blocks_m - group * GROUP, GROUP)
@@ -101,7 +104,8 @@ def _logits(hidden_ptr, weight_ptr, rows, vocab, depth, hidden_stride, weight_st
 
 @triton.jit
 def _labels_in(block_n, labels_ptr, row, col, mask, first_token, vocab, BLOCK_N: tl.constexpr):
-    """(whether the label of each row is in this column block, which logits of the tile belong to labels)."""
+    """(here, own): for each row whether its label is in this column block, and the mask of the elements of the tile that are
+    the logits of labels."""
     label = tl.load(labels_ptr + row, mask=mask, other=-1).to(tl.int64) - first_token
     here = (label < vocab) & (label >= block_n * BLOCK_N) & (label < (block_n + 1) * BLOCK_N)
     return here, col[None, :] == tl.where(here, label, -1).to(tl.int32)[:, None]
@@ -182,12 +186,13 @@ def _merged(top_ptr, sum_ptr, total_ptr, moment_ptr, index_ptr, row, mask, tiles
 
 
 def block_sizes(tile, inner):
-    """The constants of a kernel whose product has the inner dimension `inner`."""
+    """The constexpr arguments of a kernel that computes a matrix product with `tile`, summed over `inner` elements."""
     return dict(EVEN=inner % tile.inner == 0, GROUP=GROUP, BLOCK_M=tile.rows, BLOCK_N=tile.cols, BLOCK_K=tile.inner)
 
 
 class Blocks(NamedTuple):
-    """The forward's results for each block of the vocabulary, [blocks, padded rows], and the label's logit of each row."""
+    """What the forward stores: one value for each block of the vocabulary and each row, [blocks, padded rows] (None where a
+    value is not wanted), and the logit of each row's label."""
 
     top: torch.Tensor
     sum: torch.Tensor
@@ -210,10 +215,11 @@ def gradient_chunks(rows: int, vocab: int, element_size: int) -> list[tuple[int,
 
 def forward(hidden, weight, labels, scale, softcap, *, first_token=0, stored=None, needs_sum=False, needs_moment=False,
             needs_index=False) -> Blocks:
-    """Launches the forward. `scale` multiplies the logits; None stands for 1."""
+    """Launches `linear_head_fwd_kernel`. `scale` multiplies the logits; None stands for 1. `stored`: memory for what the
+    backward needs of each logit (see linear_head_bwd.py), or None."""
     (rows, depth), vocab = hidden.shape, weight.shape[0]
     tile = scores_tile(hidden, softcap)
-    shape = triton.cdiv(vocab, tile.cols), triton.cdiv(rows, 128) * 128  # the same alignment for every number of rows
+    shape = triton.cdiv(vocab, tile.cols), triton.cdiv(rows, 128) * 128  # padded: one alignment for any rows
     new = lambda wanted, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=hidden.device) if wanted else None
     blocks = Blocks(new(True), new(True), torch.empty(shape[1], dtype=torch.float32, device=hidden.device), new(needs_sum),
                     new(needs_moment), new(needs_index, torch.int32))

@@ -10,12 +10,12 @@ The backward works on chunks of rows and has two steps:
    the products of float16.
 
 The chunk size follows from CHUNK_BYTES and the number of rows alone. float16 cannot represent a gradient that has been divided
-by thousands of tokens; there the coefficients of a chunk are divided by the largest of them, the peak, and the products are
-multiplied by it again in float32.
+by thousands of tokens. For float16 the coefficients of a chunk are therefore divided by the largest of them, the peak, and the
+products are multiplied by the peak again in float32.
 
-d loss / d logit_j = p_j (a - b (logit_j - lse)) + c for all columns but the label's, where a p_j becomes a (p_j - 1) and s is
-added. Each operator computes the four coefficients a, b, c, s of every row. If all four are 0, the gradient is 0 for any
-logits.
+Coefficients: d loss / d logit_j = p_j (a - b (logit_j - lse)) + c for every column j but the label's, and
+a (p_j - 1) - b p_j (logit_j - lse) + c + s for the label's column. Each operator computes the four coefficients a, b, c, s of
+every row; b is 0 unless an entropy has an upstream gradient. If all four are 0, the gradient is 0 for any logits.
 """
 
 import torch
@@ -32,7 +32,8 @@ COEFFICIENTS = 4
 
 @triton.jit
 def _coefficients(coefficients_ptr, peak_ptr, row, stride, mask):
-    """(a, b, c, s, whether all four are 0) of each row; with a peak, the coefficients are divided by it."""
+    """(a, b, c, s, whether all four are 0) of each row: the coefficients that the top of this file defines, divided by the peak
+    if there is one."""
     a = tl.load(coefficients_ptr + row, mask=mask, other=0.0)
     b = tl.load(coefficients_ptr + stride + row, mask=mask, other=0.0)
     c = tl.load(coefficients_ptr + 2 * stride + row, mask=mask, other=0.0)
@@ -53,7 +54,7 @@ def linear_head_gradient_kernel(hidden_ptr, weight_ptr, labels_ptr, lse_ptr, coe
                                 first_token, scale, softcap,
                                 SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,
                                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """d loss / d (hidden . weight) of a tile, whose logits are computed again."""
+    """Computes the logits of a tile again and stores d loss / d (hidden . weight), the gradient before soft-cap and scale."""
     block_n, row, col, logit = _logits(hidden_ptr, weight_ptr, rows, vocab, depth, hidden_stride, weight_stride, scale, softcap,
                                        SOFTCAP, EVEN, GROUP, BLOCK_M, BLOCK_N, BLOCK_K)
     mask = row < rows
@@ -84,7 +85,9 @@ def linear_head_gradient_kernel(hidden_ptr, weight_ptr, labels_ptr, lse_ptr, coe
 def linear_head_stored_kernel(stored_ptr, labels_ptr, top_ptr, label_ptr, lse_ptr, coefficients_ptr, peak_ptr, vocab,
                               stored_stride, stride, coefficient_stride, softcap,
                               SOFTCAP: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Converts TILES blocks of one row from what the forward stored to d loss / d logit, in place; b is taken as 0."""
+    """Converts TILES blocks of one row, in place: from what the forward stored (exp(logit - block maximum), or with a soft-cap
+    logit - block maximum) to d loss / d logit. The coefficient b (see the top of this file) is 0 here, because only
+    linear_logprobs has an entropy, and it computes the logits again."""
     blocks = tl.cdiv(vocab, TILES * BLOCK_N)
     row = tl.program_id(0).to(tl.int64) // blocks
     tile = tl.program_id(0) % blocks * TILES + tl.arange(0, TILES)
@@ -111,7 +114,7 @@ def linear_head_stored_kernel(stored_ptr, labels_ptr, top_ptr, label_ptr, lse_pt
 
 @triton.jit(do_not_specialize=["size"])
 def linear_head_peak_kernel(x_ptr, peak_ptr, size, BLOCK: tl.constexpr):
-    """peak = the largest finite |x|, or 1 if that is 0."""
+    """Stores in `peak` the largest finite |x|, or 1 if that is 0, so that x can be divided by it."""
     peak = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
         index = start + tl.arange(0, BLOCK).to(tl.int64)
@@ -125,7 +128,8 @@ def linear_head_peak_kernel(x_ptr, peak_ptr, size, BLOCK: tl.constexpr):
 def linear_head_product_kernel(a_ptr, b_ptr, add_ptr, out_ptr, peak_ptr, rows, cols, inner, a_row, a_inner, b_inner, out_row,
                                EVEN: tl.constexpr, GROUP: tl.constexpr,
                                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """out = add + peak * (a @ b), rounded once. add and out have the same layout and may be the same tensor."""
+    """out = add + peak * (a @ b), rounded once. `add` None stands for 0 and `peak` None for 1. `add` and `out` have the same
+    layout and may be the same tensor."""
     block_m, block_n = _place(tl.cdiv(rows, BLOCK_M), tl.cdiv(cols, BLOCK_N), GROUP)
     row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     col = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -148,7 +152,8 @@ def linear_head_product_kernel(a_ptr, b_ptr, add_ptr, out_ptr, peak_ptr, rows, c
 def chunk_buffer(ranges: list[tuple[int, int]], weight: torch.Tensor) -> torch.Tensor:
     """Memory for one chunk of d loss / d logits: [rows, V rounded up to 16], so that rows are aligned to 16 bytes.
 
-    The padding is 0: PyTorch's bfloat16 product on a CPU multiplies it by 0 and adds it, and the memory may contain NaN.
+    The padding is set to 0. PyTorch's bfloat16 product on a CPU reads it, multiplies it by 0 and adds it to the sums, and
+    uninitialised memory may contain NaN.
     """
     longest, vocab = max(end - begin for begin, end in ranges), weight.shape[0]
     buffer = torch.empty((longest, -(-vocab // 16) * 16), dtype=weight.dtype, device=weight.device)
@@ -157,7 +162,7 @@ def chunk_buffer(ranges: list[tuple[int, int]], weight: torch.Tensor) -> torch.T
 
 
 def peak_of(coefficients, dtype):
-    """The largest coefficient, float32 [1], if the dtype is float16; None otherwise."""
+    """The peak: the largest absolute value of the coefficients, float32 [1], if the dtype is float16; None otherwise."""
     if dtype != torch.float16:
         return None
     peak = torch.empty(1, dtype=torch.float32, device=coefficients.device)
@@ -167,7 +172,8 @@ def peak_of(coefficients, dtype):
 
 
 def gradient_of_logits(hidden, weight, labels, lse, coefficients, peak, gradient, scale, softcap, first_token, entropy):
-    """Fills `gradient` [rows, V]. `coefficients` [4, rows] may be a slice of a wider tensor."""
+    """Fills `gradient` [rows, V] with d loss / d (hidden . weight), from logits that are computed again. `coefficients`
+    [4, rows] (a, b, c, s) may be a slice of a wider tensor."""
     (rows, depth), vocab = hidden.shape, weight.shape[0]
     tile = scores_tile(hidden, softcap)
     launch(linear_head_gradient_kernel, triton.cdiv(rows, tile.rows) * triton.cdiv(vocab, tile.cols), hidden.device,
@@ -180,7 +186,8 @@ def gradient_of_logits(hidden, weight, labels, lse, coefficients, peak, gradient
 
 
 def gradient_of_stored(stored, labels, blocks, lse, coefficients, peak, vocab, softcap):
-    """Converts what `forward` stored in `stored` to the gradient of the logits, in place."""
+    """Converts `stored`, in place, to the gradient of the logits. `linear_head.forward` has put into it
+    exp(logit - block maximum), or with a soft-cap logit - block maximum."""
     rows = labels.shape[0]
     cols = scores_tile(stored, softcap).cols
     tiles = 4096 // cols
@@ -214,7 +221,8 @@ class Gradients:
             self.total = torch.empty(dweight.shape, dtype=torch.float32, device=dweight.device)
 
     def add(self, begin, end, gradient, peak):
-        """Adds the gradient [end - begin, V] of the logits of rows begin to end; with `peak`, it was divided by it."""
+        """Adds what the rows begin to end contribute. `gradient` [end - begin, V] is that of their logits, divided by `peak` if
+    one is given."""
         hidden, is_float32 = self.hidden[begin:end], gradient.dtype == torch.float32
         if self.dhidden is not None:
             if self.dhidden.dtype == gradient.dtype and peak is None:

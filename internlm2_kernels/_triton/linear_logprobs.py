@@ -13,7 +13,7 @@ from .linear_head_bwd import COEFFICIENTS, backward
 from .losses import _label, _store_lse
 
 MERGE_TILES, MERGE_ROWS = 32, 32
-NO_TOKEN = -(2**62)  # an ignore_index that no token can equal
+NO_TOKEN = -(2**62)  # the ignore_index for `_label`: no token equals it, so none is ignored
 
 
 @triton.jit(do_not_specialize=["rows", "first_token", "vocab_size"])
@@ -43,8 +43,8 @@ def linear_logprobs_merge_kernel(top_ptr, sum_ptr, total_ptr, moment_ptr, index_
 def linear_logprobs_coefficients_kernel(dlogprobs_ptr, dentropy_ptr, dlse_ptr, dsum_ptr, tokens_ptr, entropy_ptr,
                                         coefficients_ptr, error_ptr, rows, vocab_size, stride,
                                         NO_TOKEN: tl.constexpr, ERROR: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes d logit_j = dlogprob ([j = token] - p_j) - dentropy p_j (x_j + entropy) + dlse p_j + dsum, x_j = logit_j - lse, as
-    the four coefficients that linear_head_bwd.py describes."""
+    """Writes, for each row, the four coefficients a, b, c, s (see the top of linear_head_bwd.py) that describe the gradient
+    d logit_j = dlogprob ([j = token] - p_j) - dentropy p_j (x_j + entropy) + dlse p_j + dsum, where x_j = logit_j - lse."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = row < rows
     a = tl.zeros((BLOCK,), tl.float32)

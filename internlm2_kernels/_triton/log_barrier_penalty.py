@@ -11,12 +11,12 @@ BLOCK = 1024
 
 @triton.jit
 def _barrier(x, bound, margin, CLAMP: tl.constexpr):
-    """The penalty and its derivative. For |x| up to the edge bound - margin the penalty is
-    -(log(bound + x) + log(bound - x)); beyond the edge it is the tangent at the edge or, with CLAMP, the value at the edge."""
+    """(penalty, derivative). With edge = bound - margin, the penalty is -(log(bound + x) + log(bound - x)) where |x| <= edge.
+    Beyond the edge it is the tangent at the edge or, with CLAMP, the value at the edge."""
     edge = bound - margin
     far = tl.abs(x)
     inside = far <= edge
-    # At the edge bound - |x| equals margin; the difference of the two close numbers would be rounded.
+    # At the edge, bound - |x| is margin exactly, but computed as a difference of two close numbers it may be smaller.
     near = tl.where(inside, tl.maximum(bound - far, margin), margin)
     a = tl.where(inside, far, edge)
     slope = tl.div_rn(1.0, near) - tl.div_rn(1.0, bound + a)

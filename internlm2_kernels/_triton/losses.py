@@ -12,7 +12,7 @@ import triton.language as tl
 from .common import launch, launch_elements
 from .functions import _tanh
 
-NONE, MEAN = 0, 1  # values of `reduction`; 2 is the sum
+NONE, MEAN = 0, 1  # the codes of the reductions "none" and "mean"; that of "sum" is 2
 
 
 @triton.jit
@@ -33,8 +33,8 @@ def _cap_slope(logit, softcap):
 
 @triton.jit
 def _store_lse(lse_ptr, row, top, log_sum, mask):
-    """lse [rows, 2]: the largest logit, and the log of the sum of exp(logit - largest). They are kept apart because the
-    rounding of their sum would be a relative error of exp(logit - lse)."""
+    """Stores lse [rows, 2] as two numbers: the largest logit, and the log of the sum of exp(logit - largest). Their sum would
+    be rounded, and that rounding would be a relative error of exp(logit - lse)."""
     tl.store(lse_ptr + 2 * row, top, mask=mask)
     tl.store(lse_ptr + 2 * row + 1, log_sum, mask=mask)
 
@@ -47,8 +47,8 @@ def _load_lse(lse_ptr, row, mask):
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
 def reduce_rows_kernel(loss_ptr, labels_ptr, weights_ptr, result_ptr, count_ptr, rows, ignore_index,
                        MEAN: tl.constexpr, BLOCK: tl.constexpr):
-    """count: the sum of the valid rows' weights, or without weights the number of valid rows.
-    result: the sum of the rows' losses; with MEAN, that sum divided by count, or by 1 where count is 0."""
+    """Stores `count`, the sum of the weights of the valid rows (their number if there are no weights), and `result`, the sum of
+    the losses of the rows; with MEAN, this sum is divided by `count`, or by 1 where `count` is 0."""
     number = tl.zeros((BLOCK,), tl.int32)
     weight = tl.zeros((BLOCK,), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -82,7 +82,8 @@ def _reduce_rows(loss, labels, weights, result, count, ignore_index, reduction):
 
 
 def count_rows(labels, weights, ignore_index, reduction):
-    """The divisor of the mean, float32 [1]; None for any other reduction."""
+    """The divisor of the mean loss (the number of valid rows, or the sum of their weights), float32 [1]; None if the reduction
+    is not the mean."""
     if reduction != MEAN:
         return None
     count = torch.empty(1, dtype=torch.float32, device=labels.device)
@@ -91,7 +92,8 @@ def count_rows(labels, weights, ignore_index, reduction):
 
 
 def reduce_losses(loss, z_loss, labels, weights, ignore_index, reduction):
-    """(loss, z-loss): the rows' unchanged, or their mean or sum as 0-dimensional tensors. z_loss None gives an empty one."""
+    """(loss, z-loss): for reduction none the given tensors, otherwise their mean or sum over the rows, as 0-dimensional
+    tensors. Where z_loss is None, the second is an empty tensor."""
     def reduced(rows):
         if reduction == NONE:
             return rows
@@ -104,7 +106,7 @@ def reduce_losses(loss, z_loss, labels, weights, ignore_index, reduction):
 
 @triton.jit
 def _share(upstream_ptr, row, step, weights_ptr, count_ptr, mask):
-    """The factor of a row's gradient: upstream gradient (None: 1) * weight / count."""
+    """The factor of the gradient of each row: upstream gradient * weight / count, of which each is 1 if it is None."""
     share = (row * 0 + 1).to(tl.float32)
     if upstream_ptr is not None:
         share = tl.load(upstream_ptr + row * step, mask=mask, other=0.0)
@@ -119,8 +121,8 @@ def _share(upstream_ptr, row, step, weights_ptr, count_ptr, mask):
 
 @triton.jit
 def _label(labels_ptr, row, mask, ignore_index, vocab, error_ptr, ERROR: tl.constexpr):
-    """(label, ignored, bad). A bad label is neither ignored nor in the vocabulary; it sets the bit ERROR of the device's
-    error word."""
+    """(label, ignored, bad) of a row. `bad`: the label is neither ignore_index nor in the vocabulary; it sets the bit ERROR of
+    the device's error word (_device_errors.py)."""
     label = tl.load(labels_ptr + row, mask=mask, other=0).to(tl.int64)
     ignored = label == ignore_index
     bad = mask & (ignored == 0) & ((label < 0) | (label >= vocab))

@@ -29,10 +29,12 @@ from .attention import (
 )
 from .common import architecture, check_dtype, launch
 
-ENOUGH_PROGRAMS = 1024  # with more programs than this, splits are not distributed: eight for each multiprocessor of an H100
-MOST_PROGRAMS = 4096  # limits the distribution, because with a wide table and short sequences most programs have no work
+# With this many programs (eight for each multiprocessor of an H100), the splits of a row are not distributed over programs.
+ENOUGH_PROGRAMS = 1024
+# The most programs over which splits are distributed: with a wide table and short sequences most of them have no work.
+MOST_PROGRAMS = 4096
 LARGEST_WORKSPACE_BYTES = 2**28
-UNROLL = 16  # splits whose results are loaded together, before they are merged in order
+UNROLL = 16  # the merge kernel loads the results of this many splits at once and then merges them in order
 
 
 @triton.jit
@@ -46,9 +48,9 @@ def _paged_walk(state, bad, q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr
                 seen, start, end, keys, left, inner, outer, SOFTCAP: tl.constexpr, MULTI_SPLIT: tl.constexpr,
                 SPLIT: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
                 BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Processes the key blocks from start to end. All of them are masked, which is free while decoding is bound by memory.
-    `bad` marks keys whose entry of the block table is not in the cache; keys before `seen`, the first unmasked key of any row,
-    do not count."""
+    """Processes the keys from start to end, in blocks. The mask is computed for all of them, which costs no time, because
+    decoding is bound by memory. `bad` becomes nonzero at keys whose entry of the block table is not a block of the cache,
+    except at keys before `seen`, the first key that any row may see."""
     acc, z, m, total, total_z, total_m = state
     offset = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -166,7 +168,8 @@ def paged_attention_fwd_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, ta
 @triton.jit(do_not_specialize=["tokens", "splits"])
 def paged_attention_fwd_merge_kernel(partial_ptr, statistics_ptr, counts_ptr, valid_ptr, out_ptr, lse_ptr, tokens, heads,
                                      splits, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr):
-    """Merges the splits of one row of one head in order. A count below 0 marks a sequence with an invalid length."""
+    """Merges the results of the splits of one token and head in order. `counts` holds the number of splits of each token, or a
+    number below 0 if the length of its sequence is invalid."""
     if valid_ptr is not None:
         if tl.load(valid_ptr) == 0:
             return
@@ -210,7 +213,7 @@ def paged_attention_fwd(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
     else:
         tiles = slots(tokens, sequences, group, tile.rows)
         valid = check_boundaries(cu_seqlens_q, None, tokens, 0, CODES["paged_attention", "cu_seqlens_q"], 0, out, lse)
-    # Two stages of int8 keys that are converted to float32 would spill registers.
+    # int8 keys are converted to float32 in registers; two pipeline stages of them would spill.
     stages = 1 if k_scale is not None and q.element_size() == 4 else tile.num_stages
     programs = tiles * kv_heads * parts
     split_programs, partial, statistics, counts = 1, None, None, None

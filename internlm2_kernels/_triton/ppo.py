@@ -10,15 +10,15 @@ import triton.language as tl
 
 from .common import check_dtype, launch, launch_elements
 
-SHARE = 4096  # the fewest tokens of a program if there are several
+SHARE = 4096  # the fewest tokens for one program, where there are several programs
 SINGLE = 16384  # the most tokens that one program processes alone
 PROGRAMS = 264  # the largest number of programs: two for each of an H100's 132 multiprocessors
 
 
 @triton.jit
 def _counted(x_ptr, index, known, counts):
-    """Elements in float32, 0 where a token does not count. They are zeroed after the load, because a load under this mask could
-    not use 16-byte accesses."""
+    """The elements of `x` in float32, with 0 for tokens that do not count. The load itself is masked by `known` only: under the
+    mask of the tokens it could not use 16-byte accesses."""
     return tl.where(counts, tl.load(x_ptr + index, mask=known, other=0.0).to(tl.float32), 0.0)
 
 
@@ -30,7 +30,7 @@ def _mean(total, count):
 
 @triton.jit
 def _sum_of(partial_ptr, known):
-    """The sum of one column over the programs' partial sums."""
+    """The total of one of the sums, from the partial sums of all programs."""
     return tl.sum(tl.load(partial_ptr, mask=known, other=0.0), axis=0)
 
 
@@ -43,7 +43,8 @@ def _store_results(loss, clipped, statistic, count, loss_ptr, clip_fraction_ptr,
 
 
 def arguments_of(op, mask, clip, **vectors):
-    """Kernel arguments for the vectors, by name. The gradient is that of the first vector."""
+    """The arguments that forward and backward kernels share, by name: the vectors [tokens], after a check of their dtypes, the
+    mask, its size and the clip. A loss is differentiated with respect to its first vector only; see `backward`."""
     for name, x in vectors.items():
         check_dtype(op, name, x)
     pointers = {f"{name}_ptr": x for name, x in vectors.items()}
@@ -56,8 +57,8 @@ def split(size: int) -> int:
 
 
 def forward(kernel, merge_kernel, sums, arguments, block):
-    """(loss, clip_fraction, statistic, count). `kernel` computes them alone, or `merge_kernel` from `sums` partial sums of each
-    program."""
+    """(loss, clip_fraction, statistic, count). With one program `kernel` computes them itself. With several, each stores `sums`
+    partial sums, from which `merge_kernel` computes them."""
     size, device = arguments["size"], arguments["mask_ptr"].device
     names = "loss_ptr", "clip_fraction_ptr", "statistic_ptr", "count_ptr"
     results = {name: torch.empty((), dtype=torch.float32, device=device) for name in names}
@@ -70,7 +71,7 @@ def forward(kernel, merge_kernel, sums, arguments, block):
 
 
 def backward(kernel, dloss, x, count, arguments):
-    """The gradient of the first vector."""
+    """The gradient of the loss with respect to `x`, the first vector: logprobs of the policy loss, values of the value loss."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch_elements(kernel, x, 1024, dict(arguments, dloss_ptr=dloss, count_ptr=count, dx_ptr=dx))
     return dx

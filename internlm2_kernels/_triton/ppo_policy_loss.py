@@ -6,14 +6,15 @@ import triton.language as tl
 from .functions import _expm1_less_x, _exponential
 from .ppo import _counted, _mean, _store_results, _sum_of, arguments_of, backward, forward
 
-BLOCK = 4096  # tokens per step of a program
-SUMS = tl.constexpr(4)  # partial sums of a program: loss, number of clipped tokens, approximate KL, number of tokens
+BLOCK = 4096  # tokens that a program processes in one step of its loop
+SUMS = tl.constexpr(4)  # partial sums of a program: loss, clipped tokens, approximate KL, tokens that count
 LARGEST_LOG_RATIO = tl.constexpr(20.0)
 
 
 @triton.jit
 def _terms(logprobs_ptr, old_logprobs_ptr, advantages_ptr, mask_ptr, index, size, clip):
-    """(which tokens count, log ratio, clamped log ratio, unclipped term, clipped term). Tokens that do not count have 0."""
+    """(which tokens count, log ratio, clamped log ratio, unclipped term, clipped term) of each token, all 0 for tokens that do
+    not count."""
     known = index < size
     counts = tl.load(mask_ptr + index, mask=known, other=0) != 0
     free = _counted(logprobs_ptr, index, known, counts) - _counted(old_logprobs_ptr, index, known, counts)
@@ -28,7 +29,7 @@ def _terms(logprobs_ptr, old_logprobs_ptr, advantages_ptr, mask_ptr, index, size
 
 @triton.jit
 def _finish(loss, clipped, kl, count, loss_ptr, clip_fraction_ptr, statistic_ptr, count_ptr):
-    """The results from the sums over the tokens."""
+    """Computes and stores the results from the sums over the tokens. The statistic is the approximate KL."""
     _store_results(_mean(0.0 - loss, count), clipped, _mean(kl, count), count, loss_ptr, clip_fraction_ptr, statistic_ptr,
                    count_ptr)
 

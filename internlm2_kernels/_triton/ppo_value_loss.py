@@ -1,7 +1,8 @@
 """PPO's value loss and its statistics. Contract: ops/ppo_value_loss.py; launches: ppo.py.
 
-Variances: the mean of a block and the sum of squared deviations from it are merged into the total by the formula of T. Chan
-et al. (Updating formulae for computing sample variances, 1979). There is no cancellation if the mean is far from 0.
+Variances, for the explained variance: the mean of a block of tokens and the sum of squared deviations from it are merged into
+the total by the formula of T. Chan et al. (Updating formulae for computing sample variances, 1979). Unlike
+mean(x^2) - mean(x)^2, it does not cancel where the mean is far from 0.
 """
 
 import triton
@@ -9,14 +10,16 @@ import triton.language as tl
 
 from .ppo import _counted, _mean, _store_results, _sum_of, arguments_of, backward, forward
 
-BLOCK = 2048  # tokens per step of a program
-# Of a program: loss, clipped terms, count, mean and sum of squares of the errors, mean and sum of squares of the returns.
+BLOCK = 2048  # tokens that a program processes in one step of its loop
+# The partial sums of a program: loss, clipped tokens, count, mean and squared deviations of the errors R - v, mean and squared
+# deviations of the returns R.
 SUMS = tl.constexpr(7)
 
 
 @triton.jit
 def _terms(values_ptr, old_values_ptr, returns_ptr, mask_ptr, index, size, clip, CLIP: tl.constexpr):
-    """(which tokens count, value, return, unclipped term, clipped term). Tokens that do not count have 0."""
+    """(which tokens count, value, return, unclipped term, clipped term) of each token. value and return are 0 for tokens that
+    do not count."""
     known = index < size
     counts = tl.load(mask_ptr + index, mask=known, other=0) != 0
     value = _counted(values_ptr, index, known, counts)
@@ -41,7 +44,7 @@ def _moments(x, counts, count):
 
 @triton.jit
 def _join(n, mean, squares, n_more, mean_more, squares_more):
-    """The count, mean and sum of squared deviations of two sets together."""
+    """(count, mean, sum of squared deviations) of the union of two sets, given by their own."""
     total = n + n_more
     part = _mean(n_more, total)
     away = mean_more - mean
@@ -50,8 +53,9 @@ def _join(n, mean, squares, n_more, mean_more, squares_more):
 
 @triton.jit
 def _finish(loss, clipped, errors, mean, squares, count, loss_ptr, clip_fraction_ptr, statistic_ptr, count_ptr):
-    """The results from the sums. `errors` and `squares` are the sums of squares of R - v and of R about their means; `mean`
-    is that of R. The variance of constant returns is the rounding error of their mean."""
+    """Computes and stores the results. `errors` and `squares` are the sums of squared deviations of R - v and of R from their
+    means; `mean` is the mean of R. If all returns are equal, `squares` may hold only the rounding error of their mean: such a
+    variance counts as 0 (`flat`)."""
     noise = 8 * 1.1920929e-07 * mean
     flat = squares <= count * noise * noise
     explained = tl.where(flat, 0.0, 1.0 - tl.div_rn(errors, tl.where(flat, 1.0, squares)))
@@ -97,7 +101,8 @@ def ppo_value_loss_fwd_kernel(values_ptr, old_values_ptr, returns_ptr, mask_ptr,
 
 @triton.jit
 def _pooled(partial_ptr, program, known, count, total):
-    """(common mean, sum of squares about it), from the programs' means and their sums of squares."""
+    """(mean of all tokens that count, sum of squared deviations from it), from the mean, the sum of squared deviations and the
+    `count` of each program; `total` is the sum of the counts."""
     mean = tl.load(partial_ptr + program * SUMS, mask=known, other=0.0)
     squares = tl.load(partial_ptr + program * SUMS + 1, mask=known, other=0.0)
     middle = _mean(tl.sum(mean * count, axis=0), total)

@@ -13,7 +13,8 @@ from .common import check_dtype, launch
 
 
 def tile_config(slots: int, half: int, element_size: int) -> tuple[int, int, int]:
-    """(slots of a tile, columns of half a slot, warps): 64 bytes per thread, which are four 16-byte loads."""
+    """(slots of a tile, half the columns of a slot rounded up to a power of two, warps). Each thread gets 64 bytes, which are
+    four 16-byte loads."""
     block = triton.next_power_of_2(half)
     tile = min(triton.next_power_of_2(slots), max(1, 1024 // block))
     return tile, block, max(1, tile * block * element_size // 1024)
@@ -21,8 +22,8 @@ def tile_config(slots: int, half: int, element_size: int) -> tuple[int, int, int
 
 @triton.jit
 def _rotate(a, b, cos_ptr, sin_ptr, position, table_rows, half, rotated, BLOCK: tl.constexpr, INVERSE: tl.constexpr):
-    """Rotates the halves of queries and keys by the angle of `position`, and keeps values. A position outside the table gives
-    NaN."""
+    """Rotates the halves (a, b) of a tile of heads by the angles of `position` where `rotated` is True (queries and keys), and
+    keeps them elsewhere (values). A position outside the table gives NaN."""
     pair = tl.arange(0, BLOCK)
     inside = (position >= 0) & (position < table_rows)
     cos = tl.load(cos_ptr + position * half + pair, mask=inside & (pair < half), other=float("nan"))[None, :]
@@ -36,15 +37,16 @@ def _rotate(a, b, cos_ptr, sin_ptr, position, table_rows, half, rotated, BLOCK: 
 
 @triton.jit
 def _quantize(first, second, mask):
-    """The rows of the tile quantized to integers from -127 to 127, rounded half to even, and scale = max |x| / 127 of each
-    row."""
+    """(first, second, scale): the two halves of the rows of the tile, divided by the scale of the row and rounded half to even
+    to integers from -127 to 127, and scale = max |x| / 127 of each row."""
     a_in = tl.where(mask, first.to(tl.float32), 0.0)
     b_in = tl.where(mask, second.to(tl.float32), 0.0)
     a, b = a_in, b_in
     size = tl.maximum(tl.where(a == a, tl.abs(a), float("inf")), tl.where(b == b, tl.abs(b), float("inf")))
     scale = tl.div_rn(tl.max(size, axis=1), 127.0)
     divisor = tl.where(scale == 0.0, 1.0, scale)[:, None]
-    # Adding and subtracting 1.5 * 2^23 rounds half to even. Rows that are not finite get any value: their scale is not finite.
+    # Adding and subtracting 1.5 * 2^23 rounds half to even. In a row that is not finite the integers do not matter, because the
+    # scale that multiplies them is not finite either.
     a = (tl.div_rn(tl.where(tl.abs(a) < float("inf"), a, 0.0), divisor) + 12582912.0) - 12582912.0
     b = (tl.div_rn(tl.where(tl.abs(b) < float("inf"), b, 0.0), divisor) + 12582912.0) - 12582912.0
     nan = tl.max(((a_in != a_in) | (b_in != b_in)).to(tl.int32), axis=1) != 0  # tl.max may drop a NaN

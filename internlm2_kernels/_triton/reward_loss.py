@@ -4,8 +4,8 @@ Forward: one program computes the rewards of 16 pairs, their losses, and the der
 the pair and on the number of pairs. With more than 16 pairs a second launch adds the programs' losses in order.
 Backward: one program owns a tile of columns. It writes the gradients of the last tokens and sums dhead_weight over the
 sequences in order. The gradients of all other tokens are filled with 0 before the launch.
-Both check the boundaries of every sequence that they process. If one is invalid, the last step (the second launch of the
-forward, every program of the backward) overwrites the results with NaN.
+Forward and backward check the boundaries of every sequence that they process. If one is invalid, all results are overwritten
+with NaN: by the second launch of the forward, and by every program of the backward.
 """
 
 import torch
@@ -19,12 +19,13 @@ from .focal_ranking_loss import _focal
 from .log_barrier_penalty import _barrier
 
 ROWS = 32  # rewards per program of the forward: 16 pairs
-BACKWARD_ROWS = 16  # sequences per step of the backward
+BACKWARD_ROWS = 16  # sequences that a program of the backward processes in one step of its loop
 
 
 @triton.jit
 def _last(cu_ptr, row, sequences, tokens):
-    """(last token of the sequence, whether its boundaries are valid). Without boundaries every row is a last token."""
+    """(index of the last token of sequence `row`, whether its boundaries are valid). Without boundaries the rows of `hidden`
+    are the last tokens themselves."""
     known = row < sequences
     if cu_ptr is None:
         return row, known
@@ -38,7 +39,8 @@ def _last(cu_ptr, row, sequences, tokens):
 
 @triton.jit
 def _none_wrong(cu_ptr, sequences, tokens):
-    """Whether, where there is no sequence, there should be one."""
+    """For a call without sequences: whether cu_seqlens is wrong, because it does not hold 0 or there are tokens. The loops over
+    sequences do not see this case."""
     return (sequences == 0) & ((tokens != 0) | (tl.load(cu_ptr) != 0))
 
 
@@ -125,7 +127,7 @@ def reward_loss_bwd_kernel(dloss_ptr, drewards_ptr, hidden_ptr, weight_ptr, cu_p
         dw = tl.where(bad, float("nan"), dw)
         if dhidden_ptr is not None:
             if bad:
-                tl.debug_barrier()  # after the stores of the other threads
+                tl.debug_barrier()  # NaN must be stored after the gradients that other threads store
                 nan = tl.full((ROWS, BLOCK), float("nan"), dhidden_ptr.dtype.element_ty)
                 for start in range(0, tokens, ROWS):
                     row = start + tl.arange(0, ROWS).to(tl.int64)

@@ -17,7 +17,7 @@ from .common import check_dtype, launch, rows_of
 LARGEST_TILE = 16384
 LARGEST_BACKWARD_TILE = 8192  # the row and the partial sums of dweight are both in registers; 16384 would spill
 PROGRAMS = 264  # persistent programs of the backward: two for each of an H100's 132 multiprocessors
-WIDE_PROGRAMS = 32  # for rows beyond the largest tile, whose partial sums need more memory
+WIDE_PROGRAMS = 32  # partial sums of dweight where rows are longer than the largest tile: fewer, because each takes more memory
 
 
 class Tile(NamedTuple):
@@ -27,15 +27,16 @@ class Tile(NamedTuple):
 
 
 def tile_config(cols: int) -> Tile:
-    """16 elements per thread, which are two 16-byte loads of a 2-byte dtype or four of a 4-byte one, and at least 2048 elements
-    per program."""
+    """The tile with 16 elements per thread, which are two 16-byte loads of a 2-byte dtype or four of a 4-byte one, and at least
+    2048 elements per program, as far as 64 rows hold so many."""
     block = min(triton.next_power_of_2(cols), LARGEST_TILE)
     rows = max(1, min(64, 2048 // block))
     return Tile(rows, block, max(1, rows * block // 512))
 
 
 def backward_stages(block: int, element_size: int) -> int:
-    """Pipeline stages: two if three tensors of row tiles fit twice in the shared memory of an A100, otherwise one."""
+    """The num_stages of the backward's loop over row tiles: 3 where the tiles of its three inputs fit twice into the shared
+    memory of an A100, so that two are prefetched, otherwise 2 (one is prefetched)."""
     return 3 if block * element_size <= 16384 else 2
 
 
@@ -109,7 +110,8 @@ def rms_norm_bwd_kernel(dy_ptr, dresidual_ptr, h_ptr, weight_ptr, rstd_ptr, dx_p
                         dresidual_inner, dresidual_outer_stride, dresidual_inner_stride,
                         h_inner, h_outer_stride, h_inner_stride,
                         HF: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """dx = rstd * (g - x_hat * mean(g * x_hat)) + dresidual with g = dy * weight; partial sums of dy * x_hat.
+    """Computes dx = rstd * (g - x_hat * mean(g * x_hat)) + dresidual with x_hat = h * rstd and g = dy * weight, and for each
+    program the partial sums of dy * x_hat over its rows, which `rms_norm_dweight_kernel` adds up to dweight.
 
     Program p processes the row tiles p, p + programs, ..., so that concurrent programs read neighbouring rows.
     """
@@ -127,7 +129,7 @@ def rms_norm_bwd_kernel(dy_ptr, dresidual_ptr, h_ptr, weight_ptr, rstd_ptr, dx_p
         h = tl.load(h_ptr + h_row[:, None] + col[None, :], mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
         x_hat = h * rstd[:, None]
-        if partial_ptr is not None:  # before dx, so that the registers of dy are free early
+        if partial_ptr is not None:  # before dx is computed, so that dy needs no registers after this
             dweight += dy * (x_hat.to(dtype).to(tl.float32) if HF else x_hat)
         g = dy * weight[None, :]
         mean = tl.div_rn(tl.sum(g * x_hat, axis=1), cols * 1.0)
@@ -177,7 +179,8 @@ def rms_norm_bwd_wide_dweight_kernel(dy_ptr, h_ptr, rstd_ptr, partial_ptr, rows,
                                      dy_inner, dy_outer_stride, dy_inner_stride,
                                      h_inner, h_outer_stride, h_inner_stride,
                                      HF: tl.constexpr, BLOCK: tl.constexpr):
-    """Partial sum p of dy * x_hat for a tile of columns, over the rows p, p + programs, ..."""
+    """For rows longer than the largest tile: a program computes, for a tile of columns, the sum of dy * x_hat over the rows p,
+    p + programs, ..., which is the partial sum number p of dweight."""
     first = tl.program_id(0).to(tl.int64) % programs
     col = tl.program_id(0).to(tl.int64) // programs * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)

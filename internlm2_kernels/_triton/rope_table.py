@@ -1,8 +1,8 @@
 """Rotary tables. Contract: ops/rope_table.py.
 
-The kernel computes cos and sin in float64 itself, with an argument reduction that is exact for angles up to 2^45. The
-hardware's float32 functions have errors of 2^-21, and libdevice's float64 functions need a stack frame for very large
-arguments.
+The kernel computes cos and sin in float64 from their Taylor series, after a reduction of the angle that is exact for angles up
+to 2^45. It does not call the hardware's float32 functions, which have errors of 2^-21, or libdevice's float64 functions, which
+need a stack frame for very large arguments.
 """
 
 import torch
@@ -12,8 +12,8 @@ import triton.language as tl
 from .common import launch
 
 BLOCK = 512
-# pi / 2 in three parts of 22, 22 and 53 bits. The number of quarter turns is split into two halves of at most 26 bits, whose
-# products with the first two parts are exact.
+# pi / 2 in three parts of 22, 22 and 53 bits. The kernel splits the number of quarter turns in an angle into two parts of at
+# most 26 bits, so that their products with the first two parts of pi / 2 are exact in float64.
 HALF_PI_A = tl.constexpr(float.fromhex("0x1.921fb0p+0"))
 HALF_PI_B = tl.constexpr(float.fromhex("0x1.5110bp-22"))
 HALF_PI_C = tl.constexpr(float.fromhex("0x1.18469898cc517p-44"))

@@ -1,7 +1,7 @@
 """Sum of squares over a list of tensors. Contract: ops/squared_norm.py.
 
-One program sums one chunk of one tensor, and a second launch adds the chunks' sums in float64, in order. There is one launch
-for each dtype in the list.
+One program sums the squares of one chunk of one tensor; there is one such launch for each dtype in the list. A last launch adds
+the sums of all chunks in float64, in order.
 """
 
 import torch
@@ -11,8 +11,8 @@ import triton.language as tl
 from .common import check_dtype, launch
 from .tables import _address_of, _find_chunk, aligned, table
 
-CHUNK = 32768  # elements per program
-BLOCK = 4096  # elements per step of a program
+CHUNK = 32768  # elements that a program sums
+BLOCK = 4096  # elements that it loads in one step of its loop
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -24,7 +24,7 @@ def squared_norm_chunks_kernel(table_ptr, partial_ptr, tensors, DTYPE: tl.conste
     x_ptr = _address_of(table_ptr, tensors, 1, tensor, DTYPE, ALIGNED) + chunk * CHUNK
     size = tl.load(table_ptr + 2 * (tensors + 1) + tensor) - chunk * CHUNK
     total = tl.zeros((BLOCK,), tl.float32)
-    if size >= CHUNK:  # no masks, so that loads have 16 bytes
+    if size >= CHUNK:  # a full chunk needs no mask, and its loads have 16 bytes
         for start in range(0, CHUNK, BLOCK):
             x = tl.load(x_ptr + start + tl.arange(0, BLOCK)).to(tl.float32)
             total += x * x

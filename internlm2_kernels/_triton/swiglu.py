@@ -17,7 +17,7 @@ class Tile(NamedTuple):
 
 
 def tile_config(cols: int) -> Tile:
-    """16 elements of each tensor per thread, which are two 16-byte loads of a 2-byte dtype or four of a 4-byte one."""
+    """The tile with 16 elements of each tensor per thread: two 16-byte loads of a 2-byte dtype, or four of a 4-byte one."""
     block = min(triton.next_power_of_2(cols), 2048)
     return Tile(min(64, 2048 // block), block, max(1, min(64, 2048 // block) * block // 512))
 

@@ -1,4 +1,4 @@
-"""Tables that let one launch process a whole list of tensors: their addresses and the chunks that each is divided into.
+"""Tables that let one launch process a whole list of tensors: the address of each tensor, and the chunks it is divided into.
 
 A table is an int64 tensor [rows, n + 1] on the device. Row 0 holds the number of chunks before each of the n tensors, and in
 column n the number of all chunks. The caller defines the other rows, with one column for each tensor. The table is built on
@@ -15,11 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
-ARENA_ELEMENTS = 1 << 20  # 8 MiB of int64
+ARENA_ELEMENTS = 1 << 20  # int64 elements of the arena of a device: 8 MiB
 
 
 class _Arena:
-    """Pinned memory that captured copies read. No part of it is reused."""
+    """Pinned memory that the copies captured in CUDA graphs read at every replay. No part of it is ever reused."""
 
     def __init__(self):
         self.memory = torch.empty(ARENA_ELEMENTS, dtype=torch.int64, pin_memory=True)
@@ -38,7 +38,8 @@ _arenas: dict[torch.device, _Arena] = {}
 
 
 def table(chunk: int, sizes: list[int], rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, int]:
-    """(table, number of chunks) for tensors of `sizes` elements, which are divided into chunks of `chunk` elements."""
+    """(table on the device, number of all chunks) for tensors of `sizes` elements, which are divided into chunks of `chunk`
+    elements. `rows` are the rows of the table after row 0, as the top of this file describes."""
     counts = list(itertools.accumulate((-(-size // chunk) for size in sizes), initial=0))
     if device.type == "meta":
         return torch.empty((1 + len(rows), len(counts)), dtype=torch.int64, device=device), counts[-1]
@@ -53,14 +54,14 @@ def table(chunk: int, sizes: list[int], rows: list[list[int]], device: torch.dev
     else:
         if device not in _arenas:
             _arenas[device] = _Arena()
-        pinned = host.pin_memory()  # the caching allocator does not reuse it before the copy is done
+        pinned = host.pin_memory()  # PyTorch does not reuse pinned memory before copies from it are done
     return pinned.to(device, non_blocking=True), counts[-1]
 
 
 @triton.jit
 def _find_chunk(table_ptr, tensors, chunk):
-    """(tensor, chunk of that tensor) of a chunk of the list: the last tensor with at most `chunk` chunks before it, found
-    by bisection."""
+    """(tensor, number of the chunk within it) for chunk number `chunk` of the whole list. The tensor is the last one with at
+    most `chunk` chunks before it, found by bisection."""
     low = chunk * 0
     high = low + tensors
     while low + 1 < high:
@@ -73,7 +74,8 @@ def _find_chunk(table_ptr, tensors, chunk):
 
 @triton.jit
 def _address_of(table_ptr, tensors, row, tensor, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address of a tensor, from a row of the table. ALIGNED: all addresses are multiples of 16."""
+    """A pointer to the elements of `tensor`, whose address is in `row` of the table. ALIGNED: all addresses are multiples of
+    16 bytes."""
     ptr = tl.load(table_ptr + row * (tensors + 1) + tensor).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         ptr = tl.multiple_of(ptr, 16)

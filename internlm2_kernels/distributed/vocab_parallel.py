@@ -17,9 +17,10 @@ declare(NAME, {"vocab_start": Index(1 << 13, "the ranks' rows to follow each oth
 
 
 def _global_lse(lse, group):
-    """[T, 2]: the maximum over all ranks, and the log of the sum over all ranks of exp(l - maximum), from each rank's own.
+    """The log-sum-exp over all ranks, from that of each rank. Both are pairs [T, 2]: the maximum logit, and the log of the sum
+    of exp(logit - maximum).
 
-    They are kept apart because the loss of a token whose probability is close to 1 is less than an ulp of their sum.
+    The two numbers are not added, because the loss of a token whose probability is close to 1 is less than an ulp of the sum.
     """
     top, log_sum = lse.unbind(-1)
     most = top.clone()
@@ -43,8 +44,8 @@ def _marks(begin, end):
 def _check_cover(found, start, rows, vocab_size):
     """bool [1]: whether the shards of all ranks cover the vocabulary once.
 
-    If they do not, it raises on the CPU outside compiled code. On CUDA it sets the device's error word, so that the host need
-    not wait.
+    If they do not, it raises on the CPU outside compiled code. On CUDA it sets a bit of the device's error word
+    (_device_errors.py), so that the host need not wait.
     """
     first, second = _marks(0, vocab_size)
     covered = (found[:1] == first) & (found[1:] == second)
@@ -52,7 +53,7 @@ def _check_cover(found, start, rows, vocab_size):
         return covered
     if found.device.type == "cuda":
         error_word(found.device).bitwise_or_((~covered).int() * CODES[NAME, "vocab_start"])
-    elif not covered:  # every rank has the same sums, so all ranks raise
+    elif not covered:  # `found` is the same on all ranks, so either all ranks raise or none does
         fail(ValueError, NAME, "vocab_start", f"the ranks' rows to follow each other from 0 to {vocab_size}",
              f"[{start}, {start + rows}) on this rank, and on others what leaves a gap or an overlap")
     return covered
@@ -68,10 +69,11 @@ class _Losses(torch.autograd.Function):
         end = start + weight.shape[0]
         own, lse = lse, _global_lse(lse, group)
         most, log_sum = lse.unbind(-1)
-        # The rank that has the label: lse - logit = (lse - the rank's own lse) - the rank's log-probability of the label.
+        # On the rank that holds the label's row: loss = lse - logit = (lse of all ranks - lse of this rank) - logprobs, where
+        # logprobs is the log-probability of the label under the softmax of this rank's rows.
         loss = torch.where((labels >= start) & (labels < end), ((most - own[:, 0]) - own[:, 1]) + (log_sum - logprobs), 0)
         marks = [lse.new_full((1,), mark) for mark in _marks(start, end)]  # on the device: CUDA graphs capture no host copy
-        parts = torch.cat((loss, total, *marks))  # all in one all-reduce; total is empty without label smoothing
+        parts = torch.cat((loss, total, *marks))  # summed in one all-reduce; `total` is empty without label smoothing
         dist.all_reduce(parts, group=group)
         loss, total, found = parts.split((loss.shape[0], total.shape[0], 2))
         right = (labels >= 0) & (labels < vocab_size) & _check_cover(found, start, weight.shape[0], vocab_size)

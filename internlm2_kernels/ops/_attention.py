@@ -9,10 +9,10 @@ from .._autocast import without_autocast
 from .._checks import fail
 
 MIN_HEAD_DIM, MAX_HEAD_DIM, HEAD_DIM_STEP = 32, 256, 8
-# The limits of scale and soft-cap: times log2(e) or ln(2) they are still normal float32 numbers.
+# The limits of scale and soft-cap. Kernels multiply them by log2(e) or ln(2), and the products must be normal float32 numbers.
 SMALLEST, LARGEST = 1e-37, 1e37
 UNLIMITED = 2**40  # windows and lengths are limited to this, so that a position plus a window cannot overflow
-SHAPES = "cpp"  # the overload for meta tensors: nothing runs on them, and every overload has the same fake
+SHAPES = "cpp"  # the overload that meta tensors take. Any would do: only its fake implementation runs, and all have the same
 
 
 def allowed_keys(queries, keys, left, right, device):
@@ -29,14 +29,15 @@ def allowed_keys(queries, keys, left, right, device):
 
 @without_autocast
 def attend(q, k, v, left, right, scale, softcap):
-    """Attention of one sequence, in q's dtype: q [S_q, H, d], k, v [S_k, G, d] -> out [S_q, H, d], lse [H, S_q]."""
+    """The reference: attention of one sequence, computed in the dtype of q. q [S_q, H, d], k and v [S_k, G, d] ->
+    (out [S_q, H, d], lse [H, S_q])."""
     from einops import repeat
 
     k, v = (repeat(t, "j g d -> j (g h) d", h=q.shape[1] // t.shape[1]) for t in (k, v))
     allowed = allowed_keys(q.shape[0], k.shape[0], left, right, q.device)
     some = allowed.any(-1)
-    # The query of a fully masked row is replaced by 0, and its results are cleared below: NaN in it must not reach other rows
-    # or gradients. Its scores stay finite, because a derivative would otherwise be infinity minus infinity.
+    # The query of a fully masked row is replaced by 0, and the results of the row are cleared below, because NaN in that query
+    # must not reach other rows or gradients. The scores of the row are not set to -inf: their derivative would be NaN.
     q = torch.where(some[:, None, None], q, 0)
     s = torch.einsum("ihd,jhd->hij", q, k) * scale
     if softcap > 0:
@@ -61,7 +62,8 @@ def check_heads(op, q, k, k_name):
 
 
 def check_options(op, head_dim, scale, window, softcap):
-    """(scale, left, right, softcap) as the kernels take them. head_dim is None where it is not known yet."""
+    """Checks the options. Returns (scale, left, right, softcap): numbers, with -1 for a side of the window without limit.
+    head_dim, from which the default scale follows, is None where it is not known yet."""
     if scale is None:
         scale = (MIN_HEAD_DIM if head_dim is None else head_dim)**-0.5
     if not _number(scale) or not SMALLEST <= scale <= LARGEST:
@@ -87,7 +89,8 @@ def _int(value):
 
 
 def check_bound(op, argument, value):
-    """Checks a max_seqlen argument. It returns -1 for None, and in compiled code, where each value would need its own graph."""
+    """Checks a max_seqlen argument and returns it; -1 for None. In compiled code it is always -1, because torch.compile would
+    compile a graph for every value."""
     if value is None or torch.compiler.is_compiling():
         return -1
     if not _int(value) or value < 0:

@@ -6,7 +6,7 @@ from .._checks import check_device, check_shape, check_tensor, fail
 
 
 def check_cache(op, tensors, like, of, heads=None):
-    """Checks k, v, k_scale and v_scale, which `tensors` holds in this order under the names for error messages.
+    """Checks the tensors of a paged cache: `tensors` holds k, v, k_scale and v_scale in this order, by their argument names.
 
     The cache must have the dtype of `like`, the argument named `of`, or int8, which needs scales. `heads` is the expected
     (kv_heads, head_dim), or None.

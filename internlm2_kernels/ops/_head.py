@@ -1,4 +1,4 @@
-"""What the operators on a linear head share: shapes of its gradients, and the checks of hidden states and weight."""
+"""What the operators on a linear head share: the shapes of the gradients, and the checks of hidden states and weight."""
 
 from .._autocast import autocast
 from .._checks import check_device, check_float, check_same, fail, last_stride_1
@@ -11,7 +11,8 @@ def gradient_shapes(hidden, weight, needs_dhidden, needs_dweight):
 
 
 def check_head(op, hidden, weight):
-    """hidden [..., D] and weight [V, D] of the same dtype and device. Under autocast they are cast to its dtype."""
+    """Checks hidden [..., D] and weight [V, D], which must have the same dtype and device, and returns them, under autocast in
+    its dtype."""
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         check_float(op, name, tensor)
     hidden, weight = autocast(hidden, weight)
@@ -28,7 +29,8 @@ def as_matrix(x):
 
 
 def check_weights(op, token_weights, labels, hidden):
-    """None, or the weights in the accumulator's dtype. They receive no gradient."""
+    """Checks token_weights. Returns them in the dtype in which losses are summed (float32 or float64), detached; None for
+    None."""
     if token_weights is None:
         return None
     check_float(op, "token_weights", token_weights)

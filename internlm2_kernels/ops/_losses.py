@@ -18,7 +18,8 @@ def soft_capped(logits, softcap):
 def losses_of(logits, labels, ignore_index, label_smoothing, z_loss, softcap):
     """(losses, their z-loss terms, valid rows) of float32 or float64 logits [T, V]; ignored rows have loss 0.
 
-    lse = top + log_z is kept as two numbers: the rounding of their sum would be a relative error of exp(l - lse).
+    The log-sum-exp is kept as two numbers, the largest logit `top` and log_z, the log of the sum of exp(logit - top). Their sum
+    would be rounded, which would be a relative error of the probabilities exp(logit - lse).
     """
     valid = labels != ignore_index
     logits = soft_capped(torch.where(valid[..., None], logits, 0), softcap)  # an ignored row may hold NaN
@@ -35,20 +36,22 @@ def losses_of(logits, labels, ignore_index, label_smoothing, z_loss, softcap):
 
 
 def reduced_losses(losses, z_losses, valid, reduction, token_weights=None, return_z_loss=False):
-    """The result of a loss over labels, from what `losses_of` returns."""
+    """What a loss over labels returns, the loss or (loss, z_loss), from the results of `losses_of`."""
     loss = reduced(losses, valid, reduction, token_weights)
     return (loss, reduced(z_losses, valid, reduction, token_weights)) if return_z_loss else loss
 
 
 def shaped_losses(loss, z_loss, rows, reduction, return_z_loss):
-    """The result of a loss over labels, from the flat tensors that a raw operator returns; `rows` is the labels' shape."""
+    """What a loss over labels returns, the loss or (loss, z_loss), from the flat tensors that a registered function returns.
+    `rows` is the shape of the labels."""
     if reduction == "none":
         loss, z_loss = loss.view(rows), z_loss.view(rows) if return_z_loss else z_loss
     return (loss, z_loss) if return_z_loss else loss
 
 
 def reduced(losses, valid, reduction, token_weights=None):
-    """The weighted losses, their sum, or their sum divided by the sum of the valid rows' weights (by 1 where that is 0)."""
+    """The losses times their weights, for reduction "none"; their sum, for "sum"; or this sum divided by the sum of the weights
+    of the valid rows (by 1 if that is 0), for "mean". Without token_weights every weight is 1."""
     weights = valid.to(losses.dtype) if token_weights is None else torch.where(valid, token_weights.to(losses.dtype), 0)
     losses = torch.where(weights != 0, losses, 0) * weights
     if reduction == "none":
@@ -58,13 +61,14 @@ def reduced(losses, valid, reduction, token_weights=None):
 
 
 def fake_losses(x, labels, reduction, return_z_loss):
-    """Fake tensors for the loss and the z-loss that a raw operator returns."""
+    """For the fake implementation of a registered function: tensors of the shapes and dtypes of loss and z-loss."""
     acc, shape = accumulator(x.dtype), labels.shape if reduction == 0 else ()
     return x.new_empty(shape, dtype=acc), x.new_empty(shape if return_z_loss else (0,), dtype=acc)
 
 
 def check_loss_options(op, ignore_index, label_smoothing, z_loss, softcap, reduction, return_z_loss):
-    """The options that the raw operators take, in their order; the reduction as its code."""
+    """Checks the options of a loss over labels. Returns those that the registered functions take, in their order, with the
+    reduction as a number."""
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool) or not -2**31 <= ignore_index < 2**31:
         fail(ValueError, op, "ignore_index", "an integer of 32 bits", repr(ignore_index))
     numbers = (check_number(op, "label_smoothing", label_smoothing, "a number from 0 to 1", lambda v: 0 <= v <= 1),
@@ -77,7 +81,7 @@ def check_loss_options(op, ignore_index, label_smoothing, z_loss, softcap, reduc
 
 
 def flattened(tensor):
-    """The tensor with one dimension, contiguous."""
+    """The tensor as a contiguous one with one dimension; copied only if necessary."""
     return tensor if tensor.dim() == 1 and tensor.is_contiguous() else tensor.contiguous().view(-1)
 
 

@@ -31,7 +31,8 @@ def philox(counter, key):
 
 
 def bits16(elements, seed, tensor_index, stream, step, device="cpu", offset=0):
-    """Sixteen random bits, as int64, for each of `elements` elements that begin at `offset`."""
+    """Sixteen random bits, as int64, for each of `elements` consecutive elements, of which the first has the index `offset` in
+    the whole tensor."""
     lead = offset % 8
     e = torch.arange((lead + elements + 7) // 8, dtype=torch.int64, device=device) + offset // 8
     other = lambda value: torch.full_like(e, value & WORD)
@@ -41,7 +42,8 @@ def bits16(elements, seed, tensor_index, stream, step, device="cpu", offset=0):
 
 
 def stochastic_bfloat16(x, random):
-    """float32 `x` in bfloat16, rounded away from zero with a probability equal to the cut-off fraction, and else towards zero.
+    """float32 `x` in bfloat16. A number between two bfloat16 numbers is rounded away from zero with a probability equal to the
+    fraction that bfloat16 discards, and otherwise towards zero.
 
     Values that are not finite are rounded to nearest.
     """

@@ -1,4 +1,4 @@
-"""What PPO's two losses share: inputs are three vectors, a mask and a clip; results are a loss and two statistics."""
+"""What PPO's two losses share. Both take three vectors, a mask and a clip, and return a loss and two statistics."""
 
 import torch
 
@@ -10,7 +10,8 @@ from ._losses import accumulator, flattened, target
 
 
 def masked_loss(vectors, statistic, **own):
-    """The `Op` of a loss over the named `vectors`; the gradient is that of the first. `own` are the other fields of `Op`."""
+    """The `Op` of a loss of the named `vectors`, of which only the first receives a gradient. `own` are the other fields of
+    `Op`."""
     tensors = ", ".join(f"Tensor {name}" for name in (*vectors, "mask"))
     return Op(
         schemas={"fwd": f"({tensors}, float clip) -> (Tensor loss, Tensor clip_fraction, Tensor {statistic}, Tensor count)",
@@ -23,7 +24,7 @@ def masked_loss(vectors, statistic, **own):
 
 
 def passes(op):
-    """Forward and backward of the operator's autograd.Function."""
+    """(forward, backward) for the autograd.Function of the operator."""
     fwd, bwd = op.overloads["fwd"], op.overloads["bwd"]
 
     def forward(ctx, x, old, other, mask, clip, backend):
@@ -44,7 +45,8 @@ def passes(op):
 
 
 def checked(op, vectors, mask):
-    """The vectors, given by name, and the mask, all flat. Vectors but the first are targets and receive no gradient."""
+    """Checks the vectors, given by name, and the mask. Returns them all with one dimension. All vectors but the first are
+    detached, because they are targets."""
     (name, x), *others = zip(vectors, promoted(*vectors.values()), strict=True)
     check_float(op.name, name, x)
     targets = [target(check_vector(op.name, other, tensor, x.shape, x, name)) for other, tensor in others]
@@ -52,7 +54,7 @@ def checked(op, vectors, mask):
 
 
 def run(op, function, tensors, clip, backend):
-    """(loss, statistics by name) of `checked` tensors. The raw operators take -1 for clip None."""
+    """(loss, statistics by name) of the tensors that `checked` returned. The registered functions take clip None as -1."""
     x, old, other, mask = tensors
     chosen, limit = op.select(x, backend), -1.0 if clip is None else clip
     if chosen == "reference":

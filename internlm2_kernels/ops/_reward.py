@@ -16,7 +16,8 @@ SOURCE = "arXiv:2403.17297 section 4.2.1 eq. 1 to 3"
 
 
 def loss_of(rewards, gamma, penalty_weight, bound, ranking=focal.reference, penalty=barrier.reference):
-    """The loss of rewards [n], chosen and rejected in turn; `ranking` and `penalty` are its two parts."""
+    """The loss of rewards [n], which alternate between chosen and rejected. `ranking` and `penalty` are the functions that
+    compute its two parts, by default the references of focal_ranking_loss and log_barrier_penalty."""
     if not rewards.numel():
         return rewards.sum()
     return (ranking(rewards[0::2], rewards[1::2], gamma=gamma).mean()
@@ -24,7 +25,8 @@ def loss_of(rewards, gamma, penalty_weight, bound, ranking=focal.reference, pena
 
 
 def reward_shapes(hidden, sequences):
-    """Fake results of the forward: loss, rewards and slopes (the derivatives of the loss by the rewards)."""
+    """The fake implementation of the forward: tensors of the shapes and dtypes of loss, rewards and slopes (the derivatives of
+    the loss with respect to the rewards)."""
     acc = accumulator(hidden.dtype)
     each = lambda: hidden.new_empty((sequences,), dtype=acc)
     return hidden.new_empty((), dtype=acc), each(), each()
@@ -36,7 +38,8 @@ def gradient_shapes(hidden, head_weight, needs_dhidden, needs_dweight):
 
 
 def passes(op):
-    """The forward and backward of the operator's autograd.Function. cu_seqlens is None where rows are gathered already."""
+    """(forward, backward) for the autograd.Function of the operator. cu_seqlens is None where the rows of `hidden` are already
+    the last tokens."""
     fwd, bwd = op.overloads["fwd"], op.overloads["bwd"]
 
     def forward(ctx, hidden, head_weight, cu, options, backend):

@@ -6,7 +6,8 @@ from .._checks import check_device, check_tensor, fail
 
 
 def rows_of_table(cos, sin, positions, acc):
-    """The rows of cos and sin that belong to the tokens, [T, 1, d/2]. A position outside the table gives NaN."""
+    """The rows of cos and sin that belong to the tokens, [T, 1, d/2], in the dtype `acc`. A position outside the table gives
+    NaN."""
     if positions is None:
         return cos.to(acc).unsqueeze(-2), sin.to(acc).unsqueeze(-2)
     positions = positions.flatten()
@@ -17,7 +18,8 @@ def rows_of_table(cos, sin, positions, acc):
 
 
 def rotate(x, cos, sin, interleaved=False):
-    """Rotates x [T, H, d] by the angles of cos and sin [T, 1, d/2]. It is differentiable, and rounds once."""
+    """Rotates x [T, H, d] by the angles of cos and sin [T, 1, d/2]. It computes in the dtype of cos and rounds the result once
+    to the dtype of x. PyTorch can differentiate it."""
     acc = cos.dtype
     if interleaved:
         a, b = x[..., 0::2].to(acc), x[..., 1::2].to(acc)

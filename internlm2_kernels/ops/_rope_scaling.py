@@ -1,4 +1,4 @@
-"""Rotary frequencies under the context-length scalings in use, by Hugging Face's dictionaries."""
+"""Rotary frequencies under the scalings for longer contexts that are in use, which Hugging Face's dictionaries describe."""
 
 import math
 
@@ -11,10 +11,11 @@ _KEYS = {"default": set(), "linear": set(), "dynamic": set(), "llama3": {"low_fr
 
 
 def inverse_frequencies(head_dim, base, scaling, dtype):
-    """Inverse frequencies [d/2] on the CPU, the divisor of positions and the magnitude factor, for Hugging Face's `scaling`.
+    """(inverse frequencies [d/2] on the CPU, divisor of the positions, factor of cos and sin), for a dictionary `scaling` in
+    the form of Hugging Face.
 
-    Every step rounds to `dtype`, in the order of the released code: in float32, the last bit of a frequency moves an angle at
-    position 200,000 by up to 0.01 rad.
+    Every step rounds to `dtype`, in the order of the released code. Another order could change the last bit of a float32
+    frequency, which moves an angle at position 200,000 by up to 0.01 rad.
     """
     kind = "none" if scaling is None else scaling.get("rope_type", scaling.get("type"))
     if kind in ("none", "default"):
@@ -31,12 +32,13 @@ def inverse_frequencies(head_dim, base, scaling, dtype):
 
 
 def _wavelengths(head_dim, base, dtype):
-    """base^(2i/d), which is the wavelength divided by 2 pi."""
+    """base^(2i/d) for each pair i of dimensions: the wavelength of its rotation, in positions, divided by 2 pi."""
     return base ** (torch.arange(0, head_dim, 2, dtype=dtype, device="cpu") / head_dim)
 
 
 def _dynamic_base(head_dim, base, factor, scaling):
-    """base' = base * (factor * s / M - (factor - 1))^(d / (d - 2)) for s > M. s is fixed when a sequence is admitted."""
+    """The base of dynamic NTK scaling: base * (factor * s / M - (factor - 1))^(d / (d - 2)) if s > M, otherwise base. s is
+    seq_len, the length fixed when a sequence is admitted; M is max_position_embeddings, the trained length."""
     trained, length = _positive(scaling, "max_position_embeddings"), _positive(scaling, "seq_len")
     if length <= trained:
         return base
@@ -66,7 +68,7 @@ def _yarn(wavelengths, head_dim, base, factor, scaling):
     if base <= 1:
         fail(ValueError, "rope_table", "base", "more than 1 for yarn scaling", base)
 
-    def dimension(periods):  # whose wavelength fits `periods` times into the trained length
+    def dimension(periods):  # the dimension (a real number) whose wavelength fits `periods` times into the trained length
         return head_dim * math.log(trained / (periods * 2 * math.pi)) / (2 * math.log(base))
 
     first, last = dimension(fast), dimension(slow)

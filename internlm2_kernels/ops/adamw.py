@@ -7,8 +7,8 @@ from .._registry import Op
 from ._philox import bits16, stochastic_bfloat16
 
 LEAST_NORMAL = torch.finfo(torch.float32).tiny
-MOST_STEPS = 2**24  # steps are counted in float32, which cannot count further by ones
-INDICES = 2**30  # the number of tensors that have different random bits
+MOST_STEPS = 2**24  # the step count is a float32; from here on adding 1 does not change it
+INDICES = 2**30  # tensors are numbered below this, so that each has random bits of its own
 MOMENTS = ((torch.float32, torch.bfloat16), (torch.float64,))
 
 
@@ -36,7 +36,7 @@ def reference(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, b
 
 def reference_step(params, grads, masters, exp_avgs, exp_avg_sqs, steps, skipped, total_sq, grad_scale, found_inf, lr, beta1,
                    beta2, eps, weight_decay, max_grad_norm, stochastic_rounding, maximize, seed, indices, offsets=()):
-    """The raw operator `step_` in plain PyTorch, in place. It may synchronise."""
+    """The registered function `step_` in plain PyTorch: updates the tensors in place. It may wait for the device."""
     norm = None if total_sq is None else total_sq.sqrt() / (1 if grad_scale is None else grad_scale)
     if any(t is not None and not bool(t.isfinite()) for t in (norm, lr)) or (found_inf is not None and bool(found_inf)):
         skipped += 1
@@ -124,7 +124,7 @@ def adamw(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas
             fail(ValueError, "adamw", name, f"an integer of at least {int(name == 'step')}", repr(value))
     if step > MOST_STEPS:
         fail(ValueError, "adamw", "step", "an integer of at most 2^24", step)
-    if index >= INDICES:  # index and stream share one word of the counter
+    if index >= INDICES:  # one 32-bit word of the Philox counter is 4 * index + stream (_philox.py)
         fail(ValueError, "adamw", "index", "an integer below 2^30", index)
     check_flag("adamw", "maximize", maximize)
     check_flag("adamw", "stochastic_rounding", stochastic_rounding)

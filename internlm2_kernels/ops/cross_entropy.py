@@ -17,7 +17,7 @@ def reference(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=
 
 
 def _fake_fwd(logits, labels, ignore_index, label_smoothing, z_loss, softcap, reduction, return_z_loss):
-    lse = logits.new_empty((*labels.shape, 2), dtype=accumulator(logits.dtype))  # maximum, log of sum exp(l - maximum)
+    lse = logits.new_empty((*labels.shape, 2), dtype=accumulator(logits.dtype))  # (max, log sum exp(logit - max))
     return *fake_losses(logits, labels, reduction, return_z_loss), lse
 
 
@@ -52,7 +52,7 @@ _FWD, _GRAD, _BWD, _BWD_, _SCALE = (CROSS_ENTROPY.overloads[name] for name in ("
 
 
 class _OneSweep(torch.autograd.Function):
-    """For mean and sum: the forward computes the gradient too, for an upstream gradient of 1."""
+    """For the reductions mean and sum: the forward also computes the gradient, for an upstream gradient of 1."""
 
     @staticmethod
     def forward(ctx, logits, labels, options, return_z_loss, backend):
@@ -74,10 +74,10 @@ class _OneSweep(torch.autograd.Function):
 
 
 class _TwoSweeps(torch.autograd.Function):
-    """The gradient is computed from the logits and their lse, into fresh memory or over the logits.
+    """The backward computes the gradient from the saved logits and their lse, into new memory or over the logits.
 
-    lse is saved as two numbers, the row's maximum and the log of its sum of exp(l - maximum): the rounding of their sum would
-    be a relative error of the probabilities.
+    The lse of a row is saved as two numbers, the maximum and the log of the sum of exp(logit - maximum). Their sum would be
+    rounded, which would be a relative error of the probabilities.
     """
 
     @staticmethod
@@ -139,7 +139,7 @@ def cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_l
     labels = labels.view(-1)
     if torch.is_grad_enabled() and logits.requires_grad:
         if inplace_backward and flat.shape[0] > 1 and flat.stride(0) < classes:
-            flat = flat.contiguous()  # rows that share memory cannot hold a gradient each
+            flat = flat.contiguous()  # where rows overlap in memory (an expanded tensor), it cannot hold their gradients
         if reduction == "none" or inplace_backward or logits.dtype == torch.float16:
             loss, z = _TwoSweeps.apply(flat, labels, options, return_z_loss, inplace_backward, chosen)
         else:

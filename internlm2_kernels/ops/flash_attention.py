@@ -29,7 +29,7 @@ def sequences_of(q, k, v, cu_q, cu_k):
 
 
 def on_sequences(one, q, k, v, cu_q, cu_k, return_lse):
-    """Calls `one(q, k, v)` -> (out, lse) for every sequence, and joins the results as the operator returns them."""
+    """Calls the function `one(q, k, v)` -> (out, lse) for every sequence, and joins the results to those of the operator."""
     results = [one(*sequence) for sequence in sequences_of(q, k, v, cu_q, cu_k)]
     if not results:
         out, lse = q * 1, q[..., 0].transpose(-1, -2).float()
@@ -108,7 +108,7 @@ class _FlashAttention(torch.autograd.Function):
 
 
 def _check_layout(q, k, v, cu_q, cu_k):
-    """Checks that the tensors are packed if there are cu_seqlens, and dense otherwise; returns the cu_seqlens."""
+    """Checks that q, k and v are packed if there are cu_seqlens, and dense otherwise. Returns (cu_seqlens_q, cu_seqlens_k)."""
     if cu_q is None:
         if cu_k is not None:
             fail(ValueError, "flash_attention", "cu_seqlens_k", "None where cu_seqlens_q is None", "a tensor")

@@ -15,8 +15,8 @@ from ._losses import accumulator
 def reference(chosen, rejected, *, gamma=2.0):
     acc = accumulator(chosen.dtype)
     d = chosen.to(acc) - rejected.to(acc)
-    # At d = 0, where a head initialised to zero starts, where() makes the weight's derivative 0. (2 sigmoid(-d))^gamma is
-    # computed from its logarithm, whose derivative stays finite where the sigmoid underflows.
+    # At d = 0, where training starts if the head is initialised to zero, torch.where makes the derivative of the weight 0.
+    # (2 sigmoid(-d))^gamma is computed from its logarithm, whose derivative stays finite where the sigmoid underflows.
     weight = torch.where(d > 0, torch.exp(gamma * (math.log(2) - F.softplus(d))), 1.0)
     return weight * F.softplus(-d)
 

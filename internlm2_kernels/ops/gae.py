@@ -62,8 +62,9 @@ def gae(rewards, values, cu_seqlens, *, mask=None, bootstrap=None, gamma=1.0, la
 
     Shapes:   rewards, values [T] of n sequences end to end, cu_seqlens int32 [n + 1], mask [T], bootstrap [n] -> advantages,
               returns [T]. V after the end of a sequence is its bootstrap value, or 0
-    Options:  mask marks the positions that count (bool; of numbers all but 0). The rewards and values of the others have no
-              influence: the A and V of the next position pass through them, and their own A is the one that passes
+    Options:  mask marks the positions that count (bool, or numbers of which all but 0 count). The rewards and values at the
+              other positions have no influence: such a position hands on the A and V of the next position unchanged, and
+              its own result is that A
     Dtypes:   float32 | bfloat16 | float16 | float64, all equal (under autocast they are promoted); computed and returned in
               float32 (float64)
     Backward: none: advantages and returns are targets. Deterministic: yes, and a sequence's bits depend on that sequence only

@@ -13,7 +13,8 @@ ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
 
 def reference(logprobs, ref_logprobs, *, mask=None, estimator="k1"):
     acc = accumulator(logprobs.dtype)
-    if mask is not None:  # inputs are masked, not results: 0 times an infinite derivative is NaN
+    # The mask is applied to the inputs: applied to the results, it would give NaN gradients, 0 times an infinite derivative.
+    if mask is not None:
         logprobs, ref_logprobs = logprobs.masked_fill(~mask, 0), ref_logprobs.masked_fill(~mask, 0)
     x = logprobs.to(acc) - ref_logprobs.to(acc)
     return x if estimator == "k1" else x.square() / 2 if estimator == "k2" else torch.expm1(-x) + x
@@ -57,11 +58,13 @@ def kl_penalty(logprobs, ref_logprobs, *, mask=None, estimator="k1", backend=Non
 
     Shapes:   logprobs, ref_logprobs, mask [...] -> kl [...]. Masked tokens (mask False or 0) have kl 0 and gradient 0,
               whatever they and the upstream gradient hold: infinities and NaN have no influence
-    Dtypes:   float32 | bfloat16 | float16 | float64, both equal; mask bool, or numbers of which all but 0 count; computed in
-              float32 (float64), in which kl is. k3 is infinite where exp(-x) overflows
-    Backward: saves its inputs; both may take a gradient: 1, x, 1 - exp(-x), and their negatives. Deterministic: yes
+    Dtypes:   float32 | bfloat16 | float16 | float64, both equal; mask bool, or numbers of which all but 0 count; computed and
+              returned in float32 (float64). k3 is infinite where exp(-x) overflows
+    Backward: saves its inputs. The derivative by logprobs is 1 for k1, x for k2 and 1 - exp(-x) for k3; that by ref_logprobs
+              is its negative. Deterministic: yes
     Errors:   ValueError for a shape, a device or estimator; TypeError for a dtype
-    Cost:     one launch each way; reads two (and a byte of mask), writes one.   Source: joschu.net/blog/kl-approx.html
+    Cost:     one launch each way; the forward reads two tensors (and the mask) and writes one.
+              Source: joschu.net/blog/kl-approx.html
     """
     logprobs, ref_logprobs = promoted(logprobs, ref_logprobs)
     check_float("kl_penalty", "logprobs", logprobs)

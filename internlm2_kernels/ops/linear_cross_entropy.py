@@ -75,7 +75,8 @@ _FWD, _GRAD, _BWD, _SCALE = (LINEAR_CROSS_ENTROPY.overloads[name] for name in ("
 
 
 class _OneSweep(torch.autograd.Function):
-    """For mean and sum: the forward computes both gradients too, for an upstream gradient of 1; three products in all."""
+    """For the reductions mean and sum: the forward also computes the gradients of hidden and weight, for an upstream gradient
+    of 1. That takes three matrix products in all."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, token_weights, options, return_z_loss, backend):
@@ -101,7 +102,8 @@ class _OneSweep(torch.autograd.Function):
 
 
 class _TwoSweeps(torch.autograd.Function):
-    """For reduction none: each token has its own upstream gradient, so the backward computes the scores again."""
+    """For the reduction none: each token has its own upstream gradient, which is known only in the backward, so the backward
+    computes the logits again."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, token_weights, options, return_z_loss, backend):
@@ -133,7 +135,7 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, label_smo
     Options:  those of `cross_entropy`. token_weights multiply the losses of the tokens, and "mean" divides by the sum of the
               weights of the tokens that count (0 if none counts). token_weights receive no gradient
     Dtypes:   hidden and weight float32 | bfloat16 | float16 | float64, both equal; autocast casts them. Logits, loss and the
-              gradient of weight are summed in float32 (float64); the loss is returned so
+              gradient of weight are summed in float32 (float64), and the loss is returned in it
     Backward: mean and sum compute both gradients in the forward, three products in all, and hold them in float32: 4 T D and
               4 V D bytes. The backward multiplies them by the upstream gradient and rounds them once (an infinite or NaN
               upstream reaches ignored rows too). A hidden that is not finite reaches dweight even if its label is ignored.

@@ -12,7 +12,7 @@ def reference(rewards, *, bound=5.0, margin=1e-3, outside="linear"):
     size = rewards.to(accumulator(rewards.dtype)).abs()
     edge = bound - margin
     beyond = size > edge
-    # The second logarithm uses margin and not bound - edge, because that difference would be rounded.
+    # Beyond the edge the second logarithm is that of margin. The difference bound - edge would be the same number, but rounded.
     value = -(torch.log(bound + torch.where(beyond, edge, size)) + torch.log(torch.where(beyond, margin, bound - size)))
     if outside == "clamp":
         return value

@@ -22,7 +22,8 @@ from ._cache import check_cache
 
 
 def _gather(cache, scale, blocks, length, dtype):
-    """The keys or values [length, G, d] in `blocks`, in `dtype`; int8 values times their scale, or times 1 for scale 0."""
+    """The keys or values [length, G, d] of one sequence, which lie in `blocks` of the cache, in `dtype`. int8 numbers are
+    multiplied by their scale, or by 1 where the scale is 0."""
     from einops import rearrange
 
     in_order = lambda x: rearrange(x[blocks.long()], "b s g ... -> (b s) g ...")[:length].to(dtype)
@@ -34,20 +35,22 @@ def _gather(cache, scale, blocks, length, dtype):
 
 
 def _rows(q, seq_lens, cu_q):
-    """(first row, number of rows) of every sequence."""
+    """(first row, number of rows) in q of every sequence."""
     bounds = list(range(seq_lens.shape[0] + 1)) if cu_q is None else cu_q.tolist()
     return [(a, b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
 def blocks_in_use(new, length, left, size):
-    """[first, last) of a sequence's blocks that hold a key which one of its new tokens can see."""
+    """(first, end) of the blocks of a sequence that hold a key which at least one of its new tokens may see: from `first` up
+    to, but not including, `end`. `new` is the number of new tokens, `left` the window, `size` the tokens of a block."""
     if new == 0:
         return 0, 0
     return max(0, length - new - left) // size if left >= 0 else 0, -(-length // size)
 
 
 def gathered(q, k_cache, v_cache, block_table, seq_lens, cu_q, k_scale, v_scale, dtype, left):
-    """(q [n, H, d], k [S, G, d], v [S, G, d]) of every sequence, in `dtype`, without the blocks before the window."""
+    """For every sequence (q [n, H, d], k [S, G, d], v [S, G, d]) in `dtype`, gathered from the cache. Blocks that lie wholly
+    before the window of the first new token are left out."""
     size = k_cache.shape[1]
     for (first, count), length, table in zip(_rows(q, seq_lens, cu_q), seq_lens.tolist(), block_table, strict=True):
         begin, end = blocks_in_use(count, length, left, size)
@@ -134,7 +137,7 @@ def paged_attention(q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=
     Shapes:   q [T, H, d], the new tokens of all sequences end to end; cu_seqlens_q int32 [sequences + 1], their bounds (None:
               one token for each sequence); k_cache, v_cache [blocks, block_size, G, d], contiguous; block_table int32
               [sequences, max_blocks], the blocks of each sequence in order; seq_lens int32 [sequences], the number of keys
-              with the new ones, which are in the cache already -> out [T, H, d], lse [H, T]. H, G and d as for
+              including the new ones, which are in the cache already -> out [T, H, d], lse [H, T]. H, G and d as for
               `flash_attention`
     Mask:     new token i of n is at position seq_len - n + i and sees the keys up to it, with window=(left, right) from
               position - left on. NaN in masked keys: as for `flash_attention`
@@ -143,11 +146,11 @@ def paged_attention(q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=
               before the window, slots after the end, and sequences without new tokens may hold anything
     Options:  scale, softcap and return_lse as for `flash_attention`; max_seqlen_q helps to choose tiles
     Dtypes:   float32 | bfloat16 | float16 | float64, with float32 sums. Autocast casts q; a float cache must have its dtype
-              already, because casting would copy it. A token's bits are those of one packed prefill by `flash_attention` with
-              the same compiled backend and a float cache, for any batch, number of threads and chunk size. With int8,
-              bfloat16 queries and bfloat16 products of the processor, up to 8 rows (new tokens x H / G) are multiplied as
-              integers and more as bfloat16, so that there bits depend on the chunk size. The integers resolve 2^-16 of the
-              largest |q_e| of a token and head
+              already, because casting would copy it. With a float cache a token has the same bits as in a packed prefill by
+              `flash_attention` on the same compiled backend, for any batch, number of threads and chunk size. With an int8
+              cache, bfloat16 queries and a processor that multiplies bfloat16, up to 8 rows (new tokens x H / G) are
+              multiplied as integers and more rows as bfloat16, so that the bits depend on the chunk size. The integers
+              resolve 2^-16 of the largest |q_e| of a token and head
     Backward: none, for inference: an argument that requires a gradient is an error. Deterministic: yes
     Errors:   ValueError and TypeError. A wrong length or block number raises on the CPU before memory is touched. On CUDA the
               rows that use it become NaN, and `internlm2_kernels.check()` reports it

@@ -6,7 +6,7 @@ from .._checks import check_number
 from ._losses import accumulator, masked_mean
 from ._ppo import checked, masked_loss, passes, run
 
-LOG_RATIO = 20.0  # the bound of the log-ratio, so that exp stays finite
+LOG_RATIO = 20.0  # the log-ratio is clamped to +- this number, so that its exponential stays finite
 
 
 def terms(logprobs, old_logprobs, advantages, mask, clip):
@@ -42,13 +42,13 @@ def ppo_policy_loss(logprobs, old_logprobs, advantages, mask, *, clip=0.2, backe
 
     Shapes:   logprobs, old_logprobs, advantages, mask [...] -> loss [], stats: clip_fraction [] (the share of unmasked
               tokens that take the clipped term), approx_kl [] (mean of r - 1 - log r)
-    Dtypes:   float32 | bfloat16 | float16 | float64, all equal; mask bool, or numbers of which all but 0 count; computed in
-              float32 (float64), in which loss and statistics are
+    Dtypes:   float32 | bfloat16 | float16 | float64, all equal; mask bool, or numbers of which all but 0 count; loss and
+              statistics are computed and returned in float32 (float64)
     Backward: saves its inputs and the count. The gradient is that of logprobs; old_logprobs and advantages are targets. It is
               0 where the clipped term is the smaller one or the log-ratio is beyond 20. Masked tokens may be NaN and have no
               influence; if all are masked, loss and gradients are 0. Deterministic: yes
     Errors:   ValueError for a shape, a device or clip; TypeError for a dtype
-    Cost:     one registered call each way, statistics included.   Source: arXiv:1707.06347 eq. 7
+    Cost:     one call of a registered function each way, with the statistics.   Source: arXiv:1707.06347 eq. 7
     """
     tensors = checked(PPO_POLICY_LOSS, {"logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages}, mask)
     clip = check_number("ppo_policy_loss", "clip", clip, "a number from 0 to 1", lambda v: 0 <= v <= 1)

@@ -11,7 +11,8 @@ def reference(values, old_values, returns, mask, *, clip=None):
     acc = accumulator(values.dtype)
     v, old, r = (t.to(acc).masked_fill(~mask, 0) for t in (values, old_values, returns))
     free = (v - r).square()
-    # The difference is clamped and not v, so that both terms have the same bits where nothing is clipped.
+    # v - old is clamped, and where it is inside the bounds the unclipped term is used itself: computed from old + (v - old),
+    # the clipped term would differ from it in the last bit.
     clipped = free if clip is None else torch.where((v - old).abs() <= clip, free,
                                                     (old + (v - old).clamp(-clip, clip) - r).square())
     loss = 0.5 * masked_mean(torch.where(clipped > free, clipped, free), mask)
@@ -44,13 +45,14 @@ def ppo_value_loss(values, old_values, returns, mask, *, clip=None, backend=None
     Shapes:   values, old_values, returns, mask [...] -> loss [], stats: clip_fraction [] (the share of unmasked tokens
               that take the clipped term), explained_variance [] (1 - Var(R - v) / Var(R) over the mask, 0 where Var(R) is
               0 or within the rounding of the mean of R)
-    Dtypes:   float32 | bfloat16 | float16 | float64, all equal; mask bool, or numbers of which all but 0 count; computed in
-              float32 (float64), in which loss and statistics are
+    Dtypes:   float32 | bfloat16 | float16 | float64, all equal; mask bool, or numbers of which all but 0 count; loss and
+              statistics are computed and returned in float32 (float64)
     Backward: saves its inputs and the count. The gradient is that of values; old_values and returns are targets. It is 0
               where the clipped term is the larger one. Masked tokens may be NaN and have no influence; if all are masked, loss
               and gradients are 0. Deterministic: yes
     Errors:   ValueError for a shape, a device or clip; TypeError for a dtype
-    Cost:     one registered call each way, statistics included.   Source: arXiv:1707.06347 eq. 9, arXiv:2005.12729 section 3
+    Cost:     one call of a registered function each way, with the statistics.
+              Source: arXiv:1707.06347 eq. 9, arXiv:2005.12729 section 3
     """
     tensors = checked(PPO_VALUE_LOSS, {"values": values, "old_values": old_values, "returns": returns}, mask)
     if clip is not None:

@@ -30,7 +30,8 @@ class KVCache(NamedTuple):
 
 
 def split_heads(qkv, num_heads, num_kv_heads):
-    """(q [T, H, d], k [T, G, d], v [T, G, d]) of a packed projection, whose groups hold H/G queries, a key and a value each."""
+    """(q [T, H, d], k [T, G, d], v [T, G, d]) of a packed projection. Its columns form G groups, each of H/G query heads, one
+    key head and one value head."""
     from einops import rearrange
 
     group = num_heads // num_kv_heads

@@ -46,7 +46,7 @@ def reward_loss_from_last(last_hidden, head_weight, *, gamma=2.0, penalty_weight
               promoted); results float32 (float64)
     Backward: saves last_hidden, head_weight and d loss / d rewards (4 bytes a sequence). Deterministic: yes
     Errors:   ValueError for wrong shapes or an odd n; TypeError for a wrong dtype. Without rows the loss is 0
-    Cost:     one registered call each way.   Source: arXiv:2403.17297 section 4.2.1 eq. 1 to 3
+    Cost:     one call of a registered function each way.   Source: arXiv:2403.17297 section 4.2.1 eq. 1 to 3
     """
     op = "reward_loss_from_last"
     last_hidden, head_weight, options = checked(op, "last_hidden", last_hidden, head_weight, gamma, penalty_weight, bound)

@@ -14,8 +14,8 @@ def reference(length_or_positions, head_dim, *, base=1e6, scaling=None, angles="
 
 
 def _resolve(length_or_positions, head_dim, base, scaling, angles, device):
-    """(positions as a tensor, inverse frequencies [d/2] in the dtype of the angles, the divisor of positions, the factor of cos
-    and sin).
+    """Checks the arguments. Returns (positions as a tensor, inverse frequencies [d/2] in the dtype of the angles, divisor of
+    the positions, factor of cos and sin).
     """
     if isinstance(length_or_positions, torch.Tensor):
         positions = length_or_positions
@@ -59,7 +59,7 @@ def rope_table(length_or_positions, head_dim, *, base=1e6, scaling=None, angles=
               sin), llama3. Nothing is cached or mutated: a long prompt never changes a later short one
     Backward: none (integer input). Deterministic: yes
     Errors:   ValueError for a value, TypeError for a type, naming the argument or the key of `scaling`
-    Cost:     two transcendental functions an output pair; made once a model, or once a step for packed positions.
+    Cost:     one cosine and one sine for each pair of outputs; computed once for a model, or once a step for packed positions.
               Source: arXiv:2104.09864 eq. 15
     """
     if isinstance(length_or_positions, torch.Tensor):

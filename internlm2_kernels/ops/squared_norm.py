@@ -18,7 +18,8 @@ def reference(tensors):
 
 
 def dense(tensor):
-    """Whether the tensor's elements fill its memory without gaps, in any order. Elementwise kernels need no more than that."""
+    """Whether the elements of the tensor fill its memory without gaps, in any order of the dimensions. That is all that
+    elementwise kernels need."""
     if tensor.is_contiguous():
         return True
     expected = 1

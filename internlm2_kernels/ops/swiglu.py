@@ -74,7 +74,8 @@ class _PackedSwiGLU(torch.autograd.Function):
 
 
 def _as_packed_rows(x):
-    """`x` with at most three dimensions: kernels cannot read the strides of the halves of a tensor with more."""
+    """A packed [..., 2F] as rows that the kernels can read, with at most three dimensions: kernels do not take the strides of
+    more, and the gate and up halves are not contiguous."""
     return as_rows(x) if x.dim() <= 3 else as_rows(x.flatten(0, -3))
 
 

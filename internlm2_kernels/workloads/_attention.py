@@ -6,9 +6,9 @@ from ..ops._attention import allowed_keys
 
 
 def sdpa(q, k, v, left, right, scale, enable_gqa):
-    """`attend` as F.scaled_dot_product_attention computes it, for q, k, v [B, S, heads, d].
+    """What `attend` of ops/_attention.py computes, by F.scaled_dot_product_attention, for q, k, v [B, S, heads, d].
 
-    With enable_gqa PyTorch shares the key heads among the query heads; without it they are repeated first.
+    With enable_gqa PyTorch shares the key heads among the query heads; without it the key heads are repeated first.
     """
     if not enable_gqa:
         k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], 2) for t in (k, v))

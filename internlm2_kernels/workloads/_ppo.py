@@ -6,10 +6,11 @@ from . import Sample, Workload
 
 
 def masked_workload(vectors, draw, **own):
-    """The workload of a loss over the named `vectors`, whose gradient is that of the first, under a random mask.
+    """The workload of a loss of several vectors [tokens], named in `vectors`. Only the first of them requires a gradient. The
+    mask, which selects the tokens that count, is drawn at random.
 
-    draw(normal) returns the vectors, where normal(size) draws normal random numbers of that size. `own` are the other fields of
-    `Workload`.
+    draw(normal) returns the vectors; normal(size) returns a vector of normal random numbers with standard deviation `size`.
+    `own` are the other fields of `Workload`.
     """
     def sample(case, dtype, device, generator):
         targets, options = case.dims["targets"], {"clip": case.dims["clip"]} if "clip" in case.dims else {}

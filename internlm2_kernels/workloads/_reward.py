@@ -22,8 +22,12 @@ def sample_of(packed):
 
 
 def _magnitude(sample, upstream):
-    """Rewards are sums over D with terms of both signs. The curvature of the losses multiplies their errors, most of all that
-    of the barrier near the bound."""
+    """The size of the terms that cancel in each output and gradient, by name: the error ladder (testing.py) takes it as the
+    scale of the allowed error where it is larger than the result itself.
+
+    A reward is a sum over the hidden size, with terms of both signs. The second derivatives of the losses multiply the errors
+    of the rewards; the largest is that of the log barrier near its bound, at distance `near`.
+    """
     hidden = next(iter(sample.inputs.values()))
     weight, cu = sample.inputs["head_weight"], sample.inputs.get("cu_seqlens")
     if not hidden.numel():

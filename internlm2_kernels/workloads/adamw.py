@@ -7,7 +7,8 @@ from . import Case, Sample, Workload
 
 def _eager(param, grad, exp_avg, exp_avg_sq, master=None, *, step, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
            maximize=False, stochastic_rounding=False, seed=0, index=0, offset=0):
-    """The functional form of torch.optim.AdamW on float32 copies, with the casts before and after."""
+    """The step of torch.optim.AdamW, in its functional form. It is computed on float32 copies of the tensors, whose results are
+    cast back."""
     acc = torch.promote_types(param.dtype, torch.float32)
     w = (param if master is None else master).to(acc, copy=True)
     m, v = exp_avg.to(acc, copy=True), exp_avg_sq.to(acc, copy=True)
@@ -30,13 +31,14 @@ def _sample(case, dtype, device, generator):
     elif dims.get("moments") == "bfloat16":
         inputs |= {name: inputs[name].bfloat16() for name in ("exp_avg", "exp_avg_sq")}
     options = {key: dims[key] for key in ("maximize", "stochastic_rounding", "offset") if dims.get(key)}
-    if dtype == torch.float16:  # float16 is not rounded stochastically
+    if dtype == torch.float16:  # the operator rounds only bfloat16 stochastically
         options.pop("stochastic_rounding", None)
     return Sample({**inputs, "step": dims.get("step", 3), "lr": 1e-2, "seed": 2**40 + 7, "index": 5, **options})
 
 
 def _bytes(dims, size, direction):
-    """The gradient is read twice, the first time for its norm. Moments, master and parameter are read and written."""
+    """The bytes that a step moves. The gradient is read twice, the first time for its norm. The two moments and the master (or,
+    without one, the parameter) are read and written; with a master the parameter is only written."""
     moments = 2 if dims.get("moments") == "bfloat16" else 4
     return dims["elements"] * (2 * size + 4 * moments + (8 + size if dims.get("master") else 2 * size))
 

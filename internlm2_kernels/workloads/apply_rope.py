@@ -12,7 +12,8 @@ from . import Case, Sample, Workload
 
 
 def eager_rotate_half(q, k, cos, sin, positions=None, *, interleaved=False):
-    """Hugging Face's form, x * cos + rotate_half(x) * sin, with doubled tables that are cast to the activations' dtype."""
+    """Hugging Face's form: x * cos + rotate_half(x) * sin, where cos and sin are [T, d]: each table beside a copy of itself,
+    cast to the dtype of x."""
     if interleaved:
         return reference(q, k, cos, sin, positions, interleaved=True)
     if positions is not None:

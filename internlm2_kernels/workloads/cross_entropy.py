@@ -9,7 +9,7 @@ from . import Case, Sample, Workload
 
 
 def _eager(wide):
-    """F.cross_entropy on the logits, converted to float32 first if `wide`."""
+    """F.cross_entropy on the logits, which are converted to float32 first if `wide` is set."""
     def composition(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0, reduction="mean",
                     return_z_loss=False, inplace_backward=False):
         acc = accumulator(logits.dtype)
@@ -44,7 +44,11 @@ def _sample(case, dtype, device, generator):
 
 
 def _magnitude(sample, upstream):
-    """The loss is the difference of lse and a logit; where p is close to 1 the gradient is a difference of probabilities."""
+    """The size of the terms that cancel in the loss and in its gradient, by name: the error ladder (testing.py) takes it as
+    the scale of the allowed error where it is larger than the result itself.
+
+    The loss is the log-sum-exp less the label's logit; the label's entry of the gradient is p - 1, where p may be close to 1.
+    """
     logits = sample.inputs["logits"]
     if not logits.numel():
         return {}
@@ -56,7 +60,7 @@ def _magnitude(sample, upstream):
 
 
 def _bytes(dims, size, direction):
-    """The forward reads the logits; forward and backward together read them once and write the gradient once."""
+    """The size of the logits in bytes. The forward reads them once; the call with a gradient adds one write of that size."""
     return dims.get("rows", dims.get("targets")) * dims["cols"] * size
 
 

@@ -10,7 +10,8 @@ from ._attention import pairs_of, sdpa
 
 
 def _eager(enable_gqa):
-    """SDPA for each sequence. Soft-cap and lse, which SDPA does not offer, use a softmax written out in the given dtype."""
+    """F.scaled_dot_product_attention (SDPA) for each sequence. SDPA offers neither a soft-cap nor the lse; where one of them is
+    wanted, the softmax is written out in the dtype of the inputs."""
     def composition(q, k, v, *, causal=False, scale=None, window=None, softcap=0.0, cu_seqlens_q=None, cu_seqlens_k=None,
                     max_seqlen_q=None, max_seqlen_k=None, return_lse=False):
         scale, left, right, softcap = check_options("flash_attention", q.shape[-1], scale, window, softcap)
@@ -56,8 +57,12 @@ def _sample(case, dtype, device, generator):
 
 
 def _magnitude(sample, upstream):
-    """dq and dk are sums of p (dp - delta) times keys or queries, in which dp and delta cancel. Their magnitude is the root of
-    the sum of the squared terms. lse has the magnitude of the largest score.
+    """The size of the terms that cancel in lse, dq and dk, by name: the error ladder (testing.py) takes it as the scale of the
+    allowed error where it is larger than the result itself.
+
+    dq and dk are sums of p (dp - delta) times keys or queries, in which dp and delta cancel (p: probabilities, dp: their
+    gradients, delta: rowsum(dout * out)). Their magnitude is the root of the sum of the squared terms. The magnitude of lse is
+    that of the largest score.
     """
     inputs = dict(sample.inputs)
     q, k, v = (inputs.pop(name) for name in "qkv")
@@ -93,7 +98,8 @@ def _bytes(dims, size, direction):
 
 
 def _flops(dims, direction):
-    """Two products forward and five backward, with the recomputed scores, for each pair of a query and an unmasked key."""
+    """The operations of a call: for each pair of a query and an unmasked key two products of length d in the forward, and five
+    in the backward, one of which computes the scores again."""
     left, right = dims.get("window") or (-1, -1)
     pairs = sum(pairs_of(a, b, left, 0 if dims.get("causal") else right) for a, b in _lengths(dims))
     return (4 if direction == "forward" else 10) * pairs * dims["heads"] * dims["head_dim"]

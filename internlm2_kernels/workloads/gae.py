@@ -65,7 +65,8 @@ WORKLOAD = Workload(
     batched=("rewards", "values", "mask"),
     bytes=lambda dims, size, direction: _tokens(dims) * (2 * size + 8),
     flops=lambda dims, direction: 6 * _tokens(dims),
-    # Advantages are sums over a sequence's tokens, with terms of both signs.
+    # Advantages are sums over a sequence's tokens, with terms of both signs. 10 times the largest value is the size of these
+    # terms, which the error ladder (testing.py) takes as scale where it is larger than the result.
     magnitude=lambda sample, upstream: {name: 10.0 * (1 + float(sample.inputs["values"].abs().max()))
                                         for name in ("advantages", "returns") if sample.inputs["values"].numel()},
     rowwise=False,

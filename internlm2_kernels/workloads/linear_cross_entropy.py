@@ -20,8 +20,8 @@ def _eager(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0, z_
 
 def _torch_linear(hidden, weight, labels, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=0.0,
                   token_weights=None, reduction="mean", return_z_loss=False):
-    """PyTorch's own chunked form, from torch 2.13 on."""
-    more = token_weights is not None or z_loss or return_z_loss or softcap  # what it does not offer
+    """F.linear_cross_entropy, PyTorch's own chunked form, which exists from torch 2.13 on."""
+    more = token_weights is not None or z_loss or return_z_loss or softcap  # PyTorch's form does not offer these
     if not hasattr(F, "linear_cross_entropy") or more or not labels.numel():
         return _eager(hidden, weight, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
                       softcap=softcap, token_weights=token_weights, reduction=reduction, return_z_loss=return_z_loss)
@@ -37,7 +37,8 @@ def head_sample(case, dtype, device, generator):
     draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)
     hidden, weight = draw(rows, cols).to(dtype), (2 * draw(vocab, cols) * cols**-0.5).to(dtype)
     labels = torch.randint(vocab, (rows,), generator=generator, device=device)
-    if rows > 2:  # the largest gradients are those of the labels' rows; the first and last row of weight must be among them
+    # The largest entries of dweight are in the rows of labels. With these two labels the first and the last row are among them.
+    if rows > 2:
         labels[0], labels[2] = vocab - 1, 0
     return hidden, weight, labels
 
@@ -57,12 +58,17 @@ def _sample(case, dtype, device, generator):
 
 
 def logit_error(hidden, weight):
-    """The typical error of a logit in units of rounding, which is the relative error of the probabilities in a gradient."""
+    """The typical error of the largest logit, in units of eps: the root of the sum of its squared terms. It is also the
+    relative error of a probability, and so of a gradient that is computed from it."""
     return float((hidden.square() @ weight.square().T).max().sqrt())
 
 
 def _magnitude(sample, upstream):
-    """Logits are sums over D and gradients are sums over the vocabulary or the tokens; their terms have both signs."""
+    """The size of the terms that cancel in the loss and in the gradients, by name: the error ladder (testing.py) takes it as
+    the scale of the allowed error where it is larger than the result itself.
+
+    Logits are sums over the hidden size, gradients are sums over the vocabulary or the tokens, all with terms of both signs.
+    """
     hidden, weight, labels = (sample.inputs[name] for name in ("hidden", "weight", "labels"))
     if not labels.numel():
         return {}

@@ -28,7 +28,11 @@ def _sample(case, dtype, device, generator):
 
 
 def _magnitude(sample, upstream):
-    """Logits are sums over D and gradients are sums over the vocabulary or the tokens; their terms have both signs."""
+    """The size of the terms that cancel in each output and gradient, by name: the error ladder (testing.py) takes it as the
+    scale of the allowed error where it is larger than the result itself.
+
+    Logits are sums over the hidden size, gradients are sums over the vocabulary or the tokens, all with terms of both signs.
+    """
     hidden, weight = sample.inputs["hidden"], sample.inputs["weight"]
     if not sample.inputs["tokens"].numel():
         return {}

@@ -23,7 +23,12 @@ def _sample(case, dtype, device, generator):
 
 
 def _magnitude(sample, upstream):
-    """Two logarithms of both signs; beyond the edge, slope * |x| and slope * edge, which nearly cancel at the edge."""
+    """The size of the terms that cancel in the penalty: the error ladder (testing.py) takes it as the scale of the allowed
+    error where it is larger than the result itself.
+
+    Up to the edge, bound - margin, the penalty is a sum of two logarithms, which may have opposite signs. Beyond the edge it
+    contains slope * |x| - slope * edge, which nearly cancel close to the edge.
+    """
     x, bound, margin = sample.inputs["rewards"], sample.inputs.get("bound", 5.0), 1e-3
     if not x.numel():
         return {}

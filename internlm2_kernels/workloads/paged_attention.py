@@ -9,10 +9,11 @@ from ._attention import pairs_of, sdpa
 
 
 class Contiguous:
-    """What PyTorch offers for decoding: SDPA on the contiguous keys of each sequence, which `prepare` gathers beforehand.
+    """What PyTorch offers for decoding: F.scaled_dot_product_attention on the contiguous keys of each sequence, which `prepare`
+    gathers beforehand.
 
-    `folded` makes the query heads of a group the rows of one product, so that they share each read of a key. That works for one
-    new token for each sequence.
+    `folded` makes the query heads of a group the rows of one product, so that they share each read of a key. It needs sequences
+    with one new token each.
     """
 
     def __init__(self, enable_gqa, folded=False):
@@ -45,7 +46,7 @@ class Contiguous:
         if not self.folded or q.shape[1] != 1:
             return sdpa(q, k, v, left, 0, scale, self.enable_gqa)
         group = q.shape[2] // k.shape[2]
-        rows = q.view(q.shape[0], k.shape[2], group, -1)  # one new token: the heads of its group become the rows
+        rows = q.view(q.shape[0], k.shape[2], group, -1)  # with one new token, the query heads of a group become the rows
         if left >= 0:
             k, v = k[:, -left - 1:], v[:, -left - 1:]
         out = torch.nn.functional.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), scale=scale)
@@ -53,7 +54,7 @@ class Contiguous:
 
 
 def _lengths(dims):
-    """(number of new tokens, length including them) of every sequence."""
+    """(number of new tokens, number of keys including them) of every sequence of a case."""
     return [(new, old + new) for new, old in zip(dims["new"], dims["cached"], strict=True)]
 
 

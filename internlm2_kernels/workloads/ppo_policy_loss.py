@@ -21,7 +21,8 @@ def _draw(normal):
 
 
 def _magnitude(sample, upstream):
-    """The loss is a mean of terms of both signs."""
+    """The size of the terms that cancel in each output, by name: the error ladder (testing.py) takes it as the scale of the
+    allowed error where it is larger than the result itself. The loss is a mean of terms of both signs."""
     advantages = sample.inputs["advantages"]
     size = float(advantages.abs().max()) * 4 if advantages.numel() else 1.0
     return {"loss": size, "approx_kl": 1.0, "clip_fraction": 1.0}

@@ -38,8 +38,11 @@ def _sample(case, dtype, device, generator):
 
 
 def _magnitude(sample, upstream):
-    """dx is a difference of two terms of size rstd * |dy * weight|, which cancel when D is small. dweight is a sum over rows of
-    terms of both signs, with the magnitude of the root of their squared sum.
+    """The size of the terms that cancel in each gradient, by the argument's name: the error ladder (testing.py) takes it as
+    the scale of the allowed error where it is larger than the gradient itself.
+
+    dx is a difference of two terms of size rstd * |dy * weight|, which cancel when rows are short. dweight is a sum over rows
+    with terms of both signs; its magnitude is the root of the sum of their squares.
     """
     x, weight = sample.inputs["x"], sample.inputs["weight"]
     h = x + sample.inputs["residual"] if "residual" in sample.inputs else x

@@ -7,7 +7,7 @@ from . import Case, Sample, Workload
 
 
 def _eager(length_or_positions, head_dim, *, base=1e6, scaling=None, angles="float64", device=None):
-    """The tables computed with PyTorch's operators, one after the other."""
+    """The tables by PyTorch's operators, one kernel each: the reference is already what users would write."""
     return reference(length_or_positions, head_dim, base=base, scaling=scaling, angles=angles, device=device)
 
 
@@ -48,8 +48,8 @@ WORKLOAD = Workload(
     ),
     eager={"torch": _eager},
     batched=("length_or_positions",),
-    copies=("pow", "div", "reciprocal", "mul"),  # PyTorch computes the d/2 frequencies, as in the released code
+    copies=("pow", "div", "reciprocal", "mul"),  # for the d/2 frequencies, which PyTorch computes outside the kernel
     bytes=lambda dims, size, direction: dims["rows"] * (8 + 4 * dims["head_dim"]),
     flops=lambda dims, direction: 3 * dims["rows"] * dims["head_dim"],
-    domain={"head_dim": (4, 140, 2)},  # dynamic scaling needs at least 4
+    domain={"head_dim": (4, 140, 2)},  # at least 4, because dynamic scaling divides by d - 2
 )

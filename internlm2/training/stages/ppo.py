@@ -18,12 +18,12 @@ from internlm2_kernels import gae, kl_penalty, ppo_policy_loss, ppo_value_loss
 
 @dataclass(frozen=True)
 class Experience:
-    """Sequences that an actor wrote, and what PPO learns from them.
+    """Sequences that an actor wrote, with the vectors from which PPO's losses are computed.
 
     tokens, next_tokens: int64 [T]; cu_seqlens: int32 [n + 1] on the CPU; mask: bool [T]
     logprobs, values, advantages, returns: float32 [T], from the models as they were at the rollout
-    kl: [], the mean of log p_actor - log p_reference over the mask; 0 where the mask is empty
-    temperature: at which the actor drew the tokens; logprobs are those of the softmax of logits / temperature
+    kl: [], the mean of log p_actor - log p_reference over the mask; 0 if no token is in the mask
+    temperature: that at which the actor drew the tokens; logprobs are those of the softmax of logits / temperature
     """
 
     tokens: Tensor
@@ -44,18 +44,18 @@ def gather_experience(
     scores: Tensor, *, temperature: float = 1.0, truncated: Tensor | None = None, kl_coef: float = 0.01, gamma: float = 1.0,
     lam: float = 0.99,
 ) -> Experience:  # fmt: skip
-    """What one rollout of the actor teaches.
+    """The `Experience` of one rollout: runs actor, reference model and critic on the sequences and computes the advantages.
 
     tokens:      int64 [T], prompts and responses end to end; cu_seqlens int32 [n + 1] on the CPU
     mask:        bool [T]: the actor chose the token after this one; False at the last token of a sequence
     scores:      float [n], the reward of each sequence from the reward model; it counts at the sequence's last choice
-    temperature: at which the tokens were drawn. All log-probabilities, also the reference's and those of `policy_loss`, are
-                 taken at it, since they must be those of the policy that drew the tokens
+    temperature: that at which the tokens were drawn. All log-probabilities (those here of the actor and of the reference model,
+                 and those of `policy_loss`) are taken at it, since they must be those of the policy that drew the tokens
     truncated:   bool [n], default none: the response was cut at a length limit and would have gone on. The value of the state
                  after its last choice then stands for what would have followed; without it PPO would learn that a response
                  is worth nothing beyond the limit
     kl_coef:     the reward of a choice is -kl_coef (log p_actor - log p_reference), to which the last choice adds the score
-    gamma, lam:  discount and decay of generalised advantage estimation. The report gives lam, not gamma
+    gamma, lam:  discount and decay of generalised advantage estimation. The report (arXiv:2403.17297) gives lam, but no gamma
     Errors: ValueError where the mask holds the last token of a sequence, a sequence has no choice, or kl_coef, gamma, lam or
             temperature is not a finite number. Without sequences the vectors are empty and kl is 0.
     """
@@ -63,7 +63,7 @@ def gather_experience(
         raise ValueError(f"kl_coef must be a finite number, got {kl_coef!r}")
     ends = cu_seqlens[1:].to(torch.int64) - 1
     _check_rollout(tokens, cu_seqlens, mask, scores, truncated)
-    # At the last token of a sequence this is the first token of the next one, which the mask leaves out.
+    # At the last token of a sequence, next_tokens holds the first token of the next sequence. The mask excludes that position.
     next_tokens = torch.cat((tokens[1:], tokens[:1]))
     logprobs, ref_logprobs = (
         model.logprobs(tokens, next_tokens, cu_seqlens, temperature=temperature) for model in (actor, reference)
@@ -89,7 +89,8 @@ def policy_loss(actor: InternLM2, experience: Experience, *, clip: float = 0.2) 
 
 
 def value_loss(critic: RewardModel, experience: Experience, *, clip: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """The critic's squared error and its statistics (clip_fraction, explained_variance). The report does not clip it."""
+    """The critic's squared error and its statistics (clip_fraction, explained_variance). By default it is not clipped, as in
+    the report (arXiv:2403.17297)."""
     e = experience
     return ppo_value_loss(critic.values(e.tokens, e.cu_seqlens), e.values, e.returns, e.mask, clip=clip)
 

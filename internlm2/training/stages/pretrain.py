@@ -32,7 +32,7 @@ OPERATORS = {"kernels": internlm2_kernels, "plain": internlm2.plain}
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenizer with the training and held-out documents in its ids."""
+    """A tokenizer, and the training and validation documents as ids of this tokenizer."""
 
     tokenizer: Tokenizer
     train: TokenStore
@@ -63,10 +63,10 @@ def prepare_corpus(config: TrainConfig, say: Callable[[str], None] = print) -> C
 
 
 def _make_tokenizer(config: TrainConfig, texts: list[str], path: Path, say: Callable[[str], None]) -> Tokenizer:
-    """Trains the tokenizer at `path`, or copies the one that the configuration names to it."""
+    """The tokenizer of the run, written to `path`: trained on the texts, or a copy of the file that the configuration names."""
     vocab_size = config.model.vocab_size
     if not config.data.tokenizer:
-        # A part of the texts is enough: the merges of a small vocabulary are frequent everywhere.
+        # A part of the texts is enough to train on: the pieces of a small vocabulary are frequent in any part.
         sample, size = [], 0
         for text in texts:
             sample.append(text)

@@ -23,7 +23,7 @@ FURTHER = ("counters",)
 SHARES = ((("build", "checks"), 360), (("sanitizer",), 120), (("peaks", "bench"), 600), (("train",), 240), (("counters",), 240))
 REPORT_S = 45.0  # reserved at the end of the benchmarks' time for the running row and the report
 SILENT_S = 180.0  # a benchmark that prints nothing for so long is taken to hang: it is ended, and resumed after that operator
-GRACE_S = 20.0  # between the request to end and the kill
+GRACE_S = 20.0  # between SIGINT, which asks a process to end, and SIGKILL
 LARGEST_LOG_BYTES = 12 * 2**20
 LATE, SILENT, DEVICE_LOST = 124, 125, 3
 NEEDED_GIB = {"checks": 8, "sanitizer": 4, "peaks": 8, "bench": 30, "train": 8, "counters": 30}
@@ -93,7 +93,7 @@ def _gpu_missing(gib: int) -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     try:
-        with warnings.catch_warnings(record=True) as caught:  # torch warns of a driver that is too old
+        with warnings.catch_warnings(record=True) as caught:  # torch only warns of a driver that is too old
             warnings.simplefilter("always")
             there = torch.cuda.is_available()
         if not there:
@@ -278,8 +278,8 @@ print(gpu_state())
 
 
 def bench(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
-    """Run the benchmarks; where the device stops answering or a call hangs, resume them after the operator in which it
-    happened."""
+    """Run the benchmarks. Where the device stops answering or a call hangs, start them again with the operator after the one
+    in which it happened."""
     end, resume, status = time.monotonic() + (limit_s or 1e9), args.resume, 0
     base = [sys.executable, "-u", "-m", "benchmarks", "--device", "cuda", "--out", str(args.out), *each(args),
             *([] if args.full else ["--dtype", "bfloat16"]), *(["--commit", args.commit] if args.commit else [])]
@@ -313,7 +313,7 @@ RUN = {"build": build, "checks": checks, "sanitizer": sanitizer, "peaks": peaks,
 
 
 class Budget:
-    """The time that is left for a phase, both of the share of its group and of the whole."""
+    """How much time is left for a phase: the smaller of what remains of its group's share and of the whole run's minutes."""
 
     def __init__(self, minutes: float | None) -> None:
         self.end = None if minutes is None else time.monotonic() + 60 * minutes

@@ -39,7 +39,7 @@ from internlm2_kernels._triton.swiglu import swiglu_bwd, swiglu_fwd
 
 
 def adamw(dtype, meta):
-    """Masters, stochastic rounding, moments of both dtypes."""
+    """The step with master weights, with stochastic rounding, and with moments in float32 and in bfloat16."""
     lists = lambda dtype: [meta(1 << 20, dtype=dtype) for _ in range(300)]
     params, full, low = lists(dtype), lists(torch.float32), lists(torch.bfloat16)
     steps = [meta(dtype=torch.float32) for _ in params]
@@ -54,7 +54,7 @@ def adamw(dtype, meta):
 
 
 def apply_rope(dtype, meta):
-    """The heads of the three models, and each option once."""
+    """The numbers of heads of the three InternLM2 models, and each option once."""
     cos, positions = meta(32768, 64, dtype=torch.float32), meta(4096, dtype=torch.int64)
     for heads in (16, 32, 48):
         q, k = meta(4096, heads, 128, dtype=dtype), meta(4096, 8, 128, dtype=dtype)
@@ -144,7 +144,7 @@ def linear_cross_entropy(dtype, meta):
         if label == "odd":
             yield "mean", (
                 lambda x=x, lse=lse, o=plain: linear_cross_entropy_bwd(one, *x, None, lse, *o[1:], 1, True, True))
-            if dtype == torch.bfloat16:  # only float16 divides by the largest coefficient
+            if dtype == torch.bfloat16:  # float16 has kernels of its own: it divides by the largest coefficient
                 halves = meta(8192, depth, dtype=torch.float16), meta(vocab, depth, dtype=torch.float16), labels
                 yield "odd, float16", (
                     lambda x=halves, rows=rows, lse=lse, o=plain[1:]: linear_cross_entropy_bwd(
@@ -202,7 +202,7 @@ def ppo_policy_loss(dtype, meta):
 
 
 def ppo_value_loss(dtype, meta):
-    """Few and many tokens, with and without the clip."""
+    """8192 and a million tokens, with and without clipping the values."""
     one = meta(dtype=torch.float32)
     for tokens, clip in ((8192, 0.2), (8192, -1.0), (1 << 20, 0.2)):
         x, mask = meta(tokens, dtype=dtype), meta(tokens, dtype=torch.bool)
@@ -212,7 +212,7 @@ def ppo_value_loss(dtype, meta):
 
 
 def qkv_rope(dtype, meta):
-    """The heads of the three models, and each dtype of cache."""
+    """The numbers of heads of the three InternLM2 models, and each dtype of cache."""
     cos, positions, slots = meta(32768, 64, dtype=torch.float32), meta(4096, dtype=torch.int64), meta(4096, dtype=torch.int64)
     cache, cache8 = meta(512, 64, 8, 128, dtype=dtype), meta(512, 64, 8, 128, dtype=torch.int8)
     scale = meta(512, 64, 8, dtype=torch.float32)

@@ -22,7 +22,7 @@ def section(op: Op, title: str) -> str:
 
 
 def operator_table() -> str:
-    """Markdown: a row an operator, nothing of it written by hand."""
+    """The Markdown table with one row for each operator, taken from the registry and the docstrings."""
     rows = ["| operator | what it does | backends | dtypes | backward |", "|---|---|---|---|---|"]
     for op in sorted(OPS.values(), key=lambda op: op.name):
         dtypes = ", ".join(str(d).removeprefix("torch.") for d in op.dtypes)

@@ -65,7 +65,7 @@ def hash_comments(path: Path, source: str) -> list[Comment]:
 
 
 def joined(comments: list[Comment], lines: list[str]) -> list[Comment]:
-    """Comments that fill neighbouring lines are one; one that stands behind code is by itself."""
+    """Merges comments on consecutive lines into one. A comment behind code on the same line stays separate."""
     result: list[Comment] = []
     alone = lambda comment: lines[comment.first - 1].strip().startswith(comment.text.split("\n")[0][:2])
     for comment in sorted(comments, key=lambda comment: comment.first):

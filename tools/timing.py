@@ -61,8 +61,8 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def turns(count: int, round_index: int) -> list[int]:
-    """The order of a round. It is rotated every second round and reversed in between, so that every contender has every
-    position equally often."""
+    """The order in which the contenders run in a round. It is rotated every second round and reversed in each round between,
+    so that over many rounds every contender runs at every position equally often."""
     start = (round_index // 2) % count
     order = [(start + i) % count for i in range(count)]
     return order[::-1] if round_index % 2 else order
@@ -204,7 +204,7 @@ def _cuda_samplers(contenders: list[Contender], sets: int, device: torch.device,
                 samplers[contender.name] = _cuda_replays(contender, sets, device, pool, stream)
                 continue
             except RuntimeError as error:
-                torch.cuda.set_stream(outside)  # a failed capture leaves its stream as the current one
+                torch.cuda.set_stream(outside)  # a failed capture leaves the capture's stream as the current one
                 torch.cuda.synchronize(device)
                 pool, why = torch.cuda.graph_pool_handle(), f"no graph: {str(error).splitlines()[0]}"
         launched[contender.name] = why
@@ -286,7 +286,7 @@ def _cuda_replays(contender: Contender, sets: int, device: torch.device, pool: A
 
 def _cuda_launches(contender: Contender, sets: int, device: torch.device, call_s: float,
                    waits: bool) -> Callable[[int], dict[str, float]]:
-    """Launches between events, over as many sets as a sample of CAPTURED_S needs."""
+    """A sampler that launches the calls between CUDA events, on as many input sets as fill CAPTURED_S seconds."""
     count = max(1, min(sets, math.ceil(CAPTURED_S / call_s)))
 
     def launch(first: int) -> list[list[torch.cuda.Event]]:

@@ -74,8 +74,8 @@ def _bad_label(rank):
 
 
 def _ignored_and_not_finite(rank):
-    """The largest difference between dhidden of the sharded call and of one process with the whole weight, for several options,
-    where an ignored row of hidden holds infinity or NaN.
+    """For several options, where an ignored row of hidden holds infinity or NaN: the largest difference between dhidden of the
+    sharded call and of one process with the whole weight, and the latter's largest element.
     """
     begin, end = ROWS[rank]
     off = {}

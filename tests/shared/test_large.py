@@ -21,8 +21,9 @@ PERIOD = 1024  # the large tensors repeat these rows, so the small call gives ev
 
 @dataclass(frozen=True)
 class Wide:
-    """Sizes at which an operator passes 2^31 elements. `gib` is the memory that the test takes; `counted` names what counts the
-    rows. Arguments in `expanded` are one row, expanded without taking memory; those in `same` share the memory of another.
+    """Sizes at which an operator's tensors exceed 2^31 elements. `gib` is the memory that the test takes; `counted` names the
+    dimension that counts the rows. An argument in `expanded` is one row, expanded without taking memory; `same` maps an
+    argument to another one whose memory it shares.
     """
 
     op: str
@@ -56,7 +57,7 @@ WIDE = [
 
 
 def repeated(wide: Wide, sample: Sample, times: int) -> Sample:
-    """The sample's rows `times` times, and what does not count rows as it is."""
+    """The sample with its rows repeated `times` times; arguments that have no rows stay as they are."""
     batched = (*OPS[wide.op].workload.batched, *wide.batched)
     inputs = {n: v for n, v in sample.inputs.items() if n not in wide.same}
     for name, value in inputs.items():
@@ -99,7 +100,7 @@ def test_beyond_two_to_the_31(wide, generator, as_it_comes):
     assert max(v.numel() for v in [*large.inputs.values(), *got.values()] if isinstance(v, torch.Tensor)) > 2**31
     for name, value in want.items():
         if value.shape[0] != PERIOD:
-            continue  # a sum over all rows differs from the small call's; other tests judge it
+            continue  # a sum over all rows differs from the small call's; other tests check it
         assert value.isfinite().all() and value.any(), name
         for i in range(times):
             assert torch.equal(got[name][i * PERIOD: (i + 1) * PERIOD], value), f"{name}, repeat {i}"

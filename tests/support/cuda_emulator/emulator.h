@@ -1,6 +1,6 @@
-// CUDA on a CPU, slowly: every thread of a block is a thread here, blocks run one after the other. Enough of the language
-// for csrc/cuda to be compiled by g++ and checked bit by bit where there is no GPU. What it cannot see: races that a
-// barrier between blocks hides, memory models, speed.
+// CUDA on a CPU, slowly: every CUDA thread of a block is a thread of the CPU, and blocks run one after the other. It covers
+// enough of the language for csrc/cuda to be compiled by g++ and checked bit by bit where there is no GPU. It cannot show
+// races between blocks, effects of the GPU's memory model, or speed.
 #pragma once
 #include <algorithm>
 #include <atomic>

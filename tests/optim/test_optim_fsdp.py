@@ -37,7 +37,8 @@ def groups(model):
 
 
 def optimizer_of(model, **options):
-    return FusedAdamW(groups(model), lr=0.02, eps=1e-2, max_grad_norm=CLIP, **options)  # with a tiny eps Adam's steps would not depend on clipping
+    # With a tiny eps Adam's steps would hardly depend on the size of the gradients, and so not show whether they were clipped.
+    return FusedAdamW(groups(model), lr=0.02, eps=1e-2, max_grad_norm=CLIP, **options)
 
 
 def batch(step, rank, dtype):

@@ -53,7 +53,7 @@ TILES = {"ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"}
 
 @pytest.fixture(scope="module")
 def used(objects):
-    """What each object uses of wide registers (ymm, zmm), mask registers (k) and tile instructions, in one disassembly."""
+    """A function that returns which wide registers (ymm, zmm), mask registers (k) and tile instructions an object uses."""
     words = f"%[yz]mm|%k[1-7]|{'|'.join(sorted(TILES))}"
 
     def of(path):
@@ -73,7 +73,7 @@ def test_no_object_uses_more_than_its_instruction_set(objects, used):
 
 
 def test_tiles_are_in_their_own_objects_alone(objects, used):
-    """Tile instructions, and not their emulation, are in the AMX objects and in no others."""
+    """The AMX objects contain real tile instructions, not their emulation, and no other object contains any."""
     for path in (objects / "cpu").rglob("*.o"):
         assert used[path] & TILES == (TILES if path.name.endswith(".amx.o") else set()), path.name
 
@@ -101,7 +101,9 @@ def of_schema(schema):
 
 
 def test_signatures_are_the_schemas():
-    """The dispatcher does not compare them: an int read as a double would be garbage, a Tensor read as optional a crash."""
+    """The types that the C++ bindings read must be those of the schemas, which torch's dispatcher does not compare: an int read
+    as a double would give garbage, and a Tensor read as an optional one would crash.
+    """
     signatures = _C.signatures()
     expected = {f"{op.name}_{name}.{backend}": of_schema(overloads[backend]._schema)
                 for op in OPS.values() for name, overloads in op.overloads.items() for backend in overloads

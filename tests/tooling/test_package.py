@@ -88,7 +88,9 @@ def test_torchs_own_switch_forces_avx2():
 
 
 def test_house_rules():
-    """Implementations import no operator, the kernels do not import the model, and public docstrings are complete."""
+    """Kernels' implementations import no operator, internlm2_kernels does not import internlm2 (the model), and the docstring
+    of every public operator has all its sections.
+    """
     import internlm2_kernels
     from tools.docs import section
 
@@ -140,7 +142,9 @@ def test_archives(tmp_path):
 
 
 def test_an_isolated_build_stops_with_one_sentence(tmp_path):
-    """Where torch cannot be imported the build stops; it does not silently become pure Python."""
+    """Where torch cannot be imported, as in pip's isolated builds, the build stops with a message; it does not silently become
+    pure Python.
+    """
     code = ("import sys, importlib.util as u; real = u.find_spec;"
             "u.find_spec = lambda n, p=None: None if n == 'torch' else real(n, p);"
             f"sys.argv = ['setup.py', '-q', 'build_ext', '-b', {str(tmp_path)!r}]; exec(open('setup.py').read(),"

@@ -52,7 +52,8 @@ class Device:
 
 
 def planned(device_type: str) -> set[str]:
-    """The keys of the rows that a run would measure today. A size that the registry no longer has leaves the tables."""
+    """The keys of the rows that a run would measure today. The tables show no other rows,
+    such as those of sizes that have been removed from the registry."""
     passes = plan(list(OPS), DIRECTIONS, DTYPES, False, device_type)
     return {key_of(job.op.name, job.case.dims, short(job.dtype), direction)
             for job in passes for direction in PASSES[job.kind]}

@@ -132,8 +132,8 @@ class Log:
         """Run `command` in the project's root and pass each line on to the terminal and the log as it comes.
 
         Returns (exit status, output). The status is LATE where the command was ended after `limit_s`, and SILENT where it
-        printed nothing for `silent_s`. PYTHONUNBUFFERED reaches processes that restart themselves too: with buffered output
-        a busy process would be taken to hang.
+        printed nothing for `silent_s`. PYTHONUNBUFFERED is set in the environment, which a process that restarts itself
+        keeps: if it buffered its output, it would seem silent while it works.
         """
         self.say("$ " + " ".join([*(f"{k}={v}" for k, v in env.items()), *command]))
         lines = []
@@ -178,7 +178,7 @@ class Watch(threading.Thread):
 
     def end(self, verdict: int) -> None:
         self.verdict = verdict
-        self.process.send_signal(signal.SIGINT)  # on which pytest tells what has failed so far, and benchmarks report
+        self.process.send_signal(signal.SIGINT)  # at SIGINT pytest lists its failures so far, and the benchmarks write a report
         try:
             self.process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
@@ -218,7 +218,8 @@ def checks(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
 
 
 def sanitizer(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
-    """compute-sanitizer over small cases. Where the tool is missing or refuses to run, a line says so and it is no failure."""
+    """Run compute-sanitizer over small cases. Where the tool is missing or refuses to run, a printed line says so, and the
+    phase does not count as failed."""
     tool, status = shutil.which("compute-sanitizer"), 0
     if tool is None:
         log.note("compute-sanitizer is not installed here: left out")
@@ -241,7 +242,7 @@ def sanitizer(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
 
 
 def counters(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
-    """Hardware counters of one call of each kernel. The card's clocks are left as they are."""
+    """Record the hardware counters of one call of each kernel with ncu, which is told not to change the GPU's clocks."""
     tool = shutil.which("ncu")
     if tool is None:
         log.note("ncu is not installed here: counters left out")

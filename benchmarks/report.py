@@ -1,4 +1,4 @@
-"""Tables of rows, for the terminal and as Markdown; pages.py puts them together."""
+"""Tables of benchmark rows (`suite.Row` as dicts), for the terminal and as Markdown; pages.py builds the pages from them."""
 
 import math
 import statistics
@@ -210,7 +210,7 @@ def notes_of(data: dict[str, Any]) -> str:
 
 
 def markdown(data: dict[str, Any]) -> str:
-    """The page of one run."""
+    """The Markdown page of one run: its machine, the tables of its rows, and what was left out."""
     rows = rows_of(data)
     peers, pairs = families(rows), judged(rows)
     notes = notes_of(data)

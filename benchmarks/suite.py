@@ -71,7 +71,7 @@ class Row:
     direction: str
     device: str
     backend: str
-    chosen: bool  # whether the automatic choice takes this backend
+    chosen: bool  # whether this is the backend that the operator chooses by itself
     method: str
     rounds: int
     seconds: tuple[float, float, float] | None = None
@@ -98,7 +98,7 @@ class Settings:
 
     seconds: float = 1.0
     rounds: tuple[int, int] = (11, 101)
-    longest: float = 25.0  # seconds after which a pass ends as soon as it has three rounds
+    longest: float = 25.0  # seconds; a pass that takes longer ends as soon as it has three rounds
     compiled: bool = True
     quick: bool = False
 
@@ -166,7 +166,7 @@ def check(op: Op, dtype: torch.dtype, device: torch.device, implementations: dic
             for name, implementation in implementations.items():
                 if name in red or (name in PEERS.get(op.name, {}) and op.name in CHECKED and case.kind == "smoke"):
                     continue
-                try:  # on copies, because some peers write into their inputs
+                try:  # on copies of the inputs, because some peers write into them
                     rungs = ladder(op, [Draw(sample, run(op, _copy(sample), implementation, _clones(upstream)), upstream)])
                 except NotImplementedError:  # the peer does not offer these options
                     continue

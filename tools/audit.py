@@ -174,7 +174,8 @@ def find_problems(rows: dict[str, dict]) -> list[str]:
 
 
 def compare(rows: dict[str, dict], compilers: dict, committed: dict, cuda: bool) -> tuple[list[str], list[str]]:
-    """Differences from the committed table, and notes. Numbers are compared only if the same compiler version made them."""
+    """(differences from the committed table, notes), as lines. Numbers are compared only where the compiler version is the
+    same."""
     changes, notes = [], []
     for kind, compiler in (("triton", "triton"), ("cuda", "nvcc")):
         if kind == "cuda" and not cuda:

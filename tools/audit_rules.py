@@ -3,7 +3,7 @@
 `python -m tools.audit` applies the rules to what it compiled, and `--check` fails where one is broken.
 """
 
-PRODUCTS = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}  # on Hopper mma.sync adds up in another order, and is slower
+PRODUCTS = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}  # on Hopper mma is slower and sums in another order
 
 # Parts of row keys whose kernels need no wide accesses, because each access is of few numbers: sums, checks, statistics, int8
 # caches with their scales, scans from the end of a sequence.

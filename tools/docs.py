@@ -13,7 +13,7 @@ BEGIN, END = "<!-- operators: begin (python -m tools.docs --write) -->", "<!-- o
 
 
 def section(op: Op, title: str) -> str:
-    """One section of the public docstring as a line: `Shapes:`, `Backward:`, ..."""
+    """The text of a section of the operator's public docstring, such as `Shapes:` or `Backward:`, joined into one line."""
     text = inspect.getdoc(getattr(internlm2_kernels, op.name))
     found = re.search(rf"^{title}:\s+(.*?)(?=\n\S|\Z)", text, re.S | re.M)
     if found is None:

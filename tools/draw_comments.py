@@ -36,7 +36,7 @@ class Comment:
 
 
 def python_comments(path: Path, source: str) -> list[Comment]:
-    """Comments by the tokenizer, docstrings by the syntax tree."""
+    """All comments of a Python file, found by the tokenizer, and its docstrings, found in the syntax tree."""
     found = []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
@@ -49,7 +49,7 @@ def python_comments(path: Path, source: str) -> list[Comment]:
 
 
 def c_comments(path: Path, source: str) -> list[Comment]:
-    """Comments outside string and character literals."""
+    """All comments of a C or C++ file; what looks like one inside a string or character literal is left out."""
     found = []
     for match in C_COMMENT.finditer(source):
         text = match.group(1) or match.group(2)

@@ -88,7 +88,8 @@ def count(kernels: list[Kernel], arch: str) -> dict[str, float]:
 
 
 def ours(op: str, label: str, arch: str, names: tuple[str, ...], elements: Any, loops: Any = hot) -> list[Kernel]:
-    """Our launches of an operator in bfloat16; `elements` None: the tile of scores in the constants of each launch."""
+    """The kernels `names` of our operator in bfloat16, as launched for `label` in audited.py. Where `elements` is None, a loop
+    computes the tile of scores whose size is in the launch's constants."""
     found = []
     for launch in launches(op, "bfloat16", arch):
         if launch.label.split(", launch")[0] == label and launch.kernel.__name__ in names:
@@ -169,7 +170,7 @@ def unmasked_loops(code: list[sass.Instruction]) -> list[sass.Loop]:
 
 
 def comparisons(arch: str) -> Iterator[tuple[str, str, list[Kernel], list[Kernel]]]:
-    """(what, peer, our kernels, the peer's kernels)"""
+    """Yields each comparison: (what is compared, the peer's name, our kernels, the peer's kernels)."""
     version = functools.cache(importlib.metadata.version)
     triton_tutorial = f"flash-attn-triton {version('flash-attn-triton')} (Triton's tutorial)"
     liger, loads = f"liger-kernel {version('liger-kernel')}", wide_accesses("LDG")

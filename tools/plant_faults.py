@@ -82,7 +82,7 @@ PLANTED = Planted()
 
 
 def faults(op, backend: str) -> list[tuple[str, str]]:
-    """(pass, place) of every result that the operator's passes return or write."""
+    """The faults to plant: (pass, place) of every result that the operator's passes return or write."""
     if backend == "reference":
         found = [("forward", f"result {i}") for i in range(len(op.outputs))]
         case = next(case for case in op.workload.cases if case.kind == "smoke")
@@ -231,7 +231,8 @@ class Session:
 
 
 def work(op_name: str, backends: list[str]) -> int:
-    """The process of one operator: its rows as JSON on the last line of standard output."""
+    """What the process of one operator does: it plants the faults, tests with each, and prints its rows of the table as JSON on
+    the last line of standard output."""
     import pytest
 
     session = Session(op_name, backends)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Line:
-    """A fault: in the operator `op`, the file of that name below csrc/cpu, its text `right` becomes `wrong`."""
+    """A fault in the operator `op`: in `file`, below csrc/cpu, the text `right` is replaced by `wrong`."""
 
     op: str
     file: str

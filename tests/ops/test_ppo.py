@@ -179,7 +179,7 @@ def test_value_loss_by_hand(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_explained_variance(backend, generator):
-    returns = torch.randn(5000, generator=generator) + 1000.0  # a one-pass variance would lose all digits
+    returns = torch.randn(5000, generator=generator) + 1000.0  # a variance by sums of squares would lose all digits
     values = returns + 0.5 * torch.randn(5000, generator=generator)
     mask = torch.rand(5000, generator=generator) > 0.1
     _, stats = ik.ppo_value_loss(values, values, returns, mask, backend=backend)

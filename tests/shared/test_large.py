@@ -76,7 +76,7 @@ def free_gib() -> float:
 
 @pytest.mark.slow
 def test_every_operator_has_its_sizes():
-    sized = {wide.op for wide in WIDE} | large.COVERED  # filled by the imported test modules
+    sized = {wide.op for wide in WIDE} | large.COVERED  # `covers` fills it when the test modules are imported
     assert sized == set(OPS), "state the sizes at which the operator passes 2^31 elements"
 
 

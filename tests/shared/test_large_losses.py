@@ -1,5 +1,5 @@
-"""More than 2^31 elements through the cpp operators of losses and rewards, one operator at a time; see large.py. The large call
-has a power of two times the rows of the small one, so that the two means differ by an exact factor.
+"""Tensors of more than 2^31 elements through the cpp operators of losses and rewards, one operator at a time; see large.py. The
+large call has a power of two times the rows of the small one, so that their means differ by an exact factor.
 """
 
 from dataclasses import dataclass, field

@@ -103,7 +103,9 @@ def test_gradcheck(op, variant, backend, device, generator):
 
 
 def _dims(op):
-    """Sizes around the edges of vectors and tiles, and every combination of the options in the operator's cases."""
+    """A Hypothesis strategy for the dimensions of a case: sizes around the edges of vectors and tiles, with every combination
+    of the options in the operator's cases.
+    """
     cases = small_cases(op)
     limits = {"rows": (0, 40, 1), "tokens": (0, 40, 1), "cols": (1, 150, 1), "kv_heads": (1, 3, 1), "heads": (1, 6, 1),
               "head_dim": (2, 140, 2), **op.workload.domain}

@@ -107,7 +107,7 @@ def test_house_rules():
 
 
 def test_the_project_speaks_of_itself_alone():
-    """No path of a machine and no host of a package registry in any tracked file."""
+    """No tracked file contains a path of the machine it was written on, or the address of a package registry."""
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
     if not any(files):
         pytest.skip("not a git checkout")

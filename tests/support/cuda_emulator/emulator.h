@@ -44,7 +44,7 @@ template <typename F> void launch(unsigned grid, dim3 size, const F& kernel) {
       for (unsigned b = 0; b < grid; ++b) {
         block_index = {b, 0, 0};
         kernel();
-        next.arrive_and_wait();  // `static` stands for __shared__, so blocks must not overlap
+        next.arrive_and_wait();  // shared memory is a `static` variable here, which only one block may use at a time
       }
     });
   }

@@ -184,7 +184,7 @@ class Watch(threading.Thread):
         except subprocess.TimeoutExpired:
             pass
         try:
-            os.killpg(self.process.pid, signal.SIGKILL)  # the process leads its own group, so this ends what it left behind
+            os.killpg(self.process.pid, signal.SIGKILL)  # the process leads a group of its own: this ends its children too
         except ProcessLookupError:
             pass
 

@@ -1,7 +1,7 @@
 """`python -m benchmarks.memory`: peak memory of the linear cross-entropy, forward and backward, over the number of tokens.
 
 Each form runs once in a fresh process; its peak is the largest resident size (VmHWM) while it runs, beyond what was
-resident with the inputs in memory. Recorded as JSON and PNG in benchmarks/results/<device>/.
+resident with the inputs in memory. The result is recorded as JSON and PNG in benchmarks/results/<device>/.
 """
 
 import argparse

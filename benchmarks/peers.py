@@ -91,8 +91,8 @@ def _dense_inputs(q, k, v, *, causal=False, scale=None, window=None, softcap=0.0
 
 
 def _sdpa(name):
-    """SDPA with one backend and no other. The memory-efficient backend has no grouped-query attention, so
-    its keys and values are expanded to the query heads."""
+    """SDPA restricted to one of its backends. The memory-efficient backend has no grouped-query attention, so its keys and
+    values are expanded to the query heads."""
     def run(q, k, v, causal, scale):
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -286,8 +286,8 @@ PEERS: dict[str, dict[str, Peer]] = {
 OURS: dict[str, Callable[..., Any]] = {
     "adamw": Peer(_step, ANY, _optimizer_inputs(_fused_adamw)),
 }
-# Sizes at which the peers of attention are checked. They refuse most options of the registry's small cases, and
-# FlexAttention would compile each case that it does not refuse.
+# Sizes at which the peers of attention are checked in place of the registry's small cases: the peers refuse most options of
+# those, and FlexAttention would compile a kernel for each case that it does not refuse.
 CHECKED: dict[str, tuple[Case, ...]] = {
     "flash_attention": (
         Case("peers", {"batch": 1, "queries": 256, "keys": 256, "heads": 8, "kv_heads": 2, "head_dim": 128, "causal": True}),

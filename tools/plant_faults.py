@@ -177,7 +177,7 @@ def in_launchers(op) -> None:
 
 # ------------------------------------------------------------------------------------------------- the tests, with them
 class Session:
-    """A pytest plugin: in place of the usual loop it runs the collected items once for each fault."""
+    """A pytest plugin that replaces pytest's loop over the tests: it runs the collected tests once for each planted fault."""
 
     def __init__(self, op_name: str, backends: list[str]):
         self.op_name, self.backends, self.rows = op_name, backends, []

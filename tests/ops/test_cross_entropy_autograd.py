@@ -73,7 +73,7 @@ def test_an_upstream_of_1_copies_no_gradient(generator):
     got = {"hidden": hidden.grad, "weight": weight.grad}
     hidden.grad = weight.grad = None
     loss = ik.linear_cross_entropy(hidden, weight, labels, backend="cpp")
-    loss.backward(torch.ones(()), retain_graph=True)  # saved buffers stay for a second backward
+    loss.backward(torch.ones(()), retain_graph=True)  # the graph is kept, so copies must be returned
     assert_bitwise({"hidden": hidden.grad, "weight": weight.grad}, got)
 
 

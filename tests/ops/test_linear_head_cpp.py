@@ -1,4 +1,6 @@
-"""The compiled loss heads work in chunks of tokens: boundaries between chunks, memory, and labels checked before any write."""
+"""The C++ linear heads with a loss, which process tokens in chunks: the boundaries between chunks, the memory that a call
+takes, and that labels are checked before anything is written.
+"""
 
 import pytest
 import torch
@@ -76,7 +78,7 @@ def test_memory_does_not_grow_with_tokens(generator):
         hidden, weight, labels = head(generator, tokens, cols, vocab, torch.bfloat16)
         call = lambda: ops("linear_cross_entropy_grad_fwd")(hidden, weight, labels, None, *OPTIONS, MEAN, False, True, True)  # noqa: B023
         deterministic = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(False)  # that mode fills fresh memory, pages never used included
+        torch.use_deterministic_algorithms(False)  # that mode fills fresh memory, even pages never used
         try:
             call()
             results, growth[tokens] = peak_extra(call)

@@ -8,7 +8,7 @@ import internlm2_kernels as ik
 from internlm2_kernels import OPS
 from internlm2_kernels.testing import draw_upstream, flat, run
 
-# The arguments that may have different floating-point dtypes: they are computed in the dtype that they promote to.
+# Per operator the arguments that may differ in dtype under autocast: all are converted to the dtype that they promote to.
 MIXED = {
     "rms_norm": ("x", "residual"), "swiglu": ("gate", "up"), "apply_rope": ("q", "k"),
     "focal_ranking_loss": ("chosen", "rejected"), "kl_penalty": ("logprobs", "ref_logprobs"), "gae": ("rewards", "values"),

@@ -40,7 +40,7 @@ class Far:
     dims: dict
     gib: float
     times: int = PARTS
-    shared: tuple[str, ...] = ()  # arguments without rows: the sums of their gradients must add up
+    shared: tuple[str, ...] = ()  # arguments without rows, whose gradients are sums over all rows
     options: dict = field(default_factory=dict)
 
 

@@ -130,7 +130,9 @@ def test_functorch_transforms_say_no(op, backend, native, device, generator):
 
 
 def test_batched_upstream_gradients(op, backend, native, device, generator):
-    """vmap over the backward alone (vectorised Jacobians) is right: every upstream gradient gives its own gradient."""
+    """torch.autograd.grad with is_grads_batched=True, which runs only the backward under vmap (vectorised Jacobians), gives for
+    each upstream gradient of the batch the gradient that it gives alone.
+    """
     if "backward" not in op.directions:
         pytest.skip("no backward")
     sample = with_leaves(_first(op, device, generator))

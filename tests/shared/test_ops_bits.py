@@ -1,4 +1,6 @@
-"""The shared checks of bits, memory and strides: every operator x backend, as in test_ops.py."""
+"""The shared checks of equal bits, of memory and of strides: for every operator x backend of the registry, as in
+test_ops.py.
+"""
 
 import subprocess
 import sys

@@ -48,7 +48,7 @@ def repeated(first: torch.Tensor, times: int, last: torch.Tensor) -> torch.Tenso
     both = torch.frombuffer(mmap.mmap(pages, 2 * size), dtype=torch.uint8).view(2, size)
     for row, value in zip(both, (first, last), strict=True):
         row.copy_(value.contiguous().view(torch.uint8).view(-1))
-    reserved = torch.frombuffer(mmap.mmap(-1, times * size, flags=mmap.MAP_PRIVATE), dtype=torch.uint8)  # unmaps all of it
+    reserved = torch.frombuffer(mmap.mmap(-1, times * size, flags=mmap.MAP_PRIVATE), dtype=torch.uint8)  # freeing it unmaps all
     for i in range(times):
         at = reserved.data_ptr() + i * size
         got = libc.mmap(at, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | MAP_FIXED, pages,

@@ -227,7 +227,9 @@ def test_the_sanitizer_takes_small_cases_of_cuda_kernels_and_counters_one_large(
 
 
 def test_the_checks_are_collected_for_a_gpu():
-    """They are collected and not run: every operator on every GPU backend, in float32, bfloat16 and float16."""
+    """pytest collects, without running them, the checks for every operator on every GPU backend, in float32, bfloat16 and
+    float16.
+    """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     found = subprocess.run([sys.executable, "-m", "pytest", *gpu.TESTS, "--device", "cuda", "--seed", "5", "--collect-only"],
                            cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)

@@ -32,7 +32,7 @@ importlib.util.find_spec = lambda name, package=None: None if name == "triton" e
 
 
 def test_importing_pulls_in_nothing_heavy():
-    """Apart from torch's own imports, no Triton, no einops and no progress bars."""
+    """`import internlm2_kernels` imports no Triton, einops, rich, transformers or numpy, beyond what torch imports itself."""
     out = python("import torch, sys; before = set(sys.modules); import internlm2_kernels;"
                  "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))")
     assert out.returncode == 0, out.stderr
@@ -66,7 +66,7 @@ def test_doctor_says_what_is_missing():
 
 
 def test_doctor_fails_when_an_operator_is_wrong():
-    """A kernel that returns zeros turns the self-test red and the exit status 1."""
+    """Where a kernel returns zeros, `doctor` reports the operator's self-test as failed and ends with exit status 1."""
     out = python("import torch, internlm2_kernels\n"
                  "from internlm2_kernels.ops import swiglu\n"
                  "swiglu._FWD['cpp'] = lambda gate, up: torch.zeros_like(gate)\n"

@@ -222,7 +222,8 @@ _TENSORS = 200  # how many parameters the optimizer's elements are divided into
 
 
 def _optimizer_inputs(make):
-    """`prepare` of an optimizer: parameters with gradients and the optimizer's state. Its step is what is timed."""
+    """The `prepare` of an optimizer's peer: it makes parameters with gradients and the optimizer, so that only the step is
+    timed."""
     def prepare(param, grad, exp_avg, exp_avg_sq, master, *, step, lr, seed, index):
         parts = [[piece.clone() for piece in t.chunk(_TENSORS)] for t in (param, grad, master)]
         return make(*parts, lr)

@@ -1,4 +1,6 @@
-"""ModelConfig against the published sizes, Hugging Face dictionaries, and TOML with overrides."""
+"""ModelConfig: its presets have the published sizes, it converts from and to Hugging Face dictionaries, and it is read from
+TOML with overrides from the command line.
+"""
 
 import dataclasses
 from dataclasses import dataclass, field

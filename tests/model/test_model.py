@@ -198,7 +198,7 @@ def test_models_can_be_copied_and_pickled(generator):
 
 
 def test_attention_is_written_for_any_group_size(generator):
-    """The plain attention equals a softmax written out in float64, with 6 query heads for each key head."""
+    """internlm2.plain's attention equals a softmax written out in float64, with 6 query heads for each key head."""
     q = torch.randn(11, 12, 8, dtype=torch.float64, generator=generator)
     k, v = torch.randn(2, 11, 2, 8, dtype=torch.float64, generator=generator)
     got = internlm2.plain.flash_attention(

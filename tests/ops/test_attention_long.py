@@ -155,8 +155,8 @@ def test_decoding_has_the_bits_of_prefill_at_32k(dtype, batch, isa, generator):
 @pytest.mark.parametrize("cached,dtype", ((torch.bfloat16, torch.bfloat16), (torch.int8, torch.bfloat16),
                                           (torch.int8, torch.float32)), ids=str)
 def test_a_cache_beyond_two_to_the_31(cached, dtype, generator):
-    """Caches of more than 2^31 elements each, of which the last blocks are read. All other blocks
-    hold NaN, so that an index that wrapped around would show.
+    """Caches of more than 2^31 elements each, of which the last blocks are read. All other blocks hold NaN, so
+    that an index that wrapped around would show.
     """
     size, kv_heads, dim = 64, 8, 128
     blocks = 2**31 // (size * kv_heads * dim) + 8

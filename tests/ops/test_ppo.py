@@ -129,7 +129,9 @@ def value(backend, mask, *tensors):
 @pytest.mark.parametrize("loss", (policy, value))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_masked_has_no_influence(loss, backend, generator):
-    """Masked elements may be NaN, infinite or anything else; the mean is over the unmasked elements."""
+    """Whatever masked elements hold (NaN, infinity), loss and gradients are those of the unmasked elements, whose mean the loss
+    is.
+    """
     mask = torch.rand(4, 50, generator=generator) > 0.4
     tensors = [torch.randn(4, 50, generator=generator) for _ in range(3)]
     results = []
@@ -193,7 +195,9 @@ def test_explained_variance(backend, generator):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tokens", (1, 7, 5000, 20000))
 def test_explained_variance_of_constant_returns(tokens, backend, generator):
-    """Constant returns give 0, although the mean of many 0.1 rounds to another number; a single different return does not."""
+    """The explained variance of constant returns is 0, although the mean of many 0.1 is not exactly 0.1. With a single
+    different return it is not 0.
+    """
     values = torch.randn(tokens, generator=generator)
     mask = torch.rand(tokens, generator=generator) > 0.1
     mask[0] = True
@@ -244,7 +248,7 @@ def test_masked_tokens_have_no_influence_on_kl(backend, estimator, generator):
         kl = ik.kl_penalty(*pair, mask=mask, estimator=estimator, backend=backend)
         upstream = torch.where(mask, 1.5, 0.0 if padding[0] == 0 else math.inf)
         results.append((kl.detach(), *torch.autograd.grad(kl, pair, upstream)))
-        assert not any(x[~mask].any() for x in results[-1]), padding  # of NaN `any` is True
+        assert not any(x[~mask].any() for x in results[-1]), padding  # `any` also finds NaN
         assert_bitwise(dict(enumerate(results[-1])), dict(enumerate(results[0])), str(padding))
     free = [torch.where(mask, x.detach(), 0.0).requires_grad_() for x in pair]
     assert torch.equal(ik.kl_penalty(*free, estimator=estimator, backend=backend)[mask], kl[mask])

@@ -109,7 +109,9 @@ def test_a_long_table_changes_no_short_one():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rotation_keeps_lengths_and_relative_angles(backend, generator):
-    """Scores depend only on distances: q at 5 with k at 2 scores like q at 105 with k at 102."""
+    """The rotation keeps the length of a vector, and scores depend only on the distance of positions: q at 5 and k at 2 score
+    like q at 105 and k at 102.
+    """
     q, k = torch.randn(2, 1, 1, 64, generator=generator)
     cos, sin = rope_table(128, 64)
     at = lambda x, p: apply_rope(x, x, cos, sin, torch.tensor([p]), backend=backend)[0]

@@ -112,7 +112,9 @@ def test_a_wrong_state_is_refused_and_changes_nothing():
 
 
 def test_hooks_on_loading():
-    """A pre-hook may return another dictionary; a post-hook sees the loaded state and may change it."""
+    """torch's hooks of load_state_dict work: a pre-hook may return another dictionary to load, and a post-hook sees the loaded
+    state and may change it.
+    """
     params = parameters(torch.bfloat16)
     optimizer = ik.FusedAdamW(params)
     steps(optimizer, params, 2)

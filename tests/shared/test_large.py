@@ -44,7 +44,7 @@ WIDE = [
     Wide("rope_table", "rows", {"head_dim": 8192}),
     Wide("apply_rope", "tokens", {"heads": 32, "kv_heads": 1, **TOKENS}),
     Wide("qkv_rope", "tokens", {"heads": 30, "kv_heads": 1, **TOKENS}),
-    # the backward of attention keeps dq in float32 too: with q and out it would not fit into 24 GiB
+    # Forward only: the backward of attention keeps dq in float32 as well, which with q and out would not fit into 24 GiB.
     Wide("flash_attention", "batch", {"queries": 4, "keys": 3, "heads": 16, "kv_heads": 1, "head_dim": 64, "causal": True},
          gib=10, backward=False, name="q, out"),
     Wide("flash_attention", "batch", {"queries": 2, "keys": 64, "heads": 1, "kv_heads": 1, "head_dim": 64, "causal": True},

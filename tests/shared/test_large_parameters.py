@@ -10,7 +10,7 @@ import internlm2_kernels as ik
 from internlm2_kernels.ops._philox import philox, stochastic_bfloat16
 from internlm2_kernels.ops.adamw import STEP
 
-WORDS, BLOCKS = 1536, 342  # vocabulary: whole blocks of the kernel, so that each repeat is computed alike
+WORDS, BLOCKS = 1536, 342  # the vocabulary is BLOCKS repeats of WORDS rows, each a whole number of the kernel's blocks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.usefixtures("as_it_comes")]
 

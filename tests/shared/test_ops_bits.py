@@ -102,7 +102,7 @@ def test_fresh_memory_is_poisoned():
 
 
 def test_strides(op, variant, backend, native, device, generator):
-    """Sliced, transposed and expanded inputs and upstream gradients give the contiguous result to the bit."""
+    """Inputs and upstream gradients that are sliced, transposed or expanded give the bits of contiguous ones."""
     if variant[1] == "interpreted":
         pytest.skip("test_strides_of_all_at_once: the interpreter takes up to seconds a call")
     for case in smoke_cases(op)[:2]:

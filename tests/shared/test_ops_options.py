@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True) of every operator, with options that change from call to call and with symbolic sizes."""
+"""Every operator under torch.compile(fullgraph=True), with options that change from call to call and with symbolic sizes."""
 
 import inspect
 

@@ -6,7 +6,7 @@ import sys
 import warnings
 
 os.environ["TRITON_INTERPRET"] = "1"
-warnings.filterwarnings("error", category=DeprecationWarning, message="Conversion of an array")  # an error from numpy 2.4 on
+warnings.filterwarnings("error", category=DeprecationWarning, message="Conversion of an array")  # numpy 2.4 makes it an error
 if sys.argv[1] == "repaired":
     import interpreter
 

@@ -30,7 +30,9 @@ def lines(*command):
 
 
 def test_instruction_set_objects_define_no_shared_symbol(objects):
-    """The linker keeps one copy of a weak symbol that both builds define: AVX-512 code would run where AVX2 was chosen."""
+    """Objects built for an instruction set define no symbol that another build defines too. Of such weak symbols the linker
+    keeps one copy, so that AVX-512 code could run where AVX2 was chosen.
+    """
     for isa, namespace in (("avx2", "AVX2"), ("avx512", "AVX512"), ("avx512_bf16", "AVX512_BF16"), ("amx", "AMX")):
         pattern = "*.cpp" if isa in ("avx2", "avx512") else "*attention*.cpp"
         names = {path.name for path in (ROOT / "csrc" / "cpu").rglob(pattern)}
@@ -38,7 +40,7 @@ def test_instruction_set_objects_define_no_shared_symbol(objects):
         assert {path.name.removesuffix(f".{isa}.o") for path in found} >= names
         for path in found:
             if path.name.removesuffix(f".{isa}.o") not in names:
-                continue  # its source has been removed
+                continue  # left over from a source that has been removed
             defined = [line.split() for line in lines("nm", "-C", "--defined-only", path)]
             assert defined
             for fields in defined:

@@ -24,7 +24,7 @@ def run(*command):
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=PACKAGE.parent)
 
 
-# Kernels that run for 16-bit inputs only.
+# Kernels that run for 16-bit inputs only, of which the audit compiles bfloat16.
 ONE_DTYPE = {"linear_head_product_kernel": "bfloat16", "linear_head_peak_kernel": "bfloat16"}
 # For each pass, words of which the names of its kernels contain one.
 WORDS = {"bwd": ("bwd", "gradient", "scale"), "fwd": ("fwd", "merge", "chunks"), "step_": ("step",)}

@@ -300,7 +300,7 @@ def test_gae_over_several_blocks(device, randn, generator, monkeypatch):
     cu = torch.tensor((0, *lengths)).cumsum(0).to(torch.int32).to(device)
     rewards, values = randn(sum(lengths)), randn(sum(lengths))
     mask = torch.rand(sum(lengths), generator=generator, device=device) > 0.4
-    mask[20:60] = False  # whole blocks without an unmasked token
+    mask[20:60] = False  # some blocks of tokens are fully masked
     values[30] = float("nan")
     bootstrap = randn(len(lengths))
     got = ik.gae(rewards, values, cu, mask=mask, bootstrap=bootstrap, gamma=0.97, lam=0.9, backend="triton")

@@ -1,7 +1,8 @@
 """Builds internlm2_kernels/_C: pybind11 module, bindings on torch's stable ABI, AVX2 and AVX-512 kernels, CUDA objects.
 
 USE_CPP=0 asks for pure Python, USE_CUDA=0 leaves the CUDA half out (1 insists on it), CUDA_ARCHS="80;90a" picks targets.
-It writes its own build.ninja, since torch's build helpers have one set of flags a source and one object a source.
+It writes its own build.ninja: torch's build helpers compile each source once with one set of flags, while a CPU kernel is
+compiled once for each instruction set.
 """
 
 import importlib.util
@@ -20,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 NATIVE = sys.platform == "linux" and platform.machine() == "x86_64" and os.environ.get("USE_CPP", "1") != "0"
 CXX = ("-O2 -fPIC -std=c++17 -fvisibility=hidden -fvisibility-inlines-hidden -fno-math-errno -fno-trapping-math "
-       "-ffp-contract=off -Wall -Wno-unknown-pragmas -Wno-attributes")  # fma only where the source says so
+       "-ffp-contract=off -Wall -Wno-unknown-pragmas -Wno-attributes")  # no contraction: fma only where the source calls it
 AVX2 = "-mavx2 -mfma -mf16c -DCPU_CAPABILITY=AVX2 -DCPU_CAPABILITY_AVX2"
 AVX512 = ("-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -DCPU_CAPABILITY=AVX512 "
           "-DCPU_CAPABILITY_AVX512 -Wno-maybe-uninitialized -Wno-uninitialized")  # gcc 12's intrinsics warn falsely
@@ -40,7 +41,8 @@ def cuda_home():
 
 
 def instruction_sets(source):
-    """Those that the first line of a CPU kernel's source names (`// Built for: avx2 avx512 ...`); without it the usual two."""
+    """The instruction sets named by the first line of a CPU kernel's source (`// Built for: avx2 avx512 ...`); avx2 and avx512
+    where the line is missing."""
     first = source.read_text().partition("\n")[0]
     return first.removeprefix("// Built for: ").split() if first.startswith("// Built for: ") else ["avx2", "avx512"]
 

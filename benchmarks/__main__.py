@@ -86,7 +86,7 @@ def measure(args: argparse.Namespace) -> int:
     out = (args.out or (record.ROOT / "build" / "benchmarks" if args.quick else record.RESULTS)).resolve()
     pin(args.threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else torch.get_num_threads())
     if device.type == "cuda":
-        import torch._functorch.config as functorch  # `import torch` alone does not import it
+        import torch._functorch.config as functorch  # `import torch` alone does not import this submodule
         functorch.donated_buffer = False  # a backward that is captured in a graph runs more than once
     started, peaks = time.perf_counter(), measure_peaks(device)
     _release(device)
@@ -140,8 +140,8 @@ def measure(args: argparse.Namespace) -> int:
 
 
 def register_peaks(console) -> tuple[dict, dict]:
-    """For each dtype the loop of registers.py, and its rate for the record. Both are empty where the loops cannot be built,
-    which a printed line explains."""
+    """Two dicts: for each dtype the multiply-add loop of registers.py, and its rate for the record. Both are empty where the
+    loops cannot be built; a printed line then says why."""
     import subprocess
 
     import torch
@@ -159,7 +159,8 @@ def register_peaks(console) -> tuple[dict, dict]:
 
 
 class Clock:
-    """Decides whether a pass is expected to end in time: it takes as long as the longest of its operator so far."""
+    """Decides whether a pass is expected to end within the given time. The estimate for a pass is the longest pass of the same
+    operator so far, or USUAL_S before its first."""
 
     def __init__(self, started: float, seconds: float | None) -> None:
         self.end = math.inf if seconds is None else started + seconds
@@ -177,7 +178,7 @@ class Clock:
 
 
 def _release(device) -> None:
-    """Give back the memory of the rates that were just measured, which a CUDA graph's pool holds until the graph is deleted."""
+    """Free the GPU memory that measuring the peaks took: a CUDA graph's pool holds it until the graph is deleted."""
     import gc
 
     import torch

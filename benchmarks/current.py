@@ -1,7 +1,8 @@
-"""Which rows of the recorded runs count today: for every device, size, dtype and direction the newest, wherever it stands.
+"""Which rows of the recorded runs count today: for every device, size, dtype and direction the newest, whichever run holds it.
 
-A run that was stopped half-way counts for the rows it holds. A row whose arithmetic has changed since is marked, by
-results/changed.toml, until it is timed again. A run of which no row counts any more is superseded and leaves the tree.
+The rows of a run that was stopped half-way count too. Where results/changed.toml says that the arithmetic of a row has changed
+since it was timed, the row is marked until it is timed again. A run of which no row counts any more is superseded, and `prune`
+removes its files.
 """
 
 import sys
@@ -30,7 +31,7 @@ DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 
 @dataclass(frozen=True)
 class Device:
-    """One device: the runs that hold rows that count, newest first, and these rows.
+    """One device: the rows that count, and the runs that hold at least one of them, newest first.
 
     A row is a `Row` as a dict, with the name of its record in `record` and with what has changed since it was measured in
     `changed`, which is empty where nothing has.
@@ -42,7 +43,7 @@ class Device:
 
     @property
     def info(self) -> dict[str, Any]:
-        """Of the newest run: device, threads, versions."""
+        """Device, threads and versions, as the newest run recorded them."""
         return self.runs[0]["machine_info"]
 
     @property
@@ -51,7 +52,8 @@ class Device:
 
 
 def planned(device_type: str) -> set[str]:
-    """The keys of the rows that a run would measure today. A size that the registry no longer has leaves the tables."""
+    """The keys of the rows that a run would measure today. The tables show no other rows,
+    such as those of sizes that have been removed from the registry."""
     passes = plan(list(OPS), DIRECTIONS, DTYPES, False, device_type)
     return {key_of(job.op.name, job.case.dims, short(job.dtype), direction)
             for job in passes for direction in PASSES[job.kind]}
@@ -72,7 +74,7 @@ def changes(results: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def measured_at(data: dict[str, Any]) -> datetime:
-    """The time of the commit that was measured, or of the run where the commit's is not known."""
+    """The time of the commit that was measured, or the time of the run where the record does not hold the commit's."""
     return datetime.fromisoformat(data["commit_info"].get("time") or data["datetime"])
 
 

@@ -1,4 +1,4 @@
-"""gates.toml: what counts as done, and the verdict on a row by it."""
+"""Reads gates.toml, which says for each operator what counts as done, and judges a row by it."""
 
 import fnmatch
 import functools
@@ -18,10 +18,10 @@ GATES = Path(__file__).with_name("gates.toml")
 WHERE = ("device", "op", "direction", "dtype")
 RATIOS = ("eager", "compile", "liger", "flex", "mask", "folded", "bf16 cache", "sequence", "cudnn", "flash",
           "efficient", "varlen")
-# Not installed everywhere, or too slow to be timed at every size.
+# Peers that are not installed everywhere, or too slow to be timed at every size: where they were not timed, no gate is missed.
 OPTIONAL = ("liger", "mask", "cudnn", "flash", "efficient", "varlen")
 SHARES = {"bw": "copy_fraction", "read": "read_fraction", "roof": "limit_fraction"}
-AT_LIMIT = 0.85  # share of what the machine allows from which on a row is at the limit
+AT_LIMIT = 0.85  # a row that reaches this fraction of what the machine allows is "at the limit"
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Verdict:
 
     what    a family of peers, or a share (a key of SHARES)
     need    the demanded value; got: the measured one, None where it could not be measured
-    limit   the row's share of the machine's limit, divided by the share that counts as being at the limit: from 1 on a
-            demanded ratio counts as met
+    limit   the row's `limit_fraction` divided by the fraction that counts as being at the machine's limit (AT_LIMIT, or the
+            gate's own): from 1 on a demanded ratio counts as met, since no implementation could be much faster
     """
 
     what: str
@@ -50,7 +50,7 @@ class Verdict:
 
     @property
     def margin(self) -> float:
-        """Measured over demanded: under 1 is missed."""
+        """The measured value divided by the demanded one, or `limit` where that is larger: below 1 the gate is missed."""
         return max(0.0 if self.got is None else self.got / self.need, self.limit)
 
 
@@ -73,8 +73,8 @@ def load(path: Path = GATES) -> list[dict]:
 def judge(row: dict, gates: list[dict]) -> list[Verdict]:
     """The verdicts on a row (`suite.Row` as a dict). A peer that is not installed on this machine is not demanded.
 
-    A row that was recorded before the yardsticks were copies into present memory is judged by its ratios, and by the read
-    rate, which was measured then as it is now.
+    In old records the copy yardstick wrote to fresh memory, so that it measured page faults too. Their rows are judged only by
+    their ratios to peers and by the read rate, which was measured then as it is now.
     """
     verdicts = []
     for gate in gates:

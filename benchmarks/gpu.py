@@ -23,7 +23,7 @@ FURTHER = ("counters",)
 SHARES = ((("build", "checks"), 360), (("sanitizer",), 120), (("peaks", "bench"), 600), (("train",), 240), (("counters",), 240))
 REPORT_S = 45.0  # reserved at the end of the benchmarks' time for the running row and the report
 SILENT_S = 180.0  # a benchmark that prints nothing for so long is taken to hang: it is ended, and resumed after that operator
-GRACE_S = 20.0  # between the request to end and the kill
+GRACE_S = 20.0  # between SIGINT, which asks a process to end, and SIGKILL
 LARGEST_LOG_BYTES = 12 * 2**20
 LATE, SILENT, DEVICE_LOST = 124, 125, 3
 NEEDED_GIB = {"checks": 8, "sanitizer": 4, "peaks": 8, "bench": 30, "train": 8, "counters": 30}
@@ -93,7 +93,7 @@ def _gpu_missing(gib: int) -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     try:
-        with warnings.catch_warnings(record=True) as caught:  # torch warns of a driver that is too old
+        with warnings.catch_warnings(record=True) as caught:  # torch only warns of a driver that is too old
             warnings.simplefilter("always")
             there = torch.cuda.is_available()
         if not there:
@@ -132,8 +132,8 @@ class Log:
         """Run `command` in the project's root and pass each line on to the terminal and the log as it comes.
 
         Returns (exit status, output). The status is LATE where the command was ended after `limit_s`, and SILENT where it
-        printed nothing for `silent_s`. PYTHONUNBUFFERED reaches processes that restart themselves too: with buffered output
-        a busy process would be taken to hang.
+        printed nothing for `silent_s`. PYTHONUNBUFFERED is set in the environment, which a process that restarts itself
+        keeps: if it buffered its output, it would seem silent while it works.
         """
         self.say("$ " + " ".join([*(f"{k}={v}" for k, v in env.items()), *command]))
         lines = []
@@ -178,13 +178,13 @@ class Watch(threading.Thread):
 
     def end(self, verdict: int) -> None:
         self.verdict = verdict
-        self.process.send_signal(signal.SIGINT)  # on which pytest tells what has failed so far, and benchmarks report
+        self.process.send_signal(signal.SIGINT)  # at SIGINT pytest lists its failures so far, and the benchmarks write a report
         try:
             self.process.wait(GRACE_S)
         except subprocess.TimeoutExpired:
             pass
         try:
-            os.killpg(self.process.pid, signal.SIGKILL)  # the process leads its own group, so this ends what it left behind
+            os.killpg(self.process.pid, signal.SIGKILL)  # the process leads a group of its own: this ends its children too
         except ProcessLookupError:
             pass
 
@@ -218,7 +218,8 @@ def checks(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
 
 
 def sanitizer(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
-    """compute-sanitizer over small cases. Where the tool is missing or refuses to run, a line says so and it is no failure."""
+    """Run compute-sanitizer over small cases. Where the tool is missing or refuses to run, a printed line says so, and the
+    phase does not count as failed."""
     tool, status = shutil.which("compute-sanitizer"), 0
     if tool is None:
         log.note("compute-sanitizer is not installed here: left out")
@@ -241,7 +242,7 @@ def sanitizer(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
 
 
 def counters(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
-    """Hardware counters of one call of each kernel. The card's clocks are left as they are."""
+    """Record the hardware counters of one call of each kernel with ncu, which is told not to change the GPU's clocks."""
     tool = shutil.which("ncu")
     if tool is None:
         log.note("ncu is not installed here: counters left out")
@@ -278,8 +279,8 @@ print(gpu_state())
 
 
 def bench(args: argparse.Namespace, log: Log, limit_s: float | None) -> int:
-    """Run the benchmarks; where the device stops answering or a call hangs, resume them after the operator in which it
-    happened."""
+    """Run the benchmarks. Where the device stops answering or a call hangs, start them again with the operator after the one
+    in which it happened."""
     end, resume, status = time.monotonic() + (limit_s or 1e9), args.resume, 0
     base = [sys.executable, "-u", "-m", "benchmarks", "--device", "cuda", "--out", str(args.out), *each(args),
             *([] if args.full else ["--dtype", "bfloat16"]), *(["--commit", args.commit] if args.commit else [])]
@@ -313,7 +314,7 @@ RUN = {"build": build, "checks": checks, "sanitizer": sanitizer, "peaks": peaks,
 
 
 class Budget:
-    """The time that is left for a phase, both of the share of its group and of the whole."""
+    """How much time is left for a phase: the smaller of what remains of its group's share and of the whole run's minutes."""
 
     def __init__(self, minutes: float | None) -> None:
         self.end = None if minutes is None else time.monotonic() + 60 * minutes

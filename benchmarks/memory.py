@@ -1,7 +1,7 @@
 """`python -m benchmarks.memory`: peak memory of the linear cross-entropy, forward and backward, over the number of tokens.
 
 Each form runs once in a fresh process; its peak is the largest resident size (VmHWM) while it runs, beyond what was
-resident with the inputs in memory. Recorded as JSON and PNG in benchmarks/results/<device>/.
+resident with the inputs in memory. The result is recorded as JSON and PNG in benchmarks/results/<device>/.
 """
 
 import argparse
@@ -16,7 +16,7 @@ EXAMPLES = """examples:
 exit status: 0 done, 2 cannot run here"""
 TOKENS, COLS, VOCAB = (2048, 8192, 32768), 2048, 92544
 SAFE = 0.8  # a form that is expected to need a larger share of the free memory is left out
-LIMIT = 300  # seconds after which one form at one size is given up
+LIMIT = 300  # seconds after which the run of one form at one size is ended and left out
 
 
 def forms() -> dict:
@@ -38,8 +38,8 @@ def forms() -> dict:
 
 
 def one(form: str, tokens: int, cols: int, vocab: int) -> dict:
-    """Run one form in this process and return its row: the peak beyond the inputs, and of it what every form needs (the
-    gradients, our float32 accumulator)."""
+    """Run one form in this process and return its row: the peak memory beyond the inputs, and the part of it that any form
+    needs in any case (the gradients, and for ours the float32 accumulator)."""
     import time
 
     import torch
@@ -75,7 +75,8 @@ def available() -> int:
 
 
 def expected(done: list[dict], form: str, tokens: int) -> float:
-    """The peak to expect of a form whose memory grows with the tokens, from its last measured size; 0 where unknown."""
+    """The peak in bytes to expect of a form at `tokens`, in proportion to its last measured size. 0 where the form was not
+    measured yet, and for ours, whose memory does not grow with the logits."""
     before = [row for row in done if row["form"] == form]
     return before[-1]["peak_bytes"] * tokens / before[-1]["tokens"] if before and form != "ours" else 0
 

@@ -1,6 +1,6 @@
 """The pages that are generated from the recorded runs: two parts of README.md, benchmarks/results/README.md and the plots.
 
-`python -m benchmarks report` writes them. A number in them comes from a record, never from a keyboard.
+`python -m benchmarks report` writes them. Every number in them comes from a record; none is typed by hand.
 """
 
 import json
@@ -84,7 +84,7 @@ def headline(device: Device) -> list[list[dict[str, Any]]]:
 
 
 def strongest(rows: list[dict[str, Any]]) -> str:
-    """Of the peers beside eager PyTorch the fastest, with the geometric mean of its ratios."""
+    """The fastest peer other than eager PyTorch, as text with the geometric mean of its ratios."""
     others = [peer for peer in families(rows) if peer != "eager" and peer != "bf16 cache"]
     means = {peer: mean(rows, peer) for peer in others}
     if not means:

@@ -1,8 +1,8 @@
-"""Peers beside the eager and compiled forms: other libraries' kernels, and PyTorch forms that have a gate of their own.
+"""The peers besides eager and compiled PyTorch: other libraries' kernels, and PyTorch forms that have a gate of their own.
 
-Each is a function with the operator's own arguments. A peer that is not installed, or whose result fails the operator's error
-check, is left out, and the run says so. Liger is called with `in_place=False`, because its in-place backward overwrites the
-incoming gradient, which the benchmark uses again. Liger's swiglu backward overwrites its saved inputs in any case, so every
+Each peer is a function with the operator's own arguments. A peer that is not installed, or whose result fails the operator's
+error check, is left out, and the run says so. Liger is called with `in_place=False`, because its in-place backward overwrites
+the incoming gradient, which the benchmark uses again. Liger's swiglu backward overwrites its saved inputs in any case, so every
 peer gets its own copies of the inputs.
 """
 
@@ -22,7 +22,7 @@ from internlm2_kernels.workloads.paged_attention import Contiguous
 CPU, CUDA, ANY = ("cpu",), ("cuda",), ("cpu", "cuda")
 SDPA = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
 MASK_TOKENS = 4096  # SDPA with a mask over more tokens takes too long to be timed
-MASK_PAIRS = 2**31  # queries x keys from which FlexAttention's block mask is built by a compiled function
+MASK_PAIRS = 2**31  # queries x keys; beyond this product FlexAttention's block mask is built by a compiled function
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def _cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_
                    return_z_loss=False):
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
-    # Liger's forward overwrites the logits with their gradient. The copy that would keep them is not part of its time.
+    # Liger's forward overwrites the logits with their gradient. A user who needs the logits must copy them before; that copy
+    # is not counted in Liger's time.
     loss, z_loss, *_ = LigerCrossEntropyFunction.apply(logits, labels, None, ignore_index, z_loss, label_smoothing, reduction,
                                                        softcap or None, return_z_loss)
     return (loss, z_loss) if return_z_loss else loss
@@ -90,7 +91,8 @@ def _dense_inputs(q, k, v, *, causal=False, scale=None, window=None, softcap=0.0
 
 
 def _sdpa(name):
-    """SDPA with one backend and no other. The memory-efficient backend has no grouped-query attention: keys are expanded."""
+    """SDPA restricted to one of its backends. The memory-efficient backend has no grouped-query attention, so its keys and
+    values are expanded to the query heads."""
     def run(q, k, v, causal, scale):
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -130,7 +132,7 @@ def _varlen(q, k, v, group, cu, longest, causal):
 
 def _flex_inputs(q, k, v, *, causal=False, window=None, softcap=0.0, scale=None, cu_seqlens_q=None, cu_seqlens_k=None,
                  return_lse=False):
-    """FlexAttention's block mask of the documents and options; q, k, v as [B, H, S, d]."""
+    """FlexAttention's inputs: a block mask made of the packed sequences and the options, and q, k, v as [B, H, S, d]."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     if return_lse or softcap:
@@ -176,7 +178,7 @@ def _flex(q, k, v, block_mask, scale, packed):
 
 def _masked_inputs(q, k, v, *, causal=False, window=None, cu_seqlens_q=None, cu_seqlens_k=None, scale=None, softcap=0.0,
                    return_lse=False):
-    """SDPA's inputs with one block-diagonal mask over all documents."""
+    """SDPA's inputs with one block-diagonal mask over all packed sequences (documents)."""
     if cu_seqlens_q is None or return_lse or softcap:
         raise NotImplementedError("documents only")
     left, right = window or (-1, -1)
@@ -194,7 +196,8 @@ def _masked(q, k, v, mask, scale):
 
 
 def _flex_decoding_inputs(q, k_cache, v_cache, block_table, seq_lens, **options):
-    """One new token of sequences of one length, their keys laid end to end."""
+    """FlexAttention's inputs for decode: one new token for each of several sequences of equal length, with the keys of each
+    sequence copied from the cache into contiguous memory."""
     held = Contiguous(True).prepare(q, k_cache, v_cache, block_table, seq_lens, **options)
     parts = held["parts"]
     if len(parts) != 1 or parts[0][0].shape[1] != 1 or held["left"] >= 0 or held["softcap"] or held["return_lse"]:
@@ -215,11 +218,12 @@ def _bf16_cache(k_cache, v_cache, k_scale=None, v_scale=None, **inputs):
     return dict(inputs, k_cache=wide(k_cache, k_scale), v_cache=wide(v_cache, v_scale))
 
 
-_TENSORS = 200  # parameters into which the optimizer's elements are divided
+_TENSORS = 200  # how many parameters the optimizer's elements are divided into
 
 
 def _optimizer_inputs(make):
-    """`prepare` of an optimizer: parameters with gradients and the optimizer's state. Its step is what is timed."""
+    """The `prepare` of an optimizer's peer: it makes parameters with gradients and the optimizer, so that only the step is
+    timed."""
     def prepare(param, grad, exp_avg, exp_avg_sq, master, *, step, lr, seed, index):
         parts = [[piece.clone() for piece in t.chunk(_TENSORS)] for t in (param, grad, master)]
         return make(*parts, lr)
@@ -246,7 +250,8 @@ def _torch_adamw(params, grads, masters, lr):
 
 
 def _torch_sequence(optimizer, params, grads, masters):
-    """Gradients to float32, clipping, the fused step on float32 masters, masters to bfloat16."""
+    """A training step as users write it with torch: convert the gradients to float32, clip them, run the fused step on the
+    float32 master weights, copy these to the bfloat16 parameters."""
     torch._foreach_copy_([master.grad for master in masters], grads)
     torch.nn.utils.clip_grad_norm_(masters, 1.0)
     optimizer.step()
@@ -282,8 +287,8 @@ PEERS: dict[str, dict[str, Peer]] = {
 OURS: dict[str, Callable[..., Any]] = {
     "adamw": Peer(_step, ANY, _optimizer_inputs(_fused_adamw)),
 }
-# Sizes at which the peers of attention are checked. They refuse most options of the registry's small cases, and
-# FlexAttention would compile each case that it does not refuse.
+# Sizes at which the peers of attention are checked in place of the registry's small cases: the peers refuse most options of
+# those, and FlexAttention would compile a kernel for each case that it does not refuse.
 CHECKED: dict[str, tuple[Case, ...]] = {
     "flash_attention": (
         Case("peers", {"batch": 1, "queries": 256, "keys": 256, "heads": 8, "kv_heads": 2, "head_dim": 128, "causal": True}),

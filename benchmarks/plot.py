@@ -18,8 +18,8 @@ LOOKS = {"ours": ("o", "#0b6e4f"), "compile": ("s", "#d17a00"), "eager": ("D", "
 
 
 def limits(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """For every row the share of the machine's limit that ours and its peers reach: one line a size and direction, one panel a
-    dtype. Draws nothing where no row has a limit."""
+    """Plots for every row the fraction of the machine's limit that ours and its peers reach: one line for each size and
+    direction, one panel for each dtype. Draws nothing where no row has a `limit_fraction`."""
     rows = [row for row in rows if not row["red"] and row.get("limit_fraction") is not None]
     dtypes = [dtype for dtype in DTYPES if any(row["dtype"] == dtype for row in rows)]
     lines = list(dict.fromkeys(_line(row) for row in rows))
@@ -74,8 +74,8 @@ def _draw(panel: Any, row: dict[str, Any], y: int) -> None:
 
 
 def speed(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """By operator the geometric mean over sizes of each peer's time over ours; forward and backward together where the operator
-    has a backward."""
+    """Plots for each operator the geometric mean over its sizes of the ratio (each peer's time divided by ours), for forward
+    and backward together where the operator has a backward."""
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
         if not row["red"] and row["chosen"] and row["direction"] in ("forward", "both"):

@@ -1,4 +1,4 @@
-"""A run on disk: one pytest-benchmark file, which is rewritten after every pass, so that a killed run loses nothing.
+"""A run on disk: one file in pytest-benchmark's format, rewritten after every pass, so that a killed run keeps its passes.
 
 `pytest-benchmark --storage=file://benchmarks/results compare --group-by=group` reads it. Beside what pytest-benchmark
 stores, `machine_info` holds device, threads, allocator and versions, `run` the options, the rates of this machine and
@@ -47,7 +47,7 @@ def allocator() -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """pytest-benchmark's machine_info, without the host's name, with what our numbers depend on."""
+    """pytest-benchmark's machine_info without the host's name, and with what our numbers depend on (threads, allocator)."""
     info = pytest_benchmark_generate_machine_info()
     cpu = {key: info["cpu"].get(key) for key in ("brand_raw", "arch", "count", "l2_cache_size", "l3_cache_size")}
     name = cpu["brand_raw"] or platform.machine()
@@ -81,7 +81,7 @@ def _version(package: str) -> str:
 
 
 def gpu_state() -> str:
-    """Clocks, power and temperature as nvidia-smi reports them now. They are never set."""
+    """Clocks, power and temperature as nvidia-smi reports them now. The benchmarks never set them."""
     fields = "clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu,driver_version"
     try:
         return subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv"], capture_output=True, text=True,
@@ -95,7 +95,8 @@ def slug(name: str) -> str:
 
 
 def commit(given: str | None = None) -> dict[str, Any]:
-    """The commit as pytest-benchmark finds it. `given` is its id where the tree is a copy without git."""
+    """The commit that is measured, as pytest-benchmark reads it from git. Where the tree is a copy without git, `given` holds
+    the commit's id."""
     here = os.getcwd()
     os.chdir(ROOT)  # pytest-benchmark asks git in the current directory
     try:
@@ -159,7 +160,7 @@ class Record:
             stage = STAGES.get(row.direction, row.direction)
             for name, times in (paired.times.get(stage, {}) if paired else {}).items():
                 if name.startswith("ours ") and name != f"ours {row.backend}":
-                    continue  # it has a row of its own
+                    continue  # another backend of ours, which has a row of its own
                 ours = name == f"ours {row.backend}"
                 if not ours and not row.chosen:
                     continue  # the peers are stored once, with the row of the automatically chosen backend

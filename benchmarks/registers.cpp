@@ -59,7 +59,7 @@ __attribute__((target("amx-tile,amx-bf16"))) void loop_amx(int64_t count) {
   std::memset(&config, 0, sizeof(config));
   config.palette = 1;
   for (int t = 0; t < 8; t++) config.bytes[t] = 64, config.rows[t] = 16;
-  asm volatile("" : : "r"(&config) : "memory");  // gcc 12 does not see that the next instruction reads the whole of it
+  asm volatile("" : : "r"(&config) : "memory");  // gcc 12 does not see that the next instruction reads all of `config`
   _tile_loadconfig(&config);
   _tile_zero(0);
   _tile_zero(1);
@@ -81,7 +81,7 @@ __attribute__((target("amx-tile,amx-bf16"))) void loop_amx(int64_t count) {
 struct Loop {
   const char* name;
   void (*run)(int64_t);
-  double flops;  // of one turn
+  double flops;  // floating-point operations of one iteration
 };
 
 // A multiply-add is two operations.
@@ -92,13 +92,13 @@ constexpr Loop kLoops[] = {{"avx2", loop_avx2, 12 * 8 * 2},
 
 }  // namespace
 
-// Runs the loop of the instruction set `name` for `count` turns on each of `threads` threads and returns the number of
-// operations done. Returns -1 for an unknown name and where the system does not permit AMX. The caller has made sure that the
-// processor has the instruction set.
+// Runs the loop of the instruction set `name` for `count` iterations on each of `threads` threads and returns the number of
+// floating-point operations done. Returns -1 for an unknown name and where the system does not permit AMX. The caller has made
+// sure that the processor has the instruction set.
 extern "C" double run(const char* name, int64_t count, int threads) {
   for (const Loop& loop : kLoops) {
     if (std::strcmp(loop.name, name) != 0) continue;
-    constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;  // arguments of the system call arch_prctl
     if (loop.run == loop_amx && syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) return -1;
     std::vector<std::thread> others;
     for (int t = 1; t < threads; t++) others.emplace_back(loop.run, count);

@@ -1,6 +1,6 @@
 """The register peak: how many floating-point operations a second the processor's multiply-add instructions allow.
 
-No matrix product can be faster, while the rate of another library's product is no limit. registers.cpp holds the loops, which
+No matrix product can be faster than that, whereas another library's product can be beaten. registers.cpp holds the loops, which
 are compiled into build/benchmarks/ with the compiler that builds the package.
 """
 
@@ -20,7 +20,8 @@ SECONDS = 2e-3  # duration of one call: starting threads takes 0.1 ms, and a sha
 
 @dataclass(frozen=True)
 class Loop:
-    """The loop of one instruction set, `count` turns on each of `threads` threads. A call does `flops` operations."""
+    """The multiply-add loop of one instruction set. A call runs `count` iterations on each of `threads` threads, `flops`
+    floating-point operations in all."""
 
     library: ctypes.CDLL
     isa: str
@@ -48,7 +49,7 @@ def compiled(folder: Path = FOLDER) -> ctypes.CDLL:
 
 
 def loop(library: ctypes.CDLL, isa: str, threads: int) -> Loop:
-    """The loop of one instruction set, with as many turns as take about SECONDS."""
+    """The loop of one instruction set, with as many iterations as take about SECONDS."""
     count, took = 1000, 0.0
     while took < SECONDS / 2:
         count *= 2

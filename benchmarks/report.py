@@ -1,4 +1,4 @@
-"""Tables of rows, for the terminal and as Markdown; pages.py puts them together."""
+"""Tables of benchmark rows (`suite.Row` as dicts), for the terminal and as Markdown; pages.py builds the pages from them."""
 
 import math
 import statistics
@@ -22,7 +22,8 @@ Judged = tuple[dict[str, Any], list[Verdict]]
 
 
 def judged(rows: list[dict[str, Any]]) -> list[Judged]:
-    """Rows with their verdicts, worst first: failed checks, then by margin to the gate, then by ratio to the fastest peer."""
+    """Rows with their verdicts, worst first: rows whose checks failed, then the rest by their margin to the gate and, where
+    that is equal, by the ratio to the fastest peer."""
     gates = load()
     pairs = [(row, judge(row, gates) if not row["red"] else []) for row in rows]
 
@@ -51,7 +52,8 @@ def against(row: dict[str, Any], family: str, spread: bool = True) -> str:
 
 
 def verdict_text(verdicts: list[Verdict]) -> str:
-    """A row's verdict in words: missed gates with numbers, "met", or "at the limit" where a ratio is met by the limit only."""
+    """A row's verdict in words: missed gates with numbers, "met", or "at the limit" where a demanded
+    ratio was not reached but counts as met, because the row runs at the limit of the machine (`Verdict.limit`)."""
     missed = [f"{v.what} {'-' if v.got is None else f'{v.got:.2f}'} < {v.need:g}" for v in verdicts if not v.met]
     if missed or not verdicts:
         return "missed: " + ", ".join(missed) if missed else ""
@@ -67,7 +69,8 @@ def percent(shares: list[float | None]) -> str:
 
 
 def mean(rows: list[dict[str, Any]], peer: str) -> str:
-    """Geometric mean of the ratios to a peer over the sizes that have one, with the worst where there are several."""
+    """Geometric mean, as text, of the ratios to a peer over the sizes at which it was timed; the lowest ratio follows where
+    there are several sizes."""
     ratios = [row["against"][peer]["ratio"][0] for row in rows if peer in row["against"]]
     if not ratios:
         return "-"
@@ -76,8 +79,8 @@ def mean(rows: list[dict[str, Any]], peer: str) -> str:
 
 
 def name_of(row: dict[str, Any], *others: dict[str, Any]) -> str:
-    """The operator's name, with the backend where it is not the automatic choice, and marked where the arithmetic of this row
-    or of one of `others` has changed since."""
+    """The operator's name, with the backend where it is not the automatic choice, and with the mark CHANGED where the
+    arithmetic of this row or of one of the rows `others` has changed since it was timed."""
     name = row["op"] + ("" if row["chosen"] else f" ({row['backend']})")
     return name + (f" {CHANGED}" if any(r.get("changed") for r in (row, *others)) else "")
 
@@ -92,7 +95,7 @@ def heads(peers: list[str]) -> list[str]:
 
 
 def by_column(peers: list[str], text: Callable[[str], str]) -> list[str]:
-    """The text of each peer, in the columns of `heads`."""
+    """`text(peer)` of each peer, arranged in the columns of `heads`: one for each of USUAL, one for all other peers."""
     others = [f"{peer} {text(peer)}" for peer in peers if peer not in USUAL and text(peer) != "-"]
     shared = [", ".join(others) or "-"] if set(peers) - set(USUAL) else []
     return [text(peer) for peer in peers if peer in USUAL] + shared
@@ -114,8 +117,8 @@ def columns(peers: list[str]) -> list[str]:
 
 
 def geometric_means(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """One line for each operator, backend, direction and dtype: number of sizes, geometric mean and worst ratio to each peer,
-    gates. The worst come first."""
+    """One table line for each operator, backend, direction and dtype: the number of sizes, the geometric mean and worst ratio
+    to each peer, and the verdict of the gates. The worst lines come first."""
     groups, peers = defaultdict(list), families(rows)
     for row, verdicts in judged(rows):
         if not row["red"]:
@@ -181,7 +184,7 @@ def commit_of(data: dict[str, Any]) -> str:
 
 
 def rates_of(data: dict[str, Any]) -> str:
-    """The rates of this machine that this run measured, in words."""
+    """The machine's copy, read and product rates as this run measured them, in words."""
     peaks, registers = data["run"]["peaks"], data["run"].get("registers") or {}
     fresh = "" if "copy" in data["run"] else " (into fresh memory)"
     said = [f"copy{fresh} {peaks['copy_bytes_per_s'] / 1e9:.1f} GB/s", f"read {peaks['read_bytes_per_s'] / 1e9:.1f} GB/s",
@@ -207,7 +210,7 @@ def notes_of(data: dict[str, Any]) -> str:
 
 
 def markdown(data: dict[str, Any]) -> str:
-    """The page of one run."""
+    """The Markdown page of one run: its machine, the tables of its rows, and what was left out."""
     rows = rows_of(data)
     peers, pairs = families(rows), judged(rows)
     notes = notes_of(data)

@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def cases_of(op, kinds: list[str]) -> list:
-    """All small cases of `kinds`, and one large case, because counters need only one call of each kernel."""
+    """All cases among `kinds` that are small, and one large case: ncu's hardware counters need only one call of each kernel."""
     small = [case for case in op.workload.cases if case.kind in kinds and case.kind in ("smoke", "edge")]
     large = sorted((case for case in op.workload.cases if case.kind in kinds and case.kind in ("model", "gpu")),
                    key=lambda case: case.kind != "gpu")

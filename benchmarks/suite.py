@@ -2,8 +2,8 @@
 
 A pass is one operator at one size and dtype with all contenders interleaved: `forward` without gradients, `training`
 (forward and backward one after the other, which gives the rows backward and both), `call` and `call_grad` (host time of
-a small call). On the CPU the yardsticks are contenders too: copying into memory that is present, reading, and for what
-multiplies the loop of multiply-add instructions.
+a small call). On the CPU the yardsticks, which measure what the machine allows, are contenders too: copying into memory that
+is already mapped, reading, and for operators with many multiplications a loop of multiply-add instructions (registers.py).
 """
 
 import gc
@@ -31,7 +31,7 @@ PASSES = {"forward": ("forward",), "training": ("backward", "both"), "call": ("c
 STAGES = {"call": "forward", "call_grad": "forward"}  # which stage of `Paired` holds a direction, where the names differ
 SEED = 20240326
 LARGEST_YARDSTICK = 2**28  # bytes that one call of a yardstick moves, at most
-FLOPS_A_BYTE = 4  # with fewer operations for each byte moved the register peak cannot be the limit
+FLOPS_A_BYTE = 4  # a pass with fewer operations for each byte that it moves is limited by memory, never by arithmetic
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,11 @@ class Row:
     """One line of the result: our backend's time at one size, dtype and direction, and the ratios to each peer.
 
     Times in seconds as [median, 20 % quantile, 80 % quantile]; `against` maps a family of peers to its fastest `form`
-    and the paired `ratio`. `copy_fraction` is bytes / time over the rate of copying into memory that is present,
-    `read_fraction` over the read rate, `product_fraction` flops / time over the register peak (CUDA: over torch's matrix
-    rate), None where it was not measured. `limit_fraction` is the larger of the share of what the bytes need and
-    `product_fraction`: how close the row runs to what the machine allows for this work.
+    and the paired `ratio`. `copy_fraction` is bytes / time divided by the rate of copying into memory that is already
+    mapped, `read_fraction` is bytes / time divided by the read rate, and `product_fraction` is flops / time divided by the
+    register peak (CUDA: by the rate of torch's matrix product); each is None where it was not measured. `limit_fraction` is
+    the larger of the memory fraction (read for `only_reads`, copy otherwise) and `product_fraction`: how close the row runs
+    to what the machine allows for this work.
     """
 
     op: str
@@ -70,7 +71,7 @@ class Row:
     direction: str
     device: str
     backend: str
-    chosen: bool  # whether the automatic choice takes this backend
+    chosen: bool  # whether this is the backend that the operator chooses by itself
     method: str
     rounds: int
     seconds: tuple[float, float, float] | None = None
@@ -93,11 +94,11 @@ def only_reads(op: str, direction: str) -> bool:
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure. `quick` shows whether everything works; its numbers are noise."""
+    """How long to measure. `quick` only shows whether everything works: its few rounds give noise instead of numbers."""
 
     seconds: float = 1.0
     rounds: tuple[int, int] = (11, 101)
-    longest: float = 25.0  # seconds after which a pass ends as soon as it has three rounds
+    longest: float = 25.0  # seconds; a pass that takes longer ends as soon as it has three rounds
     compiled: bool = True
     quick: bool = False
 
@@ -124,14 +125,14 @@ def plan(ops: list[str], directions: list[str], dtypes: list[torch.dtype], quick
     return passes
 
 
-# Dimensions of InternLM2-7B: cases that have one of them come first where time is short.
+# Dimensions of InternLM2-7B. Cases with one of these sets of dimensions are measured before an operator's other cases.
 SHAPES_7B = ({"heads": 32, "head_dim": 128}, {"cols": 4096}, {"cols": 14336})
-LONGEST_FIRST = 2**16  # tokens; attention over more takes as long as everything else
+LONGEST_FIRST = 2**16  # tokens; a pass of attention over more comes last, because it takes as long as all the others together
 
 
 def by_importance(passes: list[Pass]) -> list[Pass]:
-    """bfloat16 before other dtypes, small calls last; within these the operators take turns in the order of gates.toml,
-    each with its 7B shapes first."""
+    """The passes in the order in which to time them: bfloat16 before other dtypes, small calls last. Within each of these
+    groups every operator contributes one pass in turn, in the order of gates.toml, and starts with its 7B shapes."""
     places = {name: place for place, name in enumerate(settings()["order"])}
     seen: dict[tuple, int] = {}
 
@@ -149,9 +150,10 @@ def by_importance(passes: list[Pass]) -> list[Pass]:
 
 
 def check(op: Op, dtype: torch.dtype, device: torch.device, implementations: dict[str, str | Callable]) -> dict[str, str]:
-    """Run the error check over the smoke cases; for each implementation that fails, the reason or its table.
+    """Run the error check (`ladder`) over the smoke cases and return, for each implementation that fails, why: the exception
+    or the table of its errors.
 
-    A peer may refuse sizes, but not all of them: an implementation that was never found right is not timed.
+    A peer may refuse some sizes, but not all of them: an implementation that passed at no size is not timed.
     """
     red: dict[str, str] = {}
     refused: dict[str, str] = {}
@@ -164,7 +166,7 @@ def check(op: Op, dtype: torch.dtype, device: torch.device, implementations: dic
             for name, implementation in implementations.items():
                 if name in red or (name in PEERS.get(op.name, {}) and op.name in CHECKED and case.kind == "smoke"):
                     continue
-                try:  # on copies, because some peers write into their inputs
+                try:  # on copies of the inputs, because some peers write into them
                     rungs = ladder(op, [Draw(sample, run(op, _copy(sample), implementation, _clones(upstream)), upstream)])
                 except NotImplementedError:  # the peer does not offer these options
                     continue
@@ -195,23 +197,23 @@ def _call(function: Callable, inputs: dict[str, Any]) -> Callable[[], Any]:
 
 
 class Bench:
-    """Runs passes on one device. It remembers which operators passed their checks (once for each dtype) and what was left
-    out."""
+    """Runs passes on one device. It remembers which implementations failed their checks, which run once for each operator and
+    dtype, and notes what was left out of the run."""
 
     def __init__(self, device: torch.device, peaks: Peaks, settings: Settings, loops: dict[str, Loop] | None = None) -> None:
         self.device, self.peaks, self.settings = device, peaks, settings
         self.loops = loops or {}  # for each dtype the loop that shows the register peak, see registers.py
-        self.memory = torch.empty(0)  # which the yardsticks copy and read
+        self.memory = torch.empty(0)  # the tensor that the yardsticks copy and read, grown on demand
         self.checked: dict[tuple[str, torch.dtype], dict[str, str]] = {}
         self.notes: list[str] = []
-        self.lost = False  # after a kernel's fault CUDA refuses everything in this process
+        self.lost = False  # set when the GPU stops answering: after a kernel's fault CUDA refuses every call of this process
 
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
 
     def backends(self, op: Op) -> list[str]:
-        """The backends of ours to time: the reference only where there is no other."""
+        """Our backends to time on this device. The reference is timed only where the operator has no other."""
         usable = op.usable[self.device.type]
         interpreted = "triton" if self.device.type == "cpu" else None
         return [b for b in usable if b not in ("reference", interpreted)] or [usable[0]]
@@ -339,28 +341,29 @@ class Bench:
         return sum(job.op.workload.flops(job.case.dims, way) for way in ways)
 
     def _moved(self, job: Pass) -> int:
-        """What a call of the copy and of the read yardstick moves: as many bytes as the forward, up to a limit."""
+        """How many bytes one call of the copy or read yardstick moves: as many as the forward, at most LARGEST_YARDSTICK."""
         return max(8, min(self._bytes(job, "forward"), LARGEST_YARDSTICK) // 8 * 8)
 
     def _memory(self, moved: int) -> torch.Tensor:
-        """Memory for yardsticks that move so many bytes: as many parts as the operator has input sets of this size, and
-        written once, so that no call causes page faults."""
+        """Memory for yardsticks that move `moved` bytes a call: enough parts of that size that a part has left the cache when
+        its turn comes again, and written once, so that no call causes page faults."""
         count = max(2, cold_sets(moved, self.device)) * moved // 4
         if self.memory.numel() < count:
             self.memory = torch.ones(count)
         return self.memory[:count]
 
     def _yardsticks(self, job: Pass) -> list[Contender]:
-        """Contenders that show what the machine allows, on the CPU: copy, read, and for what multiplies the register peak. A
-        GPU's speed does not drift, so its rows are compared with the rates from the start of the run."""
+        """Contenders that show what the CPU allows: copy, read and, for a pass with enough operations a byte, the loop of
+        multiply-adds. None on a GPU: its speed does not drift, so its rows are compared with the rates measured at the start
+        of the run."""
         if self.device.type != "cpu":
             return []
         moved = self._moved(job)
-        # They rotate by themselves and not with the input sets, of which an operator with large inputs has only one.
+        # The yardsticks go through their memory by themselves: an operator with large inputs has only one input set.
         reads, copies = (itertools.cycle(self._memory(moved).split(moved // 4)) for _ in range(2))
 
         def copy(i: int) -> None:
-            source, target = next(copies).chunk(2)  # which moves as many bytes as reading both
+            source, target = next(copies).chunk(2)  # reads one half and writes the other: as many bytes as "read" reads
             target.copy_(source)
 
         contenders = [Contender("copy", copy), Contender("read", lambda i: next(reads).sum())]
@@ -390,7 +393,7 @@ class Bench:
         ours, rates = paired.times[stage][f"ours {row.backend}"], paired.times["forward"]
 
         def share(work: float, yardstick: str, done: float) -> float:
-            """This row's rate over the yardstick's, within a round."""
+            """This row's rate divided by the yardstick's: the median over rounds. A call does `work`, the yardstick `done`."""
             pairs = zip(rates[yardstick], ours, strict=True)
             return quantiles([work / mine / (done / its) for its, mine in pairs])[0]
 

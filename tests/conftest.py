@@ -1,4 +1,5 @@
-"""Shared set-up: Triton's interpreter where there is no GPU, memory filled with NaN, seeds from the test's name, counted cells.
+"""Shared set-up of all tests: Triton's interpreter where there is no GPU, fresh memory filled with NaN, a seed from each test's
+name, and the count of the cells (operator / backend / direction / dtype / instruction set, see support/cells.py) that ran.
 """
 
 import os
@@ -32,8 +33,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.stash[CELLS] = set()
     if not hasattr(config, "workerinput"):
-        # Inductor's cache on disk knows a raw operator by its name alone: a graph compiled by an earlier version of this
-        # package would be taken for this one's. Every run has a cache of its own, shared by its workers.
+        # Inductor's cache on disk identifies our operators by their names alone, so it would reuse a graph that it compiled
+        # for an earlier version of this package. Every test run therefore has a cache of its own, shared by its workers.
         cache = tempfile.mkdtemp(prefix="internlm2-inductor-")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
@@ -51,7 +52,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Puts the ladder's tests in an order in which those with the same gold (support/gold.py) follow each other."""
+    """Reorders the tests of the error ladder so that those with the same float64 gold (support/gold.py) follow each other."""
     shared = [i for i, item in enumerate(items) if getattr(item, "originalname", "") == "test_ladder"]
     by_gold = lambda item: [str(item.callspec.params[name]) for name in ("dtype", "direction")]
     ordered = sorted((items[i] for i in shared), key=lambda item: [item.callspec.params["op"].name, *by_gold(item)])
@@ -81,8 +82,8 @@ def generator(request, device, seed):
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item):
-    """After a fault in a kernel CUDA refuses every call of the process: the process ends with this test, and xdist starts
-    another.
+    """After a fault in a kernel CUDA refuses every call of the process. The worker then ends after this test, and xdist starts
+    another one.
     """
     if item.config.getoption("--device") == "cuda" and hasattr(item.config, "workerinput"):
         import torch
@@ -126,7 +127,9 @@ def pytest_sessionfinish(session, exitstatus):
 
 @pytest.fixture
 def as_it_comes():
-    """Fresh memory is not filled with NaN: for tests that fill the machine's memory and compare every element anyway."""
+    """Turns the filling of fresh memory with NaN off, for tests whose tensors nearly fill the machine's memory. They compare
+    every element anyway.
+    """
     import torch
 
     torch.utils.deterministic.fill_uninitialized_memory = False

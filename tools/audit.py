@@ -23,8 +23,8 @@ from internlm2_kernels import OPS
 from . import audit_rules, peers
 
 TABLE = Path(__file__).with_name("static_audit.json")
-LARGEST_STACK_BYTES = 128  # per thread; a smaller spill outside the loops that multiply costs nothing: once per program
-# The other rows that may spill registers, with the reason. The key is that of the row, with or without its architecture.
+LARGEST_STACK_BYTES = 128  # per thread; a spill up to this size outside the loops of products costs next to nothing
+# Rows of the table that may spill registers all the same, each with the reason. A key without an architecture holds for all.
 ALLOWED_STACK: dict[str, str] = {
     "flash_attention/flash_attention_fwd_kernel/d 64, packed, at most 64/bfloat16/sm_100":
         "8 bytes, at 128 registers a thread; not yet timed on that architecture",
@@ -39,7 +39,7 @@ EXAMPLES = """examples:
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    if os.environ.get("TRITON_INTERPRET") == "1":  # kernels of this process are the interpreter's: compile in another
+    if os.environ.get("TRITON_INTERPRET") == "1":  # Triton would interpret the kernels in this process: compile in another
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         command = [sys.executable, "-m", "tools.audit", *argv]
         return subprocess.run(command, env=environment).returncode
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     committed = read(TABLE) if TABLE.exists() else {"compilers": {}, "rows": {}}
     known = unchanged(committed, compilers) if (args.check or args.write) and not args.all else {}
     ops = [args.op] if args.op else _triton_ops()
-    if args.op:  # the table as far as this operator is concerned
+    if args.op:  # compare only the rows of this operator
         committed = committed | {"rows": {k: v for k, v in committed["rows"].items() if k.startswith(f"{args.op}/")}}
     rows, compiled = _compile_all(ops, [str(source) for source in sources], args.jobs, known)
     if not args.op and not sources:
@@ -156,8 +156,8 @@ def _put(rows: dict[str, dict], key: str, facts: dict) -> None:
 
 
 def find_problems(rows: dict[str, dict]) -> list[str]:
-    """Spills that are large or inside loops and have no reason in ALLOWED_STACK, and kernels with more shared memory than the
-    architecture has."""
+    """The problems, one line each: register spills that are large or inside loops and not listed in ALLOWED_STACK, and kernels
+    that need more shared memory than the architecture has."""
     from .compile_kernels import SHARED_LIMIT
 
     problems = []
@@ -174,7 +174,8 @@ def find_problems(rows: dict[str, dict]) -> list[str]:
 
 
 def compare(rows: dict[str, dict], compilers: dict, committed: dict, cuda: bool) -> tuple[list[str], list[str]]:
-    """Differences from the committed table, and notes. Numbers are compared only if the same compiler version made them."""
+    """(differences from the committed table, notes), as lines. Numbers are compared only where the compiler version is the
+    same."""
     changes, notes = [], []
     for kind, compiler in (("triton", "triton"), ("cuda", "nvcc")):
         if kind == "cuda" and not cuda:

@@ -3,23 +3,25 @@
 `python -m tools.audit` applies the rules to what it compiled, and `--check` fails where one is broken.
 """
 
-PRODUCTS = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}  # on Hopper mma.sync adds up in another order, and is slower
+PRODUCTS = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}  # on Hopper mma is slower and sums in another order
 
-# Kernels whose accesses are few numbers each: sums, checks, statistics, int8 caches with their scales, scans backwards.
+# Parts of row keys whose kernels need no wide accesses, because each access is of few numbers: sums, checks, statistics, int8
+# caches with their scales, scans from the end of a sequence.
 NARROW = ("cuda/", "dweight_kernel", "cols 128", "cols 1/", "cols 1,", "head of 2/", "heads of 2/", "check_kernel",
           "merge_kernel", "delta_kernel", "int8", "blocks of 1", "odd", "reduce_rows_kernel", "coefficients_kernel",
           "sum_kernel", "prepare_kernel", "peak_kernel", "gae_fwd_kernel", "ppo_value_loss_fwd_kernel")
-# Kernels that have, in addition to their wide accesses, a masked path for ends, or that reduce many elements to a number.
+# Kernels that have narrow accesses besides their wide ones: in a masked path for the ends of rows, or to store reduced numbers.
 MIXED = ("reward_loss", "adamw_step_kernel", "squared_norm", "ppo_", "linear_head_", "cross_entropy_fwd_kernel",
          "cross_entropy_bwd_kernel")
-# Those of MIXED that write as much as they read.
+# The kernels among MIXED that write about as many bytes as they read, so that their stores must be wide too.
 WRITING = ("adamw_step", "cross_entropy_bwd", "linear_head_product", "ppo_policy_loss_bwd", "ppo_value_loss_bwd",
            "reward_loss_bwd")
 HEADS = ("linear_head_fwd_kernel", "linear_head_gradient_kernel", "linear_head_product_kernel")
 
 
 def problems(rows: dict[str, dict], allowed_stack: dict[str, str] | None = None) -> list[str]:
-    """The broken rules, a line each. `allowed_stack`: reasons of spills, of which none may be left over."""
+    """The broken rules, one line each. `allowed_stack` is audit.ALLOWED_STACK: an entry whose kernels do not spill is
+    reported too."""
     found = [line for key, facts in rows.items() for line in (*narrow_accesses(key, facts), *wrong_products(key, facts))]
     for key in allowed_stack or ():
         if not any(facts["stack_bytes"] for name, facts in rows.items() if key in (name, name.rsplit("/sm_", 1)[0])):
@@ -32,7 +34,8 @@ def has(key: str, parts) -> bool:
 
 
 def narrow_accesses(key: str, facts: dict):
-    """A bfloat16 kernel at a size that models have moves most of its bytes 16 at a time; positions and scales are scalars."""
+    """The rule that a bfloat16 kernel at a model's size moves most of its bytes by 16-byte accesses; yields a line where its
+    loads or its stores break it. The rest may be narrow, such as positions and scales."""
     if "/bfloat16/" not in key or has(key, NARROW):
         return
     for access in ("loads", "stores"):
@@ -47,7 +50,8 @@ def narrow_accesses(key: str, facts: dict):
 
 
 def wrong_products(key: str, facts: dict):
-    """16-bit products of attention use their architecture's tensor-core instruction and no other; those of heads use it."""
+    """The rule that 16-bit products use the tensor-core instruction of PRODUCTS for their architecture: attention uses no
+    other, linear heads use at least that one."""
     arch = key.rsplit("/", 1)[1]
     if "/bfloat16/" not in key or key.startswith("cuda/") or arch not in PRODUCTS:
         return

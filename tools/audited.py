@@ -39,7 +39,8 @@ from internlm2_kernels._triton.swiglu import swiglu_bwd, swiglu_fwd
 
 
 def adamw(dtype, meta):
-    """Masters, stochastic rounding, moments of both dtypes."""
+    """Launches of the AdamW step: with master weights, with stochastic rounding, and with moments in float32 and in
+    bfloat16."""
     lists = lambda dtype: [meta(1 << 20, dtype=dtype) for _ in range(300)]
     params, full, low = lists(dtype), lists(torch.float32), lists(torch.bfloat16)
     steps = [meta(dtype=torch.float32) for _ in params]
@@ -54,7 +55,7 @@ def adamw(dtype, meta):
 
 
 def apply_rope(dtype, meta):
-    """The heads of the three models, and each option once."""
+    """The numbers of heads of the three InternLM2 models, and each option once."""
     cos, positions = meta(32768, 64, dtype=torch.float32), meta(4096, dtype=torch.int64)
     for heads in (16, 32, 48):
         q, k = meta(4096, heads, 128, dtype=dtype), meta(4096, 8, 128, dtype=dtype)
@@ -69,7 +70,7 @@ def apply_rope(dtype, meta):
 
 
 def cross_entropy(dtype, meta):
-    """InternLM2's vocabulary and a small one, with each option once."""
+    """Launches for InternLM2's vocabulary and for a small one, with each option once."""
     one = meta(dtype=torch.float32)
     for vocab in (512, 92544):
         logits, labels = meta(4096, vocab, dtype=dtype), meta(4096, dtype=torch.int64)
@@ -87,7 +88,7 @@ def cross_entropy(dtype, meta):
 
 
 def flash_attention(dtype, meta):
-    """Every tile, and each option for at least one size."""
+    """Launches with every tile that the package has, and with each option for at least one size."""
     cu, length = meta(9, dtype=torch.int32), 8192
     for label, head_dim, packed, left, softcap, longest in (
             ("d 128", 128, False, -1, 0.0, length), ("d 128, packed", 128, True, -1, 0.0, length),
@@ -128,7 +129,7 @@ def kl_penalty(dtype, meta):
 
 
 def linear_cross_entropy(dtype, meta):
-    """InternLM2-7B's head with each option, and an odd vocabulary."""
+    """Launches for the head of InternLM2-7B with each option, and for a head with an odd vocabulary."""
     one = meta(dtype=torch.float32)
     for vocab, depth, label in ((92544, 4096, "7B"), (1003, 96, "odd")):
         hidden, weight = meta(8192, depth, dtype=dtype), meta(vocab, depth, dtype=dtype)
@@ -144,7 +145,7 @@ def linear_cross_entropy(dtype, meta):
         if label == "odd":
             yield "mean", (
                 lambda x=x, lse=lse, o=plain: linear_cross_entropy_bwd(one, *x, None, lse, *o[1:], 1, True, True))
-            if dtype == torch.bfloat16:  # only float16 divides by the largest coefficient
+            if dtype == torch.bfloat16:  # float16 has kernels of its own: it divides by the largest coefficient
                 halves = meta(8192, depth, dtype=torch.float16), meta(vocab, depth, dtype=torch.float16), labels
                 yield "odd, float16", (
                     lambda x=halves, rows=rows, lse=lse, o=plain[1:]: linear_cross_entropy_bwd(
@@ -154,7 +155,7 @@ def linear_cross_entropy(dtype, meta):
 
 
 def linear_logprobs(dtype, meta):
-    """InternLM2-7B's head, plain and with all options."""
+    """Launches for the head of InternLM2-7B, without options and with all of them."""
     hidden, weight = meta(8192, 4096, dtype=dtype), meta(92544, 4096, dtype=dtype)
     tokens, rows = meta(8192, dtype=torch.int64), meta(8192, dtype=torch.float32)
     x, lse = (hidden, weight, tokens), meta(8192, 2, dtype=torch.float32)
@@ -175,7 +176,7 @@ def log_barrier_penalty(dtype, meta):
 
 
 def paged_attention(dtype, meta):
-    """Decode and chunked prefill, each head size and each dtype of cache."""
+    """Launches of decode and of chunked prefill, for each head size and each dtype of the cache."""
     def run(head_dim, tokens, cache_dtype=dtype, block_size=64, left=-1):
         cache = meta(4096, block_size, 8, head_dim, dtype=cache_dtype)
         scale = meta(4096, block_size, 8, dtype=torch.float32) if cache_dtype == torch.int8 else None
@@ -202,7 +203,7 @@ def ppo_policy_loss(dtype, meta):
 
 
 def ppo_value_loss(dtype, meta):
-    """Few and many tokens, with and without the clip."""
+    """Launches for 8192 and for a million tokens, with and without clipping of the values."""
     one = meta(dtype=torch.float32)
     for tokens, clip in ((8192, 0.2), (8192, -1.0), (1 << 20, 0.2)):
         x, mask = meta(tokens, dtype=dtype), meta(tokens, dtype=torch.bool)
@@ -212,7 +213,7 @@ def ppo_value_loss(dtype, meta):
 
 
 def qkv_rope(dtype, meta):
-    """The heads of the three models, and each dtype of cache."""
+    """The numbers of heads of the three InternLM2 models, and each dtype of cache."""
     cos, positions, slots = meta(32768, 64, dtype=torch.float32), meta(4096, dtype=torch.int64), meta(4096, dtype=torch.int64)
     cache, cache8 = meta(512, 64, 8, 128, dtype=dtype), meta(512, 64, 8, 128, dtype=torch.int8)
     scale = meta(512, 64, 8, dtype=torch.float32)
@@ -231,7 +232,7 @@ def qkv_rope(dtype, meta):
 
 
 def reward_loss(dtype, meta):
-    """A forward of one launch and one of two, the options of the backward."""
+    """Launches of a forward that needs one kernel and of one that needs two, and of the backward with each option."""
     hidden, weight = meta(32768, 4096, dtype=dtype), meta(4096, dtype=dtype)
     one = meta(dtype=torch.float32)
     for pairs in (8, 64):
@@ -250,7 +251,7 @@ def reward_loss_from_last(dtype, meta):
 
 
 def rms_norm(dtype, meta):
-    """Every tile, and each option for at least one size."""
+    """Launches with every tile that the package has, and with each option for at least one size."""
     for cols in (1, 128, 2048, 4096, 6144, 16384, 65536):
         x, weight, rstd = meta(4096, cols, dtype=dtype), meta(cols, dtype=dtype), meta(4096, dtype=torch.float32)
         yield f"cols {cols}", lambda x=x, w=weight: rms_norm_fwd(x, w, 1e-5, False)

@@ -27,7 +27,8 @@ TRITON_ARCHS = ("80", "90", "100")
 CUDA_ARCHS = ("80", "90a", "100a")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CSRC = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
-# Shared memory a block may ask for and a multiprocessor holds, bytes (CUDA C++ Programming Guide, compute capabilities).
+# SHARED_LIMIT: bytes of shared memory that one block may request. _SHARED_TOTAL: bytes that a multiprocessor has, of which each
+# block takes 1 KiB more than it requested (CUDA C++ Programming Guide, compute capabilities).
 SHARED_LIMIT = {"80": 166_912, "90": 232_448, "100": 232_448}
 _SHARED_TOTAL = {"80": 167_936, "90": 233_472, "100": 233_472}
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64", torch.int8: "i8",
@@ -39,9 +40,9 @@ class Facts:
     """The resources of one compiled kernel.
 
     `loads` and `stores` count global accesses by their width in bits. `mma`, `wgmma` and `tcgen05` count tensor-core
-    instructions; sm_90 has the first two and sm_100 the first and the last. `hot` counts the instructions of the hot loop for
-    one thread: "loop" (or "all", for a kernel without loops), then all instructions, tensor-core instructions, FFMA, FMUL and
-    FADD together, MUFU.
+    instructions; sm_80 has only `mma`, sm_90 also `wgmma`, sm_100 also `tcgen05`. `hot` is a text that counts the instructions
+    of the hot loop for one thread: "loop" (or "all", for a kernel without loops), followed by five numbers: all instructions,
+    tensor-core instructions, FFMA, FMUL and FADD together, MUFU.
     """
 
     registers: int
@@ -269,7 +270,8 @@ def compile_cuda(source: str, arch: str) -> dict[str, dict]:
     for name, numbers in usage.items():
         if name not in bodies:
             continue
-        shared = max(0, numbers["shared"] - (0 if arch == "80" else 1024))  # sm_90 and later reserve 1 KiB for the system
+        # From sm_90 on the reported number includes the 1 KiB that CUDA reserves in every block; for sm_80 it does not.
+        shared = max(0, numbers["shared"] - (0 if arch == "80" else 1024))
         bound = re.search(r"\.maxntid\s+(\d+)", bodies[name])
         threads = int(bound.group(1)) if bound else 1024
         rows.setdefault(_kernel_name(name), []).append(

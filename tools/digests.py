@@ -53,7 +53,7 @@ def collect(names: list[str], interpreted: bool) -> dict[str, str]:
     torch.set_num_threads(1)
     found = {}
     for op in track([op for op in OPS.values() if not names or op.name in names], "operators", disable=not sys.stderr.isatty()):
-        work = getattr(op, "workload", op)  # checkouts from before workloads had files of their own keep them in the operator
+        work = getattr(op, "workload", op)  # in old checkouts the operator itself holds cases and samples
         for case in work.cases:
             if case.kind not in ("smoke", "edge"):
                 continue

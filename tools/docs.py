@@ -13,7 +13,7 @@ BEGIN, END = "<!-- operators: begin (python -m tools.docs --write) -->", "<!-- o
 
 
 def section(op: Op, title: str) -> str:
-    """One section of the public docstring as a line: `Shapes:`, `Backward:`, ..."""
+    """The text of a section of the operator's public docstring, such as `Shapes:` or `Backward:`, joined into one line."""
     text = inspect.getdoc(getattr(internlm2_kernels, op.name))
     found = re.search(rf"^{title}:\s+(.*?)(?=\n\S|\Z)", text, re.S | re.M)
     if found is None:
@@ -22,7 +22,7 @@ def section(op: Op, title: str) -> str:
 
 
 def operator_table() -> str:
-    """Markdown: a row an operator, nothing of it written by hand."""
+    """The Markdown table with one row for each operator, taken from the registry and the docstrings."""
     rows = ["| operator | what it does | backends | dtypes | backward |", "|---|---|---|---|---|"]
     for op in sorted(OPS.values(), key=lambda op: op.name):
         dtypes = ", ".join(str(d).removeprefix("torch.") for d in op.dtypes)

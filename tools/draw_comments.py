@@ -36,7 +36,7 @@ class Comment:
 
 
 def python_comments(path: Path, source: str) -> list[Comment]:
-    """Comments by the tokenizer, docstrings by the syntax tree."""
+    """All comments of a Python file, found by the tokenizer, and its docstrings, found in the syntax tree."""
     found = []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
@@ -49,7 +49,7 @@ def python_comments(path: Path, source: str) -> list[Comment]:
 
 
 def c_comments(path: Path, source: str) -> list[Comment]:
-    """Comments outside string and character literals."""
+    """All comments of a C or C++ file; what looks like one inside a string or character literal is left out."""
     found = []
     for match in C_COMMENT.finditer(source):
         text = match.group(1) or match.group(2)
@@ -65,7 +65,7 @@ def hash_comments(path: Path, source: str) -> list[Comment]:
 
 
 def joined(comments: list[Comment], lines: list[str]) -> list[Comment]:
-    """Comments that fill neighbouring lines are one; one that stands behind code is by itself."""
+    """Merges comments on consecutive lines into one. A comment behind code on the same line stays separate."""
     result: list[Comment] = []
     alone = lambda comment: lines[comment.first - 1].strip().startswith(comment.text.split("\n")[0][:2])
     for comment in sorted(comments, key=lambda comment: comment.first):

@@ -1,4 +1,4 @@
-"""Two checkouts timed against each other, call by call, so that the machine's drift meets both alike.
+"""Times two checkouts against each other, call by call in turn, so that a drift of the machine's speed slows both equally.
 
     python tools/paired.py --before ../before --after . --op flash_attention --op rms_norm
     python tools/paired.py --before ../before --after . --kind model --isa avx512 --out paired.json
@@ -79,7 +79,7 @@ def work(root: str) -> None:
             try:
                 prepare(*request["row"], request["isa"])
                 answer = ""
-            except Exception as error:  # told to the person who asked: the row is listed as not timed
+            except Exception as error:  # sent to the parent process, which lists the row as not timed
                 answer = f"{type(error).__name__}: {error}"
         else:
             begin = time.perf_counter()
@@ -100,7 +100,7 @@ class Worker:
 
 
 def rounds(before: Worker, after: Worker, seconds: float) -> tuple[float, float, float]:
-    """Median paired ratio, and the medians of both sides in seconds."""
+    """(median of the paired ratio time after / time before, median time before, median time after), the times in seconds."""
     once = max(before.ask(do="run", times=1), after.ask(do="run", times=1))
     times = max(1, int(0.004 / once))
     pairs, end = [], time.monotonic() + seconds

@@ -1,4 +1,4 @@
-"""python -m tools.peers: hot-loop instructions of our kernels beside those of other Triton libraries, all compiled alike.
+"""python -m tools.peers: hot-loop instructions of our kernels beside those of other Triton libraries, compiled the same way.
 
 The peers are liger-kernel and flash-attn-triton, whose attention kernels are those of Triton's fused-attention tutorial with
 dropout added (switched off here). The installed packages are loaded when the command runs; nothing of them is stored but the
@@ -48,12 +48,13 @@ class Kernel:
 
 
 def scores(rows: int, keys: int) -> Callable[[sass.Loop, int], float]:
-    """Elements of a tile of scores for one thread."""
+    """Counts the elements of one thread, for a kernel whose loop computes a tile of rows x keys attention scores."""
     return lambda loop, threads: rows * keys / threads
 
 
 def wide_accesses(name: str, tensors: int = 1) -> Callable[[sass.Loop, int], float]:
-    """16-bit elements of each of `tensors` tensors that a thread loads or stores with instructions of 128 bits."""
+    """Counts the elements of one thread by its 128-bit instructions `name` (8 elements of 16 bits each), divided by the number
+    of `tensors` that these read or write."""
     return lambda loop, threads: sum(i.is_a(name) and ".128" in i.text for i in loop.path) * 8 / tensors
 
 
@@ -87,7 +88,8 @@ def count(kernels: list[Kernel], arch: str) -> dict[str, float]:
 
 
 def ours(op: str, label: str, arch: str, names: tuple[str, ...], elements: Any, loops: Any = hot) -> list[Kernel]:
-    """Our launches of an operator in bfloat16; `elements` None: the tile of scores in the constants of each launch."""
+    """The kernels `names` of our operator in bfloat16, as launched for `label` in audited.py. Where `elements` is None, a loop
+    computes the tile of scores whose size is in the launch's constants."""
     found = []
     for launch in launches(op, "bfloat16", arch):
         if launch.label.split(", launch")[0] == label and launch.kernel.__name__ in names:
@@ -168,7 +170,7 @@ def unmasked_loops(code: list[sass.Instruction]) -> list[sass.Loop]:
 
 
 def comparisons(arch: str) -> Iterator[tuple[str, str, list[Kernel], list[Kernel]]]:
-    """(what, peer, our kernels, the peer's kernels)"""
+    """Yields each comparison: (what is compared, the peer's name, our kernels, the peer's kernels)."""
     version = functools.cache(importlib.metadata.version)
     triton_tutorial = f"flash-attn-triton {version('flash-attn-triton')} (Triton's tutorial)"
     liger, loads = f"liger-kernel {version('liger-kernel')}", wide_accesses("LDG")

@@ -29,7 +29,8 @@ BACKENDS = ("reference", "cpp", "triton")
 
 # ------------------------------------------------------------------------------------------------------------ faults
 def negate_last_row(x) -> None:
-    """In place; what is 0 becomes as large as the largest element. A number alone becomes 1.5 times itself."""
+    """Plants the fault in x, in place: negates its last row. Zeros, which negation would not change, become as large as the
+    largest element, and a tensor of one number is multiplied by 1.5."""
     import torch
 
     if x.dtype == torch.bool or x.numel() == 0:
@@ -48,13 +49,14 @@ def spoilt(x):
 
 
 class Planted:
-    """The fault that is active: (pass, place) or None; `met` says whether the pass ran since."""
+    """The active fault: (pass, place), or None. `met` says whether that pass has run since the fault was planted."""
 
     fault = None
     met = False
 
     def spoil(self, name: str, schema, args, result):
-        """What the pass `name` of this schema returned, or wrote into its arguments, with the fault in it."""
+        """Returns `result`, which the pass `name` returned. If that pass has the active fault, the fault is put into `result`
+        or into the arguments that the pass wrote."""
         import torch
 
         if self.fault is None or self.fault[0] != name:
@@ -80,7 +82,7 @@ PLANTED = Planted()
 
 
 def faults(op, backend: str) -> list[tuple[str, str]]:
-    """(pass, place) of every result that the operator's passes return or write."""
+    """The faults to plant: (pass, place) of every result that the operator's passes return or write."""
     if backend == "reference":
         found = [("forward", f"result {i}") for i in range(len(op.outputs))]
         case = next(case for case in op.workload.cases if case.kind == "smoke")
@@ -99,7 +101,7 @@ def faults(op, backend: str) -> list[tuple[str, str]]:
 
 @contextlib.contextmanager
 def in_reference(op):
-    """The operator's reference with the active fault. The float64 gold was computed before."""
+    """Inside the block the operator's reference has the active fault. The float64 gold was computed before, without it."""
     import torch
 
     module, original = importlib.import_module(f"internlm2_kernels.ops.{op.name}"), op.reference
@@ -146,7 +148,7 @@ def in_reference(op):
 
 
 def in_dispatcher():
-    """Every overload `cpp` with the active fault in what the dispatcher returns of it."""
+    """A dispatch mode that puts the active fault into what any overload `cpp` returns."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Wrong(TorchDispatchMode):
@@ -160,7 +162,8 @@ def in_dispatcher():
 
 
 def in_launchers(op) -> None:
-    """The operator's Triton launchers with the active fault, for this process: the registry keeps what it finds first."""
+    """Puts the active fault into the operator's Triton launchers, for the rest of this process: the registry looks a launcher
+    up once and keeps it."""
     module = importlib.import_module(f"internlm2_kernels._triton.{op.name}")
 
     def wrapped(launcher, name, schema):
@@ -174,7 +177,7 @@ def in_launchers(op) -> None:
 
 # ------------------------------------------------------------------------------------------------- the tests, with them
 class Session:
-    """A pytest plugin: in place of the usual loop it runs the collected items once for each fault."""
+    """A pytest plugin that replaces pytest's loop over the tests: it runs the collected tests once for each planted fault."""
 
     def __init__(self, op_name: str, backends: list[str]):
         self.op_name, self.backends, self.rows = op_name, backends, []
@@ -216,7 +219,7 @@ class Session:
 
     @staticmethod
     def first_red(items) -> str:
-        """The name of the first item that fails, backward first: it compares the results too."""
+        """The name of the first item that fails. Backward items run first, because they compare the forward's results too."""
         from _pytest.runner import runtestprotocol
 
         for item in sorted(items, key=lambda item: item.callspec.params["direction"]):
@@ -228,7 +231,8 @@ class Session:
 
 
 def work(op_name: str, backends: list[str]) -> int:
-    """The process of one operator: its rows as JSON on the last line of standard output."""
+    """What the process of one operator does: it plants the faults, tests with each, and prints its rows of the table as JSON on
+    the last line of standard output."""
     import pytest
 
     session = Session(op_name, backends)

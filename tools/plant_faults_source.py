@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Line:
-    """A fault: in the operator `op`, the file of that name below csrc/cpu, its text `right` becomes `wrong`."""
+    """A fault in the operator `op`: in `file`, below csrc/cpu, the text `right` is replaced by `wrong`."""
 
     op: str
     file: str
@@ -50,7 +50,8 @@ def build() -> None:
 
 
 def red(op: str) -> bool:
-    """Whether the shared checks of the operator's cpp backend fail, as failed tests and not as an error of pytest."""
+    """Whether the shared checks of the operator's cpp backend fail. Only failed tests count; an error of pytest itself
+    raises."""
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "--tb=no", "-p", "no:cacheprovider",
                            "tests/shared/test_ops.py", "-k", f"test_ladder and {op}-cpp"], cwd=ROOT, capture_output=True,
                           text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

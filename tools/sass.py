@@ -1,4 +1,4 @@
-"""Reads the machine code (SASS) of a compiled kernel: its loops, and the arithmetic instructions of the hot one.
+"""Reads the machine code (SASS) of a compiled kernel: its loops, and the arithmetic instructions of the hot loop.
 
 A loop is the range of addresses between a backward branch and its target. The hot loop of a kernel is the innermost loop with
 the most tensor-core instructions for its length, or with the most float instructions if the kernel has no tensor-core
@@ -20,7 +20,7 @@ FLOAT = "|".join(KINDS[kind] for kind in ("ffma", "fmul_fadd", "mufu"))
 @dataclass(frozen=True)
 class Instruction:
     address: int
-    name: str  # without its modifiers: FFMA of FFMA.FTZ
+    name: str  # without modifiers: the name of FFMA.FTZ is FFMA
     text: str
 
     def is_a(self, pattern: str) -> bool:
@@ -28,7 +28,7 @@ class Instruction:
 
     @property
     def lanes(self) -> int:
-        """Float operations of one kind: Blackwell's FFMA2, FMUL2 and FADD2 compute two elements."""
+        """How many elements the instruction computes in a thread: 2 for Blackwell's FFMA2, FMUL2 and FADD2, otherwise 1."""
         return 2 if self.name.endswith("2") and self.name.startswith("F") else 1
 
 
@@ -80,8 +80,10 @@ def _target(instruction: Instruction) -> int | None:
 
 
 def innermost_loops(code: list[Instruction], patterns: tuple[str, ...] = (TENSOR, FLOAT, ".*")) -> list[list[Instruction]]:
-    """The innermost of the loops that have an instruction of the first of the patterns that any loop has."""
-    # ptxas moves waits behind the last EXIT of a kernel; the branches that return from there close no loops.
+    """The innermost loops that have the hot instruction: the first of the patterns that occurs in any loop decides which one
+    that is."""
+    # ptxas moves code that waits to a place behind the last EXIT of a kernel. The branches that jump back from there do not end
+    # loops.
     end = max((i.address for i in code if i.text.strip() == "EXIT"), default=code[-1].address)
     ranges = {(target, i.address) for i in code if (target := _target(i)) is not None and target < i.address <= end}
     for pattern in patterns:
@@ -95,7 +97,8 @@ def innermost_loops(code: list[Instruction], patterns: tuple[str, ...] = (TENSOR
 
 
 def hot_path(loop: list[Instruction]) -> list[Instruction]:
-    """The loop without what its forward branches jump over, unless that has tensor-core instructions or is half of the loop."""
+    """The instructions of the loop without those that a forward branch jumps over. These stay if they contain tensor-core
+    instructions or make up half of the loop."""
     if not any(i.is_a(TENSOR) for i in loop):
         return loop
     skipped_to, path = 0, []
@@ -119,5 +122,5 @@ def hot_loop(code: list[Instruction]) -> Loop:
 
 
 def spills_in_loops(code: list[Instruction]) -> int:
-    """Stack accesses in the innermost loops that multiply: the cost of a spill is decided there."""
+    """The number of stack accesses in the innermost loops with products, where register spills cost the most time."""
     return sum(i.is_a("STL|LDL") for loop in innermost_loops(code, (TENSOR, KINDS["ffma"], ".*")) for i in loop)

@@ -20,7 +20,7 @@ import torch
 MIN_ROUNDS, MAX_ROUNDS = 11, 201
 FEWEST_ROUNDS = 3
 SCREEN = 2.0  # a contender this much slower in the warm-up than the fastest of its family is not timed
-CAPTURED_S = 10e-3  # longer calls are not captured: their launch overhead does not matter, and a graph keeps its memory
+CAPTURED_S = 10e-3  # longer calls are not captured: launch overhead does not matter for them, and a graph keeps its memory
 CYCLES_PER_S, LONGEST_LEAD_S = 2e9, 20e-3
 
 
@@ -61,8 +61,8 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def turns(count: int, round_index: int) -> list[int]:
-    """The order of a round. It is rotated every second round and reversed in between, so that every contender has every
-    position equally often."""
+    """The order in which the contenders run in a round. It is rotated every second round and reversed in each round between,
+    so that over many rounds every contender runs at every position equally often."""
     start = (round_index // 2) % count
     order = [(start + i) % count for i in range(count)]
     return order[::-1] if round_index % 2 else order
@@ -95,8 +95,8 @@ def pin(threads: int) -> None:
 def interleave(contenders: list[Contender], sets: int, device: torch.device, *, seconds: float = 2.0,
                rounds: tuple[int, int] = (MIN_ROUNDS, MAX_ROUNDS), repeat: int = 1, host: bool = False,
                longest: float = math.inf) -> Paired:
-    """Times the contenders alternately: at least `rounds[0]` rounds, then until `seconds` have passed or `rounds[1]` are done;
-    if calls take seconds, at most three rounds after `longest` seconds.
+    """Times the contenders alternately: at least `rounds[0]` rounds, then until `seconds` have passed or `rounds[1]` rounds are
+    done. Where calls are so slow that `longest` seconds pass before that, it ends as soon as three rounds are done.
 
     CPU: the wall-clock time of each call, which includes freeing its results; the calls use the input sets in turn. CUDA: a
     graph of each contender, which runs every input set once, is replayed between events. Calls longer than 10 ms, calls that
@@ -204,7 +204,7 @@ def _cuda_samplers(contenders: list[Contender], sets: int, device: torch.device,
                 samplers[contender.name] = _cuda_replays(contender, sets, device, pool, stream)
                 continue
             except RuntimeError as error:
-                torch.cuda.set_stream(outside)  # a failed capture leaves its stream as the current one
+                torch.cuda.set_stream(outside)  # a failed capture leaves the capture's stream as the current one
                 torch.cuda.synchronize(device)
                 pool, why = torch.cuda.graph_pool_handle(), f"no graph: {str(error).splitlines()[0]}"
         launched[contender.name] = why
@@ -248,8 +248,9 @@ def _host_seconds(body: Callable[[], Any], device: torch.device) -> float:
 
 def _cuda_replays(contender: Contender, sets: int, device: torch.device, pool: Any,
                   stream: torch.cuda.Stream) -> Callable[[int], dict[str, float]]:
-    """Graphs of the stages. They share a memory pool, so that each reuses the memory of the one before; no result of a replay
-    is read. Within a graph the outputs of all sets are alive at once, so that they are not in the cache either."""
+    """A sampler that replays one CUDA graph for each stage. The graphs share a memory pool, so that each reuses the memory of
+    the one before, which is safe because no result is read. Within a graph the outputs of all input sets are alive at once, so
+    that each call writes to memory that is not in the cache."""
     stream.wait_stream(torch.cuda.current_stream(device))
     indices = range(sets)
     there = lambda: [contender.forward(i) for i in indices]
@@ -286,7 +287,7 @@ def _cuda_replays(contender: Contender, sets: int, device: torch.device, pool: A
 
 def _cuda_launches(contender: Contender, sets: int, device: torch.device, call_s: float,
                    waits: bool) -> Callable[[int], dict[str, float]]:
-    """Launches between events, over as many sets as a sample of CAPTURED_S needs."""
+    """A sampler that launches the calls between CUDA events, on as many input sets as fill CAPTURED_S seconds."""
     count = max(1, min(sets, math.ceil(CAPTURED_S / call_s)))
 
     def launch(first: int) -> list[list[torch.cuda.Event]]:

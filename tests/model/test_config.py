@@ -1,4 +1,6 @@
-"""ModelConfig against the published sizes, Hugging Face dictionaries, and TOML with overrides."""
+"""ModelConfig: its presets have the published sizes, it converts from and to Hugging Face dictionaries, and it is read from
+TOML with overrides from the command line.
+"""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -13,7 +15,7 @@ from internlm2.model import InternLM2
 from internlm2_kernels import flash_attention
 
 TINY = PRESETS["tiny"]
-# The keys that matter of the released 7B chat model's config.json.
+# From config.json of the released 7B chat model: the keys that decide its computation.
 RELEASED_7B = {
     "architectures": ["InternLM2ForCausalLM"], "bias": False, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
     "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768,
@@ -23,7 +25,7 @@ RELEASED_7B = {
 }  # fmt: skip
 
 
-# The same of the released 1.8B reward model.
+# The same keys of the released 1.8B reward model's config.json.
 RELEASED_REWARD = RELEASED_7B | {
     "architectures": ["InternLM2ForRewardModel"], "attn_implementation": "eager", "hidden_size": 2048,
     "intermediate_size": 8192, "num_attention_heads": 16, "num_hidden_layers": 24, "reward_token_id": 92527,
@@ -208,7 +210,7 @@ def test_what_the_released_class_refuses_is_not_written(change, named):
     with pytest.raises(ValueError, match=f"^the 'internlm2' layout cannot hold {named}: .* use layout='llama'"):
         config_to_hf(config)
     assert config_from_hf(config_to_hf(config, "llama")) == config
-    # The checkpoints of a run, which only this package reads, hold it.
+    # Checkpoints of a training run, which only this package reads, can hold such a configuration.
     assert config_from_hf(config_to_hf(config, exact=False)) == config
 
 

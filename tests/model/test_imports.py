@@ -8,7 +8,7 @@ import internlm2
 
 ROOT = Path(internlm2.__file__).parent
 FILES = {".".join(f.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): f for f in ROOT.rglob("*.py")}
-ABOVE = ("internlm2.cli", "internlm2.demo", "internlm2.__main__")  # what only a command needs
+ABOVE = ("internlm2.cli", "internlm2.demo", "internlm2.__main__")  # only these may import each other
 
 
 def imported_by(module):

@@ -1,4 +1,6 @@
-"""What InternLM2 promises besides the right values: packing, precision, initial weights, autocast, compilation, errors."""
+"""Properties of InternLM2 besides equality with a reference: packing, precision, initial weights, autocast, compilation,
+errors.
+"""
 
 import copy
 import dataclasses
@@ -84,7 +86,8 @@ def test_positions(generator):
 
 
 def test_dynamic_scaling_is_each_sequences_own(generator):
-    """A long sequence gets the base for its own length, and changes no short sequence in its batch or in a later one."""
+    """With dynamic rotary scaling a long sequence gets the base for its own length. That changes no short sequence in the same
+    batch or in a later one."""
     config = dataclasses.replace(TINY, max_position_embeddings=16, rope_scaling={"type": "dynamic", "factor": 2.0})
     model, unscaled = InternLM2(config), InternLM2(dataclasses.replace(config, rope_scaling=None))
     tokens, cu_seqlens = packed([10, 40, 23], generator)
@@ -195,7 +198,7 @@ def test_models_can_be_copied_and_pickled(generator):
 
 
 def test_attention_is_written_for_any_group_size(generator):
-    """The plain attention equals a softmax written out in float64, with 6 query heads for each key head."""
+    """internlm2.plain's attention equals a softmax written out in float64, with 6 query heads for each key head."""
     q = torch.randn(11, 12, 8, dtype=torch.float64, generator=generator)
     k, v = torch.randn(2, 11, 2, 8, dtype=torch.float64, generator=generator)
     got = internlm2.plain.flash_attention(
@@ -253,8 +256,8 @@ PACKINGS = ([7, 1, 19, 12], [5, 9], [20, 4], [3, 3, 3, 3, 5, 3], [40, 2, 17, 2],
     pytest.param("loss", "inductor", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_one_graph_serves_all_packings(kind, backend, generator):
-    """torch.compile makes two graphs: one for the sizes of the first packing and one for all sizes. The backend aot_eager
-    changes no bit."""
+    """For batches of different packings torch.compile makes two graphs only: one for the sizes of the first batch and one for
+    all sizes. Compiled by aot_eager, the results have the bits of eager mode."""
     config = dataclasses.replace(TINY, num_layers=1, vocab_size=64)
     model = RewardModel(config) if kind == "reward" else InternLM2(config)
 
@@ -330,7 +333,7 @@ def test_no_synchronisation_with_cu_seqlens_on_the_host(generator):
     model = InternLM2(TINY, device="cuda", compute_dtype=torch.bfloat16)
     tokens, cu_seqlens = packed(LENGTHS, torch.Generator().manual_seed(0))
     tokens = tokens.cuda()
-    model.loss(tokens, tokens, cu_seqlens).backward()  # the rotary table is made here
+    model.loss(tokens, tokens, cu_seqlens).backward()  # the first call computes the rotary table
     torch.cuda.set_sync_debug_mode("error")
     try:
         model.loss(tokens, tokens, cu_seqlens).backward()

@@ -58,7 +58,8 @@ def test_a_null_character_has_the_released_id_with_every_version_of_sentencepiec
 
 
 def test_what_plain_sentencepiece_gets_wrong(released):
-    """Why the tokenizer exists. If this test fails, sentencepiece has changed and the tokenizer may become simpler."""
+    """Where sentencepiece alone differs from what we need, which is why our tokenizer exists. If this test fails, sentencepiece
+    has changed and our tokenizer may become simpler."""
     plain = sentencepiece.SentencePieceProcessor(model_file=str(RELEASED))
     assert plain.encode("[UNUSED_TOKEN_146]") == [92543]
     assert plain.decode(plain.encode("▁")) == " "
@@ -187,8 +188,8 @@ OPENINGS = ["", "hello", "\nhello", "\n", "\n\n\nhello", " hello", "\thello", "\
 
 
 def released_ids(plain, rendered):
-    """Ids of a rendered template as the released tokenizer forms them: it cuts the text at the control tokens and gives each
-    text between two of them to SentencePiece as one piece."""
+    """The ids of the chat template's text `rendered`, as the released tokenizer forms them: it splits the text at the control
+    tokens and gives each text between two of them to SentencePiece."""
     ids = []
     for part in re.split(f"({'|'.join(map(re.escape, CONTROLS))})", rendered):
         ids += [CONTROLS[part]] if part in CONTROLS else plain.encode(part)
@@ -196,7 +197,7 @@ def released_ids(plain, rendered):
 
 
 def render(messages):
-    """The released template as text."""
+    """The messages as text in the released model's chat template."""
     text = "<s>"
     for message in messages:
         name = {"plugin": "<|plugin|>", "interpreter": "<|interpreter|>"}.get(message.get("name"), message.get("name"))
@@ -238,7 +239,8 @@ def test_a_content_continues_the_newline_after_the_role(released, plain):
 
 @pytest.mark.parametrize("opening", OPENINGS)
 def test_training_turns_have_the_tokens_of_generation(released, plain, opening):
-    """With as_generated the ids of the prompt are a prefix of the conversation's ids; the ids of the answer alone follow."""
+    """With as_generated=True a conversation is encoded as it is generated: the ids of the prompt, then the ids of the answer
+    encoded by itself, so that no token spans both."""
     question = [{"role": "user", "content": opening}]
     answer = {"role": "assistant", "content": opening, "action": {"name": "plugin", "content": opening}}
     prompt = encode_chat(released, question, as_generated=True)

@@ -25,7 +25,7 @@ def packed(lengths, key_lengths, heads, kv_heads, head_dim, **options):
 
 
 def on_every_set(op, sample, generator, label):
-    """The ladder for each instruction set; the expensive float64 gold is computed once."""
+    """The error ladder (testing.py) on each instruction set; the expensive float64 gold is computed once for all of them."""
     if not SETS:
         pytest.skip("no cpp backend on this system")
     upstream = draw_upstream(op, sample, 1.0, generator)
@@ -77,8 +77,9 @@ def test_blocks_in_triton(case, dtype, generator):
 
 # ------------------------------------------------------------------------------------------------ almost equal weights
 def with_small_scores(sample):
-    """Scores close to 0: every key's weight rounds in the same direction, and float32 sums must not drift with the number of
-    keys. The batch pools several draws, because the largest error of a single one varies by a factor of two.
+    """The sample with scores close to 0. Every key then has almost the same weight, which rounds in the same direction, so that
+    float32 sums could drift with the number of keys. The batch pools several draws, because the largest error of a single draw
+    varies by a factor of two.
     """
     return replaced(sample, **{name: value * 1e-3 for name, value in sample.inputs.items() if name in ("q", "k", "k_cache")})
 
@@ -98,7 +99,9 @@ def test_weights_that_are_almost_equal_over_a_cache(new, draws, generator):
 
 
 def test_no_more_states_than_the_threads_need(as_it_comes, generator):
-    """15 tiles for two threads, each with 16 splits along the keys: keeping the state of every split would take 30 MiB."""
+    """Split-K keeps partial results (states) only for the tiles in progress. Here are 15 tiles with 16 splits of the keys each,
+    for two threads: keeping the state of every split would take 30 MiB.
+    """
     if "cpp" not in FLASH.usable["cpu"]:
         pytest.skip("no cpp backend on this system")
     draw = lambda tokens: torch.randn(1, tokens, 1, 128, generator=generator).bfloat16()

@@ -101,7 +101,7 @@ def test_scores_of_which_float32_keeps_no_fraction(dtype, size, backend, randn):
 
 
 def test_compiled_self_attention_of_documents_trains(backend, randn):
-    """One cu_seqlens tensor for queries and keys, which a compiled graph would refuse to take twice."""
+    """The same cu_seqlens tensor is passed for queries and keys; a compiled graph refuses one tensor as two of its inputs."""
     if backend in ("reference", "triton"):
         pytest.skip("nothing of ours in the graph; no graph over the interpreter")
     cu, q, k, v = ends(4, 5), randn(9, 2, 32).requires_grad_(), randn(9, 1, 32), randn(9, 1, 32)
@@ -114,7 +114,7 @@ def test_compiled_self_attention_of_documents_trains(backend, randn):
 
 
 def test_compiled_code_takes_any_max_seqlen(backend, randn):
-    """Another max_seqlen does not compile another graph."""
+    """Calls that differ in max_seqlen run the same compiled graph; none of them compiles again."""
     q, k, graphs = randn(1, 12, 2, 32), randn(1, 12, 1, 32), []
 
     def counting(graph, example_inputs):
@@ -200,8 +200,8 @@ def test_rows_without_keys_contribute_nothing(options, queries, keys, blind, pac
 
 
 # ------------------------------------------------------------------------------------------------------ rows with one key
-ONE_KEY = (  # options, lengths of the queries and keys of each sequence, the rows that see one key
-    ({"window": (0, 0)}, (300,), (300,), slice(None)),  # several blocks, of which every row sees its own key
+ONE_KEY = (  # options, number of queries and number of keys of each sequence, the rows that attend to exactly one key
+    ({"window": (0, 0)}, (300,), (300,), slice(None)),  # several blocks of queries; every row attends to its own key only
     ({"window": (0, 0), "softcap": 30.0}, (40,), (40,), slice(None)),
     ({}, (150, 3), (1, 1), slice(None)),
     ({"causal": True}, (40, 1, 9), (40, 1, 9), [0, 40, 41]),
@@ -211,7 +211,9 @@ ONE_KEY = (  # options, lengths of the queries and keys of each sequence, the ro
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options,queries,keys,rows", ONE_KEY, ids=str)
 def test_a_row_that_sees_one_key_moves_neither_query_nor_key(options, queries, keys, rows, dtype, backend, randn):
-    """Its weight is 1 whatever its score: out is that key's value, and what reaches q and k is the gradient of lse alone."""
+    """The softmax of a single score is 1 whatever the score, so out is that key's value and the gradient of out must not reach
+    q and k. Only the gradient of lse reaches them.
+    """
     if backend != "cpp":
         pytest.skip("the promise is that of the compiled kernels")
     q, k, v = 4 * randn(sum(queries), 4, 64), 4 * randn(sum(keys), 2, 64), randn(sum(keys), 2, 64)
@@ -237,8 +239,8 @@ def test_a_row_that_sees_one_key_moves_neither_query_nor_key(options, queries, k
 @pytest.mark.parametrize("value", (NAN, math.inf))
 @pytest.mark.parametrize("which", ("k", "v"))
 def test_what_hidden_keys_reach(which, value, dtype, backend, randn):
-    """NaN in the last key of the second of three sequences, in one key head: other sequences and key heads keep their bits, and
-    a masked k changes neither out nor lse.
+    """NaN or infinity in the last key of the second of three sequences, in one key head: other sequences and key heads keep
+    their bits, and where that key is masked, its k changes neither out nor lse.
     """
     lengths, hidden = (11, 40, 9), 50
     data = {"q": randn(60, 4, 32, dtype=dtype), "k": randn(60, 2, 32, dtype=dtype), "v": randn(60, 2, 32, dtype=dtype)}
@@ -251,7 +253,7 @@ def test_what_hidden_keys_reach(which, value, dtype, backend, randn):
         a, b = got[name], want[name]
         a, b = (a.T[..., None], b.T[..., None]) if name == "lse" else (a, b)  # [tokens, heads, ...]
         same = (bits(a) == bits(b)).all(-1)
-        same[11:51, slice(1, 2) if name in ("dk", "dv") else slice(2, 4)] = True  # the elements that the value may reach
+        same[11:51, slice(1, 2) if name in ("dk", "dv") else slice(2, 4)] = True  # the elements that NaN or infinity may reach
         assert same.all(), name
     seen = hidden
     assert torch.equal(got["lse"][:, :seen], want["lse"][:, :seen])
@@ -266,7 +268,9 @@ def test_what_hidden_keys_reach(which, value, dtype, backend, randn):
 @pytest.mark.parametrize("left,new,lengths,size", ((3, 1, (18, 40), 7), (0, 1, (9, 17), 1), (20, 3, (900, 30), 16),
                                                    (5, 12, (60, 12), 3)), ids=str)
 def test_blocks_that_the_window_hides_are_not_read(left, new, lengths, size, dtype, backend, randn):
-    """Block-table entries before the window, and the cache there, may hold anything; so may a sequence without new tokens."""
+    """Block-table entries before the window may hold anything, and so may the blocks there. The same holds for the table row of
+    a sequence without new tokens.
+    """
     q, sequences = randn(new * len(lengths), 4, 64), len(lengths)
     blocks = sum(-(-n // size) for n in lengths)
     caches = [randn(blocks, size, 2, 64) for _ in range(2)]
@@ -292,6 +296,6 @@ def test_blocks_that_the_window_hides_are_not_read(left, new, lengths, size, dty
             spoilt[row, : max(0, length - new - left) // size] = garbage
         spoilt[-1] = garbage
         got, lse = call(spoilt, garbage)
-        check()  # raises what Triton's kernels would have found
+        check()  # raises an error where a Triton kernel has met a bad index
         assert torch.equal(got, want) and torch.equal(lse, want_lse)
     assert not torch.equal(spoilt[:-1], table[:-1])

@@ -12,7 +12,7 @@ from internlm2_kernels.testing import _rung, ladder_table, run
 from internlm2_kernels.workloads import Sample
 
 OP = OPS["flash_attention"]
-SDPA, SDPA_EXPANDED = OP.workload.eager.values()  # with enable_gqa SDPA's backward takes over 20 times as long on CPU
+SDPA, SDPA_EXPANDED = OP.workload.eager.values()  # the second: with enable_gqa SDPA's backward takes over 20 times as long
 SETS = [isa for backend, isa in variants("cpu", OP) if backend == "cpp"]
 DTYPES = (torch.bfloat16, torch.float32)
 GIB = 2**30
@@ -31,9 +31,10 @@ def drawn(length, generator, count=64):
 
 
 def assert_rows(positions, length, tensors):
-    """The error ladder on the rows at `positions`: all of them, each quarter of the sequence, and the last row. `tensors` is
-    {name: (got, SDPA's, float64)} with one row for each position. Rows late in a causal sequence are smaller by orders of
-    magnitude, which the scale of all rows would hide.
+    """Asserts the error ladder on the rows at `positions`: on all of them together, on each quarter of the sequence, and on the
+    last row. `tensors` is {name: (ours, SDPA's, float64 gold)} with one row for each position. The parts are checked by
+    themselves because rows late in a causal sequence are smaller by orders of magnitude: measured by the scale of all rows,
+    their errors would pass unseen.
     """
     quarters = positions * 4 // length
     parts = {"": quarters >= 0, "last": positions == length - 1, **{f"{i + 1}/4": quarters == i for i in range(4)}}
@@ -46,7 +47,8 @@ def assert_rows(positions, length, tensors):
 # --------------------------------------------------------------------------------------------------- 200,000 tokens
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_two_hundred_thousand_tokens(dtype, generator):
-    """Under 1 GiB of extra memory; 64 rows of all heads keep the ladder, compared with SDPA in the same dtype on the same rows.
+    """The call takes less than 1 GiB of extra memory, and 64 of its rows pass the error ladder, with SDPA in the same dtype on
+    the same rows as baseline.
     """
     length = 200_000
     q, k, v = (torch.randn(1, length, heads, 64, generator=generator).to(dtype) for heads in (2, 1, 1))
@@ -67,7 +69,9 @@ def row_of_reference(q, k, v):
 # -------------------------------------------------------------------------------------- 65,536 tokens, with gradients
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_at_64k_tokens(dtype, generator):
-    """Under 1 GiB of extra memory; 64 rows of out, dQ, dK and dV keep the ladder, compared with SDPA on expanded keys."""
+    """Forward and backward take less than 1 GiB of extra memory, and 64 rows of out, dQ, dK and dV pass the error ladder, with
+    SDPA on expanded keys as baseline.
+    """
     length = 65_536
     q, k, v, dout = (torch.randn(1, length, heads, 64, generator=generator).to(dtype) for heads in (2, 1, 1, 2))
     sample, upstream = Sample({"q": q, "k": k, "v": v, "causal": True}, ("q", "k", "v")), {"out": dout}
@@ -100,7 +104,7 @@ def gradients_of_reference(q, k, v, dout, positions, block=512):
             p /= p.sum(-1, keepdim=True)
             o = p @ v[:seen]
             delta = (dout_rows * o).sum(-1, keepdim=True)
-            keys = positions < seen  # the chosen tokens as keys, then as queries
+            keys = positions < seen  # of the tokens at `positions`, those that this block of queries sees as keys
             p_keys = p[:, positions[keys]]
             ds = p_keys * (dout_rows @ v[positions[keys]].T - delta) * scale
             dv[keys] += p_keys.T @ dout_rows
@@ -128,7 +132,9 @@ LENGTHS = {1: (32_768,), 8: (8192, 5000, 32_768, 64, 4096, 12_289, 700, 20_000)}
 @pytest.mark.parametrize("batch", LENGTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decoding_has_the_bits_of_prefill_at_32k(dtype, batch, isa, generator):
-    """1, 7 and 64 new tokens for each sequence, at the end of its cache and at two other places, against one packed prefill."""
+    """Decode of 1, 7 and 64 new tokens for each sequence, at the end of the sequence and at two earlier places, must have the
+    bits of one packed prefill of all tokens.
+    """
     lengths = LENGTHS[batch]
     q, k, v = (torch.randn(sum(lengths), heads, 64, generator=generator).to(dtype) for heads in (4, 2, 2))
     starts = ends(lengths)[:-1].long()
@@ -149,7 +155,9 @@ def test_decoding_has_the_bits_of_prefill_at_32k(dtype, batch, isa, generator):
 @pytest.mark.parametrize("cached,dtype", ((torch.bfloat16, torch.bfloat16), (torch.int8, torch.bfloat16),
                                           (torch.int8, torch.float32)), ids=str)
 def test_a_cache_beyond_two_to_the_31(cached, dtype, generator):
-    """Caches of more than 2^31 elements each, of which the last blocks are read; all that is not used is NaN."""
+    """Caches of more than 2^31 elements each, of which the last blocks are read. All other blocks hold NaN, so
+    that an index that wrapped around would show.
+    """
     size, kv_heads, dim = 64, 8, 128
     blocks = 2**31 // (size * kv_heads * dim) + 8
     table = torch.tensor([[blocks - 1, 2, blocks - 2]], dtype=torch.int32)

@@ -1,4 +1,6 @@
-"""What is special to the cross-entropies and log-probabilities: formulas by hand, ignored labels, places in a batch."""
+"""What is special to the cross-entropies and log-probabilities: formulas by hand, ignored labels, bits at any place in a
+batch.
+"""
 
 import math
 
@@ -50,7 +52,7 @@ def test_loss_and_gradient_by_hand(backend, options, generator):
         (grad,) = torch.autograd.grad(loss.sum(), logits)
         torch.testing.assert_close(loss.double(), want, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(grad.double(), slopes / factor, rtol=tolerance, atol=tolerance)
-    identity = torch.eye(9, dtype=dtype)  # hidden = logits: the linear form of the same
+    identity = torch.eye(9, dtype=dtype)  # with this weight the linear form has the logits as its hidden states
     linear = ik.linear_cross_entropy(logits, identity, labels, backend=backend, **options)
     (grad,) = torch.autograd.grad(linear, logits)
     torch.testing.assert_close(linear.double(), losses.sum() / 3, rtol=tolerance, atol=tolerance)
@@ -60,7 +62,9 @@ def test_loss_and_gradient_by_hand(backend, options, generator):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype,tolerance", ((torch.float32, 1e-4), (torch.bfloat16, 2**-8)), ids=("float32", "bfloat16"))
 def test_a_certain_label_keeps_its_gradient(backend, dtype, tolerance):
-    """A label of probability 0.96: in bfloat16 its gradient is -(1 - p) rounded once, not 1 minus a rounded p."""
+    """A label of probability p = 0.96: in bfloat16 its gradient is -(1 - p) rounded once. Had p been rounded before, 1 - p
+    would have lost most of its digits.
+    """
     logits = torch.zeros(3, 129, dtype=dtype)
     logits[:, 5] = 8.0
     logits.requires_grad_()
@@ -77,7 +81,7 @@ def test_the_z_loss_apart(backend, reduction, generator):
     dtype, tolerance = (torch.float32, 3e-6) if backend == "triton" else (torch.float64, 1e-13)
     logits, labels = draw(generator, 6, 70, scale=3.0, dtype=dtype).requires_grad_(), torch.tensor([3, -100, 0, 69, 5, 8])
     weights = torch.tensor([1.0, 7.0, 0.5, 0.0, 2.0, 1.0], dtype=dtype)
-    identity = torch.eye(70, dtype=dtype)  # hidden = logits
+    identity = torch.eye(70, dtype=dtype)  # with this weight the linear form has the logits as its hidden states
     options = dict(z_loss=0.03, label_smoothing=0.1, reduction=reduction, backend=backend)
     for counted, call in ((torch.ones(6), lambda **o: ik.cross_entropy(logits, labels, **options, **o)),
                           (torch.ones(6), lambda **o: ik.cross_entropy(logits, labels, inplace_backward=True, **options, **o)),
@@ -102,7 +106,9 @@ def test_the_z_loss_apart(backend, reduction, generator):
 @pytest.mark.parametrize("dtype,shift", ((torch.float32, 2.0**20), (torch.float64, 2.0**49)), ids=("float32", "float64"))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_shift_of_all_logits_changes_no_gradient(backend, dtype, shift, generator):
-    """Logits are multiples of 1/8, which the shift keeps exact although lse is then rounded to 1/8 too."""
+    """A constant added to all logits cancels in the softmax. The logits are multiples of 1/8, which stay exact under the shift,
+    while lse is rounded to 1/8: the gradient must not be computed from the rounded lse.
+    """
     if backend == "triton" and dtype == torch.float64:
         pytest.skip("takes no float64")
     logits = (draw(generator, 6, 70, scale=24.0, dtype=dtype).round() / 8).requires_grad_()
@@ -118,8 +124,8 @@ def test_a_shift_of_all_logits_changes_no_gradient(backend, dtype, shift, genera
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", (math.nan, math.inf))
 def test_an_ignored_row_takes_no_upstream(backend, bad, generator):
-    """Not even a NaN or infinite upstream reaches an ignored row, although 0 times it is NaN; the other rows keep their
-    gradients. The same holds for a token of weight 0.
+    """An upstream gradient of NaN or infinity does not reach an ignored row: its gradient is 0, although 0 times the upstream
+    would be NaN. The other rows keep their gradients. The same holds for a token of weight 0.
     """
     hidden, weight, labels = head(generator)
     logits = draw(generator, 7, 40).requires_grad_()
@@ -160,7 +166,7 @@ def test_masked_vocabulary_and_large_logits(backend, generator):
 @pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_all_labels_ignored(backend, reduction, dtype, generator):
-    """Loss 0 and zero gradients, never 0 / 0; an ignored row may hold NaN."""
+    """Loss and gradients are 0 even for a mean, which would be 0 / 0; an ignored row may hold NaN."""
     hidden, weight, labels = head(generator, dtype=dtype)
     logits = draw(generator, 7, 40, dtype=dtype)
     logits[2, 3] = math.nan
@@ -176,7 +182,7 @@ def test_all_labels_ignored(backend, reduction, dtype, generator):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ("mean", "sum"))
 def test_token_weights_whose_sum_is_0(backend, reduction, generator):
-    """The mean then divides by 1, in the loss and in the gradients."""
+    """Where the token weights add up to 0 the mean divides by 1 instead, in the loss and in the gradients."""
     hidden, weight, labels = head(generator, tokens=5)
     labels[4] = -100
     losses = ik.linear_cross_entropy(hidden, weight, labels, reduction="none", backend="reference")
@@ -220,7 +226,7 @@ def test_logprobs_and_entropy(backend, generator):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("op", ("cross_entropy", "linear_cross_entropy", "linear_logprobs"))
 def test_a_token_has_its_bits_in_any_batch(op, dtype, generator):
-    """At the first and the last place of 1, 2, 3, 17 and 4096 tokens."""
+    """A token's results have the same bits at the first and at the last place of a batch of 1, 2, 3, 17 or 4096 tokens."""
     cols, vocab = 40, 261
     hidden, weight = draw(generator, 4096, cols, dtype=dtype), draw(generator, vocab, cols, scale=0.3, dtype=dtype)
     logits = draw(generator, 4096 if op == "cross_entropy" else 1, vocab, scale=3.0, dtype=dtype)
@@ -244,7 +250,8 @@ def test_a_token_has_its_bits_in_any_batch(op, dtype, generator):
 
 @pytest.mark.parametrize("backend", NATIVE)
 def test_rows_of_words_that_are_no_label(backend, generator):
-    """In bfloat16 their gradients are small compared with those of labels: each row of dweight is accurate relative to itself.
+    """Rows of dweight that belong to no label are small compared with those of labels. In bfloat16 too, each row must be
+    accurate relative to its own size.
     """
     hidden, weight, labels = head(generator, tokens=48, cols=64, vocab=300, dtype=torch.bfloat16)
     labels %= 20

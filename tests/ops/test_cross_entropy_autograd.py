@@ -50,10 +50,10 @@ def test_one_registered_call_each_way(backend, generator):
                 loss = call(**options)
                 loss.backward(upstream.expand(loss.shape))
             assert [name for name, _ in raw_calls(recorder)] == [f"{op}_{name}" for name in names], options
-        with torch.no_grad(), Recorder() as recorder:  # without gradients the forward returns only the loss
+        with torch.no_grad(), Recorder() as recorder:  # without gradients only the plain forward pass runs
             call()
         assert [name for name, _ in raw_calls(recorder)] == [f"{op}_fwd"]
-    with Recorder() as recorder:  # on CPU an upstream of 1 leaves the gradient as it is
+    with Recorder() as recorder:  # on CPU an upstream gradient of 1 needs no second pass
         ik.cross_entropy(logits, labels % 40, backend=backend).backward()
     assert [name for name, _ in raw_calls(recorder)] == ["cross_entropy_grad_fwd"]
     with Recorder() as recorder:
@@ -63,7 +63,9 @@ def test_one_registered_call_each_way(backend, generator):
 
 
 def test_an_upstream_of_1_copies_no_gradient(generator):
-    """On CPU the upstream can be read: when it is 1, float32 gradients are returned without a copy."""
+    """On the CPU the value of the upstream gradient can be read: where it is 1, float32 gradients are returned as the forward
+    computed them, without a pass that scales and copies them.
+    """
     hidden, weight, labels = head(generator)
     with Recorder() as recorder:
         ik.linear_cross_entropy(hidden, weight, labels, backend="cpp").backward()
@@ -71,14 +73,16 @@ def test_an_upstream_of_1_copies_no_gradient(generator):
     got = {"hidden": hidden.grad, "weight": weight.grad}
     hidden.grad = weight.grad = None
     loss = ik.linear_cross_entropy(hidden, weight, labels, backend="cpp")
-    loss.backward(torch.ones(()), retain_graph=True)  # saved buffers stay for a second backward
+    loss.backward(torch.ones(()), retain_graph=True)  # the graph is kept, so copies must be returned
     assert_bitwise({"hidden": hidden.grad, "weight": weight.grad}, got)
 
 
 @pytest.mark.parametrize("upstream", (1.0, 1 / 3))
 @pytest.mark.parametrize("backend", NATIVE)
 def test_16_bit_gradients_are_rounded_once(backend, upstream, generator):
-    """Under a loss scale too: the float32 gradients are multiplied with the upstream and then rounded once."""
+    """The float32 gradients are multiplied by the upstream gradient (such as a loss scale) first and rounded to 16 bits
+    once.
+    """
     hidden, weight, labels = head(generator)
     hidden, weight = (t.detach().to(torch.bfloat16).requires_grad_() for t in (hidden, weight))
     with Recorder() as recorder:
@@ -112,7 +116,9 @@ def test_results_of_a_kept_graph_may_be_written(backend, upstream, generator):
 
 @pytest.mark.parametrize("backend", NATIVE)
 def test_a_graph_can_be_walked_again(backend, generator):
-    """Saved buffers are not the returned ones: gradients changed in place change no later backward."""
+    """With retain_graph=True a backward returns copies of its saved buffers: a caller who changes the gradients in place must
+    not change the result of a later backward.
+    """
     hidden, weight, labels = head(generator)
     logits = draw(generator, 7, 40).requires_grad_()
     loss = (ik.cross_entropy(logits, labels % 40, backend=backend)
@@ -153,7 +159,7 @@ def test_upstream_scales(backend, generator):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_head_may_be_the_embedding(backend, generator):
-    """Gradients of a weight that is used twice add up."""
+    """Where embedding and head share one weight, its two gradients add up."""
     _, weight, tokens = head(generator)
     ik.linear_cross_entropy(F.embedding(tokens, weight), weight, tokens.roll(-1), backend=backend).backward()
     got, weight.grad = weight.grad, None
@@ -163,7 +169,7 @@ def test_the_head_may_be_the_embedding(backend, generator):
 
 @pytest.mark.parametrize("backend", NATIVE)
 def test_float16_gradients_of_a_mean_do_not_underflow(backend, generator):
-    """The loss scale is applied to dhidden before it is rounded to float16."""
+    """The loss scale must be applied to dhidden before dhidden is rounded to float16, where it would otherwise become 0."""
     hidden, weight, labels = head(generator, tokens=64, dtype=torch.float16)
     loss = 2.0**13 * ik.linear_cross_entropy(1e-3 * hidden, 1e-2 * weight, labels, backend=backend)
     (got,) = torch.autograd.grad(loss, hidden)

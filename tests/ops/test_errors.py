@@ -275,7 +275,7 @@ CASES = [
     (decode(q=PQ[:2].clone().requires_grad_()), ValueError,
      "paged_attention: q, k_cache, v_cache: expected tensors that require no gradient (there is no backward), got "
      "requires_grad=True"),
-    # Layouts that have no strides, arrays and tensors in place of options, sizes for which there is no memory.
+    # Tensors without strides (sparse, nested), arrays and tensors in place of numbers, sizes too large for any memory.
     (lambda: ik.rms_norm(X, W.to_sparse()), TypeError,
      "rms_norm: weight: expected a dense (strided) tensor, got torch.sparse_coo"),
     (lambda: ik.rms_norm(X, W, residual=torch.nested.nested_tensor([W, W[:3]])), TypeError,

@@ -52,11 +52,11 @@ def adamw(param=X, grad=X, m=X, v=X, master=None, **options):
 
 
 def numbers(call, op, argument, expected, wrong):
-    """A case for each number that the option refuses."""
+    """One case (call, exception, message) for each number in `wrong`, which the option `argument` must refuse."""
     return [(call(**{argument: x}), ValueError, f"{op}: {argument}: expected {expected}, got {x!r}") for x in wrong]
 
 
-ANY = (NAN, INF, -INF, True, "1", 10**400)  # including a number beyond float64
+ANY = (NAN, INF, -INF, True, "1", 10**400)  # what every numeric option refuses; 10**400 is beyond float64
 CASES = [
     # cross_entropy
     (entropy(inplace_backward="yes"), TypeError, "cross_entropy: inplace_backward: expected True or False, got 'yes'"),
@@ -232,7 +232,9 @@ def test_wrong_input(call, kind, message, backend):
 
 @pytest.mark.parametrize("backend", ("reference", "cpp"))
 def test_wrong_labels_are_found_before_anything_is_made(backend):
-    """Also with gradients, where the forward computes them; the in-place form has changed nothing."""
+    """A label out of range raises the error before the forward computes gradients, and before the in-place form has overwritten
+    any logit.
+    """
     hidden, weight = HIDDEN.clone().requires_grad_(), WEIGHT.clone().requires_grad_()
     logits, bad = LOGITS.clone().requires_grad_(), torch.tensor([0, 1, 2, 9])
     for call in (lambda: ik.linear_cross_entropy(hidden, weight, bad), lambda: ik.cross_entropy(logits, bad),

@@ -95,7 +95,9 @@ def test_sequences_of_no_length(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_packed_is_batch_invariant(dtype, native):
-    """A sequence has the same bits alone, dense, and packed at any place among others; so have its gradients."""
+    """A sequence gives the same bits, in results and gradients, as a dense batch of one and packed at any place among
+    others.
+    """
     lengths = (37, 300, 1, 130)
     q, k, v, dout = (randn(sum(lengths), heads, 64, dtype=dtype, seed=heads + i) for i, heads in enumerate((4, 2, 2, 4)))
     q, k, v = (t.requires_grad_() for t in (q, k, v))
@@ -117,7 +119,8 @@ def test_packed_is_batch_invariant(dtype, native):
 @pytest.mark.parametrize("keys", (100, 4095, 4096, 4097, 9000))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_a_row_does_not_depend_on_how_many_there_are(dtype, keys, native):
-    """The last 1, 7 and 100 queries alone have the bits that they have among all: tiling and splits along the keys do not show.
+    """The last 1, 7 and 100 queries have the same bits in a call of their own as in the call with all queries, although the two
+    calls have other tiles and split the keys differently.
     """
     q, k, v = randn(1, keys, 4, 32, dtype=dtype), randn(1, keys, 2, 32, dtype=dtype, seed=1), randn(1, keys, 2, 32, dtype=dtype)
     q = q[:, -min(keys, 200):]
@@ -159,7 +162,7 @@ def gradients(function, tensors):
 
 @functools.cache
 def gradients_of_others(shape, seed):
-    """(q, k, v and dout in bfloat16, their float64 gradients, the gradients of SDPA in each of its two forms)."""
+    """([q, k, v, dout] in bfloat16, the float64 gold of dq, dk and dv, the gradients by each of SDPA's two forms)."""
     heads, kv_heads, dim = shape
     data = [randn(1, 2048, h, dim, seed=4 * seed + i).bfloat16() for i, h in enumerate((heads, kv_heads, kv_heads, heads))]
     with instruction_set(NATIVE[-1][1]):
@@ -169,12 +172,12 @@ def gradients_of_others(shape, seed):
 
 @pytest.mark.parametrize("shape", EXACTNESS, ids=str)
 def test_bf16_gradients_are_more_exact_than_sdpas(shape, native):
-    """On CPU, SDPA adds up dK and dV over blocks in bfloat16; ours are rounded once, and have at most 0.8 of its error. dQ,
-    whose error is that of dS in bfloat16 on both sides, has at most SDPA's. The error of a gradient is the root mean square
-    over all elements in three draws of q, k, v and dout, for each shape separately. SDPA's is that of its more accurate form:
-    `enable_gqa`, or keys expanded beforehand.
+    """On CPU, SDPA adds up dK and dV over blocks in bfloat16; ours are rounded once, and may have at most 0.8 of SDPA's error.
+    Our dQ may have at most SDPA's error, since in both the rounding of dS to bfloat16 dominates. The error of a gradient is the
+    root mean square over all elements in three draws of q, k, v and dout, for each shape separately. SDPA counts with its more
+    accurate form: `enable_gqa`, or keys expanded beforehand.
     """
-    errors = {name: torch.zeros(3, dtype=torch.float64) for name in "qkv"}  # ours, SDPA's two forms
+    errors = {name: torch.zeros(3, dtype=torch.float64) for name in "qkv"}  # of ours and of SDPA's two forms
     for seed in range(3):
         data, gold, theirs = gradients_of_others(shape, seed)
         ours = gradients(lambda q, k, v: flash_attention(q, k, v, causal=True, backend=native), data)
@@ -212,7 +215,7 @@ def test_infinity_and_nan_stay_in_their_sequence(native):
     out = flash_attention(q, k, v, causal=True, cu_seqlens_q=cu, backend=native)
     clean = flash_attention(q, k.nan_to_num(0), v.nan_to_num(posinf=0), causal=True, cu_seqlens_q=cu, backend=native)
     touched = torch.zeros(60, 2, dtype=torch.bool)
-    touched[:20, 0], touched[20:40, 1] = True, True  # also rows before it in its tile: 0 times infinity is NaN
+    touched[:20, 0], touched[20:40, 1] = True, True  # rows before it in its tile too: weight 0 times infinity is NaN
     assert torch.equal(out[~touched], clean[~touched]) and not out[25:40, 1].isfinite().any()
 
 
@@ -233,8 +236,8 @@ def test_flash_attention_module(generator):
 
 
 def test_the_module_names_what_it_cannot_take():
-    """Wrong options raise the function's errors at construction, and wrong inputs raise theirs before their attributes are
-    used.
+    """Wrong options raise, when the module is constructed, the errors that flash_attention raises. Inputs of a wrong type raise
+    an error that names them, and not an AttributeError from inside the module.
     """
     q = randn(1, 4, 2, 32)
     for options in ({"causal": "yes"}, {"causal": 1}, {"window": "x"}, {"window": (-2, 0)}, {"window": (1.0, 0)},
@@ -244,7 +247,9 @@ def test_the_module_names_what_it_cannot_take():
         with pytest.raises(wanted.type) as got:
             nn.FlashAttention(**options)
         assert str(got.value) == str(wanted.value).replace("flash_attention", "FlashAttention")
-    assert nn.FlashAttention(softcap=1e36)(q, q, q).isfinite().all()  # 32^-0.5 / 1e36 is in range, 256^-0.5 / 1e36 is not
+    # scale / softcap must be at least 1e-37. 32^-0.5 / 1e36 is, 256^-0.5 / 1e36 would not be: the module, which does not know
+    # head_dim at construction, must not assume a large one.
+    assert nn.FlashAttention(softcap=1e36)(q, q, q).isfinite().all()
     for wrong in (None, q.numpy(), [q, q, q]):
         with pytest.raises(TypeError, match=f"^FlashAttention: q: expected a tensor, got {type(wrong).__name__}$"):
             nn.FlashAttention()(wrong)

@@ -1,4 +1,6 @@
-"""The compiled loss heads work in chunks of tokens: boundaries between chunks, memory, and labels checked before any write."""
+"""The C++ linear heads with a loss, which process tokens in chunks: the boundaries between chunks, the memory that a call
+takes, and that labels are checked before anything is written.
+"""
 
 import pytest
 import torch
@@ -24,7 +26,9 @@ def head(generator, tokens, cols, vocab, dtype):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 def test_a_token_has_its_bits_across_chunks(dtype, generator):
-    """The first and the last of 1 to 4096 tokens: loss, lse and the gradient of hidden, which depend on no other token."""
+    """The first and the last token have the same bits in calls of 1 to 4096 tokens: in loss, lse and the gradient of hidden,
+    which must not depend on the other tokens or on the chunk.
+    """
     hidden, weight, labels = head(generator, 4096, 18, 70, dtype)
 
     def both(chosen):
@@ -45,7 +49,9 @@ def test_a_token_has_its_bits_across_chunks(dtype, generator):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
 def test_gradients_across_chunks(dtype, generator):
-    """The gradients of several chunks add up, the last of them short: three products in one sweep, four in two."""
+    """The gradients of several chunks of tokens, of which the last is incomplete, add up to float64's. Both plans are run:
+    gradients within the forward (three matrix products), and a separate backward that recomputes the scores (four).
+    """
     tokens = 1300
     hidden, weight, labels = head(generator, tokens, 33, 450, dtype)
     wide = [t.double().requires_grad_() for t in (hidden, weight)]
@@ -72,7 +78,7 @@ def test_memory_does_not_grow_with_tokens(generator):
         hidden, weight, labels = head(generator, tokens, cols, vocab, torch.bfloat16)
         call = lambda: ops("linear_cross_entropy_grad_fwd")(hidden, weight, labels, None, *OPTIONS, MEAN, False, True, True)  # noqa: B023
         deterministic = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(False)  # otherwise fresh memory is filled, including what the call never touches
+        torch.use_deterministic_algorithms(False)  # that mode fills fresh memory, even pages never used
         try:
             call()
             results, growth[tokens] = peak_extra(call)

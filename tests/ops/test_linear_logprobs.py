@@ -30,7 +30,9 @@ def head(device, generator):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_hits(backend, dtype, device, head):
-    """Each token of a vocabulary of several blocks in turn is a hit for its own rows and for no others."""
+    """`hits` says for each row whether its token has the largest logit. Every third row asks for the second-best token, the
+    others for the best; the vocabulary has several blocks.
+    """
     usable(backend, device)
     hidden, weight = head(40, 24, 1031, dtype)
     top = (hidden.double() @ weight.double().T).topk(2)
@@ -54,7 +56,9 @@ def test_hits(backend, dtype, device, head):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_first_of_equal_logits_is_the_hit(backend, device):
-    """Equal logits in one vector of a block and in another block; a row of NaN hits nothing."""
+    """Of tokens with equal logits only the first is a hit, whether the others lie in the same block of the vocabulary or in
+    another one. A row of NaN has no hit.
+    """
     usable(backend, device)
     weight = torch.zeros(2100, 16, device=device)
     weight[[300, 301, 2050]] = 1.0
@@ -90,7 +94,8 @@ def test_hits_compiled(backend, entropy, device, head):
 @pytest.mark.parametrize("counts", ((2, 3, 17, 150), pytest.param((4096,), marks=pytest.mark.slow)), ids=str)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
 def test_a_token_has_its_bits_in_any_batch(dtype, counts, device, generator, head):
-    """In Triton: alone, and first and last of 150 and 4096 tokens, which are several tiles. dhidden's product is a library's.
+    """In Triton a token has the same bits alone and as the first or last of 2 to 4096 tokens, which fill up to several tiles.
+    The gradient of hidden is not compared: its product is computed by a library.
     """
     usable("triton", device)
     hidden, weight = head(4096, 18, 70, dtype)
@@ -113,9 +118,9 @@ def test_a_token_has_its_bits_in_any_batch(dtype, counts, device, generator, hea
 
 @pytest.mark.parametrize("backend", ("cpp", "triton"))
 def test_certain_tokens_keep_their_digits(backend, device, generator):
-    """float32 losses of 1e-6 to 1e-3 with an lse of 20 to 70: a unit in the last place of that lse is as large as the loss, so
-    it must not enter. The median errors of such rows, of loss and of the gradient of hidden, are at most those of log_softmax
-    on the same logits.
+    """Tokens of probability close to 1, with float32 losses of 1e-6 to 1e-3 and an lse of 20 to 70. A unit in the last place of
+    that lse is as large as the loss, so the loss must not be computed as a difference from the rounded lse. The median errors
+    of loss and gradient of hidden are at most those of log_softmax on the same logits.
     """
     usable(backend, device)
     draw = lambda *shape: torch.randn(*shape, generator=generator, device=device, dtype=torch.float64)

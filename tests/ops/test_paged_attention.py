@@ -48,7 +48,9 @@ def ends(lengths):
 
 
 def decoded_like_prefill(lengths, chunk, dtype, native, generator, heads=4, kv_heads=2, dim=64, size=16, window=None):
-    """The last `chunk` tokens of every sequence against the cache, and the same rows of one packed prefill."""
+    """Asserts that the last `chunk` tokens of every sequence give the same bits by paged_attention from a cache as in one
+    packed prefill by flash_attention.
+    """
     total = sum(lengths)
     q, k, v = (torch.randn(total, h, dim, generator=generator).to(dtype) for h in (heads, kv_heads, kv_heads))
     cu = ends(lengths)
@@ -87,7 +89,9 @@ def test_batch_invariant(native, generator):
 
 
 def test_what_qkv_rope_wrote_is_what_attention_reads(backend, generator):
-    """Projection, int8 cache and attention, compared with the same chain without a cache: within the error of int8."""
+    """qkv_rope writes an int8 cache and paged_attention reads it; the result differs from qkv_rope and flash_attention without
+    a cache by no more than the rounding to int8.
+    """
     tokens, heads, kv_heads, dim, size = 37, 4, 2, 64, 8
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim, generator=generator)
     cos, sin = rope_table(tokens, dim)
@@ -102,14 +106,14 @@ def test_what_qkv_rope_wrote_is_what_attention_reads(backend, generator):
                           k_scale=cache.k_scale, v_scale=cache.v_scale, backend=backend)
     want = flash_attention(*(t[None] for t in qkv_rope(qkv, cos, sin, **options)), causal=True, backend=backend)[0]
     error = (got - want).square().mean().sqrt() / want.square().mean().sqrt()
-    assert 1e-4 < error < 0.02  # 1 / 254 of the largest of 64 values, on keys and values
+    assert 1e-4 < error < 0.02  # int8 rounds each key and value by up to 1 / 254 of the largest in its row
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_int8_bits_and_the_number_of_new_tokens(dtype, native, generator):
-    """The last token's bits are those it has alone, however many tokens are new with it. With bfloat16 queries avx512_bf16 has
-    two kinds of arithmetic: integer products up to 8 lanes (new tokens x query heads of a group), and bytes converted to
-    bfloat16 beyond. Each keeps its own bits.
+    """The last token has the same bits however many new tokens are computed in the call with it. With bfloat16 queries
+    avx512_bf16 has two kinds of arithmetic: integer products for up to 8 lanes (new tokens x query heads of a group), and
+    int8 converted to bfloat16 for more. There the bits are compared within each kind only.
     """
     keys, heads, kv_heads, dim = 300, 4, 2, 64
     q = torch.randn(40, heads, dim, generator=generator).to(dtype)
@@ -137,7 +141,7 @@ def test_a_scale_of_zero_counts_as_one(backend):
 
 
 def test_prefill_into_an_empty_cache(backend, generator):
-    """All keys of one sequence belong to new tokens; another sequence has no new token."""
+    """paged_attention as a prefill: all keys of one sequence belong to new tokens, while another sequence has no new token."""
     k, v = (torch.randn(9, 1, 32, generator=generator) for _ in range(2))
     k_cache, v_cache, table = paged(k, v, [4, 5], 4, generator)
     q = torch.randn(5, 2, 32, generator=generator)

@@ -51,7 +51,7 @@ def test_gae_is_the_loop(backend, gamma, lam, generator):
     mask = torch.rand(total, generator=generator) > 0.4
     mask[5:] |= torch.arange(total - 5) % 7 == 0
     options = ((None, None), (mask, None), (None, bootstrap), (mask, bootstrap), (mask.double(), bootstrap))
-    for counts, last in options[3:4] if backend == "triton" else options:  # the interpreter takes two seconds for each
+    for counts, last in options[3:4] if backend == "triton" else options:  # Triton's interpreter takes two seconds a call
         want = loop(rewards.tolist(), values.tolist(), lengths, [True] * total if counts is None else counts.tolist(),
                     [0.0] * len(lengths) if last is None else last.tolist(), gamma, lam)
         advantages, returns = ik.gae(rewards, values, cu, mask=counts, bootstrap=last, gamma=gamma, lam=lam, backend=backend)
@@ -87,8 +87,8 @@ def test_gae_of_a_sequence_has_its_bits_beside_any_other(backend, generator):
 # ------------------------------------------------------------------------------------------------------ policy loss
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_policy_branches_by_hand(backend):
-    """No gradient where the clipped term is the smaller, the whole gradient where both are equal, none beyond a log-ratio of
-    20.
+    """The policy loss has no gradient where the clipped term is the smaller one, the whole gradient where both terms are equal,
+    and none where the log-ratio exceeds 20.
     """
     dtype, tolerance = wide(backend)
     ratios = [1.0, 1.1, 1.5, 1.5, 0.5, 0.5, 0.9]
@@ -110,7 +110,7 @@ def test_policy_branches_by_hand(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_approximate_kl_near_the_old_policy(backend):
-    """x^2 / 2 at x = 1e-4, where exp(x) - 1 - x in float32 would consist of rounding errors."""
+    """approx_kl is about x^2 / 2 for a log-ratio of x = 1e-4, where exp(x) - 1 - x in float32 would be nothing but rounding."""
     x = torch.full((64,), 1e-4)
     x[1::2] *= -1
     _, stats = ik.ppo_policy_loss(x, torch.zeros(64), torch.ones(64), torch.ones(64), backend=backend)
@@ -129,7 +129,9 @@ def value(backend, mask, *tensors):
 @pytest.mark.parametrize("loss", (policy, value))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_masked_has_no_influence(loss, backend, generator):
-    """Masked elements may be NaN, infinite or anything else; the mean is over the unmasked elements."""
+    """Whatever masked elements hold (NaN, infinity), loss and gradients are those of the unmasked elements, whose mean the loss
+    is.
+    """
     mask = torch.rand(4, 50, generator=generator) > 0.4
     tensors = [torch.randn(4, 50, generator=generator) for _ in range(3)]
     results = []
@@ -163,8 +165,8 @@ def test_nothing_counts(loss, backend, size):
 # ------------------------------------------------------------------------------------------------------- value loss
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_value_loss_by_hand(backend):
-    """Without a clip half the mean square error. With a clip the larger of both terms, without gradient where the clipped one
-    decides.
+    """Without a clip the value loss is half the mean square error. With a clip it is the larger of the clipped and the
+    unclipped term, without a gradient where the clipped term is the larger.
     """
     values = torch.tensor([1.0, 1.0, 3.0, -2.0], requires_grad=True)
     old, returns = torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([2.0, 3.0, 5.0, -3.0])
@@ -179,7 +181,7 @@ def test_value_loss_by_hand(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_explained_variance(backend, generator):
-    returns = torch.randn(5000, generator=generator) + 1000.0  # a one-pass variance would lose all digits
+    returns = torch.randn(5000, generator=generator) + 1000.0  # a variance by sums of squares would lose all digits
     values = returns + 0.5 * torch.randn(5000, generator=generator)
     mask = torch.rand(5000, generator=generator) > 0.1
     _, stats = ik.ppo_value_loss(values, values, returns, mask, backend=backend)
@@ -193,7 +195,9 @@ def test_explained_variance(backend, generator):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tokens", (1, 7, 5000, 20000))
 def test_explained_variance_of_constant_returns(tokens, backend, generator):
-    """Constant returns give 0, although the mean of many 0.1 rounds to another number; a single different return does not."""
+    """The explained variance of constant returns is 0, although the mean of many 0.1 is not exactly 0.1. With a single
+    different return it is not 0.
+    """
     values = torch.randn(tokens, generator=generator)
     mask = torch.rand(tokens, generator=generator) > 0.1
     mask[0] = True
@@ -219,7 +223,9 @@ def test_explained_variance_of_constant_returns(tokens, backend, generator):
 # -------------------------------------------------------------------------------------------------------------- KL
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_k3_near_equality(backend):
-    """x^2 / 2 and its slope x to float32's precision, computed without differences of numbers near 1."""
+    """For small x the k3 estimate is about x^2 / 2 and its slope about x. Both keep float32's precision, which a difference of
+    numbers near 1 would lose.
+    """
     x = torch.tensor([1e-5, -1e-5, 3e-4, -3e-4, 1e-2], requires_grad=True)
     kl = ik.kl_penalty(x, torch.zeros(5), estimator="k3", backend=backend)
     exact = torch.expm1(-x.detach().double()) + x.detach().double()
@@ -242,7 +248,7 @@ def test_masked_tokens_have_no_influence_on_kl(backend, estimator, generator):
         kl = ik.kl_penalty(*pair, mask=mask, estimator=estimator, backend=backend)
         upstream = torch.where(mask, 1.5, 0.0 if padding[0] == 0 else math.inf)
         results.append((kl.detach(), *torch.autograd.grad(kl, pair, upstream)))
-        assert not any(x[~mask].any() for x in results[-1]), padding  # of NaN `any` is True
+        assert not any(x[~mask].any() for x in results[-1]), padding  # `any` also finds NaN
         assert_bitwise(dict(enumerate(results[-1])), dict(enumerate(results[0])), str(padding))
     free = [torch.where(mask, x.detach(), 0.0).requires_grad_() for x in pair]
     assert torch.equal(ik.kl_penalty(*free, estimator=estimator, backend=backend)[mask], kl[mask])
@@ -252,7 +258,8 @@ def test_masked_tokens_have_no_influence_on_kl(backend, estimator, generator):
 
 @pytest.mark.parametrize("backend", NATIVE)
 def test_one_registered_call_each_way_and_compiled(backend, generator):
-    """One registered call returns loss and statistics; compiled with fullgraph, the dictionary included, it has the same bits.
+    """One registered call returns loss and statistics. Compiled with fullgraph=True, the function, which returns a dictionary
+    too, gives the same bits.
     """
     a, b, c = (torch.randn(40, generator=generator).requires_grad_() for _ in range(3))
     mask = torch.rand(40, generator=generator) > 0.3

@@ -1,4 +1,5 @@
-"""What is special to the reward model's losses: gradients derived by hand, the continuation of the barrier, packed sequences.
+"""What is special to the reward model's losses: gradients by hand, the barrier's continuation beyond its edge, packed
+sequences.
 """
 
 import math
@@ -28,7 +29,7 @@ def slope(function, x):
 
 # ---------------------------------------------------------------------------------------------------- focal ranking
 def focal_by_hand(d, gamma):
-    """The loss and its derivative at one difference."""
+    """The focal ranking loss and its derivative at one difference d of rewards, chosen minus rejected."""
     s, softplus = 1 / (1 + math.exp(d)), max(-d, 0) + math.log1p(math.exp(-abs(d)))
     if d <= 0:
         return softplus, -s
@@ -76,7 +77,9 @@ def test_focal_far_out(backend, gamma):
 # ---------------------------------------------------------------------------------------------------------- barrier
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_barrier_by_hand_and_its_continuation(backend):
-    """Value and slope are continuous at both edges; the derivative at the edge itself must not be counted twice."""
+    """Beyond bound - margin the log barrier continues as a straight line: value and slope are continuous at both edges, and
+    exactly at an edge the derivative is that of one branch, not the sum of both.
+    """
     dtype, tolerance = wide(backend)
     inside = torch.tensor([0.0, 1.5, -4.9, 4.99], dtype=dtype)
     value, gradient = slope(lambda x: ik.log_barrier_penalty(x, backend=backend), inside)
@@ -111,7 +114,9 @@ def test_barrier_of_anything(backend):
 @pytest.mark.parametrize("outside", ("linear", "clamp"))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_margin_is_absolute(backend, outside):
-    """XTuner clamps to bound - 1e-3: 4.9989 is inside, with penalty 4.510 and slope 909; at 5.5 "clamp" has no gradient."""
+    """The margin is a distance (1e-3, as in XTuner, which clamps to bound - 1e-3), not a fraction of the bound: 4.9989 lies
+    inside, with penalty 4.510 and slope 909. Outside, at 5.5, "clamp" has no gradient.
+    """
     x = torch.tensor([4.9989, -4.9989, 5.5])
     value, gradient = slope(lambda x: ik.log_barrier_penalty(x, outside=outside, backend=backend), x)
     torch.testing.assert_close(value[:2], torch.tensor([4.510, 4.510]), rtol=0, atol=1e-3)
@@ -134,7 +139,9 @@ def packed(generator, lengths=(3, 1, 5, 2), cols=24, dtype=torch.float32, scale=
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_to_the_published_form_where_both_are_defined(backend, generator):
-    """XTuner's form: clamped logits, -logsigmoid times the focal weight, 0.01 times the sum of penalties over the pairs."""
+    """Rewards inside the bound give the loss of XTuner's published code: clamped logits, -logsigmoid times the focal weight,
+    plus 0.01 times the sum of penalties over the pairs.
+    """
     dtype, tolerance = wide(backend)
     hidden, head, cu, last = packed(generator, dtype=dtype, scale=2.0)
     loss, rewards = ik.reward_loss(hidden, head, cu, backend=backend)
@@ -220,7 +227,9 @@ def test_no_sequences(backend):
 
 @pytest.mark.parametrize("backend", NATIVE)
 def test_compiled_with_a_float32_head(backend, generator):
-    """A bfloat16 model with a float32 head: fullgraph, the same bits, and a float32 gradient for the head."""
+    """bfloat16 hidden states with a float32 head compile with fullgraph=True, with the bits of the eager call and a float32
+    gradient for the head.
+    """
     hidden, head, cu, _ = packed(generator, dtype=torch.bfloat16)
     head = head.detach().float().requires_grad_()
     call = lambda: ik.reward_loss(hidden, head, cu, backend=backend)

@@ -1,4 +1,4 @@
-"""What is special to rms_norm: both kinds of rounding, the residual's rounding, scale invariance, the order of casts in Llama.
+"""What is special to rms_norm: the two options of `rounding`, the rounded residual, scale invariance, Llama's order of casts.
 """
 
 import pytest
@@ -23,7 +23,7 @@ def test_hf_rounding_is_the_released_models(backend, dtype, generator):
     weight = torch.randn(160, generator=generator).to(dtype)
     want = released_order(x, weight, 1e-5)
     got = rms_norm(x, weight, 1e-5, rounding="hf", backend=backend)
-    # The mean may differ by an ulp of float32, which moves a rounding only where it was a near tie.
+    # The mean square may differ by an ulp of float32, which changes the rounded result only where it was close to a tie.
     assert (got != want).float().mean() < 0.005
     assert (rms_norm(x, weight, 1e-5, backend=backend) != want).float().mean() > 0.05
 
@@ -48,7 +48,9 @@ def test_zero_rows_and_huge_values_stay_finite(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_per_head_norm_reads_a_packed_slice_in_place(backend, generator):
-    """The queries inside a packed projection: [T, heads, d] with a gap between tokens."""
+    """Queries that are a slice of a packed projection, [T, heads, d] with a gap between tokens, give the bits of a contiguous
+    copy.
+    """
     packed = torch.randn(6, 10, 32, generator=generator)
     weight = torch.randn(32, generator=generator)
     queries = packed[:, 2:8]

@@ -13,7 +13,9 @@ BACKENDS = ("reference", "cpp", "triton")
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_angles_are_exact_at_200k(backend):
-    """Compared with Python's float64; the released model's float32 product is off by up to 0.0144 rad there."""
+    """Tables at positions up to 200,000 agree with Python's float64. There the released model's angles, a product in float32,
+    are off by up to 0.0144 rad.
+    """
     positions = torch.tensor([0, 1, 199_999, 200_000])
     cos, sin = rope_table(positions, 128, backend=backend)
     coarse_cos, coarse_sin = rope_table(positions, 128, angles="float32", backend=backend)
@@ -45,7 +47,9 @@ def released_tables(positions, head_dim, base, scaling=None):
 @pytest.mark.parametrize("head_dim,base", ((128, 1e6), (96, 5e7)))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float32_angles_are_the_released_models(backend, head_dim, base, scaling):
-    """Equal to float32's rounding at any position; float64 frequencies rounded afterwards would be off by 0.015 at 200,000."""
+    """With angles="float32" the tables equal those of the released model up to one rounding at every position. If the
+    frequencies were computed in float64 and then rounded, they would be off by 0.015 at 200,000.
+    """
     positions = torch.tensor([0, 1, 4095, 4096, 32_767, 32_768, 131_071, 199_999, 200_000])
     got = rope_table(positions, head_dim, base=base, scaling=scaling, angles="float32", backend=backend)
     for name, ours, theirs in zip(("cos", "sin"), got, released_tables(positions, head_dim, base, scaling), strict=True):
@@ -53,8 +57,8 @@ def test_float32_angles_are_the_released_models(backend, head_dim, base, scaling
 
 
 def test_dynamic_ntk_values():
-    """The published bases: base 1e6 and 32768 trained positions with factor 2 give 3.05e6 at 64k and 11.65e6 at 200k; up to
-    32768 the base is unchanged.
+    """Dynamic NTK scaling raises the base with the sequence length. From base 1e6, 32768 trained positions and factor 2 it must
+    give the published 3.05e6 at 64k and 11.65e6 at 200k; up to 32768 the base is unchanged.
     """
     def base_of(factor, length):
         scaling = {"type": "dynamic", "factor": factor, "max_position_embeddings": 32768, "seq_len": length}
@@ -76,7 +80,9 @@ def test_dynamic_ntk_values():
     {"rope_type": "dynamic", "factor": 2.0},
 ), ids=lambda s: f"{s['rope_type']}{s['factor']}")
 def test_scalings_equal_transformers(scaling):
-    """Hugging Face's initialisation of the inverse frequencies in float32, to the last bit, at far positions too."""
+    """Scaled tables have the bits of tables from the inverse frequencies that Hugging Face's transformers computes in float32,
+    at far positions too.
+    """
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -103,7 +109,9 @@ def test_a_long_table_changes_no_short_one():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rotation_keeps_lengths_and_relative_angles(backend, generator):
-    """Scores depend only on distances: q at 5 with k at 2 scores like q at 105 with k at 102."""
+    """The rotation keeps the length of a vector, and scores depend only on the distance of positions: q at 5 and k at 2 score
+    like q at 105 and k at 102.
+    """
     q, k = torch.randn(2, 1, 1, 64, generator=generator)
     cos, sin = rope_table(128, 64)
     at = lambda x, p: apply_rope(x, x, cos, sin, torch.tensor([p]), backend=backend)[0]
@@ -126,7 +134,9 @@ def test_interleaved_is_a_permutation_of_halves(backend, generator):
 @pytest.mark.parametrize("heads,kv_heads", ((4, 2), (8, 2), (12, 2), (3, 3)))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_layout(backend, heads, kv_heads, generator):
-    """Each group holds its query heads, its key and its value; the result equals splitting first and then rotating."""
+    """In the packed projection each group holds its query heads, its key head and its value head. The result of qkv_rope equals
+    splitting these first and then rotating them by apply_rope.
+    """
     group, d, tokens = heads // kv_heads, 16, 5
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * d, generator=generator)
     cos, sin = rope_table(tokens, d)
@@ -161,7 +171,7 @@ def test_cache_write(backend, dtype, kind, positions, generator):
         return dict(enumerate([*outputs, k, v, *(s for s in scales if s is not None)]))
 
     got, want = fill(backend), fill("reference")
-    assert_bitwise({n: got[n] for n in (2, 4)}, {n: want[n] for n in (2, 4)})  # v and its cache are copies
+    assert_bitwise({n: got[n] for n in (2, 4)}, {n: want[n] for n in (2, 4)})  # v, and the cached v
     plain = qkv_rope(qkv, cos, sin, where, num_heads=heads, num_kv_heads=kv_heads, backend=backend)
     assert_bitwise({n: got[n] for n in range(3)}, dict(enumerate(plain)))
     if kind == "same":

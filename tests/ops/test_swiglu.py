@@ -1,4 +1,4 @@
-"""What is special to swiglu: extreme gates, one packed tensor equals two tensors, saved inputs are never written."""
+"""What is special to swiglu: extreme gates, gate and up packed in one tensor, saved inputs that are never overwritten."""
 
 import pytest
 import torch

@@ -39,7 +39,9 @@ def draw(options, dtype):
 
 
 def sharded(rank, inputs, upstream):
-    """The tensors that the ladder compares: the loss, the z-loss where wanted, dhidden and the whole dweight."""
+    """The results of the sharded call that the error ladder checks: the loss, the z-loss where it is returned, dhidden, and the
+    whole dweight, gathered from both ranks.
+    """
     begin, end = ROWS[rank]
     hidden, shard = inputs["hidden"].clone().requires_grad_(), inputs["weight"][begin:end].clone().requires_grad_()
     rest = {key: value for key, value in inputs.items() if key not in ("hidden", "weight")}
@@ -55,7 +57,9 @@ def sharded(rank, inputs, upstream):
 
 
 def _bad_label(rank):
-    """As on CUDA, where labels are not read before the kernels run: which tokens have NaN in loss and dhidden."""
+    """Which tokens have NaN in loss and dhidden where some labels are out of range. It runs as on CUDA, where labels are not
+    read before the kernels run, so that no error can be raised.
+    """
     if find_spec("triton") is None:
         return None
     inputs, _ = draw({"tokens": 4}, torch.float32)
@@ -70,7 +74,9 @@ def _bad_label(rank):
 
 
 def _ignored_and_not_finite(rank):
-    """The difference of dhidden from one process's, for each of the options, where an ignored row holds infinity or NaN."""
+    """For several options, where an ignored row of hidden holds infinity or NaN: the largest difference between dhidden of the
+    sharded call and of one process with the whole weight, and the latter's largest element.
+    """
     begin, end = ROWS[rank]
     off = {}
     for bad in (float("inf"), float("nan")):
@@ -161,7 +167,9 @@ def test_wrong_input_raises_on_every_rank_before_anything_is_sent(results):
 
 
 def test_shards_that_do_not_cover_raise_on_every_rank(results):
-    """Both shards starting at 0, an overlap, a gap, and the whole vocabulary on both ranks."""
+    """Shards that do not divide the vocabulary raise an error on every rank: both starting at 0, an overlap, a gap, and the
+    whole vocabulary on both ranks.
+    """
     for result in results.values():
         assert len(result["uncovered"]) == 4
         for message in result["uncovered"]:
@@ -176,7 +184,7 @@ def test_an_ignored_row_may_hold_anything(results):
 
 
 def test_a_bad_label_on_a_device_is_nan(results):
-    """Its loss and its row of dhidden are NaN, and no others."""
+    """A token whose label is out of range has NaN as its loss and in its row of dhidden; all other tokens have none."""
     pytest.importorskip("triton")
     for result in results.values():
         for nans in result["bad label"].values():

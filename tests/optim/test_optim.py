@@ -17,7 +17,9 @@ from internlm2_kernels.ops._philox import bits16, philox
 @pytest.mark.parametrize("options", ({}, {"maximize": True, "weight_decay": 0.0}, {"betas": (0.0, 0.5), "eps": 1e-3},
                                      {"lr": torch.tensor(0.02)}, {"lr": torch.tensor([0.02], dtype=torch.float64)}), ids=str)
 def test_float32_is_torchs(backend, options):
-    """Several steps over groups with different learning rates and decays."""
+    """FusedAdamW on float32 parameters takes the steps of torch.optim.AdamW, over groups with different learning rates and
+    weight decays.
+    """
     ours, theirs = parameters(), parameters()
     second = {"lr": 0.003, "weight_decay": 0.3, "betas": (0.8, 0.9), "eps": 1e-6}
     wanted = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1, **options}
@@ -28,8 +30,8 @@ def test_float32_is_torchs(backend, options):
     for count in range(3 if backend == "triton" else 8):
         steps(a, ours, 1, count)
         steps(b, theirs, 1, count)
-        for group in (*a.param_groups, *b.param_groups):  # a schedule
-            group["lr"] *= 0.9  # a tensor in place
+        for group in (*a.param_groups, *b.param_groups):  # as a learning-rate schedule does
+            group["lr"] *= 0.9  # changes the rate in place where it is a tensor
     close(ours, theirs)
 
 
@@ -68,7 +70,9 @@ def test_float64(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_clipping_is_clip_grad_norm(backend):
-    """One norm over all groups and dtypes; the gradients themselves are not changed."""
+    """max_grad_norm clips by one norm over all groups and dtypes, as clip_grad_norm_ does, but leaves the gradients
+    unchanged.
+    """
     ours, theirs = parameters(), parameters()
     ours[3], theirs[3] = (torch.nn.Parameter(p[3].detach().bfloat16()) for p in (ours, theirs))
     a = ik.FusedAdamW(in_groups(ours, weight_decay=0.0), lr=0.01, max_grad_norm=0.5, backend=backend)
@@ -88,7 +92,9 @@ def test_clipping_is_clip_grad_norm(backend):
 
 
 def test_random_bits_are_philox():
-    """The test vectors published with Random123, and the order in which elements use the halves of the words."""
+    """The random bits are Philox's: the reference gives the test vectors published with Random123, and elements use the 16-bit
+    halves of its 32-bit words in the prescribed order.
+    """
     ones, words = 0xFFFFFFFF, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
     one = lambda numbers: tuple(torch.tensor([n]) for n in numbers)
     for counter, key, want in (((0,) * 4, (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -103,7 +109,8 @@ def test_random_bits_are_philox():
 
 @pytest.mark.parametrize("backend", ("cpp", "triton"))
 def test_stored_random_bits_are_the_references(backend):
-    """With betas of 0 the moments are g and g^2, so that the stored values show only the rounding; they are equal bit for bit.
+    """The kernels round with the reference's random bits. With betas of 0 the moments are exactly g and g^2, so that what is
+    stored depends on the rounding alone and can be compared bit for bit.
     """
     generator = torch.Generator().manual_seed(4)
     g, moment = torch.randn(1003, generator=generator), torch.zeros(1003, dtype=torch.bfloat16)
@@ -116,8 +123,9 @@ def test_stored_random_bits_are_the_references(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parts_of_a_tensor_have_its_bits(backend):
-    """Parts that start where eight elements share a counter and where they do not, beyond a kernel's chunk, and far along the
-    counter.
+    """Parts of a tensor, each updated in a call of its own that names the index of its first element, get the random bits of
+    the whole tensor. They begin inside and between groups of eight elements that share a Philox counter, beyond a kernel's
+    chunk, and at large indices.
     """
     generator = torch.Generator().manual_seed(6)
     size = 9001 if backend == "triton" else 70_001
@@ -143,7 +151,9 @@ def test_wrong_offsets_are_refused_before_any_write():
 
 
 def test_backends_have_the_same_bits():
-    """Including random bits, in every stream, for parameters whose memory order is not their index order."""
+    """All backends take the same steps, with the same random bits for weights and both moments, also for parameters whose order
+    in memory is not that of their indices.
+    """
     results = []
     for backend in BACKENDS:
         params = parameters(torch.bfloat16)
@@ -154,7 +164,7 @@ def test_backends_have_the_same_bits():
         results.append([p.detach().float() for p in params])
     for same in zip(*results, strict=True):
         for other in same[1:]:
-            assert (same[0] != other).sum() <= 1  # one ulp of float32 may change the rounding to bfloat16 of few elements
+            assert (same[0] != other).sum() <= 1  # an ulp of difference in float32 may rarely change the rounding to bfloat16
             torch.testing.assert_close(same[0], other, rtol=2**-7, atol=0)
 
 
@@ -162,7 +172,9 @@ def test_backends_have_the_same_bits():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_any_memory_layout(backend, dtype):
-    """Transposed, permuted and with gaps; gradients with another layout, or expanded; a layout that changes between steps."""
+    """Parameters that are transposed, permuted or have gaps in memory take the steps of contiguous ones. Gradients may have
+    another layout or be expanded, and a parameter's layout may change between steps.
+    """
     base = parameters(dtype, shapes=((6, 10), (4, 8, 3), (5, 12), (9, 2)))
     plain = [torch.nn.Parameter(p.detach().clone()) for p in base]
     gaps = torch.full((5, 20), 7.0, dtype=dtype)
@@ -184,7 +196,7 @@ def test_any_memory_layout(backend, dtype):
         odd[0].data = odd[0].data.contiguous()  # as .to(memory_format=...) does
     assert (gaps[:, :3] == 7).all() and (gaps[:, 15:] == 7).all()
     saved = copy.deepcopy(pair[0].state_dict())
-    pair[1].load_state_dict(saved)  # the state as contiguous parameters have it
+    pair[1].load_state_dict(saved)  # the state of the contiguous parameters
     for optimizer, params in zip(pair, (plain, odd), strict=True):
         steps(optimizer, params, 2, 5)
     assert all(torch.equal(p, q) for p, q in zip(plain, odd, strict=True))
@@ -227,19 +239,21 @@ def test_one_registered_call_a_group_and_one_for_the_norm():
         optimizer.step()
     names = [f._schema.name for f, _ in recorder.calls]
     assert [n for n in names if n.startswith("internlm2::")] == ["internlm2::squared_norm_fwd"] + ["internlm2::adamw_step_"] * 2
-    assert not {n for n in names if "local_scalar" in n or "item" in n}  # nothing waits for the device
+    assert not {n for n in names if "local_scalar" in n or "item" in n}  # no value is read, which would wait for the device
 
 
 # ------------------------------------------------------------------------------------------------------------- masters
 def test_what_is_written_to_parameters_from_outside():
-    """A step starts from the master; refresh_masters takes over the parameter's value, and so does a change of dtype."""
+    """A step starts from the float32 master, so it overwrites what was written to the parameter from outside. refresh_masters
+    copies the parameter to its master, and so does a step after a change of the parameter's dtype.
+    """
     params = parameters(torch.bfloat16)
     optimizer = ik.FusedAdamW(params, lr=0.01, weight_decay=0.0)
     steps(optimizer, params, 1)
     fill = lambda value: [p.data.fill_(value) for p in params]
     fill(5.0)
     steps(optimizer, params, 1, 1)
-    assert all((p < 4.5).all() for p in params)  # as the docstring says
+    assert all((p < 4.5).all() for p in params)  # the step started from the masters
     fill(5.0)
     optimizer.refresh_masters()
     steps(optimizer, params, 1, 2)
@@ -257,7 +271,9 @@ def test_what_is_written_to_parameters_from_outside():
 # ------------------------------------------------------------------------------------------------------------ compiled
 @pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
 def test_a_compiled_step(compiler):
-    """No graph break, with and without state; the learning rate may change; the same bits as the eager step."""
+    """A compiled step has no graph break, neither the first, which creates the state, nor later ones. The learning rate may
+    change between steps, and the bits are those of the eager step.
+    """
     torch._dynamo.reset()
     results, graphs = [], []
     for compiled in (False, True):
@@ -290,13 +306,13 @@ def test_a_compiled_step_with_a_tensor_for_its_learning_rate_is_compiled_once():
         draw_gradients(params, count)
         step()
         assert torch.equal(p, before) == (count == 0)
-        assert frames.frame_count == counted or count < 2  # without its state and with it
+        assert frames.frame_count == counted or count < 2  # compiled once without state and once with it
 
 
 # ----------------------------------------------------------------------------------------------------- many small steps
 def test_small_updates_are_not_lost():
-    """10,000 updates of 1e-5 at |w| = 1, each 0.0013 of bfloat16's spacing there: masters keep their sum, stochastic rounding
-    keeps it on average.
+    """10,000 updates of 1e-5 at |w| = 1 add up, although each is 0.0013 of bfloat16's spacing there: in float32 masters, and on
+    average with stochastic rounding. Rounding to nearest loses all of them.
     """
     count, lr, size = 10_000, 1e-5, 8192
     weights = torch.ones(size)
@@ -315,7 +331,7 @@ def test_small_updates_are_not_lost():
     mean, error = moved["stochastic"].mean(), moved["stochastic"].std() / size**0.5
     assert abs(mean - want) < 0.02 * want
     assert abs(mean - want) < 3 * error, (float(mean), float(error))
-    assert not moved["nearest"].any()  # which is why
+    assert not moved["nearest"].any()  # rounding to nearest loses every update
 
 
 @pytest.mark.parametrize("beta2", (0.95, 0.999))

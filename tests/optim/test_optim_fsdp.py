@@ -18,7 +18,9 @@ CLIP = 0.01
 
 
 class Model(torch.nn.Module):
-    """Rows that two ranks share unevenly; one rank has no part of the last weight, which is a single row."""
+    """A model whose weights have rows that two ranks cannot divide evenly. One rank has no part of the last weight, a single
+    row.
+    """
 
     def __init__(self, dtype):
         super().__init__()
@@ -35,7 +37,8 @@ def groups(model):
 
 
 def optimizer_of(model, **options):
-    return FusedAdamW(groups(model), lr=0.02, eps=1e-2, max_grad_norm=CLIP, **options)  # eps: clipping shows in the steps
+    # With a tiny eps Adam's steps would hardly depend on the size of the gradients, and so not show whether they were clipped.
+    return FusedAdamW(groups(model), lr=0.02, eps=1e-2, max_grad_norm=CLIP, **options)
 
 
 def batch(step, rank, dtype):
@@ -43,7 +46,9 @@ def batch(step, rank, dtype):
 
 
 def train(model, optimizer, steps, ranks, dtype, poison=None):
-    """One step for each batch. The loss is the mean over `ranks`, which FSDP takes over the group."""
+    """Takes one step for each batch. The loss is the mean over the batches of `ranks`: one rank for a sharded run, where FSDP
+    takes the mean over the group, and all of them for an unsharded one.
+    """
     norms = []
     for step in steps:
         optimizer.zero_grad()
@@ -94,7 +99,9 @@ def check(rank, mesh, dtype, options):
 
 
 def resume(rank, mesh, dtype, options, model, optimizer):
-    """Through distributed checkpoints and through the optimizer's own state: the bits of a run that was not interrupted."""
+    """Whether a run resumed through a distributed checkpoint, or through the optimizer's own state, has the bits of one that
+    was not interrupted.
+    """
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     named = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
@@ -117,7 +124,9 @@ def resume(rank, mesh, dtype, options, model, optimizer):
 
 
 def bits(mesh):
-    """Weights after steps with given gradients, whole and sharded, with rows that ranks share unevenly."""
+    """Whether sharded weights equal the whole ones after steps with stochastic rounding, for shapes that the ranks cannot
+    divide evenly.
+    """
     found = {}
     for backend, last in (("reference", 9), ("cpp", 65_539), ("triton", 9)):
         shapes = (2, 512), (7, 6), (9, 5), (7,), (3, last)

@@ -1,5 +1,5 @@
-"""Loading of FusedAdamW: masters made stale by another optimizer or other weights, impossible values, the count of skipped
-steps.
+"""Loading the state of FusedAdamW: master weights that no longer match their parameters, because another optimizer or other
+weights came in between; impossible values; the count of skipped steps.
 """
 
 import copy
@@ -23,7 +23,9 @@ def resumed_through(state, params, kind=ik.FusedAdamW, **options):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_steps_of_another_optimizer_are_not_undone(dtype):
-    """PyTorch's AdamW keeps loaded masters, in the parameters' dtype, and never updates them."""
+    """A run goes from FusedAdamW to PyTorch's AdamW and back. The latter keeps the loaded masters in its state but never
+    updates them, so FusedAdamW must not return to their values.
+    """
     params = parameters(dtype)
     ours = ik.FusedAdamW(params, lr=0.01, weight_decay=0.0)
     steps(ours, params, 3)
@@ -43,7 +45,9 @@ def test_steps_of_another_optimizer_are_not_undone(dtype):
 
 @pytest.mark.parametrize("compiled", (False, True))
 def test_a_master_that_is_not_its_parameter_takes_its_value(compiled):
-    """This happens in the first step after loading, so that weights may be loaded before the optimizer or after."""
+    """In the first step after loading, a master that does not match its parameter is set to the parameter's value. It happens
+    there and not in load_state_dict, because weights may be loaded before the optimizer's state or after it.
+    """
     params = parameters(torch.bfloat16)
     ours = ik.FusedAdamW(params, lr=0.01, backend="cpp")
     steps(ours, params, 2)
@@ -71,7 +75,9 @@ def test_a_master_that_is_not_its_parameter_takes_its_value(compiled):
 
 
 def test_a_sound_state_is_loaded_without_a_word(tmp_path):
-    """Also where weights are loaded after the state, where they are not finite, and with a copy in between."""
+    """A state that matches its parameters is loaded without a warning: also where the weights are loaded after the state, where
+    some are not finite, and where optimizer and parameters have been copied in between.
+    """
     params = parameters(torch.bfloat16)
     ours = ik.FusedAdamW(params, lr=0.01, skip_nonfinite=False)
     steps(ours, params, 2)
@@ -130,7 +136,9 @@ def test_steps_of_one_element_or_plain_numbers():
 
 
 def test_how_many_steps_were_skipped_is_kept_by_groups_too():
-    """Distributed checkpoints and PyTorch's AdamW pass on groups and state only. A count of 0 is not stored."""
+    """The number of skipped steps is stored in the parameter groups too, since distributed checkpoints and PyTorch's AdamW pass
+    on groups and per-parameter state only. A count of 0 is not stored.
+    """
     params = parameters()
     optimizer = ik.FusedAdamW(in_groups(params, lr=0.1))
     steps(optimizer, params, 1)

@@ -1,4 +1,6 @@
-"""FusedAdamW on FSDP2 with tensor parallelism, a mesh of two times two gloo ranks: one norm, one decision, one set of bits."""
+"""FusedAdamW on FSDP2 with tensor parallelism, a mesh of two times two gloo ranks: the norm, the decision to skip a step and
+the random bits must be those of the unsharded model.
+"""
 
 import math
 
@@ -47,7 +49,9 @@ def locals_of(optimizer):
 
 
 def steps_and_norms(rank, mesh):
-    """Clipped steps compared with the whole model's, then one step with an infinite gradient on the last rank only."""
+    """Results of clipped steps of the sharded and of the whole model, then of one step with an infinite gradient on the last
+    rank only, which all ranks must skip.
+    """
     whole, split = Model(), split_model(mesh)
     one, many = (FusedAdamW(m.parameters(), lr=0.1, eps=1e-2, max_grad_norm=CLIP) for m in (whole, split))
     norms = []
@@ -70,7 +74,7 @@ def steps_and_norms(rank, mesh):
 
 
 def resumed(mesh, split, optimizer):
-    """Through distributed checkpoints: the bits of the state, and the number of skipped steps."""
+    """Whether a distributed checkpoint restores the bits of the state, and the number of skipped steps that it restores."""
     named = get_optimizer_state_dict(split, optimizer)
     model = split_model(mesh)
     model.load_state_dict(split.state_dict())
@@ -100,7 +104,9 @@ def bits(mesh):
 
 
 def refusals(mesh):
-    """Partial parameters and unordered rows are refused; partial gradients are added up."""
+    """What happens with parameters of placement Partial and with shards of rows that do not follow each other, which must raise
+    errors, and with gradients of placement Partial, which must be added up.
+    """
     found, local = {}, torch.ones(4, 6)
     make = lambda *placements: torch.nn.Parameter(DTensor.from_local(local.clone(), mesh, placements))
     try:
@@ -175,7 +181,7 @@ def test_placements_that_are_added_up_or_refused(results):
 
 
 class Mesh:
-    """The part of a mesh from which the places of shards are computed."""
+    """Stands for a DeviceMesh: its shape and this rank's coordinate, from which the places of shards are computed."""
 
     def __init__(self, shape, coordinate):
         self.size, self.get_coordinate = shape.__getitem__, lambda: coordinate
@@ -183,7 +189,9 @@ class Mesh:
 
 @pytest.mark.parametrize("rows,tp,dp", ((16, 2, 2), (7, 2, 3), (11, 4, 3), (1, 2, 2), (23, 3, 5)))
 def test_rows_that_ranks_share_unevenly(rows, tp, dp):
-    """Parts of tensor parallelism's parts in order, each with its place; other ways of splitting are refused."""
+    """Rows are divided by tensor parallelism (tp) and each part again by data parallelism (dp), unevenly. The computed place of
+    each shard must be where its rows begin in the whole; other ways of dividing are refused.
+    """
     placements = torch.distributed.tensor.placement_types._StridedShard(0, split_factor=tp), Shard(0)
     places, parts = [], [part.chunk(dp) for part in torch.arange(rows).chunk(tp)]
     for j, part in enumerate(parts):

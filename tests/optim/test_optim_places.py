@@ -27,8 +27,8 @@ def stepped(optimizer, params, which):
 # --------------------------------------------------------------------------------------------------------- random bits
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bits_are_the_same_whichever_others_have_gradients(backend):
-    """As with experts of which few get tokens: over two groups, with parameters of another dtype in between. No two parameters
-    share random bits.
+    """A parameter's random bits do not depend on which other parameters have gradients (experts without tokens have none).
+    There are two groups, with a parameter of another dtype in between. No two parameters share random bits.
     """
     def run(which):
         params = ones(2) + ones(1, torch.float32) + ones(2)
@@ -77,7 +77,9 @@ def test_indices_of_which_the_counter_has_no_room_are_refused():
 @pytest.mark.parametrize("lr", (0.01, torch.tensor(0.003, dtype=torch.float64)), ids=str)
 @pytest.mark.parametrize("beside", (False, True))
 def test_float64_is_torchs_for_any_learning_rate(backend, lr, beside):
-    """Learning rates that float32 cannot hold. Clipped by the norm in float64; a float32 parameter comes first."""
+    """float64 parameters take PyTorch's steps at learning rates that float32 cannot represent, clipped by a norm in float64,
+    with and without (`beside`) a float32 parameter in the same optimizer.
+    """
     make = lambda: (ones(1, torch.float32, 7) if beside else []) + ones(2, torch.float64, 7)
     ours, theirs = make(), make()
     theirs = [torch.nn.Parameter(p.detach().double()) for p in theirs]
@@ -90,7 +92,7 @@ def test_float64_is_torchs_for_any_learning_rate(backend, lr, beside):
         torch.nn.utils.clip_grad_norm_(theirs, 1.0)
         a.step()
         b.step()
-    bound = 1e-7 if beside else 1e-14  # the norm of a float32 gradient is float32's
+    bound = 1e-7 if beside else 1e-14  # the norm includes a float32 gradient, whose norm has float32's error
     for p, q in zip(ours, theirs, strict=True):
         assert float((p.detach().double() - q.detach()).abs().max()) < (1e-5 if p.dtype == torch.float32 else bound)
 
@@ -104,7 +106,9 @@ def test_the_operators_float64(lr):
 
 
 def test_a_schedule_of_a_float_fills_each_dtypes_rate():
-    """One group with both dtypes whose learning rate changes: each dtype has its own tensor of it."""
+    """A group with float32 and float64 parameters holds its learning rate in one tensor for each dtype. When the rate changes,
+    both tensors must follow.
+    """
     params = ones(1, torch.float32, 5) + ones(1, torch.float64, 5)
     optimizer = ik.FusedAdamW(params, lr=0.0, weight_decay=0.0, backend="cpp")
     steps(optimizer, params, 1)

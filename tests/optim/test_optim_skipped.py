@@ -35,14 +35,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing(backend, poison):
 @pytest.mark.parametrize("max_grad_norm", (None, 0.7))
 @pytest.mark.parametrize("unscaled", (False, True))
 def test_grad_scaler(backend, max_grad_norm, unscaled):
-    """Scaled gradients give the unscaled step; an infinity lowers the scale and skips the step."""
+    """With torch's GradScaler, scaled gradients give the step of the unscaled ones. An infinite gradient lowers the scale, and
+    the step is skipped.
+    """
     ours, theirs = parameters(shapes=((7, 5), (9,))), parameters(shapes=((7, 5), (9,)))
     a, b = (ik.FusedAdamW(p, lr=0.01, max_grad_norm=max_grad_norm, backend=backend) for p in (ours, theirs))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
     for seed in range(4):
         draw_gradients(theirs, seed)
         b.step()
-        scaler.scale(torch.zeros((), requires_grad=True))  # its scale is made with the first loss
+        scaler.scale(torch.zeros((), requires_grad=True))  # the scaler creates its scale with the first loss
         draw_gradients(ours, seed)
         for p in ours:
             p.grad *= scaler.get_scale()
@@ -63,7 +65,9 @@ def test_grad_scaler(backend, max_grad_norm, unscaled):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_clipping_too_unless_asked_for(backend):
-    """By default the norm decides. Without the check NaN reaches the weights, as in PyTorch's AdamW."""
+    """A step whose gradient norm is not finite is skipped, also without clipping. With skip_nonfinite=False NaN reaches the
+    weights, as in PyTorch's AdamW.
+    """
     for skip in (True, False):
         params = parameters(torch.bfloat16)
         optimizer = ik.FusedAdamW(params, lr=0.1, backend=backend, skip_nonfinite=skip)
@@ -104,7 +108,9 @@ def test_a_learning_rate_on_the_device_that_is_not_finite_skips_all_groups(backe
 @pytest.mark.parametrize("key,value", (("lr", math.nan), ("lr", -1.0), ("lr", 1e39), ("betas", (1.0, 0.9)), ("eps", 0.0),
                                        ("eps", 1e-60), ("weight_decay", math.inf), ("maximize", "x")), ids=str)
 def test_numbers_that_went_wrong_after_construction(key, value):
-    """The wrong number is in the second group; the first group's parameters have not changed either."""
+    """A step with an invalid number in the second group raises an error before it has changed any parameter, those of the first
+    group included.
+    """
     params = parameters()
     optimizer = ik.FusedAdamW(in_groups(params, lr=0.1))
     steps(optimizer, params, 1)

@@ -34,7 +34,9 @@ def test_state_goes_to_and_comes_from_torch():
 @pytest.mark.parametrize("options", ({}, {"master_weights": False}, {"moment_dtype": torch.bfloat16}, {
     "master_weights": False, "stochastic_rounding": True, "moment_dtype": torch.bfloat16, "seed": 11}), ids=str)
 def test_resume_is_bitwise(backend, options, tmp_path):
-    """Through a file. Moments and masters keep their dtype, which the base class would cast to the parameter's."""
+    """A run resumed through a file has the bits of one that was not interrupted. Moments and masters keep their dtypes, while
+    torch's base class would cast them to the parameter's.
+    """
     straight = parameters(torch.bfloat16)
     make = lambda params: ik.FusedAdamW(in_groups(params, lr=0.02), lr=0.01, max_grad_norm=1.0, backend=backend, **options)
     a = make(straight)
@@ -110,7 +112,9 @@ def test_a_wrong_state_is_refused_and_changes_nothing():
 
 
 def test_hooks_on_loading():
-    """A pre-hook may return another dictionary; a post-hook sees the loaded state and may change it."""
+    """torch's hooks of load_state_dict work: a pre-hook may return another dictionary to load, and a post-hook sees the loaded
+    state and may change it.
+    """
     params = parameters(torch.bfloat16)
     optimizer = ik.FusedAdamW(params)
     steps(optimizer, params, 2)
@@ -148,7 +152,7 @@ def test_options_that_no_group_has(name, value, kind):
     assert len(optimizer.param_groups) == 1
     with pytest.raises(kind, match=f"FusedAdamW: params: expected .*{name}"):
         ik.FusedAdamW([{"params": parameters(), name: value}])
-    theirs = torch.optim.AdamW(parameters(), foreach=True, amsgrad=False)  # the keys that a state of PyTorch's has
+    theirs = torch.optim.AdamW(parameters(), foreach=True, amsgrad=False)  # the keys of a group of PyTorch's AdamW are accepted
     optimizer.add_param_group({"params": parameters(), **{k: v for k, v in theirs.defaults.items() if k != "params"}})
 
 
@@ -195,7 +199,7 @@ def test_wrong_settings(options, kind, message):
     with pytest.raises(kind) as caught:
         ik.FusedAdamW(parameters(), **options)
     assert str(caught.value) == message
-    if {"lr", "eps", "maximize"} & set(options):  # and a group that is refused has not been added
+    if {"lr", "eps", "maximize"} & set(options):  # a group that was refused must not have been added
         optimizer = ik.FusedAdamW(parameters())
         with pytest.raises(kind):
             optimizer.add_param_group({"params": parameters(), **options})

@@ -8,7 +8,7 @@ import internlm2_kernels as ik
 from internlm2_kernels import OPS
 from internlm2_kernels.testing import draw_upstream, flat, run
 
-# The arguments that may have different floating-point dtypes: they are computed in the dtype that they promote to.
+# Per operator the arguments that may differ in dtype under autocast: all are converted to the dtype that they promote to.
 MIXED = {
     "rms_norm": ("x", "residual"), "swiglu": ("gate", "up"), "apply_rope": ("q", "k"),
     "focal_ranking_loss": ("chosen", "rejected"), "kl_penalty": ("logprobs", "ref_logprobs"), "gae": ("rewards", "values"),
@@ -33,8 +33,8 @@ def under(op, backend, dtype=torch.bfloat16):
 @pytest.mark.parametrize("other", (torch.bfloat16, torch.float16), ids=("bfloat16", "float16"))
 @pytest.mark.parametrize("name", MIXED)
 def test_mixed_dtypes_promote(name, other, backend, generator):
-    """One argument after another in a 16-bit dtype and the rest in float32: results as if all were float32, gradients in the
-    dtype of each argument.
+    """Under autocast one argument of MIXED may be in a 16-bit dtype and the rest in float32: the results are those of float32
+    arguments, and each gradient has the dtype of its argument. Without autocast such a call raises an error.
     """
     op = OPS[name]
     case = next(c for c in smoke_cases(op) if name != "rms_norm" or c.dims.get("residual"))
@@ -58,7 +58,7 @@ def test_dtype_of_every_output(name, backend, generator):
         pytest.skip("autocast changes nothing there")
     for dtype in op.dtypes[:2]:
         sample = sample_of(op, smoke_cases(op)[0], dtype, torch.device("cpu"), generator)
-        if name == "paged_attention":  # a cache has autocast's dtype already
+        if name == "paged_attention":  # the cache must have autocast's dtype: it is not cast
             sample = replaced(sample, **{n: sample.inputs[n].bfloat16() for n in ("k_cache", "v_cache")})
         expected = torch.float32 if name in WIDE else torch.bfloat16 if op.autocast else dtype
         outputs = dict(zip(op.outputs, flat(under(op, backend)(**sample.inputs)), strict=False))

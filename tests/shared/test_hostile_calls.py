@@ -1,7 +1,7 @@
 """Calls that no caller should make: each returns, or raises a TypeError or ValueError that begins with the operator's name.
 
-A call takes the arguments of a smoke case and replaces up to three of them by something hostile. What an operator returns for
-such arguments is not looked at: only that no other error, no endless loop and no request for memory beyond reason comes of it.
+A call takes the arguments of a smoke case and replaces up to three of them by something hostile. The returned
+values are not checked: only that there is no other error, no endless loop and no request for an unreasonable amount of memory.
 """
 
 import decimal
@@ -17,7 +17,8 @@ from shared import sample_of, smoke_cases
 from internlm2_kernels import OPS, FusedAdamW, nn, use_backend
 
 CALLS = 20_000
-# Who speaks first in an error, where it is not the operator: torch's own base class has its words for an optimizer's params.
+# How an error message must begin, where it does not begin with the name of the called function. Any beginning is allowed for
+# FusedAdamW, since torch's own base class checks its parameters.
 SPEAKERS = {"RotaryEmbedding": "rope_table: ", "use_backend": "backend: ", "FusedAdamW": ""}
 SECONDS = 20  # of processor time, after which a call counts as endless; the slowest takes a tenth of a second
 CPU = torch.device("cpu")
@@ -31,7 +32,7 @@ SCALARS = (
 
 
 def hostile_tensors(value, draw):
-    """Makers of tensors that are wrong in one way each, from a tensor or from nothing."""
+    """Functions that each make a tensor that is wrong in one way, starting from `value`, or from ones if it is no tensor."""
     x = value if isinstance(value, torch.Tensor) else torch.ones(3, 4)
     dense = x.detach()
     as_float = dense if dense.is_floating_point() else dense.float()
@@ -50,7 +51,7 @@ def hostile_tensors(value, draw):
 
 
 def hostile(value, draw):
-    """Something in place of `value`, None where the draw has nothing to offer for it."""
+    """A random hostile replacement for the argument `value`; None where the drawn kind of tensor cannot be made from it."""
     if draw.random() < (0.75 if isinstance(value, torch.Tensor) else 0.15):
         maker = draw.choice(list(hostile_tensors(value, draw)))
         try:
@@ -65,7 +66,7 @@ def endless(*_):
 
 
 def outcome(function, arguments, names):
-    """"" for a result or a named error, and otherwise what came."""
+    """An empty text if the call returns, or raises an error that begins with its name; otherwise what happened instead."""
     signal.signal(signal.SIGPROF, endless)
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
@@ -84,7 +85,7 @@ def candidates():
     generator = torch.Generator().manual_seed(0)
     for op in OPS.values():
         options = {p.name: p.default for p in inspect.signature(op.public).parameters.values()
-                   if p.default is not p.empty and p.name != "device"}  # torch itself names a wrong device
+                   if p.default is not p.empty and p.name != "device"}  # torch itself raises the error for a wrong device
         for case in smoke_cases(op)[:2]:
             yield op.name, op.public, {**options, **sample_of(op, case, torch.float32, CPU, generator).inputs}
     parameter = torch.nn.Parameter(torch.ones(3))

@@ -21,8 +21,9 @@ PERIOD = 1024  # the large tensors repeat these rows, so the small call gives ev
 
 @dataclass(frozen=True)
 class Wide:
-    """Sizes at which an operator passes 2^31 elements. `gib` is the memory that the test takes; `counted` names what counts the
-    rows. Arguments in `expanded` are one row, expanded without taking memory; those in `same` share the memory of another.
+    """Sizes at which an operator's tensors exceed 2^31 elements. `gib` is the memory that the test takes; `counted` names the
+    dimension that counts the rows. An argument in `expanded` is one row, expanded without taking memory; `same` maps an
+    argument to another one whose memory it shares.
     """
 
     op: str
@@ -43,7 +44,7 @@ WIDE = [
     Wide("rope_table", "rows", {"head_dim": 8192}),
     Wide("apply_rope", "tokens", {"heads": 32, "kv_heads": 1, **TOKENS}),
     Wide("qkv_rope", "tokens", {"heads": 30, "kv_heads": 1, **TOKENS}),
-    # the backward of attention keeps dq in float32 too: with q and out it would not fit into 24 GiB
+    # Forward only: the backward of attention keeps dq in float32 as well, which with q and out would not fit into 24 GiB.
     Wide("flash_attention", "batch", {"queries": 4, "keys": 3, "heads": 16, "kv_heads": 1, "head_dim": 64, "causal": True},
          gib=10, backward=False, name="q, out"),
     Wide("flash_attention", "batch", {"queries": 2, "keys": 64, "heads": 1, "kv_heads": 1, "head_dim": 64, "causal": True},
@@ -56,7 +57,7 @@ WIDE = [
 
 
 def repeated(wide: Wide, sample: Sample, times: int) -> Sample:
-    """The sample's rows `times` times, and what does not count rows as it is."""
+    """The sample with its rows repeated `times` times; arguments that have no rows stay as they are."""
     batched = (*OPS[wide.op].workload.batched, *wide.batched)
     inputs = {n: v for n, v in sample.inputs.items() if n not in wide.same}
     for name, value in inputs.items():
@@ -75,7 +76,7 @@ def free_gib() -> float:
 
 @pytest.mark.slow
 def test_every_operator_has_its_sizes():
-    sized = {wide.op for wide in WIDE} | large.COVERED  # filled by the imported test modules
+    sized = {wide.op for wide in WIDE} | large.COVERED  # `covers` fills it when the test modules are imported
     assert sized == set(OPS), "state the sizes at which the operator passes 2^31 elements"
 
 
@@ -99,7 +100,7 @@ def test_beyond_two_to_the_31(wide, generator, as_it_comes):
     assert max(v.numel() for v in [*large.inputs.values(), *got.values()] if isinstance(v, torch.Tensor)) > 2**31
     for name, value in want.items():
         if value.shape[0] != PERIOD:
-            continue  # a sum over all rows differs from the small call's; other tests judge it
+            continue  # a sum over all rows differs from the small call's; other tests check it
         assert value.isfinite().all() and value.any(), name
         for i in range(times):
             assert torch.equal(got[name][i * PERIOD: (i + 1) * PERIOD], value), f"{name}, repeat {i}"

@@ -1,5 +1,5 @@
-"""More than 2^31 elements through the cpp operators of losses and rewards, one operator at a time; see large.py. The large call
-has a power of two times the rows of the small one, so that the two means differ by an exact factor.
+"""Tensors of more than 2^31 elements through the cpp operators of losses and rewards, one operator at a time; see large.py. The
+large call has a power of two times the rows of the small one, so that their means differ by an exact factor.
 """
 
 from dataclasses import dataclass, field
@@ -34,13 +34,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.usefixtur
 # ---------------------------------------------------------------------------------------------------- results row by row
 @dataclass(frozen=True)
 class Far:
-    """An operator that computes each row or element independently; `gib` is the memory of its results."""
+    """The sizes for an operator that computes each row or element independently; `gib` is the memory that the results take."""
 
     op: str
     dims: dict
     gib: float
     times: int = PARTS
-    shared: tuple[str, ...] = ()  # arguments without rows: the sums of their gradients must add up
+    shared: tuple[str, ...] = ()  # arguments without rows, whose gradients are sums over all rows
     options: dict = field(default_factory=dict)
 
 
@@ -83,7 +83,9 @@ def entropy_of(sample, logits, upstream, **options):
 
 
 def test_cross_entropy_mean(generator):
-    """The forward that returns the loss and its gradient, and the gradient scaled by the upstream."""
+    """cross_entropy with reduction "mean": the pass that computes the loss and its gradient in the forward, and the pass that
+    scales this gradient by the upstream gradient.
+    """
     need(9)
     first, last = drawn("cross_entropy", {"rows": ROWS, "cols": COLS}, generator, 2.0, ("logits",))
     large = joined("cross_entropy", first, last, TIMES)
@@ -112,8 +114,8 @@ def test_cross_entropy_in_place(generator):
 @covers("reward_loss", "reward_loss_from_last")
 @pytest.mark.parametrize("op", ("reward_loss", "reward_loss_from_last"))
 def test_rewards(op, generator):
-    """38 sequences of 27 tokens, or 1026 last tokens, repeated. Hidden values and the upstream of the rewards are small
-    integers, so that the weight's gradient is an exact sum.
+    """38 sequences of 27 tokens, or 1026 last tokens, repeated. Hidden states and the upstream gradient of the rewards are
+    small integers, so that the gradient of the weight is an exact sum and can be compared bit for bit.
     """
     need(5)
     packed = op == "reward_loss"
@@ -154,7 +156,9 @@ def moments(parts, masks):
     ("ppo_value_loss", {}, ("values", "old_values", "returns")),
 ), ids=("policy", "value, clipped", "value"))
 def test_ppo(op, options, scaled, generator):
-    """The last part has the same mask as the first, so that the count is PARTS times the small one."""
+    """The last part has the same mask as the first, so that the large call has exactly PARTS times the small call's unmasked
+    elements, and the two means differ by a known factor.
+    """
     need(5)
     size = float(PARTS if op == "ppo_policy_loss" else PARTS**0.5)
     first, last = drawn(op, {"targets": ELEMENTS, **options}, generator, size, scaled, ("mask",))
@@ -167,7 +171,7 @@ def test_ppo(op, options, scaled, generator):
     assert_repeats(got[d], results[0][d], results[1][d], d)
     assert_adds_up(got["loss"] * PARTS, results[0]["loss"], results[1]["loss"], PARTS, "loss")
     for name in ("clip_fraction", "approx_kl"):
-        if name in got:  # the upstream is as large in the last part as elsewhere: each number there is one of 2^31
+        if name in got:  # a mean over all parts, each of which counts the same
             near(got[name], ((PARTS - 1) * results[0][name].double() + results[1][name].double()) / PARTS, name, 0.0)
     if op == "ppo_value_loss":
         both, masks = (first.inputs, last.inputs), [s.inputs["mask"] for s in (first, last)]

@@ -10,7 +10,7 @@ import internlm2_kernels as ik
 from internlm2_kernels.ops._philox import philox, stochastic_bfloat16
 from internlm2_kernels.ops.adamw import STEP
 
-WORDS, BLOCKS = 1536, 342  # vocabulary: whole blocks of the kernel, so that each repeat is computed alike
+WORDS, BLOCKS = 1536, 342  # the vocabulary is BLOCKS repeats of WORDS rows, each a whole number of the kernel's blocks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.usefixtures("as_it_comes")]
 
@@ -18,14 +18,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.usefixtur
 # ------------------------------------------------------------------------------------------------- a large vocabulary
 @dataclass(frozen=True)
 class Head:
-    """Four tokens and a weight of 2^31 elements: the rows of the vocabulary, and the expected results."""
+    """Four tokens and the two parts of a weight of more than 2^31 elements (see large.py), with the results to expect."""
 
     hidden: torch.Tensor
-    parts: tuple[torch.Tensor, torch.Tensor]  # of the weight
+    parts: tuple[torch.Tensor, torch.Tensor]  # the rows of the weight: those that are repeated, and the last ones
     labels: torch.Tensor
 
     def size(self):
-        """The magnitude of the terms of either sign that a logit sums, as in the operators' own ladder."""
+        """The largest sum of magnitudes of the terms of a logit. The terms may cancel, so it is the scale for the logits'
+        errors.
+        """
         return max(float((self.hidden.double().abs() @ part.double().abs().T).max()) for part in self.parts)
 
     def gold(self):
@@ -48,7 +50,9 @@ def head(generator):
 
 
 def assert_head_gradients(head, dhidden, dweight, slopes):
-    """Gradients for d loss_t / d logit_tj = slopes_t (p_tj - [j is the label])."""
+    """Checks the gradients of a loss whose derivative by the logit of token t and word j is slopes[t] * (p[t, j] - [j is t's
+    label]), where p is the softmax of the logits.
+    """
     _, _, parts = head.gold()
     by_row = [(p * slopes[:, None]).T @ head.hidden.double() for p in parts]  # without the labels' own terms
     gold = (BLOCKS - 1) * (parts[0] * slopes[:, None]) @ head.parts[0].double()
@@ -72,7 +76,9 @@ def assert_head_gradients(head, dhidden, dweight, slopes):
 
 
 def test_linear_cross_entropy_of_a_large_weight(head):
-    """The weight's gradient is summed in float32: 8 GiB in addition to its own 4."""
+    """The test takes 17 GiB, since the weight's gradient is summed in float32: 8 GiB in addition to the 4 GiB of the
+    gradient.
+    """
     need(17)
     hidden, weight = head.hidden.clone().requires_grad_(), repeated(head.parts[0], BLOCKS, head.parts[1]).requires_grad_()
     assert weight.numel() > 2**31
@@ -125,8 +131,8 @@ def eighths(most, generator):
 
 @covers("adamw")
 def test_adamw(generator):
-    """bfloat16 moments are rounded stochastically with bits that no two repeats share, so the sums are chosen to need no
-    rounding.
+    """bfloat16 moments are rounded stochastically, with other random bits in each repeated part. The inputs are chosen so that
+    the new moments need no rounding, and all repeats must be equal.
     """
     need(13)
     draw = lambda: {"param": torch.randn(ELEMENTS, generator=generator).bfloat16(),
@@ -150,7 +156,7 @@ def test_adamw_with_a_master(generator):
     draw = lambda: [torch.randn(ELEMENTS, generator=generator) for _ in range(2)]
     parts = [(master.bfloat16(), grad.bfloat16(), master) for master, grad in (draw(), draw())]
     large = [repeated(a, PARTS, b) for a, b in zip(*parts, strict=True)]
-    param, master = torch.empty_like(large[0]), large[2].clone()  # a parameter is written alone
+    param, master = torch.empty_like(large[0]), large[2].clone()  # the step writes the parameter without reading it
     zeros = torch.zeros(ELEMENTS)
     step(param, large[1], master, repeated(zeros, PARTS, zeros), repeated(zeros, PARTS, zeros))
     for part, grad, wide in parts:

@@ -1,4 +1,4 @@
-"""The shared checks: every operator x backend x dtype x direction keeps the contract. Nothing here lists operators."""
+"""The shared checks: every operator x backend x dtype x direction keeps docs/contract.md. Operators come from the registry."""
 
 import itertools
 
@@ -43,7 +43,7 @@ def test_ladder(op, variant, backend, dtype, direction, device, seed, record_pro
 
 
 def _spoilt(x):
-    """Pairs (what is wrong, tensor): results of a kernel that forgot an edge."""
+    """Pairs (what is wrong, wrong version of x): results as a kernel would return them that mishandles an edge of a tensor."""
     if x.any():
         yield "zeros", torch.zeros_like(x)
     yield "NaN", torch.full_like(x, float("nan"))
@@ -53,12 +53,12 @@ def _spoilt(x):
         wrong = x.clone()
         if x.dim() > 1 and x[index].abs().max() > x.abs().max() / 2:
             wrong[index] = 0
-        else:  # it may rightly be 0
+        else:  # small or 0 in x already: setting it to 0 might be no fault
             wrong[index] = -torch.where(x[index] < 0, -1, 1) * x.abs().max()
         yield f"{what} lost", wrong
     wrong = x.clone().flatten()
     wrong[-16:] = wrong[-32:-16]
-    if (wrong - x.flatten()).abs().max() > x.abs().max() / 4:  # rows may be 0 or small
+    if (wrong - x.flatten()).abs().max() > x.abs().max() / 4:  # otherwise the shift might change too little to be a fault
         yield "last tile shifted", wrong.view(x.shape)
     wrong = x.clone().flatten()
     wrong[x.numel() // 2] = float("nan")
@@ -68,7 +68,9 @@ def _spoilt(x):
 @pytest.mark.parametrize("scale", (1.0, 1e-4))
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_the_ladder_turns_red(op, dtype, scale, device, generator):
-    """An implementation that returns zeros, or whose last row, column or tile is wrong, fails in every dtype."""
+    """The error ladder can fail: it rejects results that are zeros, or whose last row, column or tile is wrong, in every
+    dtype.
+    """
     if dtype not in op.dtypes:
         pytest.skip(f"{op.name} has no {dtype}")
     case = max(smoke_cases(op), key=row_count)
@@ -83,7 +85,7 @@ def test_the_ladder_turns_red(op, dtype, scale, device, generator):
 
 
 def test_gradcheck(op, variant, backend, device, generator):
-    """Finite differences in float64; Triton and CUDA do not take float64."""
+    """The gradients agree with finite differences in float64, which only `reference` and `cpp` compute in."""
     if backend not in ("reference", "cpp") or "backward" not in op.directions:
         pytest.skip(f"{backend} of {op.name} has no float64 backward")
     for case in small_cases(op):
@@ -101,7 +103,9 @@ def test_gradcheck(op, variant, backend, device, generator):
 
 
 def _dims(op):
-    """Sizes around the edges of vectors and tiles, and every combination of the options in the operator's cases."""
+    """A Hypothesis strategy for the dimensions of a case: sizes around the edges of vectors and tiles, with every combination
+    of the options in the operator's cases.
+    """
     cases = small_cases(op)
     limits = {"rows": (0, 40, 1), "tokens": (0, 40, 1), "cols": (1, 150, 1), "kv_heads": (1, 3, 1), "heads": (1, 6, 1),
               "head_dim": (2, 140, 2), **op.workload.domain}
@@ -120,7 +124,7 @@ def _dims(op):
 
 
 def test_property(op, device, request, monkeypatch):
-    """Every shape that Hypothesis draws keeps the ladder, forward and backward, on every backend."""
+    """At every shape that Hypothesis draws, forward and backward pass the error ladder on every backend."""
     parameters.small_tiles(monkeypatch)
     count = itertools.count()
 
@@ -144,14 +148,16 @@ def test_property(op, device, request, monkeypatch):
 
 # ------------------------------------------------------------------------------- registered, compiled, exported
 def _passes(op, sample, backend, generator):
-    """The calls of the operator's passes in one forward and backward of the public function."""
+    """The registered calls (overload, arguments) that one forward and backward of the public function make."""
     with Recorder() as recorder:
         run(op, sample, backend, draw_upstream(op, sample, 1.0, generator))
     return [call for call in recorder.calls if call[0].namespace == "internlm2"]
 
 
 def test_opcheck(op, backend, native, device, generator):
-    """Schema, fakes and strides of every pass, on the arguments that the public function itself passes."""
+    """torch.library.opcheck accepts every registered pass: its schema, its fake implementation and the strides of its results.
+    The arguments are those that the public function passes.
+    """
     seen = set()
     for case in smoke_cases(op):
         for overload, args in _passes(op, sample_of(op, case, torch.float32, device, generator), backend, generator):
@@ -164,7 +170,9 @@ def test_opcheck(op, backend, native, device, generator):
 
 
 def test_fakes_of_triton(op, device, generator, monkeypatch):
-    """Triton's launchers allocate what the fakes say. The rest of opcheck concerns code that all backends share."""
+    """Triton's launchers return the shapes, dtypes and strides that the fake implementations promise. The other parts of
+    opcheck concern code that all backends share, so test_opcheck covers them.
+    """
     if "triton" not in op.backends or "triton" not in op.usable[device.type]:
         pytest.skip("no Triton here")
     parameters.small_tiles(monkeypatch)
@@ -174,7 +182,7 @@ def test_fakes_of_triton(op, device, generator, monkeypatch):
 
 def _compiled_equals_eager(op, sample, backend, upstream, compiler):
     torch._dynamo.reset()
-    public = op.public  # a property that imports at its first use, which cannot be traced
+    public = op.public  # the property imports at its first use, which torch.compile cannot trace
     compiled = torch.compile(lambda **inputs: public(**inputs, backend=backend), fullgraph=True, backend=compiler)
     assert_bitwise(run(op, sample, lambda **inputs: compiled(**inputs), upstream), run(op, sample, backend, upstream), compiler)
 

@@ -25,7 +25,7 @@ def test_activation_checkpointing(op, backend, native, device, generator):
 
 
 def test_only_wanted_gradients(op, backend, native, device, generator):
-    """Each differentiable argument alone gets the same gradient as together with the others."""
+    """Where only one argument requires a gradient, it gets the same gradient as where all arguments do."""
     if "backward" not in op.directions:
         pytest.skip("no backward")
     for case in smoke_cases(op)[:2]:
@@ -102,8 +102,8 @@ def test_double_backward_says_no(op, backend, native, device, generator):
 
 
 def test_functorch_transforms_say_no(op, backend, native, device, generator):
-    """Inside a functorch transform an operator cannot see that its input requires a gradient: kernels refuse, whether chosen by
-    name or automatically.
+    """Inside a functorch transform an operator cannot see that its input requires a gradient: so kernels raise an
+    error there, whether they are chosen by name or automatically.
     """
     sample = _first(op, device, generator)
     name = (*sample.grad, next(n for n, v in sample.inputs.items() if isinstance(v, torch.Tensor)))[0]
@@ -130,7 +130,9 @@ def test_functorch_transforms_say_no(op, backend, native, device, generator):
 
 
 def test_batched_upstream_gradients(op, backend, native, device, generator):
-    """vmap over the backward alone (vectorised Jacobians) is right: every upstream gradient gives its own gradient."""
+    """torch.autograd.grad with is_grads_batched=True, which runs only the backward under vmap (vectorised Jacobians), gives for
+    each upstream gradient of the batch the gradient that it gives alone.
+    """
     if "backward" not in op.directions:
         pytest.skip("no backward")
     sample = with_leaves(_first(op, device, generator))
@@ -168,7 +170,9 @@ def test_forward_mode_says_no(op, backend, native, device, generator):
 
 
 def test_autocast_keeps_the_dtype(op, backend, device, generator):
-    """Operators keep their inputs' dtype; those that cast, compute in autocast's: nothing else differs, on any backend."""
+    """Under autocast an operator that casts returns the result for inputs in autocast's dtype, and any other operator the
+    result that it returns without autocast, on every backend.
+    """
     sample = _first(op, device, generator)
     low = sample.to(torch.bfloat16) if op.autocast else sample
     mixed = replaced(sample, **{name: low.inputs[name] for name in low.inputs if name.endswith("_cache")})

@@ -1,4 +1,6 @@
-"""The shared checks of bits, memory and strides: every operator x backend, as in test_ops.py."""
+"""The shared checks of equal bits, of memory and of strides: for every operator x backend of the registry, as in
+test_ops.py.
+"""
 
 import subprocess
 import sys
@@ -100,7 +102,7 @@ def test_fresh_memory_is_poisoned():
 
 
 def test_strides(op, variant, backend, native, device, generator):
-    """Sliced, transposed and expanded inputs and upstream gradients give the contiguous result to the bit."""
+    """Inputs and upstream gradients that are sliced, transposed or expanded give the bits of contiguous ones."""
     if variant[1] == "interpreted":
         pytest.skip("test_strides_of_all_at_once: the interpreter takes up to seconds a call")
     for case in smoke_cases(op)[:2]:
@@ -129,7 +131,9 @@ def may_be_strided(op, sample):
 
 
 def test_strides_of_all_at_once(op, variant, backend, native, device, generator):
-    """As test_strides, with every argument and upstream gradient strided in the same call: few calls, for the interpreter."""
+    """As test_strides, but every argument and upstream gradient is strided in the same call. That makes few calls, so it runs
+    in Triton's interpreter too.
+    """
     sample = sample_of(op, smoke_cases(op)[0], torch.float32, device, generator)
     upstream = draw_upstream(op, sample, 1.0, generator)
     want = run(op, sample, backend, upstream)
@@ -157,7 +161,9 @@ def test_leading_dimensions(op, variant, backend, native, device, generator):
 
 
 def test_leading_dimensions_backward(op, variant, backend, native, device, generator):
-    """The same for gradients, with contiguous and with transposed inputs."""
+    """As test_leading_dimensions, for gradients: rows split over three leading dimensions, contiguous and transposed, give the
+    gradients of the flat call.
+    """
     if "backward" not in op.directions or not op.workload.rowwise:
         pytest.skip("no backward, or fixed dimensions")
     case = smoke_cases(op)[0]
@@ -178,7 +184,9 @@ def test_leading_dimensions_backward(op, variant, backend, native, device, gener
 
 @pytest.mark.parametrize("shape", ((0,), (0, 3), (2, 0, 3), (2, 3, 0)), ids=str)
 def test_nothing_in_any_dimension(op, backend, native, shape, device, generator):
-    """Empty leading dimensions at every place, with the expanded upstream gradient that `.sum().backward()` brings."""
+    """Inputs with a leading dimension of 0, at each place, give empty results and gradients. The upstream gradient is expanded,
+    as it is in `.sum().backward()`.
+    """
     if not op.workload.rowwise:
         pytest.skip(f"the dimensions of {op.name} are fixed")
     case = smoke_cases(op)[0]

@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True) of every operator, with options that change from call to call and with symbolic sizes."""
+"""Every operator under torch.compile(fullgraph=True), with options that change from call to call and with symbolic sizes."""
 
 import inspect
 
@@ -12,7 +12,8 @@ from internlm2_kernels.testing import draw_upstream, run
 
 pytest_generate_tests = parameters.pytest_generate_tests
 NUMBERS = ("scale", "clip")  # numbers whose default is None
-VALUES = {"base": (1e4, 2e4, 3e4), "betas": ((0.9, 0.95), (0.8, 0.9), (0.7, 0.99))}  # where (0.3, 0.2, 0.4) is out of range
+# The values of options that do not take (0.3, 0.2, 0.4), which all others are called with.
+VALUES = {"base": (1e4, 2e4, 3e4), "betas": ((0.9, 0.95), (0.8, 0.9), (0.7, 0.99))}
 
 
 def float_options(op):
@@ -28,7 +29,7 @@ def drawn(op, device, generator):
 
 def compiled(op, **options):
     torch._dynamo.reset()
-    public = op.public  # a property that imports at its first use, which cannot be traced
+    public = op.public  # the property imports at its first use, which torch.compile cannot trace
     return torch.compile(lambda **inputs: public(**inputs), fullgraph=True, backend="aot_eager", **options)
 
 
@@ -37,14 +38,16 @@ def test_there_are_options():
 
 
 def test_dynamic(op, device, generator):
-    """dynamic=True makes sizes and numbers symbolic."""
+    """Compiled with dynamic=True, where sizes and numbers are symbolic, the function gives the bits of the eager call."""
     sample, upstream = drawn(op, device, generator)
     function = compiled(op, dynamic=True)
     assert_bitwise(run(op, sample, lambda **inputs: function(**inputs), upstream), run(op, sample, None, upstream), "dynamic")
 
 
 def test_options_that_change(op, device, generator):
-    """A clip or a temperature that changes during training: from its second value on the compiler makes it symbolic."""
+    """An option that changes during training, such as a clip or a temperature: from its second value on torch.compile makes it
+    symbolic, and the results must keep the bits of the eager call.
+    """
     sample, upstream = drawn(op, device, generator)
     for option in float_options(op):
         function = compiled(op)

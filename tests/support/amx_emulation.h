@@ -1,5 +1,5 @@
-// The tile instructions of csrc/cpu/gemm/product_amx.h in plain C++, for processors without AMX. They do what Intel's Software
-// Developer's Manual, volume 2, says of each.
+// The AMX tile instructions that csrc/cpu/gemm/product_amx.h uses, in plain C++, for processors without AMX. Each does what its
+// description in Intel's Software Developer's Manual, volume 2, says.
 #pragma once
 #include <cstdlib>
 
@@ -8,7 +8,8 @@ namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 struct Emulated {
   TileConfig config{};
   uint32_t tile[8][kTile][kTile] = {};
-  int rows(int t) const { return config.palette == 1 ? config.rows[t] : (std::abort(), 0); }  // #UD where unconfigured
+  // Aborts where no tiles are configured: the hardware raises an invalid-opcode exception (#UD) there.
+  int rows(int t) const { return config.palette == 1 ? config.rows[t] : (std::abort(), 0); }
   int columns(int t) const { return config.row_bytes[t] / 4; }
 };
 thread_local Emulated emulated;
@@ -47,7 +48,8 @@ template <int t> void tile_store(void* p, int64_t row_bytes) {
     std::memcpy(static_cast<char*>(p) + i * row_bytes, emulated.tile[t][i], 4 * emulated.columns(t));
   }
 }
-// Even and odd products in chains of their own, these added, the sum added to c; subnormals count as 0 at every step.
+// TDPBF16PS: the products at even and at odd positions are summed separately, the two sums are added to each other, and the
+// result is added to c. Subnormal numbers count as 0 at every step.
 template <int c, int a, int b> void tile_multiply() {
   const int rows = emulated.rows(c), columns = emulated.columns(c), steps = emulated.columns(a);
   if (emulated.rows(a) != rows || emulated.rows(b) != steps || emulated.columns(b) != columns) std::abort();

@@ -1,5 +1,5 @@
-"""Runs Triton's kernels on tensors with offsets beyond 2^31, of which few pages are touched. They run in a process of their
-own, because a 32-bit offset would read other memory or end the process.
+"""Runs Triton's kernels on tensors whose elements lie more than 2^31 elements apart, while few pages of their memory are
+touched. They run in a process of their own, because a kernel with 32-bit offsets would read other memory or crash.
 """
 
 import os
@@ -29,7 +29,9 @@ print("all right")
 
 
 def assert_far(checks: str, device) -> None:
-    """Runs the code `checks` after START in a new process. Skips the test where memory is not committed on first touch."""
+    """Runs the code `checks` after START in a new process, and skips the test on a GPU, where all of a tensor's memory is taken
+    when it is allocated.
+    """
     if device.type != "cpu":
         pytest.skip("relies on memory that is committed when touched")
     out = subprocess.run([sys.executable, "-c", START + checks + END], capture_output=True, text=True,

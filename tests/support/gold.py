@@ -1,4 +1,5 @@
-"""Inputs of the error ladder and what it judges them by, computed once for all backends and instruction sets.
+"""Inputs of the error ladder (testing.py's check of errors against a float64 gold) with their gold and the eager baseline's
+errors, computed once for all backends and instruction sets.
 
 The inputs depend on operator, case and dtype alone. conftest.py orders the tests so that those of one operator and dtype
 follow each other in one process, which computes the float64 reference and the eager baseline for the first of them.
@@ -14,12 +15,14 @@ from shared import OPS, sample_of, small_cases
 from internlm2_kernels.testing import Standard, draw_upstream, standard
 from internlm2_kernels.workloads import Case, Sample
 
-DRAWS = 3  # of the inputs, whose errors the ladder pools
+DRAWS = 3  # random draws of the inputs of one case; the ladder pools their errors
 
 
 @dataclass(frozen=True)
 class Input:
-    """One draw: arguments, upstream gradients (none: forward), and what the results are judged by."""
+    """One random draw: the arguments, the upstream gradients (empty for a forward), and in `by` the gold and the baseline that
+    the results are compared with.
+    """
 
     sample: Sample
     upstream: dict[str, torch.Tensor]
@@ -53,7 +56,7 @@ def problems(op_name: str, dtype: torch.dtype, direction: str, device: torch.dev
 
 
 def interpreted(found: tuple[Problem, ...], dtype: torch.dtype) -> tuple[Problem, ...]:
-    """The part of the problems that Triton's interpreter runs, which takes up to seconds a call.
+    """The selection of problems that run in Triton's interpreter, which takes up to seconds a call.
 
     Its kernels compute in float32 for every dtype. So float32 runs every case, the first with all draws; the 16-bit dtypes run
     the smoke cases, with one draw each; small upstream gradients run in float16, where they could be rounded to 0.

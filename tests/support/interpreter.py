@@ -1,5 +1,5 @@
-"""Triton's interpreter, repaired for the tests: bfloat16 and fused multiply-add as the hardware does them, loop bounds under
-every numpy.
+"""Triton's interpreter, repaired for the tests: bfloat16 and fused multiply-add as the hardware computes them, and loops whose
+bound is known at run time only, with every version of numpy.
 
 Unrepaired (Triton 3.6) it truncates float32 to bfloat16 where hardware rounds to nearest even, multiplies and adds the raw
 bits of bfloat16, rounds the product in tl.fma before it adds, and from numpy 2.4 on cannot loop to a bound that is known at
@@ -56,7 +56,9 @@ def install() -> None:
         return dot(self, a, b, *rest)
 
     def refusing(original):
-        """Kernels here compute in float32; arithmetic on bfloat16 would be on raw bits, so it is an error."""
+        """The interpreter would compute with the raw bits of bfloat16 operands. Our kernels compute in float32, so such
+        arithmetic raises an error.
+        """
         def checked(self, operand, *rest):
             if is_bf16(operand):
                 raise TypeError("arithmetic on bfloat16 operands: the interpreter would take their bits for integers")
@@ -64,7 +66,7 @@ def install() -> None:
         return checked
 
     def fused(self, x, y, z):
-        """float32 through float64, where the product is exact. Other dtypes are not used by the kernels."""
+        """x * y + z in float32, computed in float64, where the product is exact. The kernels use no other dtype."""
         if z.dtype.scalar != tl.float32:
             raise TypeError(f"the interpreter's fma of {z.dtype.scalar} is not repaired: use float32")
         with np.errstate(over="ignore", invalid="ignore"):

@@ -1,4 +1,4 @@
-"""Prints what the interpreter makes of five small kernels, as JSON. `python interpreter_probe.py bare | repaired`."""
+"""Prints as JSON what five small kernels compute in Triton's interpreter. `python interpreter_probe.py bare | repaired`."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import sys
 import warnings
 
 os.environ["TRITON_INTERPRET"] = "1"
-warnings.filterwarnings("error", category=DeprecationWarning, message="Conversion of an array")  # an error from numpy 2.4 on
+warnings.filterwarnings("error", category=DeprecationWarning, message="Conversion of an array")  # numpy 2.4 makes it an error
 if sys.argv[1] == "repaired":
     import interpreter
 
@@ -57,7 +57,7 @@ def attempt(probe) -> object:
 
 
 def cast():
-    """Share of values that come out as PyTorch rounds them."""
+    """The fraction of float32 values that the interpreter rounds to bfloat16 as PyTorch does."""
     x = torch.cat([torch.randn(1020), torch.tensor([float("nan"), float("inf"), -0.0, 3.3e38])])
     y = torch.zeros(1024, dtype=torch.bfloat16)
     cast_kernel[(1,)](x, y, BLOCK=1024)
@@ -74,7 +74,7 @@ def dot():
 
 
 def loop():
-    """A sum up to a bound known at run time only."""
+    """The sum of five ones by a loop whose bound is known at run time only; 5 is right."""
     y = torch.zeros(1)
     sum_kernel[(1,)](torch.ones(5), y, 5)
     return float(y)

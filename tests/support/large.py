@@ -1,7 +1,8 @@
 """Helpers for the tests beyond 2^31 elements. A large tensor consists of `times` - 1 copies of some rows, followed by other
-rows that lie beyond 2^31 elements (see `repeated`). Inputs share the memory of the two parts; results take real memory. Results
-by row must have the bits of two small calls. Sums and means must equal what the parts add up to, within two roundings
-(`testing.EPS_TERMS`) of the sum of their magnitudes, which is less than the last rows alone contribute.
+rows that lie beyond 2^31 elements (see `repeated`). An input takes only the memory of these two parts; results take real
+memory. Results by row must have the bits of two small calls, one for each part. Sums and means must equal what the parts add up
+to. The tolerance, two roundings (`testing.EPS_TERMS`) of the sum of magnitudes, is smaller than what the last rows contribute,
+so that a call that leaves them out fails.
 """
 
 import ctypes
@@ -47,7 +48,7 @@ def repeated(first: torch.Tensor, times: int, last: torch.Tensor) -> torch.Tenso
     both = torch.frombuffer(mmap.mmap(pages, 2 * size), dtype=torch.uint8).view(2, size)
     for row, value in zip(both, (first, last), strict=True):
         row.copy_(value.contiguous().view(torch.uint8).view(-1))
-    reserved = torch.frombuffer(mmap.mmap(-1, times * size, flags=mmap.MAP_PRIVATE), dtype=torch.uint8)  # unmaps all of it
+    reserved = torch.frombuffer(mmap.mmap(-1, times * size, flags=mmap.MAP_PRIVATE), dtype=torch.uint8)  # freeing it unmaps all
     for i in range(times):
         at = reserved.data_ptr() + i * size
         got = libc.mmap(at, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | MAP_FIXED, pages,
@@ -74,7 +75,7 @@ def need(gib: float) -> None:
 
 
 def joined(op, first: Sample, last: Sample, times: int) -> Sample:
-    """The large sample: the arguments that count rows are repeated, the others stay as they are."""
+    """The large sample: arguments with one entry for each row are repeated (`repeated`), the others are those of `first`."""
     same_rows = lambda v: isinstance(v, torch.Tensor) and v.dim() > 0
     batched = OPS[op].workload.batched
     inputs = {name: repeated(value, times, last.inputs[name]) if name in batched and same_rows(value) else value
@@ -83,7 +84,9 @@ def joined(op, first: Sample, last: Sample, times: int) -> Sample:
 
 
 def drawn(op, dims, generator, last_size=1.0, scaled=(), shared=(), dtype=torch.bfloat16):
-    """Two samples: the rows that are repeated, and the last rows, whose arguments in `scaled` are larger."""
+    """Two samples: the rows to repeat, and the last rows. In the latter, arguments in `scaled` are multiplied by `last_size`,
+    and those in `shared` are the first sample's.
+    """
     first, last = (sample_of(OPS[op], Case("large", dims), dtype, "cpu", generator) for _ in range(2))
     inputs = {name: first.inputs[name] if name in shared else value * last_size if name in scaled else value
               for name, value in last.inputs.items()}
@@ -110,7 +113,9 @@ def assert_adds_up(got, first, last, times, label=""):
 
 
 def near(got, gold, label, terms=1.0):
-    """`got` must be within two roundings of the largest of its terms, and those are at least as large as gold's maximum."""
+    """`got` must be within two roundings of `gold`. A rounding is eps times `terms`, the size of the terms that were added up,
+    or times gold's largest element where that is larger.
+    """
     bound = EPS_TERMS * torch.finfo(got.dtype).eps * max(float(gold.abs().max()), terms)
     error = float((got.double() - gold).abs().max())
     assert error <= bound, f"{label}: {error:.3g} off, at most {bound:.3g}"

@@ -11,7 +11,7 @@ def resident() -> int:
 
 def peak_extra(call):
     """(result, largest growth of the resident size during the call in bytes), sampled every 5 ms. Memory that earlier tests
-    freed and that glibc kept is given back first: a call that reused it would otherwise seem to grow by nothing.
+    freed and that glibc kept is first returned to the system: a call that reused it would seem to need no memory.
     """
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)

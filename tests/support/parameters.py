@@ -2,10 +2,10 @@
 
 What a test takes decides how often it runs:
 
-- `op, variant, backend`: for every backend, `cpp` once for each instruction set: properties of kernels;
-- `op, backend`: for every backend once, `cpp` with the instruction set that the processor chooses by itself, Triton not in
-  its interpreter: properties of what lies above the kernels (dispatch, autograd, fakes), which is the same code for all;
-- `op`: once.
+- `op, variant, backend`: once for every backend, and for `cpp` once for each instruction set. For properties of the kernels;
+- `op, backend`: once for every backend, `cpp` with the instruction set that the library chooses by itself, Triton not in its
+  interpreter. For properties of what lies above the kernels (dispatch, autograd, fakes), which all of them share;
+- `op`: once for each operator.
 
 Tests that take `native` leave out `reference`, which is PyTorch's own composition.
 """
@@ -20,8 +20,8 @@ from shared import OPS, instruction_set
 
 from internlm2_kernels._registry import INTERPRETED
 
-# The interpreter takes as long for a tile with few rows in use as for a full one. Smaller tiles are faster, and short sequences
-# then fill several of them.
+# Tile sizes for Triton's interpreter, which takes as long for a tile with few rows in use as for a full one. Smaller tiles are
+# faster, and short sequences then fill several of them.
 INTERPRETED_TILES = {"gae": {"BLOCK": 32}}
 
 
@@ -40,7 +40,9 @@ def pytest_generate_tests(metafunc):
 
 
 def above_the_kernels(op, device):
-    """The backends, without repetition; under the interpreter Triton only where no compiled library is to be had."""
+    """The backends for tests of what lies above the kernels, each once. `triton` is left out where `cpp` is there: on a CPU it
+    runs in Triton's interpreter, which is slow.
+    """
     backends = dict.fromkeys(backend for backend, _ in variants(device, op))
     if "cpp" in backends:
         backends.pop("triton", None)
@@ -49,7 +51,7 @@ def above_the_kernels(op, device):
 
 @pytest.fixture
 def native():
-    """Marks a test as one of compiled backends."""
+    """A test that takes this runs for kernels only and not for `reference` (see the top of the file)."""
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def backend(variant, monkeypatch):
 
 
 def small_tiles(monkeypatch):
-    """INTERPRETED_TILES until the end of the test, where Triton is interpreted."""
+    """Sets the tile sizes of INTERPRETED_TILES until the end of the test, where Triton is interpreted."""
     if not INTERPRETED or find_spec("triton") is None:
         return
     for name, constants in INTERPRETED_TILES.items():

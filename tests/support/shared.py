@@ -76,7 +76,7 @@ def row_count(case: Case) -> int:
 
 
 def widened(case: Case) -> Case:
-    """The case at a size that the kernels distribute over threads."""
+    """The case with its dimensions raised to a size that the kernels distribute over threads."""
     larger = {"rows": 1031, "tokens": 1031, "queries": 300, "keys": 300, "targets": 1031, "pairs": 300,
               "sequences": 300, "elements": 300000}
     dims = {key: larger.get(key, value) for key, value in case.dims.items()}
@@ -86,7 +86,7 @@ def widened(case: Case) -> Case:
 
 
 class Recorder(TorchDispatchMode):
-    """Records every operator that is dispatched, with detached copies of the tensors given to ours."""
+    """Records every operator that is dispatched, and for the operators of this package detached copies of their tensors."""
 
     def __init__(self):
         super().__init__()

@@ -1,6 +1,7 @@
-"""Attention in AMX tiles on any processor with AVX512_BF16: the AMX objects are built again with their instructions emulated
-(tests/support/amx_emulation.h) and linked with the other objects of the build; the tests of attention run on that library at
-instruction set amx. Where the processor has AMX, all fast tests run on the tiles themselves.
+"""The attention kernels for AMX, tested on any processor with AVX512_BF16. The sources of the AMX objects are compiled again
+with emulated tile instructions (tests/support/amx_emulation.h) and linked with the other objects of the build. The tests of
+attention then run on that library at instruction set amx. Where the processor has AMX, all fast tests use the real
+instructions.
 """
 
 import os
@@ -46,8 +47,8 @@ def run(command):
     assert done.returncode == 0, done.stderr
 
 
-# The tests of every instruction set, at amx only: the error ladder, equal bits at one and two threads, in any batch, and in
-# decode as in prefill, with memory around the inputs filled with NaN.
+# Tests that run for every instruction set, here at amx only: the error ladder; equal bits with one and two threads, in any
+# batch, and in decode as in prefill. Memory around the inputs is filled with NaN.
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("file,among", (("shared/test_ops.py", "test_ladder"),
                                         ("shared/test_ops_bits.py", "test_bitwise_repeatable"),
@@ -64,8 +65,8 @@ def test_emulated(library, file, among):
 
 
 def test_the_tiles_are_what_is_tested(library):
-    """At instruction set amx sums have another order than at avx512_bf16. The library is the emulated one, which never chooses
-    amx by itself.
+    """The tests above do run the tile kernels: at amx results differ in their last bits from those at avx512_bf16, because sums
+    have another order. The emulated library never chooses amx by itself.
     """
     code = (f"import sys; sys.path.insert(0, {str(TESTS / 'support')!r}); import amx_emulated, torch\n"
             "from internlm2_kernels import flash_attention, _C\n"

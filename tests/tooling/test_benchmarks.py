@@ -57,7 +57,7 @@ def test_plan_covers_the_registry_and_every_gate_is_measured():
         assert any(gate["op"] == op and gate["direction"] == direction and gate.get("dtype", dtype) == dtype
                    and fnmatch.fnmatchcase(size, gate.get("size", "*"))
                    for op, direction, dtype, size in rows_on[gate["device"]]), gate
-    # Every size of attention has its gate: a pattern that catches nothing, or two sizes too many, would pass unseen.
+    # Every size of attention has its gate: a `size` pattern that matches no size, or too many, would otherwise pass unseen.
     sizes = {size for op, direction, dtype, size in rows if op == "flash_attention" and direction == "forward"}
     for size in sizes:
         caught = [g for g in gates.load() if (g["op"], g["device"], g["direction"]) == ("flash_attention", "cpu", "forward")
@@ -168,15 +168,17 @@ def test_verdicts():
               "bw": 0.75, "liger": 1.0}]
     verdicts = {v.what: v for v in gates.judge(row(), table)}
     assert verdicts["eager"].met and verdicts["bw"].met and not verdicts["compile"].met
-    assert "liger" not in verdicts  # not installed: nothing to demand
+    assert "liger" not in verdicts  # Liger is not installed, so its ratio is not demanded
     assert report.verdict_text(list(verdicts.values())) == "missed: compile 1.00 < 1.05"
     unmeasured = gates.judge(row(against={}, copy_fraction=None), table)
-    assert [v.met for v in unmeasured] == [False, False, False]  # what was not measured is not met
+    assert [v.met for v in unmeasured] == [False, False, False]  # a demand that was not measured counts as missed
     assert gates.judge(row(dtype="float32"), table) == [] == gates.judge(row(direction="both"), table)
 
 
 def test_a_ratio_is_met_at_the_machines_limit():
-    """From 0.85 of it on, or from what the gate names; a share that the gate demands is a demand of its own."""
+    """A demanded ratio counts as met by a row that reaches 0.85 of the machine's limit, or the fraction that the gate names as
+    `limit`. A share (bw, read, roof) that the gate demands must be reached in any case.
+    """
     gate = {"device": "cpu", "op": "rms_norm", "direction": "forward", "eager": 6.0, "compile": 1.05}
     text = lambda measured, **more: report.verdict_text(gates.judge(measured, [gate | more]))
     assert text(row(limit_fraction=0.84)) == "missed: compile 1.00 < 1.05"
@@ -197,7 +199,9 @@ def test_rows_older_than_the_yardsticks_are_judged_by_ratio_and_read_rate():
 
 
 def yardsticks(seconds, op="rms_norm", direction="forward", loops=None, **stages):
-    """The row that `Bench` makes of these seconds of ours, of a copy, a read and the loop of multiply-adds."""
+    """The row that `Bench` makes when ours took `seconds`, and the yardsticks (copy, read, registers) the seconds in
+    `stages`.
+    """
     timer, case = suite.Bench(CPU, PEAKS, suite.Settings(), loops), next(c for c in OPS[op].workload.cases if c.kind == "model")
     times = {"forward": {"ours cpp": [seconds] * 3} | {name: [took] * 3 for name, took in stages.items()}}
     times["both"] = {"ours cpp": [seconds] * 3}
@@ -240,7 +244,9 @@ def test_yardsticks_copy_into_memory_that_is_present_and_take_turns_beyond_the_c
 
 @pytest.mark.skipif(not registers_offered(), reason="the loops are for x86-64 with AVX2")
 def test_the_register_peak_is_measured(tmp_path):
-    """The loop of one instruction set: operations counted, a plausible rate, unknown names refused."""
+    """The multiply-add loop of one instruction set counts its operations and has a plausible rate; an unknown name is
+    refused.
+    """
     library = registers.compiled(tmp_path)
     peak = registers.loop(library, "avx2", 1)
     assert peak.flops == 192 * peak.count and registers.rate(peak) > 1e9
@@ -265,7 +271,7 @@ def test_worst_comes_first():
 
 @pytest.fixture
 def everything_planned(monkeypatch):
-    """Tests measure sizes of their own, which no benchmark run would."""
+    """Makes `current` accept rows of any size, since the tests measure sizes that are in no benchmark plan."""
     class Every:
         def __contains__(self, key):
             return True
@@ -277,7 +283,9 @@ README = "\n".join(["# head", *(f"<!-- {name}: begin (python -m benchmarks repor
 
 
 def test_pages_are_written_from_the_records(measured, everything_planned, tmp_path):
-    """A copy of the run as it lies in benchmarks/results: the README between its markers, the results' page, the plots."""
+    """From a copy of the run in a folder like benchmarks/results, `pages.write` makes the README's parts between their markers,
+    the page of results, and the plots.
+    """
     run, _ = measured
     results = tmp_path / "benchmarks" / "results"
     shutil.copytree(run.path.parents[1], results)
@@ -297,7 +305,9 @@ def test_pages_are_written_from_the_records(measured, everything_planned, tmp_pa
 
 @pytest.mark.slow
 def test_the_results_page_has_the_memory_that_was_measured(tmp_path):
-    """`python -m benchmarks.memory` on a small head, then its table: what took too long is named with the reason."""
+    """`python -m benchmarks.memory` runs on a small head, and the page shows its table, with the reason for each form that was
+    left out.
+    """
     form = "F.linear_cross_entropy chunked"
     skipped = [part for name in memory.forms() if name not in ("ours", form) for part in ("--skip", name)]
     command = [sys.executable, "-m", "benchmarks.memory", "--tokens", "64", "--cols", "32", "--vocab", "300", *skipped]
@@ -315,7 +325,7 @@ def test_the_results_page_has_the_memory_that_was_measured(tmp_path):
 
 
 def store(folder, number, rows, day=1, complete=True, **options):
-    """A record as far as `current` reads it."""
+    """Writes a record with the fields that current.py reads."""
     (folder / "cpu").mkdir(exist_ok=True)
     at = f"2026-01-{day:02d}T00:00:00+00:00"
     path = folder / "cpu" / f"{number:04d}_abc.json"

@@ -19,7 +19,9 @@ def test_the_readme_has_an_example_of_each_part():
 
 
 def test_the_examples_run_as_they_are_written(tmp_path):
-    """Each in names of its own; one process for all, since importing torch takes longer than most of them."""
+    """Each example runs in a namespace of its own, but all in one process, since importing torch takes longer than most of
+    them.
+    """
     pytest.importorskip("sentencepiece", reason="model and training need the extra `model`")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     code = "\n".join(f"exec(compile({code!r}, 'README.md, {title}', 'exec'), {{}})" for title, code in EXAMPLES)
@@ -41,7 +43,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_paths_that_the_pages_name_exist():
-    """A path in backticks that begins with one of the project's folders."""
+    """Every path in backticks that begins with one of the project's folders must exist."""
     folders = "|".join(("csrc", "internlm2_kernels", "internlm2", "benchmarks", "tools", "tests", "docs"))
     for page in PAGES:
         for path in re.findall(rf"`((?:{folders})/[\w./-]*)`", page.read_text()):

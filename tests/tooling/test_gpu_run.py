@@ -98,8 +98,8 @@ def test_a_phase_is_ended_with_all_that_it_started(tmp_path, monkeypatch, code, 
 
 
 def test_output_comes_as_it_is_printed(tmp_path, monkeypatch):
-    """Also from a process that has replaced itself with exec, as the benchmarks do; otherwise the watchdog would end it as
-    silent.
+    """Lines arrive as soon as they are printed, also from a process that has replaced itself by exec, as the benchmarks do. If
+    its output were buffered, the watchdog would take it to hang and end it.
     """
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     code = ("import os, sys, time\nif len(sys.argv) == 1: os.execv(sys.executable, [sys.executable, sys.orig_argv[-1], 'x'])\n"
@@ -119,7 +119,7 @@ def test_a_log_has_an_end(tmp_path, monkeypatch, capsys):
 
 
 def _running(pid):
-    """Whether the process runs; ended children of other processes stay as zombies where nobody waits for them."""
+    """Whether the process runs. A zombie, an ended process that its parent has not waited for, does not count."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except FileNotFoundError:
@@ -188,7 +188,9 @@ def test_tools_that_are_missing_or_refuse_are_a_line(monkeypatch, tmp_path):
 
 
 def test_all_phases_leave_at_most_8_files(monkeypatch, tmp_path, capsys):
-    """Also when a benchmark was killed while it wrote a record, and with the demo's many files."""
+    """A run of all phases leaves at most 8 files, also when a benchmark was killed while it wrote a record, and although the
+    demo writes many.
+    """
     cuda_as(monkeypatch)
 
     def stream(self, command, limit_s=None, silent_s=None, **env):
@@ -225,7 +227,9 @@ def test_the_sanitizer_takes_small_cases_of_cuda_kernels_and_counters_one_large(
 
 
 def test_the_checks_are_collected_for_a_gpu():
-    """They are collected and not run: every operator on every GPU backend, in float32, bfloat16 and float16."""
+    """pytest collects, without running them, the checks for every operator on every GPU backend, in float32, bfloat16 and
+    float16.
+    """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     found = subprocess.run([sys.executable, "-m", "pytest", *gpu.TESTS, "--device", "cuda", "--seed", "5", "--collect-only"],
                            cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)

@@ -91,7 +91,7 @@ def test_a_run_that_was_killed_is_continued_where_it_ended(tmp_path):
     for job in passes[:2]:
         first.start(job)
         first.add(job, *timer.run(job))
-    first.start(passes[2])  # and here it was killed
+    first.start(passes[2])  # the run is killed during this pass
     again = record.Record(tmp_path, CPU, PEAKS, OPTIONS, resume=True)
     assert again.path == first.path and again.without_recorded(passes) == [passes[3], passes[2]]
     assert len(again.head["run"]["resumed"]) == 1 and again.head["datetime"] == first.head["datetime"]
@@ -227,7 +227,9 @@ def test_json_of_a_run_is_whole_after_every_pass(tmp_path):
 
 
 def test_peers_of_attention_are_checked_at_sizes_that_they_take():
-    """Flash SDPA and plain SDPA also run on the CPU: layout, groups and mask are right."""
+    """The peers built on SDPA pass the error check with two of SDPA's backends that also run on a CPU. That shows that the
+    layouts, the grouped heads and the mask that they pass are right.
+    """
     from benchmarks import peers
     op, math = OPS["flash_attention"], peers.Peer(peers._sdpa("MATH"), ("cpu",), peers._dense_inputs)
     taken = {"flash": peers.PEERS["flash_attention"]["flash"], "efficient": math}
@@ -241,7 +243,9 @@ def test_peers_of_attention_are_checked_at_sizes_that_they_take():
 
 
 def test_flex_decoding_is_the_decoding_of_one_token(monkeypatch):
-    """FlexAttention, not compiled: the layouts that it takes and returns, and what it refuses."""
+    """The FlexAttention peer for decode, run without compilation, takes and returns the right layouts and gives our results; it
+    refuses options that it does not support.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
     from benchmarks import peers

@@ -30,7 +30,9 @@ def lines(*command):
 
 
 def test_instruction_set_objects_define_no_shared_symbol(objects):
-    """The linker keeps one copy of a weak symbol that both builds define: AVX-512 code would run where AVX2 was chosen."""
+    """Objects built for an instruction set define no symbol that another build defines too. Of such weak symbols the linker
+    keeps one copy, so that AVX-512 code could run where AVX2 was chosen.
+    """
     for isa, namespace in (("avx2", "AVX2"), ("avx512", "AVX512"), ("avx512_bf16", "AVX512_BF16"), ("amx", "AMX")):
         sources = (ROOT / "csrc" / "cpu").rglob("*.cpp")
         names = {path.name for path in sources if isa in ("avx2", "avx512") or isa in path.read_text().splitlines()[0].split()}
@@ -39,7 +41,7 @@ def test_instruction_set_objects_define_no_shared_symbol(objects):
         assert {path.name.removesuffix(f".{isa}.o") for path in found} >= names
         for path in found:
             if path.name.removesuffix(f".{isa}.o") not in names:
-                continue  # its source has been removed
+                continue  # left over from a source that has been removed
             defined = [line.split() for line in lines("nm", "-C", "--defined-only", path)]
             assert defined
             for fields in defined:
@@ -54,7 +56,7 @@ TILES = {"ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"}
 
 @pytest.fixture(scope="module")
 def used(objects):
-    """What each object uses of wide registers (ymm, zmm), mask registers (k) and tile instructions, in one disassembly."""
+    """A function that returns which wide registers (ymm, zmm), mask registers (k) and tile instructions an object uses."""
     words = f"%[yz]mm|%k[1-7]|{'|'.join(sorted(TILES))}"
 
     def of(path):
@@ -74,7 +76,7 @@ def test_no_object_uses_more_than_its_instruction_set(objects, used):
 
 
 def test_tiles_are_in_their_own_objects_alone(objects, used):
-    """Tile instructions, and not their emulation, are in the AMX objects and in no others."""
+    """The AMX objects contain real tile instructions, not their emulation, and no other object contains any."""
     for path in (objects / "cpu").rglob("*.o"):
         assert used[path] & TILES == (TILES if path.name.endswith(".amx.o") else set()), path.name
 
@@ -102,7 +104,9 @@ def of_schema(schema):
 
 
 def test_signatures_are_the_schemas():
-    """The dispatcher does not compare them: an int read as a double would be garbage, a Tensor read as optional a crash."""
+    """The types that the C++ bindings read must be those of the schemas, which torch's dispatcher does not compare: an int read
+    as a double would give garbage, and a Tensor read as an optional one would crash.
+    """
     signatures = _C.signatures()
     expected = {f"{op.name}_{name}.{backend}": of_schema(overloads[backend]._schema)
                 for op in OPS.values() for name, overloads in op.overloads.items() for backend in overloads

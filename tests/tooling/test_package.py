@@ -32,7 +32,7 @@ importlib.util.find_spec = lambda name, package=None: None if name == "triton" e
 
 
 def test_importing_pulls_in_nothing_heavy():
-    """Apart from torch's own imports, no Triton, no einops and no progress bars."""
+    """`import internlm2_kernels` imports no Triton, einops, rich, transformers or numpy, beyond what torch imports itself."""
     out = python("import torch, sys; before = set(sys.modules); import internlm2_kernels;"
                  "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))")
     assert out.returncode == 0, out.stderr
@@ -66,7 +66,7 @@ def test_doctor_says_what_is_missing():
 
 
 def test_doctor_fails_when_an_operator_is_wrong():
-    """A kernel that returns zeros turns the self-test red and the exit status 1."""
+    """Where a kernel returns zeros, `doctor` reports the operator's self-test as failed and ends with exit status 1."""
     out = python("import torch, internlm2_kernels\n"
                  "from internlm2_kernels.ops import swiglu\n"
                  "swiglu._FWD['cpp'] = lambda gate, up: torch.zeros_like(gate)\n"
@@ -88,7 +88,9 @@ def test_torchs_own_switch_forces_avx2():
 
 
 def test_house_rules():
-    """Implementations import no operator, the kernels do not import the model, and public docstrings are complete."""
+    """Kernels' implementations import no operator, internlm2_kernels does not import internlm2 (the model), and the docstring
+    of every public operator has all its sections.
+    """
     import internlm2_kernels
     from tools.docs import section
 
@@ -105,7 +107,7 @@ def test_house_rules():
 
 
 def test_the_project_speaks_of_itself_alone():
-    """No path of a machine and no host of a package registry in any tracked file."""
+    """No tracked file contains a path of the machine it was written on, or the address of a package registry."""
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
     if not any(files):
         pytest.skip("not a git checkout")
@@ -140,7 +142,9 @@ def test_archives(tmp_path):
 
 
 def test_an_isolated_build_stops_with_one_sentence(tmp_path):
-    """Where torch cannot be imported the build stops; it does not silently become pure Python."""
+    """Where torch cannot be imported, as in pip's isolated builds, the build stops with a message; it does not silently become
+    pure Python.
+    """
     code = ("import sys, importlib.util as u; real = u.find_spec;"
             "u.find_spec = lambda n, p=None: None if n == 'torch' else real(n, p);"
             f"sys.argv = ['setup.py', '-q', 'build_ext', '-b', {str(tmp_path)!r}]; exec(open('setup.py').read(),"

@@ -24,9 +24,9 @@ def run(*command):
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=PACKAGE.parent)
 
 
-# Kernels that run for 16-bit inputs only.
+# Kernels that run for 16-bit inputs only, of which the audit compiles bfloat16.
 ONE_DTYPE = {"linear_head_product_kernel": "bfloat16", "linear_head_peak_kernel": "bfloat16"}
-# Words of which a pass's kernels have one in their name.
+# For each pass, words of which the names of its kernels contain one.
 WORDS = {"bwd": ("bwd", "gradient", "scale"), "fwd": ("fwd", "merge", "chunks"), "step_": ("step",)}
 
 
@@ -46,7 +46,7 @@ def test_every_kernel_is_launched():
     for path in (PACKAGE / "_triton").glob("*.py"):
         for kernel in kernels_of(path):
             assert kernel.endswith("_kernel"), f"{kernel}: a kernel's name ends in _kernel, a device function's begins with _"
-            ops = [path.stem] if path.stem in OPS else TRITON_OPS  # attention.py and losses.py belong to several
+            ops = [path.stem] if path.stem in OPS else TRITON_OPS  # a file of several operators, such as losses.py
             dtypes = ("bfloat16", "float32") if len(OPS[ops[0]].dtypes) > 1 else ("float32",)
             for dtype in (ONE_DTYPE[kernel],) if kernel in ONE_DTYPE else dtypes:
                 mine = [key for key in found if key.split("/")[0] in ops and key.split("/")[1] == kernel]
@@ -131,11 +131,13 @@ LISTING = """
 
 def test_spills_in_loops_are_counted():
     (code,) = sass.parse(LISTING).values()
-    assert sass.spills_in_loops(code) == 1  # the access in the inner loop, not those around it
+    assert sass.spills_in_loops(code) == 1  # the stack access in the inner loop counts, those around it do not
 
 
 def test_instructions_of_the_hot_loop_are_counted():
-    """The inner loop without the code that its branch jumps over: LDL, HMMA, BRA, FADD, BRA."""
+    """The hot loop of LISTING is its inner loop without the code that a branch jumps over: LDL, HMMA, BRA, FADD and BRA, that
+    is 5 instructions, of which 1 is a tensor-core instruction and 1 an FADD.
+    """
     (code,) = sass.parse(LISTING).values()
     assert str(sass.hot_loop(code)) == "loop 5 1 0 1 0"
     (code,) = sass.parse(LISTING.replace("HMMA", "MOV")).values()  # arithmetic without tensor cores: all of the loop
@@ -168,7 +170,7 @@ def test_write_then_read(tmp_path):
 
 
 def test_command_compiles_from_an_interpreted_process():
-    """Compiles one operator from a process in which Triton is interpreted."""
+    """`python -m tools.audit` compiles also where TRITON_INTERPRET=1 is set, under which Triton would interpret the kernels."""
     out = subprocess.run([sys.executable, "-m", "tools.audit", "--op", "rope_table"], capture_output=True,
                          text=True, cwd=PACKAGE.parent, env={**os.environ, "TRITON_INTERPRET": "1"})
     assert out.returncode == 0, out.stderr
@@ -176,7 +178,7 @@ def test_command_compiles_from_an_interpreted_process():
 
 
 def test_specialization_is_triton_s_own():
-    """The audit compiles what a launch with the same arguments would compile."""
+    """The audit derives the same types, constants and divisibility from a launch's arguments as Triton's own launcher does."""
     code = """
 import torch, triton
 from triton.backends.compiler import GPUTarget

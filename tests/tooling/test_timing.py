@@ -1,4 +1,6 @@
-"""Timing and the error ladder, on which the benchmarks rely: balanced turns, paired ratios, and a ladder that can fail."""
+"""What the benchmarks rely on. Of timing: that every contender runs at every position of a round equally often, and that ratios
+within a round cancel the machine's drift. Of the error ladder (testing.py): that it accepts and rejects what it should.
+"""
 
 import contextlib
 import math
@@ -35,7 +37,7 @@ class Clock:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_turns_are_balanced(count):
-    """Over 2 x count rounds every contender has every place equally often, and none always follows the same one."""
+    """Over 2 x count rounds every contender runs at every position of the round equally often."""
     places = [(who, place) for r in range(2 * count) for place, who in enumerate(turns(count, r))]
     assert {places.count(p) for p in places} == {2}
     assert sorted(turns(count, 3)) == list(range(count))
@@ -126,12 +128,12 @@ def test_cuda_times_a_replay_of_all_input_sets(monkeypatch, refuses):
         assert paired.method.endswith("(no graph: operation not permitted when stream is capturing)")
     else:
         assert paired.method == "cuda graph replay" and cuda.captured == 5
-        assert cuda.replays == (1 + 3) * 5 and cuda.pools == {7}  # the first replay shows how long the host takes for one
+        assert cuda.replays == (1 + 3) * 5 and cuda.pools == {7}  # one replay of each graph measures the host's time
 
 
 def test_cuda_launches_what_is_long_and_what_waits(monkeypatch):
-    """Long calls and calls that wait for the device are launched and not captured. A queued call has a device that is busy
-    until it is queued.
+    """Calls that take long and calls that wait for the device are launched instead of captured in a graph. While other calls
+    are queued, the device is kept busy, so that its time is measured and not the host's.
     """
     clock = Clock(monkeypatch)
     cuda = FakeCuda(clock, monkeypatch)
@@ -217,17 +219,19 @@ def test_a_baseline_that_overflows_excuses_nothing():
     gold, base = torch.ones(4, dtype=torch.float64), torch.tensor([1.0, 1.0, 1.0, math.inf])
     assert testing._rung("y", torch.ones(4), base, gold, 0.0).ok
     assert not testing._rung("y", base, base, gold, 0.0).ok
-    gold[0] = -math.inf  # an infinity of gold must be met exactly
+    gold[0] = -math.inf  # where gold is infinite, the result must be the same infinity
     assert not testing._rung("y", torch.ones(4), base, gold, 0.0).ok
     assert testing._rung("y", torch.tensor([-math.inf, 1.0, 1.0, 1.0]), base, gold, 0.0).ok
 
 
 def test_errors_of_all_draws_are_pooled():
-    """Errors of 2, 2, 2 and the baseline's of 1, 1, 4: red for the first draw alone, and within 1.25 for all of them."""
+    """The ladder compares root mean squares of errors over all draws. Ours err by 2, 2, 2 and the baseline by 1, 1, 4: the
+    first draw alone is rejected, but all three together are within the allowed 1.25 times the baseline.
+    """
     gold = [torch.full((100,), 1e6, dtype=torch.float64)] * 3
     with_errors = lambda *errors: [g + error for g, error in zip(gold, errors, strict=True)]
     ours, base = with_errors(2.0, 2.0, 2.0), with_errors(1.0, 1.0, 4.0)
     assert not testing._rung("y", ours[:1], base[:1], gold[:1], 0.0).ok
     assert testing._rung("y", ours, base, gold, 0.0).ok
-    assert not testing._rung("y", with_errors(2.0, 2.0, 9.0), base, gold, 0.0).ok  # more than twice the largest
+    assert not testing._rung("y", with_errors(2.0, 2.0, 9.0), base, gold, 0.0).ok  # more than twice the baseline's largest
     assert not testing._rung("y", [*ours[:2], None], base, gold, 0.0).ok

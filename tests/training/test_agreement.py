@@ -28,7 +28,7 @@ def stream():
 
 
 def altered(**changes):
-    """The plain operators, some of which are replaced."""
+    """The operators of internlm2.plain, with those in `changes` in place of some."""
     return types.SimpleNamespace(**{name: getattr(internlm2.plain, name) for name in internlm2.plain.__all__} | changes)
 
 
@@ -88,7 +88,7 @@ def test_too_few_steps(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_agreement_on_text(tmp_path, monkeypatch):
-    """The command itself, on the source of the standard library with a smaller model."""
+    """The comparison as the command runs it, on the source of the standard library with a smaller model, finds agreement."""
     monkeypatch.setattr(agreement, "RECIPES", tmp_path)
     recipe = (pretrain.RECIPES / "tiny.toml").read_text()
     (tmp_path / "demo.toml").write_text(recipe)

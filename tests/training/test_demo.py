@@ -92,7 +92,7 @@ def test_demo(recipe, tmp_path, monkeypatch, capsys):
     names = ("comparison.md", "comparison.json", "loss.png", "lengths.png", "sample.txt")
     assert all(str(out / name) in shown for name in names)
 
-    # The same command again renames the folder of the finished run, and changes no file in it.
+    # Repeating the command renames the folder of the finished run, and changes no file in it.
     monkeypatch.setattr(demo_module, "FOR_DEVICE", {"cpu": ["steps=3"]})
     monkeypatch.setattr(demo_module, "MIN_STEPS", 3)
     before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
@@ -132,7 +132,7 @@ def test_train_command(recipe, tmp_path, capsys):
     assert main(arguments) == 0
     assert len(read_log(out / "log.jsonl")) == 12 and saved_config(out).optimizer.lr == 5e-3
     weights = (out / "checkpoints" / "step-00000012" / "model.safetensors").read_bytes()
-    # The same command again changes nothing in a finished run.
+    # Repeating the command on a finished run changes nothing in it.
     assert main(arguments) == 0
     assert "continuing at step 12 of 12" in capsys.readouterr().out
     assert (out / "checkpoints" / "step-00000012" / "model.safetensors").read_bytes() == weights

@@ -59,7 +59,7 @@ class Life:
         assert self.process.returncode == 0, output
 
     def wait_for_first_step(self) -> int:
-        """Waits until the process trains. Returns the step that it began at."""
+        """Waits until the process trains, and returns the step at which it began."""
         begun = 0
         for line in self.process.stdout:
             if line.startswith("continuing at step"):
@@ -123,7 +123,7 @@ def test_twenty_kills_change_no_bit(tmp_path, capsys):
     inside_a_save = 0
     for number, kind in enumerate(kinds, 1):
         life = live_and_die(recipe, out, kind, rng)
-        # After a kill during the start, an unfinished save may be one that the previous process left behind.
+        # After a kill during the start, an unfinished save is not counted: the previous process may have left it behind.
         half_done = [p.name for p in life.saving() if kind != "start"]
         inside_a_save += bool(half_done)
         found = deterministic_part(read_log(out / "log.jsonl"))

@@ -38,7 +38,8 @@ def join(parts: list[PackedBatch]) -> PackedBatch:
 
 
 def test_accumulation_is_one_large_batch(tmp_path, operators):
-    """Also where the parts have different numbers of targets, and one of them has none."""
+    """Gradients accumulated over several batches give the step of one large batch, also where the batches have different
+    numbers of targets, and one of them has none."""
     parts = batches(count=3)
     parts[1].labels[5:50] = IGNORE_INDEX
     parts[2].labels[:] = IGNORE_INDEX
@@ -53,7 +54,7 @@ def test_weight_decay_leaves_norms_alone(tmp_path, operators):
     config = small_config(tmp_path, operators=operators, optimizer=OptimizerConfig(weight_decay=0.5))
     learner = build_learner(config)
     before = parameters(learner)
-    learner.loss = lambda model, batch: sum((p * 0).sum() for p in model.parameters())  # gradients of 0: decay alone acts
+    learner.loss = lambda model, batch: sum((p * 0).sum() for p in model.parameters())  # gradients of 0: only decay acts
     learner.step(batches(), lr=0.1)
     for name, p in learner.model.named_parameters():
         factor = 1 - 0.1 * 0.5 if p.ndim >= 2 else 1.0

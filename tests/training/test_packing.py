@@ -15,7 +15,7 @@ sizes = st.integers(1, 25)
 
 
 def pieces_of(documents, longest: int) -> list[tuple[list[int], list[int]]]:
-    """Tokens and labels of every piece, computed in the slow and obvious way."""
+    """Tokens and labels of every piece of at most `longest` tokens, computed in the slow and obvious way."""
     pieces = []
     for document in documents:
         labels = [*document[1:], IGNORE_INDEX]
@@ -32,7 +32,7 @@ def test_batches_are_the_pieces_end_to_end(documents, total, longest, seed):
     for epoch in range(3):
         batches._move_to(epoch, 0, 0)
         order = batches._order.tolist()
-        assert sorted(order) == list(range(len(pieces)))  # each piece once an epoch
+        assert sorted(order) == list(range(len(pieces)))  # every epoch contains each piece once
         for i in order:
             tokens, labels = tokens + pieces[i][0], labels + pieces[i][1]
             ends.add(len(tokens))

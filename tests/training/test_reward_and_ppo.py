@@ -69,7 +69,8 @@ def test_log_probabilities_are_those_of_the_logits(generator):
 
 @torch.no_grad()
 def rollout(actor, generator):
-    """Prompts of random tokens with the actor's responses: tokens, cu_seqlens, mask, scores."""
+    """(tokens, cu_seqlens, mask, scores) of random prompts with the actor's responses. The mask marks the choices of the
+    actor."""
     rows = torch.randint(TINY.vocab_size, (SEQUENCES, PROMPT), generator=generator)
     for _ in range(RESPONSE):
         cu = bounds([rows.shape[1]] * SEQUENCES)
@@ -108,7 +109,8 @@ def test_an_actor_learns_what_it_is_paid_for(generator):
 
 @pytest.mark.parametrize("temperature", (1.0, 0.6))
 def test_experience_is_the_definition(temperature, generator):
-    """A loop in float64 gives the same advantages and returns. Every third response is truncated."""
+    """The advantages and returns of gather_experience equal those of a plain loop in float64. Every third response is
+    truncated."""
     actor, reference = (InternLM2(TINY, dtype=torch.float64, seed=seed) for seed in (0, 1))
     critic = RewardModel(TINY, dtype=torch.float64)
     tokens, cu, mask, scores = rollout(actor, generator)
@@ -133,7 +135,8 @@ def test_experience_is_the_definition(temperature, generator):
 
 
 def test_a_truncated_response_ends_before_the_sequence_does(generator):
-    """Tokens such as a reward token may follow the last choice; the state after that choice is then not the last state."""
+    """Tokens such as a reward token may follow the actor's last choice. A truncated response is then continued by the value of
+    the state after that choice, which is not the sequence's last state."""
     actor, critic = InternLM2(TINY, dtype=torch.float64), RewardModel(TINY, dtype=torch.float64)
     tokens, cu, mask, scores = rollout(actor, generator)
     mask = mask.clone()

@@ -46,8 +46,8 @@ def test_a_torn_line_is_not_read(log):
 
 
 def test_a_full_disk_delays_lines(log, monkeypatch):
-    """The first write is cut short, later ones fail, then there is room again: every line is written once and complete, and
-    there is one warning."""
+    """On a full disk the first write stores only a part and later ones fail; then there is room again. In the end every line is
+    written once and complete, and there was one warning."""
     write, room = os.write, [7]
 
     def full(file, data):

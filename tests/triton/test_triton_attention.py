@@ -32,7 +32,9 @@ def ends(lengths, device):
 
 @pytest.fixture(autouse=True)
 def interpreted_in_two_dtypes(request, device):
-    """On a GPU every dtype is another kernel; the interpreter computes in float32 for all and takes seconds a call."""
+    """Skips bfloat16 in the interpreter, which computes in float32 for every dtype and takes seconds a call. On a GPU each
+    dtype has a kernel of its own, so all run there.
+    """
     chosen = getattr(request.node, "callspec", None)
     if device.type == "cpu" and chosen is not None and chosen.params.get("dtype") == torch.bfloat16:
         pytest.skip("float32 and float16 are enough in the interpreter")
@@ -45,7 +47,7 @@ def randn(device, generator):
 
 @pytest.fixture
 def short_splits(monkeypatch):
-    """Splits of one or a few blocks of keys, so that short sequences have several."""
+    """Sets the splits along the keys to 128 keys, so that short sequences have several splits."""
     for module in (flash, paged):
         monkeypatch.setattr(module, "SPLIT", 128)
 
@@ -60,8 +62,8 @@ def clean_word(device):
 
 # ------------------------------------------------------------------------------------------------- tables and options
 def test_tables_keep_what_decides_bits():
-    """The number of query rows may change only the rows and warps of a tile. Splits are whole blocks, and every head size has a
-    tile.
+    """The order in which a row is summed must be the same for few query rows (decode) and many (prefill): their tiles may
+    differ in rows and warps only. Splits of the keys are whole blocks, and every head size has a tile.
     """
     for arch in ARCHITECTURES:
         for size in (2, 4):
@@ -69,7 +71,7 @@ def test_tables_keep_what_decides_bits():
                 few, many = (attention.tile_config(head_dim, size, arch, flag) for flag in (True, False))
                 assert few[1:3] == many[1:3] and few.num_stages == many.num_stages
                 assert attention.SPLIT % many.keys == 0 and many.values >= min(head_dim, 64)
-                if size == 2 and arch in (80, 86, 90):  # every warp owns 16 whole rows
+                if size == 2 and arch in (80, 86, 90):  # every warp computes 16 whole rows of scores
                     assert all(tile.rows == 16 * tile.num_warps for tile in (few, many))
                     assert arch == 90 or few.rows >= few.values
                 else:
@@ -100,8 +102,8 @@ for op, labels in wanted.items():
 
 
 def test_every_warp_owns_whole_rows_of_scores():
-    """The warp layout decides the order in which a row is summed, in prefill and in decode. It is read from the compiled
-    kernels.
+    """Each row of scores lies in one warp, in prefill and in decode. Otherwise the number of warps would change the order in
+    which a row is summed. The layout is read from the compiled kernels.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     out = subprocess.run([sys.executable, "-c", LAYOUTS], capture_output=True, text=True, env=environment)
@@ -140,7 +142,9 @@ def test_several_splits(options, dtype, device, generator, short_splits):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_bound_on_the_keys_changes_no_bit(dtype, device, randn):
-    """With at most one split the merge kernel is not launched; the result must equal a merge of one split."""
+    """A max_seqlen small enough for one split of the keys saves the launch of the merge kernel. The result must have the bits
+    of a merge of one split.
+    """
     q, k, v = (randn(100, heads, 32, dtype=dtype) for heads in (2, 1, 1))
     cu = ends([30, 70], device)
     call = lambda bound: ik.flash_attention(q, k, v, causal=True, cu_seqlens_q=cu, max_seqlen_q=bound, max_seqlen_k=bound,
@@ -150,7 +154,7 @@ def test_a_bound_on_the_keys_changes_no_bit(dtype, device, randn):
 
 
 def into_cache(k, v, lengths, block_size, generator):
-    """Caches and block table that hold the keys and values [T, G, d] of the sequences in shuffled blocks."""
+    """(k_cache, v_cache, block_table) that hold packed k and v [T, G, d] in blocks of random order; unused slots hold NaN."""
     counts = [-(-n // block_size) for n in lengths]
     order = torch.randperm(sum(counts) + 1, generator=generator, device=k.device).int()
     table = torch.full((len(lengths), max(counts) + 1), 2**30, dtype=torch.int32, device=k.device)
@@ -169,8 +173,8 @@ def into_cache(k, v, lengths, block_size, generator):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("chunk,window,alone", ((1, None, True), (7, (100, 0), True), (64, None, False)), ids=str)
 def test_decode_is_prefill_bit_for_bit(dtype, chunk, window, alone, device, generator, randn, short_splits, monkeypatch):
-    """Three splits along the keys. `alone`: every split in a program of its own and then merged; otherwise one program walks
-    all of them.
+    """The last `chunk` tokens by paged_attention have the bits of a packed prefill, with three splits along the keys. With
+    `alone` every split has a program of its own and the results are merged; otherwise one program computes all splits in turn.
     """
     lengths, heads, kv_heads, head_dim = (300, 129), 2, 1, 32
     q, k, v = (randn(sum(lengths), h, head_dim, dtype=dtype) for h in (heads, kv_heads, kv_heads))
@@ -204,7 +208,9 @@ def test_division_of_the_splits_changes_no_bit(most, device, generator, short_sp
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
 def test_forward_is_batch_invariant_over_tiles(dtype, device, randn):
-    """A sequence alone (a tile of few rows) has the same bits as among longer ones (the large tile)."""
+    """A sequence has the same bits in a call of its own, where the tile has few rows, and among longer ones with the large
+    tile.
+    """
     lengths = (50, 0, 131, 1)
     q, k, v = (randn(sum(lengths), heads, 64, dtype=dtype) for heads in (2, 1, 1))
     together = ik.flash_attention(q, k, v, causal=True, cu_seqlens_q=ends(lengths, device), max_seqlen_q=131,
@@ -260,7 +266,9 @@ BAD = ([1, 4, 9], [0, 5, 4, 9], [0, 4, 8], [0, 4, 10], [0, 2**30, 9], [-3, 4, 9]
 @pytest.mark.parametrize("which", ("q", "k"))
 @pytest.mark.parametrize("bad", BAD, ids=str)
 def test_boundaries_that_cannot_be(bad, which, device, randn, clean_word):
-    """All results of the call are NaN, nothing outside is written, and the error names the argument."""
+    """With cu_seqlens that do not ascend from 0 to the number of tokens, all results of the call are NaN, nothing outside them
+    is written, and the error of `check` names the argument.
+    """
     bad = torch.tensor(bad, dtype=torch.int32, device=device)
     good = torch.tensor([0, *range(1, bad.shape[0] - 1), 9], dtype=torch.int32, device=device)
     cu_q, cu_k = (bad, good) if which == "q" else (good, bad)
@@ -285,7 +293,7 @@ def paged_call(inputs, backend="triton"):
 @pytest.mark.parametrize("wrong", (("block_table", (1, 0), -1), ("block_table", (1, 1), 10**6), ("seq_lens", 1, 0),
                                    ("seq_lens", 1, 2), ("seq_lens", 1, 10**6)), ids=str)
 def test_paged_indices_that_cannot_be(wrong, alone, device, generator, clean_word, short_splits, monkeypatch):
-    """The rows of that sequence are NaN; the others are unchanged."""
+    """A sequence with an invalid block-table entry or length has NaN in its rows; the other sequences are unchanged."""
     argument, index, value = wrong
     monkeypatch.setattr(paged, "ENOUGH_PROGRAMS", 10**6 if alone else 0)
     case = Case("edge", {"new": (1, 3, 2), "cached": (20, 140, 7), "heads": 4, "kv_heads": 2, "head_dim": 32,

@@ -1,4 +1,4 @@
-"""The repairs of Triton's interpreter: each of them is active in this process, and each is needed."""
+"""The repairs of Triton's interpreter (support/interpreter.py): each of them is active in the tests, and each is needed."""
 
 import json
 import os
@@ -39,7 +39,9 @@ def test_repaired():
 
 
 def test_bare_is_wrong():
-    """If this fails with a new Triton release, that repair can be removed."""
+    """Without the repairs the interpreter computes wrong results. Where an assertion fails with a new Triton release, the
+    repair that its message names can be removed.
+    """
     found = probe("bare")
     assert found["cast"] < 0.9, "float32 to bfloat16 no longer truncates"
     assert found["dot"] > 1.0, "dot understands bfloat16 now"
@@ -49,7 +51,9 @@ def test_bare_is_wrong():
 
 
 def test_rounding_against_torch(generator, device):
-    """All half-way cases and their neighbours, subnormals and the largest values, compared with PyTorch's rounding."""
+    """The interpreter's repaired rounding to bfloat16 equals PyTorch's, at half-way cases, their neighbours, subnormal numbers
+    and the largest values.
+    """
     import interpreter
 
     high = torch.randint(0, 2**16, (20000,), generator=generator, device=device).cpu().numpy().astype(np.uint32)

@@ -23,7 +23,7 @@ def triton_module(name):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The test's launches, recorded and not run."""
+    """A list that collects the kernel launches of the test, which are recorded instead of run."""
     calls = []
     monkeypatch.setattr(triton_module("common"), "record", lambda *call: calls.append(call))
     return calls
@@ -41,7 +41,9 @@ def check_rms_norm(dims, dtype, device, generator):
 @pytest.mark.parametrize("dims", ({"rows": 5, "cols": 300}, {"rows": 35, "cols": 257, "residual": True, "rounding": "hf"},
                                   {"rows": 7, "cols": 65, "residual": True, "weight": "float32"}), ids=str)
 def test_rms_norm_rows_beyond_the_largest_tile(dims, dtype, device, generator, monkeypatch):
-    """The limits are lowered, so that small rows take the kernels for wide rows, with several tiles a row."""
+    """The kernels for rows wider than the largest tile are right. The tile limits are lowered, so that small rows use these
+    kernels, with several tiles a row.
+    """
     module = triton_module("rms_norm")
     monkeypatch.setattr(module, "LARGEST_TILE", 64)
     monkeypatch.setattr(module, "LARGEST_BACKWARD_TILE", 64)
@@ -54,7 +56,7 @@ def test_rms_norm_long_rows(cols, device, generator):
 
 
 def test_rms_norm_wide_forward_and_narrow_agree(device, generator, monkeypatch):
-    """Both kernels give the same result up to their orders of summation."""
+    """The kernels for wide and for narrow rows give the same result, up to the rounding of sums in another order."""
     x, w = torch.randn(3, 500, generator=generator, device=device), torch.ones(500, device=device)
     narrow = ik.rms_norm(x, w, backend="triton")
     monkeypatch.setattr(triton_module("rms_norm"), "LARGEST_TILE", 128)
@@ -71,7 +73,9 @@ def test_rope_table_of_far_positions(far, device):
 
 
 def test_dweight_partial_sums_depend_on_the_number_of_rows_alone(launched):
-    """The order of summation is the same on every device and for every layout of the rows."""
+    """How the rows are divided into partial sums of dweight depends on their number alone, not on the device or the rows'
+    strides, so that the order of summation, and with it the bits, are the same everywhere.
+    """
     fwd, bwd = triton_module("rms_norm").rms_norm_fwd, triton_module("rms_norm").rms_norm_bwd
     for rows, cols in ((5, 64), (8192, 4096), (8192, 32768), (100_000, 128)):
         weight, rstd = torch.empty(cols, device="meta"), torch.empty(rows, device="meta")
@@ -97,7 +101,7 @@ def test_every_pass_has_a_launcher_of_its_schema():
             assert len(inspect.signature(launcher).parameters) == len(schema.arguments), launcher
 
 
-EMPTY = ("rows", "tokens", "batch", "sequences")  # the dimensions of which an empty case has 0
+EMPTY = ("rows", "tokens", "batch", "sequences")  # dimensions that are 0 in an empty case
 NUMBERS = {"adamw", "ppo_policy_loss", "ppo_value_loss", "reward_loss", "reward_loss_from_last", "squared_norm"}
 
 
@@ -177,7 +181,9 @@ def test_qkv_rope_position_out_of_range(device, generator, clean_word):
 
 @pytest.mark.parametrize("quantized", (False, True))
 def test_qkv_rope_slot_out_of_range(quantized, device, generator, clean_word):
-    """A token with a bad slot is not cached and its q, k and v are right; a token with a bad position is not cached either."""
+    """A token whose slot is out of range is not written to the cache, but its q, k and v are right. A token whose position is
+    out of range is not written either.
+    """
     qkv, cos, sin = qkv_case(device, generator)
     positions = torch.tensor([8, 0, 1, 100, 2], device=device)
     slots = torch.tensor([0, 12, -2, 3, 11], device=device)
@@ -202,7 +208,7 @@ def test_qkv_rope_slot_out_of_range(quantized, device, generator, clean_word):
 
 def test_a_quantised_row_with_nan_reads_back_as_nan(device, generator, clean_word):
     qkv, cos, sin = qkv_case(device, generator)
-    qkv[1, -3] = float("nan")  # in the last group's value
+    qkv[1, -3] = float("nan")  # in the value head of the last group
     k, v = (torch.zeros(2, 4, 2, 8, dtype=torch.int8, device=device) for _ in range(2))
     k_scale, v_scale = (torch.zeros(2, 4, 2, device=device) for _ in range(2))
     torch.ops.internlm2.qkv_rope_cache_fwd.triton(qkv, cos[:5], sin[:5], None, 4, 2, k, v, k_scale, v_scale,
@@ -219,7 +225,7 @@ def test_validate(device, generator, clean_word):
     with pytest.raises(KeyError, match="mine"), ik.validate():  # the block's own exception is raised
         torch.ops.internlm2.apply_rope_fwd.triton(q, q, cos, sin, bad, False, False)
         raise KeyError("mine")
-    with pytest.raises(ValueError, match="apply_rope: positions"), ik.validate():  # an error from before the block
+    with pytest.raises(ValueError, match="apply_rope: positions"), ik.validate():  # from before the block
         raise AssertionError("the block must not begin")
     with ik.validate():
         torch.ops.internlm2.apply_rope_fwd.triton(q, q, cos, sin, torch.tensor([1, 0], device=device), False, False)
@@ -281,5 +287,7 @@ assert torch.equal(flat[slots], v), "cache"
 
 
 def test_offsets_beyond_two_to_the_31(device):
-    """Rows 2^30 elements apart."""
+    """Kernels read and write the right elements of tensors whose rows are 2^30 elements apart, so that offsets exceed 32
+    bits.
+    """
     assert_far(FAR, device)

@@ -25,7 +25,7 @@ def randn(device, generator):
 
 
 def assert_near(got, want, dtype, times=8):
-    """Within `times` eps of dtype of the largest value."""
+    """Asserts that no error exceeds `times` * eps of dtype * the largest magnitude in `want`."""
     assert got.shape == want.shape
     scale = float(want.abs().max()) if want.numel() else 0.0
     assert float((got.double() - want.double()).abs().max() if want.numel() else 0) <= times * torch.finfo(dtype).eps * scale
@@ -83,7 +83,9 @@ def step(call, lists, skipped, device, total=None, scale=None, found=None, *, ma
                          ((torch.bfloat16, torch.float32, True, False), (torch.bfloat16, torch.bfloat16, False, True),
                           (torch.float32, torch.bfloat16, False, False), (torch.float16, torch.float32, True, False)), ids=str)
 def test_adamw_over_a_list(dtype, moments, masters, stochastic, device, randn):
-    """Clipped and unscaled gradients; every tensor has its own step and random bits, and starts at any address."""
+    """One call over a list takes the reference's steps, with clipping and unscaling of the gradients. Every tensor has its own
+    step count and random bits, and its address need not be aligned.
+    """
     mine = state(randn, dtype, moments, masters)
     before, right = copied(mine), copied(mine)
     scale, total = torch.tensor(4.0, device=device), torch.tensor(900.0, device=device)
@@ -95,7 +97,8 @@ def test_adamw_over_a_list(dtype, moments, masters, stochastic, device, randn):
         for i, (old, got, want) in enumerate(zip(before[name], mine[name], right[name], strict=True)):
             different = got != want
             if got.dtype == torch.float32 and name in ("params", "masters"):
-                # Weight minus update, and an average over both signs, may cancel: the error is relative to the terms.
+                # Weight minus update may cancel, and so may the average of gradients of both signs: the error is compared with
+                # the size of the terms instead of the result.
                 average, new = before["exp_avgs"][i].float().abs(), right["exp_avgs"][i].float().abs()
                 terms = old.abs() + (old - want).abs() * (1 + average / new.clamp(min=1e-30))
                 assert ((got - want).abs() <= 2 * torch.finfo(torch.float32).eps * terms).all()
@@ -108,7 +111,7 @@ def test_adamw_over_a_list(dtype, moments, masters, stochastic, device, randn):
 
 @pytest.mark.parametrize("why", ("infinite norm", "NaN norm", "found_inf"))
 def test_adamw_skips(why, device, randn):
-    """Nothing changes except the counter `skipped`."""
+    """A step with a norm that is not finite, or with found_inf set, changes nothing except the counter `skipped`."""
     mine = state(randn, torch.bfloat16, torch.float32, True)
     before = copied(mine)
     skipped = torch.full((), 5, dtype=torch.int64, device=device)

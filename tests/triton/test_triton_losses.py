@@ -39,7 +39,7 @@ def integers(*values, device, dtype=torch.int64):
 
 
 def assert_near(got, want, dtype, times=8):
-    """Within `times` eps of dtype of the largest value."""
+    """Asserts that no error exceeds `times` * eps of dtype * the largest magnitude in `want`."""
     assert got.shape == want.shape
     scale = float(want.abs().max()) if want.numel() else 0.0
     assert float((got.double() - want.double()).abs().max() if want.numel() else 0) <= times * torch.finfo(dtype).eps * scale
@@ -59,7 +59,9 @@ def functions_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
 
 
 def test_elementary_functions(device):
-    """Within 4 ulp over the whole range and near 0; infinities and NaN as in PyTorch."""
+    """The kernels' exp, log and similar functions are within 4 ulp over their whole ranges and near 0, and treat infinity and
+    NaN as PyTorch does.
+    """
     magnitudes = torch.logspace(-6, math.log10(80), 400)
     special = torch.tensor([0.0, float("inf"), -float("inf"), float("nan"), 88.5, -85.0, 0.35, -0.35, 1.0, -1.0])
     x = torch.cat((magnitudes, -magnitudes, special)).to(device)
@@ -109,7 +111,7 @@ def test_logprobs_of_a_shard(softcap, dtype, device, randn):
             assert_near(mine, want, torch.float32, 64)
     assert torch.equal(got[3], best.indices + 100 == tokens)
     assert fwd(hidden, weight, best.indices + 100, *options, False, False, True)[3].all()
-    assert not fwd(hidden, weight, best.indices, *options, False, False, True)[3].any()  # of another shard
+    assert not fwd(hidden, weight, best.indices, *options, False, False, True)[3].any()  # tokens of another shard
     assert not fwd(hidden, weight, tokens, *options, False, False, False)[3].numel()  # returned only on request
     upstreams = [randn(9) for _ in range(4)]
     want = torch.autograd.grad([logprobs, entropy, lse, total], wide, [u.double() for u in upstreams])
@@ -120,7 +122,9 @@ def test_logprobs_of_a_shard(softcap, dtype, device, randn):
 
 
 def test_best_of_ties_is_the_first(device):
-    """Ties between blocks of the vocabulary and inside a block."""
+    """Of tokens with equal largest logits the first is the best one, also where the others lie in another block of the
+    vocabulary.
+    """
     weight = torch.zeros(700, 16, device=device)
     weight[[300, 301, 650]] = 1.0
     hidden = torch.ones(2, 16, device=device)
@@ -141,7 +145,9 @@ def test_chunks_cover_the_rows():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_several_chunks(dtype, device, randn, generator, monkeypatch):
-    """With two chunks of rows the forward keeps its bits and the gradients their accuracy, whichever pass computes them."""
+    """Divided into two chunks of rows, the forward has the bits of one chunk. The gradients are as accurate, whether the
+    forward or the backward computes them.
+    """
     hidden, weight = randn(150, 24, dtype=dtype), randn(40, 24, dtype=dtype)
     labels = torch.randint(40, (150,), generator=generator, device=device)
     labels[::7] = -100
@@ -173,7 +179,9 @@ def test_several_chunks(dtype, device, randn, generator, monkeypatch):
 
 @pytest.mark.parametrize("scale", (65536.0, 1e-6))
 def test_float16_gradients_neither_overflow_nor_vanish(scale, device, randn, generator):
-    """A loss scale beyond float16's range and one that would round all to 0: exact up to float16's own rounding."""
+    """Upstream gradients (loss scales) beyond float16's range, or so small that unscaled gradients would round to 0, give
+    gradients that are exact up to float16's own rounding.
+    """
     hidden, weight = randn(40, 16, dtype=torch.float16), randn(50, 16, dtype=torch.float16)
     labels = torch.randint(50, (40,), generator=generator, device=device)
     args = hidden, weight, labels, None, -100, 0.0, 0.0, 0.0
@@ -202,7 +210,9 @@ def test_smoothed_and_capped_agree_with_given_logits(device, randn, generator):
 # ---------------------------------------------------------------------------------------------------- labels and logits
 @pytest.mark.parametrize("labels", ([3, -1, 2], [3, 40, 2], [3, -(2**40), 2], [3, 2**33, 2]), ids=str)
 def test_bad_labels(labels, device, randn, word):
-    """Their rows become NaN, the others are unchanged, the error bit is set, and nothing outside is read."""
+    """Rows whose label is out of range become NaN, the others are unchanged, the error bit is set, and nothing outside the
+    weight is read.
+    """
     hidden, weight = randn(3, 8), randn(40, 8)
     labels = integers(*labels, device=device)
     logits = hidden @ weight.T
@@ -290,7 +300,7 @@ def test_gae_over_several_blocks(device, randn, generator, monkeypatch):
     cu = torch.tensor((0, *lengths)).cumsum(0).to(torch.int32).to(device)
     rewards, values = randn(sum(lengths)), randn(sum(lengths))
     mask = torch.rand(sum(lengths), generator=generator, device=device) > 0.4
-    mask[20:60] = False  # whole blocks without an unmasked token
+    mask[20:60] = False  # some blocks of tokens are fully masked
     values[30] = float("nan")
     bootstrap = randn(len(lengths))
     got = ik.gae(rewards, values, cu, mask=mask, bootstrap=bootstrap, gamma=0.97, lam=0.9, backend="triton")

@@ -1,5 +1,5 @@
-"""Triton's loss kernels on rows whose offsets pass 2^31. Operators on vectors have no such offsets, since they copy strided
-inputs.
+"""Triton's loss kernels on matrices whose rows begin at offsets beyond 2^31 elements. Operators on vectors never meet such
+offsets, since they copy strided inputs.
 """
 
 from far import assert_far

@@ -1,4 +1,4 @@
-"""Builds csrc/cuda and its bindings with g++ for the CPU: the `.cuda` overloads, registered for CPU tensors."""
+"""Builds csrc/cuda and its bindings with g++ for the CPU. The library registers the `.cuda` overloads for CPU tensors."""
 
 import re
 import shutil
@@ -44,7 +44,9 @@ def _replace(text: str, pattern: str, by: str) -> str:
 
 
 def _sources(folder: Path) -> list[Path]:
-    """Copies of the sources in which launches, stream and registration are replaced; the kernels' own code is unchanged."""
+    """Copies the sources to `folder`, with kernel launches, the stream and the registration replaced by the emulator's. The
+    code of the kernels is unchanged.
+    """
     (folder / "cuda").mkdir(parents=True)
     for header in [*CSRC.glob("*.h"), *CSRC.glob("cuda/*.cuh")]:
         shutil.copy(header, folder / header.relative_to(CSRC))

@@ -14,7 +14,9 @@ CPU = torch.device("cpu")
 
 
 def ladder(name, case, dtype):
-    """Forward and backward within the error ladder; fresh memory is filled with NaN, so that every output must be written."""
+    """Forward and backward pass the error ladder (testing.py's check of errors against a float64 gold). Fresh memory is filled
+    with NaN, so an output element that no kernel writes fails too.
+    """
     op, generator = ik.OPS[name], torch.Generator().manual_seed(7)
     sample = op.workload.sample(case, dtype, CPU, generator)
     upstream = draw_upstream(op, sample, 1.0, generator)
@@ -28,7 +30,10 @@ def small(name):
 
 
 def rms_norm_shapes():
-    """A warp a row, 1, 2 and 4 pieces a thread, rows too long to be kept; 16-byte and single accesses; several rows a chunk."""
+    """Sizes for each form of the kernels: one warp for each row; a block for each row whose threads keep 1, 2 or 4 pieces of it
+    in registers; rows too long to be kept; 16-byte and single-element accesses; and several rows for each chunk of the
+    backward.
+    """
     bf16, f32 = torch.bfloat16, torch.float32
     for rows, cols, dtype in ((3, 384, bf16), (2, 4096, bf16), (2, 8192, bf16), (2, 8200, bf16), (2, 8193, bf16),
                               (3, 509, f32), (2, 2048, f32), (1, 8192, f32), (1, 8196, f32)):
@@ -45,7 +50,7 @@ def qkv_rope_shapes():
 
 
 def alignment_changes_no_bit():
-    """A row that is not aligned to 16 bytes is read in single accesses, with sums in the same order."""
+    """A row that is not aligned to 16 bytes is read element by element, but summed in the same order, so the bits are equal."""
     x, weight = torch.randn(6, 7, 256), torch.randn(128)
     want = ik.rms_norm(x[:, 1:6, 8:136].contiguous(), weight, backend="cuda")
     assert torch.equal(ik.rms_norm(x[:, 1:6, 8:136], weight, backend="cuda"), want)
@@ -99,7 +104,7 @@ def one_cache(dtype, heads, kv_heads, d, quantized, word):
 def main(library, name):
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # poisons fresh memory
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     torch.ops.load_library(library)
     for op in ("rms_norm", "qkv_rope"):
         ik.OPS[op].usable["cpu"] += ("cuda",)

@@ -1,6 +1,6 @@
-// CUDA on a CPU, slowly: every thread of a block is a thread here, blocks run one after the other. Enough of the language
-// for csrc/cuda to be compiled by g++ and checked bit by bit where there is no GPU. What it cannot see: races that a
-// barrier between blocks hides, memory models, speed.
+// CUDA on a CPU, slowly: every CUDA thread of a block is a thread of the CPU, and blocks run one after the other. It covers
+// enough of the language for csrc/cuda to be compiled by g++ and checked bit by bit where there is no GPU. It cannot show
+// races between blocks, effects of the GPU's memory model, or speed.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -44,7 +44,7 @@ template <typename F> void launch(unsigned grid, dim3 size, const F& kernel) {
       for (unsigned b = 0; b < grid; ++b) {
         block_index = {b, 0, 0};
         kernel();
-        next.arrive_and_wait();  // `static` stands for __shared__, so blocks must not overlap
+        next.arrive_and_wait();  // shared memory is a `static` variable here, which only one block may use at a time
       }
     });
   }

@@ -41,17 +41,18 @@ class FusedAdamW(Optimizer):
       moment_dtype         float32, or bfloat16: half the memory, and always stochastically rounded
       max_grad_norm        clip by the global norm on the device; None: no clipping
       skip_nonfinite       skip a step whose gradient norm is not finite, since one NaN would stay in the weights forever.
-                           It reads the gradients once more. False, without max_grad_norm, is as in PyTorch's AdamW
-      seed                 of the random bits
-      backend              of all operators; None: the first usable one on each device
+                           The norm takes one more read of the gradients. With False and no max_grad_norm no norm is
+                           computed, as in PyTorch's AdamW
+      seed                 seed of the random bits
+      backend              backend of all operators; None: the first usable one on each device
 
     Skipped steps: a step changes nothing but `skipped` if its gradient norm or its lr tensor is not finite, or if a
     `GradScaler` found an infinity. The device decides; the host does not wait. The squared norm is a float32, so that a norm
     above 1.8e19, before division by the loss scale, counts as infinite.
 
-    Masters are created in a parameter's first step or loaded, and every later step starts from them. Call
-    `refresh_masters()` after writing to parameters yourself; otherwise the next step undoes it. In the first step after
-    loading, a parameter that its master does not round to counts instead of the master, with a warning.
+    Masters (the float32 copies) are created in the first step of a parameter or loaded, and every later step starts from them.
+    Call `refresh_masters()` after writing to parameters yourself; otherwise the next step overwrites your values. In the first
+    step after loading, where a master does not round to its parameter, the parameter is used instead, with a warning.
 
     State: step (float32, counts to 2^24), exp_avg, exp_avg_sq and master take 8 to 12 bytes an element, or 4 with bfloat16
     moments and no master. State dictionaries are exchanged with `torch.optim.AdamW`; resuming is bitwise. FSDP2's DTensor

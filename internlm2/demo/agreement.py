@@ -1,8 +1,9 @@
 """Does a model learn with the kernels as it does with plain PyTorch operators? Two checks over whole runs of the demo's model.
 
 float32:  the first 20 losses of both sides, from the same weights on the same batches, differ by at most 1e-4.
-bfloat16: the mean of the kernels' last 50 losses lies within 2 standard deviations of the mean over three plain runs. The
-          plain runs differ in the seed of their weights; the kernels' run has the first one's seed; all see the same batches.
+bfloat16: the mean of the last 50 losses with the kernels lies within 2 standard deviations of its mean over three plain runs.
+          The plain runs differ in the seed of their weights, and the run with the kernels has the seed of the first of them.
+          All runs see the same batches.
 """
 
 import dataclasses

@@ -10,8 +10,8 @@ The backward works on chunks of rows and has two steps:
    the products of float16.
 
 The chunk size follows from CHUNK_BYTES and the number of rows alone. float16 cannot represent a gradient that has been divided
-by thousands of tokens. For float16 the coefficients of a chunk are therefore divided by the largest of them, the peak, and the
-products are multiplied by the peak again in float32.
+by thousands of tokens. For float16 the coefficients of a chunk (see below) are therefore divided by the largest of their
+absolute values, the peak, and the products are multiplied by the peak again in float32.
 
 Coefficients: d loss / d logit_j = p_j (a - b (logit_j - lse)) + c for every column j but the label's, and
 a (p_j - 1) - b p_j (logit_j - lse) + c + s for the label's column. Each operator computes the four coefficients a, b, c, s of

@@ -1,8 +1,8 @@
 """PPO's experience and its two losses, on packed sequences and the kernels (arXiv:2403.17297 section 4.2.3).
 
-Index t of every vector [T] stands for the choice of the token that follows token t: its log-probability, its reward, and the
-value of the state in which it was made. `mask` marks the choices that the actor made: those whose next token belongs to a
-response.
+Index t of every vector [T] stands for the choice of the token that follows token t: the vectors hold the log-probability of
+this choice, its reward, and the value of the state in which it was made. `mask` marks the choices of the actor: those where
+the token that follows belongs to a response.
 """
 
 import math

@@ -1,4 +1,5 @@
-"""What the static audit demands of the compiled kernels beyond their resources: wide accesses, tensor cores, true reasons.
+"""What the static audit demands of the machine code of kernels: wide memory accesses, products on the tensor cores, and that
+every exception which `tools/audit.py` allows is still needed. Registers, spills and shared memory are checked there.
 
 `python -m tools.audit` applies the rules to what it compiled, and `--check` fails where one is broken.
 """

@@ -49,7 +49,7 @@ class Loop:
         return " ".join(("loop" if self.is_loop else "all", *map(str, self.counts().values())))
 
     def bytes_loaded(self) -> int:
-        """Bytes that one thread loads from global memory."""
+        """Bytes that one thread loads from global memory in one pass of the path."""
         loads = [i for i in self.path if i.is_a(r"LDG|LDGSTS")]
         return sum(int(found.group(1)) // 8 if (found := re.search(r"\.(64|128)\b", i.text)) else
                    2 if ".U16" in i.text or ".S16" in i.text else 4 for i in loads)

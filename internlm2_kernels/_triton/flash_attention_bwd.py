@@ -21,8 +21,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Tile(NamedTuple):
-    """The tiling of one kernel. own: the keys (in the kernel of dq: the query rows) whose gradients a program computes; then
-    the query rows (in the kernel of dq: the keys) of one step of its loop, and its output columns."""
+    """The tiling of one kernel.
+
+    own     the keys whose gradients a program computes; in the kernel of dq, the query rows
+    other   the query rows of one step of the program's loop; in the kernel of dq, the keys
+    values  the columns of the gradients that a program computes: a head of more columns takes several programs
+    """
 
     own: int
     other: int

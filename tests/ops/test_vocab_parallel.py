@@ -39,7 +39,7 @@ def draw(options, dtype):
 
 
 def sharded(rank, inputs, upstream):
-    """The results of the sharded call that the error ladder checks: the loss, the z-loss where it is returned, dhidden, and the
+    """The results of the sharded call whose errors are compared with PyTorch's: the loss, the z-loss where it is returned, dhidden, and the
     whole dweight, gathered from both ranks.
     """
     begin, end = ROWS[rank]

@@ -39,8 +39,8 @@ def draw(options, dtype):
 
 
 def sharded(rank, inputs, upstream):
-    """The results of the sharded call whose errors are compared with PyTorch's: the loss, the z-loss where it is returned, dhidden, and the
-    whole dweight, gathered from both ranks.
+    """The results of the sharded call whose errors are compared with PyTorch's: the loss, the z-loss where it is returned,
+    dhidden, and the whole dweight, gathered from both ranks.
     """
     begin, end = ROWS[rank]
     hidden, shard = inputs["hidden"].clone().requires_grad_(), inputs["weight"][begin:end].clone().requires_grad_()

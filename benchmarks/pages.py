@@ -56,9 +56,10 @@ def status(devices: list[Device]) -> str:
     lines = []
     for backend in BACKENDS:
         held = [device for device in devices if any(row["backend"] == backend and not row["red"] for row in device.rows)]
-        where = "; ".join(f"{device.info['device']}, {device.runs[0]['datetime'][:10]}" for device in held)
+        named = lambda info: f"{info['device']}, {info['cpu_isa']}" if info.get("cpu_isa") else info["device"]
+        where = "; ".join(f"{named(device.info)}, {device.runs[0]['datetime'][:10]}" for device in held)
         known = backend != "reference" and held
-        lines.append([f"`{backend}`", WHERE[backend], f"tested and measured ({where})" if known else UNMEASURED[backend]])
+        lines.append([f"`{backend}`", WHERE[backend], f"tested; measured on {where}" if known else UNMEASURED[backend]])
     return markdown_table(["backend", "runs on", "status"], lines)
 
 

@@ -376,12 +376,13 @@ def test_rows_older_than_a_change_of_their_arithmetic_are_marked(tmp_path, every
 
 
 def test_a_recorded_gpu_run_changes_the_status():
-    held = lambda backend, device: current.Device(Path("x"), [{"machine_info": {"device": device}, "datetime": "2026-02-03T"}],
-                                                  [row(backend=backend)])
-    before, after = pages.status([held("cpp", "EPYC")]), pages.status([held("cpp", "EPYC"), held("triton", "NVIDIA Test")])
+    held = lambda backend, device, isa: current.Device(
+        Path("x"), [{"machine_info": {"device": device, "cpu_isa": isa}, "datetime": "2026-02-03T"}], [row(backend=backend)])
+    cpu, gpu = held("cpp", "EPYC", "avx512"), held("triton", "NVIDIA Test", "")
+    before, after = pages.status([cpu]), pages.status([cpu, gpu])
     line = lambda text, backend: next(x for x in text.splitlines() if x.startswith(f"| `{backend}`"))
-    assert "measured (EPYC, 2026-02-03)" in line(before, "cpp") and "not yet run on hardware" in line(before, "triton")
-    assert "measured (NVIDIA Test, 2026-02-03)" in line(after, "triton") and "not yet" in line(after, "cuda")
+    assert "measured on EPYC, avx512, 2026-02-03" in line(before, "cpp") and "not yet run on hardware" in line(before, "triton")
+    assert "measured on NVIDIA Test, 2026-02-03" in line(after, "triton") and "not yet" in line(after, "cuda")
 
 
 def test_generated_pages_are_up_to_date():

@@ -27,7 +27,11 @@ def enabled(device: str) -> bool:
 
 def promoted(*tensors):
     """Under autocast, the floating-point tensors converted to the one dtype that they promote to. Otherwise unchanged."""
-    if len({getattr(t, "dtype", None) for t in tensors}) == 1:  # the dtypes are equal, as in most calls
+    first = getattr(tensors[0], "dtype", None)
+    for tensor in tensors:  # a loop, because a set of the dtypes would take twice the time
+        if getattr(tensor, "dtype", None) != first:
+            break
+    else:
         return tensors
     floats = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
     if not floats or not enabled(floats[0].device.type):

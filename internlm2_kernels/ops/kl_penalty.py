@@ -3,10 +3,10 @@
 import torch
 
 from .._autocast import promoted
-from .._autograd import once_differentiable
+from .._autograd import distinct, once_differentiable
 from .._checks import check_choice, check_float, check_mask, check_vector
 from .._registry import Op
-from ._losses import accumulator
+from ._losses import accumulator, flattened
 
 ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
 
@@ -68,14 +68,14 @@ def kl_penalty(logprobs, ref_logprobs, *, mask=None, estimator="k1", backend=Non
     """
     logprobs, ref_logprobs = promoted(logprobs, ref_logprobs)
     check_float("kl_penalty", "logprobs", logprobs)
-    other = check_vector("kl_penalty", "ref_logprobs", ref_logprobs, logprobs.shape, logprobs, "logprobs").view(-1)
+    other = check_vector("kl_penalty", "ref_logprobs", ref_logprobs, logprobs.shape, logprobs, "logprobs")
     mask = None if mask is None else check_mask("kl_penalty", mask, logprobs, "logprobs")
     check_choice("kl_penalty", "estimator", estimator, tuple(ESTIMATORS))
     chosen = KL_PENALTY.select(logprobs, backend)
     if chosen == "reference":
         return reference(logprobs, ref_logprobs, mask=mask, estimator=estimator)
-    flat, code = logprobs.contiguous().view(-1), ESTIMATORS[estimator]
-    mask = None if mask is None else mask.view(-1)
+    flat, other, code = flattened(logprobs), flattened(other), ESTIMATORS[estimator]
+    mask = None if mask is None else flattened(mask)
     if torch.is_grad_enabled() and (flat.requires_grad or other.requires_grad):
-        return _KLPenalty.apply(flat, other, mask, code, chosen).view(logprobs.shape)
+        return _KLPenalty.apply(*distinct(flat, other), mask, code, chosen).view(logprobs.shape)
     return _FWD[chosen](flat, other, mask, code).view(logprobs.shape)

@@ -69,8 +69,24 @@ def check_number(op, argument, value, expected, accept):
     except OverflowError:  # an integer that is too large for a float
         number = math.inf
     if not -LARGEST <= number <= LARGEST or not accept(number):
+        if accept(number) and abs(value) != math.inf:  # only its size is wrong
+            expected += ", within the range of float32"
         fail(ValueError, op, argument, expected, repr(value))
     return number
+
+
+def check_factory(op: str, device: object, dtype: object = None) -> None:
+    """Raises unless floating-point tensors of `dtype` can be made on `device`; None stands for PyTorch's default."""
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+        fail(TypeError, op, "dtype", "a floating-point torch.dtype or None", repr(dtype))
+    if device is None:
+        return
+    if isinstance(device, bool) or not isinstance(device, str | int | torch.device):
+        fail(TypeError, op, "device", "a torch.device, its name or None", repr(device))
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError):  # torch names no argument and lists every backend
+        fail(ValueError, op, "device", "a device of this machine that PyTorch was built for", repr(device))
 
 
 def check_labels(op, argument, labels, rows, like, of):
@@ -102,9 +118,9 @@ def check_values(op: str, argument: str, values: torch.Tensor | None, low: int, 
 
 
 def check_vector(op, argument, tensor, shape, like, of):
-    """Returns `tensor` contiguous. Raises unless it has `shape` and the floating-point dtype and device of `like`."""
+    """Returns `tensor` contiguous. Raises unless it has `shape` and the dtype and device of `like`."""
     check_tensor(op, argument, tensor)
-    if tensor.dtype not in FLOAT_DTYPES or tensor.dtype != like.dtype:
+    if tensor.dtype != like.dtype:
         fail(TypeError, op, argument, f"the dtype of {of}, {like.dtype}", tensor.dtype)
     if tensor.shape != shape:
         check_shape(op, argument, tensor, shape, f"the shape of {of}")

@@ -17,7 +17,7 @@ import importlib
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -176,21 +176,26 @@ def raise_unusable(op: Op, backend: str, device: str) -> None:
     raise ValueError(f"{op.name}: backend={backend!r} cannot run here: {why_not(op, backend, device)}")
 
 
-@contextlib.contextmanager
-def use_backend(backend: str | None) -> Iterator[None]:
+class use_backend(contextlib.ContextDecorator):  # noqa: N801, since it is used like a function
     """Run every operator inside the block on `backend`: reference, cpp, triton or cuda; None: the automatic choice.
 
     An operator that cannot run there raises `ValueError` with the reason. The setting holds for the whole process, because
     `torch.compile` cannot guard a thread-local value and would silently keep an old one. Of several open blocks the one that
-    began last counts.
+    began last counts. The same object may open several blocks, also one inside another.
     """
-    _check_name("backend", backend)
-    entry = [backend]
-    _enter(entry)
-    try:
-        yield
-    finally:
-        _leave(entry)
+
+    def __init__(self, backend: str | None) -> None:
+        _check_name("backend", backend)
+        self.backend = backend
+        self.entries: list[list[str | None]] = []  # of the blocks that this object has opened
+
+    def __enter__(self) -> None:
+        entry = [self.backend]
+        self.entries.append(entry)
+        _enter(entry)
+
+    def __exit__(self, *_: object) -> None:
+        _leave(self.entries.pop())
 
 
 def _lock() -> contextlib.AbstractContextManager:

@@ -1,16 +1,24 @@
 """The operators as torch modules, with the parameter names of the usual checkpoints."""
 
+import math
 import numbers
 
 import torch
 
-from ._checks import check_flag, check_float, check_tensor, fail
+from ._autocast import enabled as autocast_enabled
+from ._checks import check_device, check_factory, check_flag, check_float, check_tensor, fail
 from .ops._attention import check_options
 from .ops.apply_rope import apply_rope
 from .ops.flash_attention import flash_attention
 from .ops.rms_norm import rms_norm
 from .ops.rope_table import rope_table
 from .ops.swiglu import swiglu
+
+MOST_ELEMENTS = 2**32  # of one weight: far above those of any model, so that a mistyped size cannot request all memory
+
+
+def _whole(value):
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
 
 
 class RMSNorm(torch.nn.Module):
@@ -27,10 +35,11 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, normalized_shape, eps=None, elementwise_affine=True, device=None, dtype=None, *, rounding="once"):
         super().__init__()
         sizes = (normalized_shape,) if isinstance(normalized_shape, numbers.Integral) else normalized_shape
-        whole = lambda n: isinstance(n, numbers.Integral) and not isinstance(n, bool) and 1 <= n < 2**63
-        if not isinstance(sizes, tuple | list) or not sizes or not all(map(whole, sizes)):
-            fail(ValueError, "RMSNorm", "normalized_shape", "a size of at least 1, or several", repr(normalized_shape))
+        if not isinstance(sizes, tuple | list) or not sizes or not all(map(_whole, sizes)) or math.prod(sizes) > MOST_ELEMENTS:
+            fail(ValueError, "RMSNorm", "normalized_shape", f"a size from 1 to {MOST_ELEMENTS}, or several with such a product",
+                 repr(normalized_shape))
         check_flag("RMSNorm", "elementwise_affine", elementwise_affine)
+        check_factory("RMSNorm", device, dtype)
         sizes = tuple(map(int, sizes))
         self.normalized_shape, self.eps, self.elementwise_affine, self.rounding = sizes, eps, elementwise_affine, rounding
         weight = torch.nn.Parameter(torch.empty(sizes, device=device, dtype=dtype)) if elementwise_affine else None
@@ -65,12 +74,27 @@ class SwiGLU(torch.nn.Module):
 
     def __init__(self, hidden_size, intermediate_size, *, device=None, dtype=None):
         super().__init__()
+        for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
+            if not _whole(size):
+                fail(ValueError, "SwiGLU", name, "an int of at least 1", repr(size))
+        if hidden_size * intermediate_size > MOST_ELEMENTS:
+            fail(ValueError, "SwiGLU", "intermediate_size", f"at most {MOST_ELEMENTS} elements a weight",
+                 f"{hidden_size} x {intermediate_size}")
+        check_factory("SwiGLU", device, dtype)
         options = {"bias": False, "device": device, "dtype": dtype}
         self.w1 = torch.nn.Linear(hidden_size, intermediate_size, **options)
         self.w3 = torch.nn.Linear(hidden_size, intermediate_size, **options)
         self.w2 = torch.nn.Linear(intermediate_size, hidden_size, **options)
 
     def forward(self, x):
+        check_float("SwiGLU", "x", x)
+        if type(self.w1) is torch.nn.Linear and type(self.w1.weight) is torch.nn.Parameter:  # otherwise its class decides
+            weight = self.w1.weight
+            if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+                fail(ValueError, "SwiGLU", "x", f"shape [..., {weight.shape[1]}]", list(x.shape))
+            if x.dtype != weight.dtype and not autocast_enabled(x.device.type):
+                fail(TypeError, "SwiGLU", "x", f"the dtype of the weights, {weight.dtype}", x.dtype)
+            check_device("SwiGLU", "x", x, weight, "the weights")
         return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
@@ -102,6 +126,10 @@ class RotaryEmbedding(torch.nn.Module):
 
     def forward(self, q, k, positions=None):
         """Rotates q [..., S, H, d] and k [..., S, G, d]. Without `positions` every sequence counts from 0 along S."""
+        for name, x in (("q", q), ("k", k)):
+            check_float("RotaryEmbedding", name, x)
+            if x.dim() < 3:
+                fail(ValueError, "RotaryEmbedding", name, "shape [..., S, heads, head_dim]", list(x.shape))
         if positions is None:
             positions = torch.arange(q.shape[-3], device=q.device).expand(q.shape[:-2])
         return apply_rope(q, k, self.cos, self.sin, positions, interleaved=self.interleaved)

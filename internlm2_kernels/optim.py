@@ -1,9 +1,11 @@
 """`FusedAdamW`: AdamW over lists of parameters, with master weights or stochastic rounding, clipping, skipped steps."""
 
+from collections.abc import Iterable
+
 import torch
 from torch.optim import Optimizer
 
-from ._checks import FLOAT_DTYPES, check_flag, check_number, fail
+from ._checks import FLOAT_DTYPES, check_flag, check_number, check_tensor, fail
 from ._optim_state import LOW, STATE, check_saved, loaded_count, settle_masters, warn_of_masters
 from ._registry import BACKENDS, OPS
 from ._shards import check_placements, is_dtensor, local_of, offset_of, split_dimensions
@@ -69,12 +71,14 @@ class FusedAdamW(Optimizer):
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, *, master_weights=True,
                  stochastic_rounding=False, moment_dtype=torch.float32, max_grad_norm=None, skip_nonfinite=True, maximize=False,
                  seed=0, backend=None):
+        if not isinstance(params, Iterable) or isinstance(params, torch.Tensor):
+            fail(TypeError, "FusedAdamW", "params", "parameters, or groups of them", type(params).__name__)
         flags = {"master_weights": master_weights, "stochastic_rounding": stochastic_rounding, "skip_nonfinite": skip_nonfinite}
         for name, value in flags.items():
             check_flag("FusedAdamW", name, value)
         if master_weights and stochastic_rounding:
             fail(ValueError, "FusedAdamW", "stochastic_rounding", "False with master_weights, which it is in place of", True)
-        if moment_dtype not in (torch.float32, torch.bfloat16):
+        if not isinstance(moment_dtype, torch.dtype) or moment_dtype not in (torch.float32, torch.bfloat16):
             fail(TypeError, "FusedAdamW", "moment_dtype", "torch.float32 or torch.bfloat16", moment_dtype)
         if max_grad_norm is not None:
             check_number("FusedAdamW", "max_grad_norm", max_grad_norm, "None or a finite number > 0", lambda v: v > 0)
@@ -111,8 +115,15 @@ class FusedAdamW(Optimizer):
         """Checks the numbers and flags of a group. It reads no tensor, so that the host never waits for a device."""
         check_settings(op, group["betas"], group["eps"], group["weight_decay"])
         check_flag(op, "maximize", group["maximize"])
-        if not isinstance(group["lr"], torch.Tensor):
-            check_number(op, "lr", group["lr"], "a finite number >= 0", lambda v: v >= 0)
+        lr = group["lr"]
+        if not isinstance(lr, torch.Tensor):
+            check_number(op, "lr", lr, "a finite number >= 0", lambda v: v >= 0)
+            return
+        check_tensor(op, "lr", lr)
+        if lr.numel() != 1:
+            fail(ValueError, op, "lr", "a number or a tensor of one element", list(lr.shape))
+        if lr.is_complex() or lr.dtype == torch.bool:
+            fail(TypeError, op, "lr", "a tensor of a real number", lr.dtype)
 
     def _check_group(self, group, argument="params"):
         """Checks a group that was passed (`params`) or loaded (`state_dict`)."""
@@ -124,13 +135,8 @@ class FusedAdamW(Optimizer):
             if group.get(name, value) != value:
                 fail(ValueError, "FusedAdamW", argument, f"{name}={value}", group[name])
         self._check_numbers(op, group)
-        if isinstance(lr, torch.Tensor):
-            if lr.numel() != 1:
-                fail(ValueError, op, "lr", "a number or a tensor of one element", list(lr.shape))
-            if lr.is_complex() or lr.dtype == torch.bool:
-                fail(TypeError, op, "lr", "a tensor of a real number", lr.dtype)
-            if lr.device.type == "cpu":
-                check_number(op, "lr", lr.item(), "a finite number >= 0", lambda v: v >= 0)
+        if isinstance(lr, torch.Tensor) and lr.device.type == "cpu":
+            check_number(op, "lr", lr.item(), "a finite number >= 0", lambda v: v >= 0)
 
     def _check_dtypes(self, dtypes):
         for dtype in dtypes:
@@ -354,6 +360,8 @@ class FusedAdamW(Optimizer):
         """Makes one step. Returns what `closure` returns."""
         loss = None
         if closure is not None:
+            if not callable(closure):
+                fail(TypeError, "FusedAdamW", "closure", "a function or None", type(closure).__name__)
             with torch.enable_grad():
                 loss = closure()
         lists = self._lists()

@@ -133,6 +133,7 @@ def cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_l
     chosen = CROSS_ENTROPY.select(logits, backend)
     if chosen == "reference":
         check_values("cross_entropy", "labels", labels, 0, classes, ignore_index)
+        _, label_smoothing, z_loss, softcap, _ = options
         return reference(logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
                          softcap=softcap, reduction=reduction, return_z_loss=return_z_loss)
     flat = last_stride_1(logits if logits.dim() == 2 else logits.reshape(-1, classes))

@@ -155,6 +155,7 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, label_smo
     chosen = LINEAR_CROSS_ENTROPY.select(hidden, backend)
     if chosen == "reference":
         check_values("linear_cross_entropy", "labels", labels, 0, weight.shape[0], ignore_index)
+        _, label_smoothing, z_loss, softcap, _ = options
         return reference(hidden, weight, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
                          softcap=softcap, token_weights=token_weights, reduction=reduction, return_z_loss=return_z_loss)
     flat, weight, labels = as_matrix(hidden), last_stride_1(weight), labels.view(-1)

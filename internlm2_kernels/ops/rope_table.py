@@ -2,7 +2,7 @@
 
 import torch
 
-from .._checks import check_choice, check_number, check_tensor, fail
+from .._checks import check_choice, check_factory, check_number, check_tensor, fail
 from .._registry import Op
 from ._rope_scaling import check_scaling, inverse_frequencies
 
@@ -74,9 +74,10 @@ def rope_table(length_or_positions, head_dim, *, base=1e6, scaling=None, angles=
         fail(ValueError, "rope_table", "length_or_positions", "a length from 0 to 2^31 - 1", length_or_positions)
     if not isinstance(head_dim, int) or not 2 <= head_dim <= MAX_HEAD_DIM or head_dim % 2:
         fail(ValueError, "rope_table", "head_dim", f"an even int from 2 to {MAX_HEAD_DIM}", head_dim)
-    base = check_number("rope_table", "base", base, "a positive number", lambda v: 1e-30 <= v <= 1e30)
+    base = check_number("rope_table", "base", base, "a number from 1e-30 to 1e30", lambda v: 1e-30 <= v <= 1e30)
     check_choice("rope_table", "angles", angles, ("float64", "float32"))
     check_scaling(head_dim, scaling)
+    check_factory("rope_table", device)
     positions, inv_freq, divisor, magnitude = _resolve(length_or_positions, head_dim, base, scaling, angles, device)
     chosen = ROPE_TABLE.select(positions, backend)
     if chosen == "reference":

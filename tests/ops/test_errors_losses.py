@@ -53,7 +53,9 @@ def adamw(param=X, grad=X, m=X, v=X, master=None, **options):
 
 def numbers(call, op, argument, expected, wrong):
     """One case (call, exception, message) for each number in `wrong`, which the option `argument` must refuse."""
-    return [(call(**{argument: x}), ValueError, f"{op}: {argument}: expected {expected}, got {x!r}") for x in wrong]
+    only_too_large = lambda x: x in (10**400, 1e39) and "finite number >=" in expected
+    return [(call(**{argument: x}), ValueError, f"{op}: {argument}: expected {expected}"
+             f"{', within the range of float32' if only_too_large(x) else ''}, got {x!r}") for x in wrong]
 
 
 ANY = (NAN, INF, -INF, True, "1", 10**400)  # what every numeric option refuses; 10**400 is beyond float64
@@ -84,7 +86,7 @@ CASES = [
     (entropy(reduction=["mean"]), ValueError, "cross_entropy: reduction: expected 'mean', 'sum' or 'none', got ['mean']"),
     *numbers(entropy, "cross_entropy", "label_smoothing", "a number from 0 to 1", (*ANY, -0.1, 1.1)),
     *numbers(entropy, "cross_entropy", "z_loss", "a finite number >= 0", (*ANY, -1e-9)),
-    *numbers(entropy, "cross_entropy", "softcap", "0 (none) or a finite number > 0", (*ANY, -1.0, 1e-40, 1e40)),
+    *numbers(entropy, "cross_entropy", "softcap", "0 (none) or a number between 1e-30 and 1e30", (*ANY, -1.0, 1e-40, 1e40)),
     # linear_cross_entropy
     (linear(None), TypeError, "linear_cross_entropy: hidden: expected a tensor, got NoneType"),
     (linear(weight=WEIGHT.half()), TypeError,

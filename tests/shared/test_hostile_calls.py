@@ -4,6 +4,7 @@ A call takes the arguments of a smoke case and replaces up to three of them by s
 values are not checked: only that there is no other error, no endless loop and no request for an unreasonable amount of memory.
 """
 
+import contextlib
 import decimal
 import fractions
 import inspect
@@ -17,9 +18,15 @@ from shared import sample_of, smoke_cases
 from internlm2_kernels import OPS, FusedAdamW, nn, use_backend
 
 CALLS = 20_000
-# How an error message must begin, where it does not begin with the name of the called function. Any beginning is allowed for
-# FusedAdamW, since torch's own base class checks its parameters.
-SPEAKERS = {"RotaryEmbedding": "rope_table: ", "use_backend": "backend: ", "FusedAdamW": ""}
+# How an error message may begin, where it need not begin with the name of the called function. A module checks what its
+# operator does not, and torch's own base class of optimizers checks the parameters of FusedAdamW.
+SPEAKERS = {
+    "RMSNorm": ("RMSNorm: ", "rms_norm: "), "RotaryEmbedding": ("RotaryEmbedding: ", "rope_table: ", "apply_rope: "),
+    "SwiGLU": ("SwiGLU: ", "swiglu: "), "FlashAttention": ("FlashAttention: ", "flash_attention: "),
+    "use_backend": ("backend: ",),
+    "FusedAdamW": ("FusedAdamW: ", "params argument given to the optimizer should be", "optimizer can only optimize Tensors",
+                   "optimizer got an empty parameter list", "can't optimize a non-leaf Tensor"),
+}
 SECONDS = 20  # of processor time, after which a call counts as endless; the slowest takes a tenth of a second
 CPU = torch.device("cpu")
 SCALARS = (
@@ -85,18 +92,40 @@ def candidates():
     generator = torch.Generator().manual_seed(0)
     for op in OPS.values():
         options = {p.name: p.default for p in inspect.signature(op.public).parameters.values()
-                   if p.default is not p.empty and p.name != "device"}  # torch itself raises the error for a wrong device
+                   if p.default is not p.empty}
         for case in smoke_cases(op)[:2]:
             yield op.name, op.public, {**options, **sample_of(op, case, torch.float32, CPU, generator).inputs}
-    parameter = torch.nn.Parameter(torch.ones(3))
-    for module, usual in (
-        (nn.RMSNorm, {"normalized_shape": 8}), (nn.RotaryEmbedding, {"head_dim": 8, "max_length": 16}), (nn.FlashAttention, {}),
-        (FusedAdamW, {"params": [parameter]}), (use_backend, {"backend": "cpp"}),
+    draw = lambda *shape: torch.randn(*shape, generator=generator)
+    x, heads = draw(5, 8), {"q": draw(2, 5, 3, 8), "k": draw(2, 5, 1, 8)}
+    for module, usual, call in (
+        (nn.RMSNorm, {"normalized_shape": 8}, {"x": x, "residual": x}), (nn.SwiGLU, {"hidden_size": 8, "intermediate_size": 3},
+                                                                         {"x": x}),
+        (nn.RotaryEmbedding, {"head_dim": 8, "max_length": 16}, {**heads, "positions": torch.arange(10).view(2, 5)}),
+        (nn.FlashAttention, {}, {**heads, "v": heads["k"], "return_lse": False}),
     ):
         options = {p.name: p.default for p in inspect.signature(module).parameters.values() if p.default is not p.empty}
-        build = {use_backend: lambda **given: use_backend(**given).__enter__(),
-                 nn.RMSNorm: lambda **given: nn.RMSNorm(**given, device="meta")}.get(module, module)
-        yield module.__name__, build, {n: v for n, v in {**options, **usual}.items() if n not in ("device", "dtype")}
+        yield module.__name__, module, {**options, **usual}
+        yield module.__name__, module(**usual), call
+    options = {p.name: p.default for p in inspect.signature(FusedAdamW).parameters.values() if p.default is not p.empty}
+    yield "FusedAdamW", FusedAdamW, {**options, "params": [torch.nn.Parameter(torch.ones(3))]}
+    yield "FusedAdamW", stepped, {"grad": torch.ones(3), "closure": None, "lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8,
+                                  "weight_decay": 0.1, "maximize": False}
+    yield "use_backend", entered, {"backend": "cpp"}
+
+
+def entered(backend):
+    with use_backend(backend):
+        pass
+
+
+def stepped(grad, closure, **settings):
+    """One step of FusedAdamW after writing to its group, as a schedule does, and to the gradient of its parameter."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = FusedAdamW([parameter])
+    with contextlib.suppress(RuntimeError, TypeError):  # torch itself refuses most gradients that do not fit
+        parameter.grad = grad
+    optimizer.param_groups[0].update(settings)
+    optimizer.step(closure)
 
 
 def hostile_calls(seed, count):

@@ -33,6 +33,19 @@ def test_blocks_that_end_in_any_order_leave_nothing(order):
     assert _registry._entries == [] and chosen() == before
 
 
+def test_one_object_may_open_several_blocks():
+    """Inside one another, one after the other, and as a decorator."""
+    before, block = chosen(), use_backend("reference")
+    for _ in range(2):
+        with block:
+            with use_backend("cpp"), block:
+                assert chosen() == "reference"
+            assert chosen() == "reference"
+        assert chosen() == before
+    assert use_backend("reference")(chosen)() == "reference"
+    assert _registry._entries == [] and chosen() == before
+
+
 def test_threads(monkeypatch):
     before = _registry._forced
 

@@ -164,6 +164,15 @@ def test_a_coefficient_that_is_no_number_is_refused(kl_coef, generator):
         gather_experience(actor, actor, critic, *rollout(actor, generator), kl_coef=kl_coef)
 
 
+def test_lists_are_refused(generator):
+    actor, critic = InternLM2(TINY), RewardModel(TINY)
+    sound = rollout(actor, generator)
+    for place, name in enumerate(("tokens", "cu_seqlens", "mask", "scores")):
+        lists = [x.tolist() if i == place else x for i, x in enumerate(sound)]
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got list"):
+            gather_experience(actor, actor, critic, *lists)
+
+
 @pytest.mark.parametrize("spoil,message", (
     (lambda r: (r[0], r[1], r[2].int(), r[3]), "mask must be bool"),
     (lambda r: (*r, torch.ones(3, dtype=torch.bool)), r"truncated must be bool \[24\], got torch.bool \[3\]"),

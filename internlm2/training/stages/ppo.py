@@ -56,9 +56,14 @@ def gather_experience(
                  is worth nothing beyond the limit
     kl_coef:     the reward of a choice is -kl_coef (log p_actor - log p_reference), to which the last choice adds the score
     gamma, lam:  discount and decay of generalised advantage estimation. The report (arXiv:2403.17297) gives lam, but no gamma
-    Errors: ValueError where the mask holds the last token of a sequence, a sequence has no choice, or kl_coef, gamma, lam or
-            temperature is not a finite number. Without sequences the vectors are empty and kl is 0.
+    Errors: TypeError for what is no tensor. ValueError where the mask holds the last token of a sequence, a sequence has no
+            choice, or kl_coef, gamma, lam or temperature is not a finite number. Without sequences the vectors are empty and kl
+            is 0.
     """
+    vectors = {"tokens": tokens, "cu_seqlens": cu_seqlens, "mask": mask, "scores": scores, "truncated": truncated}
+    for name, value in vectors.items():
+        if not isinstance(value, Tensor) and (name != "truncated" or value is not None):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if isinstance(kl_coef, bool) or not isinstance(kl_coef, int | float) or not math.isfinite(kl_coef):
         raise ValueError(f"kl_coef must be a finite number, got {kl_coef!r}")
     ends = cu_seqlens[1:].to(torch.int64) - 1

@@ -31,7 +31,6 @@ from .report import (
     mean_columns,
     name_of,
     notes_of,
-    percent,
     rates_of,
 )
 
@@ -103,12 +102,12 @@ def speed(devices: list[Device], base: Path = ROOT) -> str:
     for rows in groups:
         lines.append([f"`{rows[0]['op']}`{f' {CHANGED}' if any(row['changed'] for row in rows) else ''}",
                       WAYS[rows[0]["direction"]], str(len(rows)), mean(rows, "eager"), strongest(rows),
-                      percent([row.get("limit_fraction") for row in rows]), gates_of([judge(row, gates) for row in rows])])
+                      gates_of([judge(row, gates) for row in rows])])
     used = [run for run in device.runs if run["path"].stem in {row["record"] for rows in groups for row in rows}]
     commits = ", ".join(dict.fromkeys(commit_of(run) for run in used))
     dates = sorted({run["datetime"][:10] for run in used})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    head = ["operator", "direction", "sizes", "x eager PyTorch", "x fastest other peer", "% of limit", "gates"]
+    head = ["operator", "direction", "sizes", "x eager PyTorch", "x fastest other peer", "gates"]
     parts = [f"{machine_of(used[0])}; bfloat16; commit{'s' if ',' in commits else ''} {commits}, {when}.",
              markdown_table(head, lines)]
     if any(row["changed"] for rows in groups for row in rows):

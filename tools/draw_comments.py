@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON, C, HASH = (".py",), (".h", ".cpp", ".cu", ".cuh"), (".toml", ".sh", ".yml", ".yaml")
 CONTEXT = 4  # lines of code after the comment
 FEWEST_WORDS = 4  # shorter ones are labels
+NO_PROSE = re.compile(r"(#|//) ?(---|===|namespace |fmt: |type: |noqa)|#!")  # rules between sections, closers, marks for tools
 C_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'|(//[^\n]*)|(/\*.*?\*/)', re.S)
 
 
@@ -89,9 +90,9 @@ def comments_of(path: Path) -> list[Comment]:
     if reader is None or not path.is_file():
         return []
     source = path.read_text()
-    found = joined(reader(path, source), source.splitlines())
-    return [comment for comment in found if len(re.findall(r"[A-Za-z]{2,}", comment.text)) >= FEWEST_WORDS
-            and not comment.text.startswith("#!") and "noqa" not in comment.text]
+    prose = [comment for comment in reader(path, source) if not NO_PROSE.match(comment.text)]
+    found = joined(prose, source.splitlines())
+    return [comment for comment in found if len(re.findall(r"[A-Za-z]{2,}", comment.text)) >= FEWEST_WORDS]
 
 
 def shown(comment: Comment) -> str:

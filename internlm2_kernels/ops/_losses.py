@@ -73,7 +73,8 @@ def check_loss_options(op, ignore_index, label_smoothing, z_loss, softcap, reduc
         fail(ValueError, op, "ignore_index", "an integer of 32 bits", repr(ignore_index))
     numbers = (check_number(op, "label_smoothing", label_smoothing, "a number from 0 to 1", lambda v: 0 <= v <= 1),
                check_number(op, "z_loss", z_loss, "a finite number >= 0", lambda v: v >= 0),
-               check_number(op, "softcap", softcap, "0 (none) or a number between 1e-30 and 1e30", lambda v: v == 0 or 1e-30 < v < 1e30))
+               check_number(op, "softcap", softcap, "0 (none) or a number between 1e-30 and 1e30",
+                            lambda v: v == 0 or 1e-30 < v < 1e30))
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         fail(ValueError, op, "reduction", "'mean', 'sum' or 'none'", repr(reduction))
     check_flag(op, "return_z_loss", return_z_loss)

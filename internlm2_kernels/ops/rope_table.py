@@ -36,7 +36,7 @@ MAX_HEAD_DIM = 2**16  # far above any head size, so that a mistyped number canno
 ROPE_TABLE = Op(
     name="rope_table",
     source="arXiv:2104.09864; scalings: arXiv:2306.15595, arXiv:2309.00071",
-    summary="cos and sin of rotary angles, from float64 angles",
+    summary="cos and sin of rotary angles, from float64 angles or the released code's float32 ones",
     reference=reference,
     schemas={"fwd": "(Tensor positions, Tensor inv_freq, float divisor, float magnitude, bool float32_angles)"
                     " -> (Tensor cos, Tensor sin)"},

@@ -58,6 +58,8 @@ class Workload:
     contiguous  the arguments that must be contiguous: the operator raises an error for any other layout
     copies      the aten operators that a call uses outside its kernels: to copy inputs, where it updates in place, or to make
                 a few numbers that do not grow with its inputs
+    counters    counters(sample): what the counters that a registered function updates in place, beside the outputs, hold after
+                a call, by argument of that function
     domain      for tests that draw sizes at random: (lowest, highest, step) of each entry of a case's `dims`
     """
 
@@ -71,4 +73,5 @@ class Workload:
     rowwise: bool = True
     contiguous: tuple[str, ...] = ()
     copies: tuple[str, ...] = ()
+    counters: Callable[[Sample], dict[str, float]] | None = None
     domain: dict[str, tuple[int, int, int]] = field(default_factory=dict)

@@ -61,5 +61,6 @@ WORKLOAD = Workload(
     flops=lambda dims, direction: 15 * dims["elements"],
     rowwise=False,
     copies=("clone", "full"),
+    counters=lambda sample: {"steps": sample.inputs["step"], "skipped": 0},
     domain={"elements": (0, 3000, 1), "step": (1, 100, 1)},
 )

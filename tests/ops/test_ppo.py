@@ -214,7 +214,7 @@ def test_explained_variance_of_constant_returns(tokens, backend, generator):
             assert got < -1 if other == 0.2 else math.isnan(got), (other, got)
         tiny = torch.full((tokens,), 1e-30)
         tiny[last] = 2e-30
-        assert explained(tiny) in (-math.inf, 0)  # its variance is below float32's range, but not below that of double
+        assert explained(tiny) == 0  # float32, in which it is computed, has no number as small as their variance but 0
     assert math.isnan(explained(torch.full((tokens,), math.inf)))
     mask.zero_()
     assert explained(values) == 0

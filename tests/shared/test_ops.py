@@ -14,6 +14,7 @@ from shared import (
     DTYPES,
     Recorder,
     assert_bitwise,
+    counted,
     instruction_set,
     row_count,
     sample_of,
@@ -39,6 +40,9 @@ def test_ladder(op, variant, backend, dtype, direction, device, seed, record_pro
     for problem in gold.interpreted(found, dtype) if variant[1] == "interpreted" else found:
         draws = [Draw(x.sample, run(op, x.sample, backend, x.upstream), x.upstream, x.by) for x in problem.inputs]
         assert_ladder(op, draws, f"{problem.case} upstream {problem.scale} {backend}")
+        if op.workload.counters and backend != "reference":  # which registers nothing: the optimizer's tests count its steps
+            sample = problem.inputs[0].sample
+            assert counted(op, sample, backend) == op.workload.counters(sample), problem.case
     record_property("cell", cell_name(op, backend, direction, dtype, variant[1]))
 
 

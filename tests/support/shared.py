@@ -101,6 +101,29 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Written(TorchDispatchMode):
+    """Collects in `arguments`, by name, the arguments that registered functions of this package have written to."""
+
+    def __init__(self):
+        super().__init__()
+        self.arguments = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "internlm2":
+            pairs = zip(func._schema.arguments, args, strict=False)
+            self.arguments |= {a.name: value for a, value in pairs if a.alias_info is not None and a.alias_info.is_write}
+        return result
+
+
+def counted(op: Op, sample: Sample, backend: str) -> dict[str, float]:
+    """What the counters that `op.workload.counters` names hold after one call."""
+    with Written() as written, torch.no_grad():
+        op.public(**sample.inputs, backend=backend)
+    values = {name: written.arguments[name] for name in op.workload.counters(sample)}
+    return {name: float(value[0] if isinstance(value, list) else value) for name, value in values.items()}
+
+
 def strided_copies(x: torch.Tensor):
     """Pairs (name, tensor equal to x with other strides): a slice of a larger tensor, a transposed tensor, last stride 2."""
     wide = torch.full((*x.shape[:-1], x.shape[-1] + 13), float("nan") if x.is_floating_point() else -1,

@@ -104,9 +104,10 @@ template <typename Acc> void value_total(const PpoLoss& a) {
   ValueSums sums;
   for (int64_t chunk = 0; chunk * kPpoChunk < a.n; ++chunk) sums.add(a.partial + chunk * kValueSums);
   const double count = sums.returns.count, squares = sums.returns.squares;
-  // Returns that are all equal have as variance only the rounding error of their mean: explained_variance is then 0.
+  // Returns that are all equal have as variance only the rounding error of their mean: explained_variance is then 0. It is also
+  // 0 where the variance is too small for Acc, in which `squares` is summed up within a block (but not between blocks).
   const double noise = 8 * std::numeric_limits<Acc>::epsilon() * sums.returns.mean;
-  const bool flat = count == 0 || squares <= count * noise * noise;
+  const bool flat = squares <= count * noise * noise || static_cast<Acc>(over(squares, count)) == 0;
   put_results<Acc>(a, 0.5 * sums.loss, sums.clipped, flat ? 0 : 1 - sums.errors.squares / squares, count);
 }
 

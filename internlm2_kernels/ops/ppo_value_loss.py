@@ -44,7 +44,7 @@ def ppo_value_loss(values, old_values, returns, mask, *, clip=None, backend=None
 
     Shapes:   values, old_values, returns, mask [...] -> loss [], stats: clip_fraction [] (the share of unmasked tokens
               that take the clipped term), explained_variance [] (1 - Var(R - v) / Var(R) over the mask, 0 where Var(R) is
-              0 or within the rounding of the mean of R)
+              0 in float32 (float64) or within the rounding of the mean of R)
     Dtypes:   float32 | bfloat16 | float16 | float64, all equal; mask bool, or numbers of which all but 0 count; loss and
               statistics are computed and returned in float32 (float64)
     Backward: saves its inputs and the count. The gradient is that of values; old_values and returns are targets. It is 0

@@ -16,7 +16,8 @@ const char* name_of(Dtype dtype) {
 }
 
 template <typename T>
-void check_length(const char* argument, const std::vector<T>& list, size_t length, const char* what = " tensors, as many as params") {
+void check_length(const char* argument, const std::vector<T>& list, size_t length,
+                  const char* what = " tensors, as many as params") {
   INTERNLM2_CHECK_VALUE(list.size() == length, kOp, argument, length, what, ", got ", list.size());
 }
 

@@ -20,7 +20,7 @@ struct AdamwTensor {
   int64_t numel, offset;  // offset: the element of the unsharded tensor at which this shard begins
   // decay = 1 - lr weight_decay, step_size = lr / (1 - beta1^step), root_scale = 1 / sqrt(1 - beta2^step)
   double decay, step_size, root_scale;
-  uint32_t index, step;  // of the tensor and of the update; the random bits follow from both, the seed and offset + element
+  uint32_t index, step;  // of the tensor, and of the update: the random bits follow from both, the seed and the element
 };
 
 struct Adamw {

@@ -30,8 +30,6 @@ struct Attention {
   int64_t lse_sequence_stride, lse_head_stride;  // of lse, and in the backward of dlse, shift and delta
 
   ATTENTION_INLINE int64_t group() const { return heads / kv_heads; }
-  ATTENTION_INLINE int64_t begin_q(int64_t s) const { return cu_q ? cu_q[s] : 0; }
-  ATTENTION_INLINE int64_t begin_k(int64_t s) const { return cu_k ? cu_k[s] : 0; }
   ATTENTION_INLINE int64_t length_q(int64_t s) const { return cu_q ? cu_q[s + 1] - cu_q[s] : seqlen_q; }
   ATTENTION_INLINE int64_t length_k(int64_t s) const {
     if (seqlens_k) return seqlens_k[s];

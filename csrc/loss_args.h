@@ -74,7 +74,7 @@ struct LossRows {
 // Collects the losses of rows into a tensor: one for each row (Reduction::none), or their sum times a factor as one number.
 class LossSum {
  public:
-  // Where not `wanted`, the tensor has no elements.
+  // If `wanted` is false, the tensor has no elements.
   LossSum(const Tensor& like, const LossRows& rows, bool wanted)
       : each_(rows.reduction == Reduction::none),
         out_(each_ || !wanted ? torch::stable::new_empty(like, {wanted ? rows.rows : 0}, accumulator_of(like))

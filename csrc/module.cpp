@@ -32,7 +32,8 @@ PYBIND11_MODULE(_C, m) {
     }
   }, py::arg("name"), "Forces an instruction set in this process. Kernels that have no build for it use the next lower one.");
   m.def("set_error_word", [](int device, uintptr_t word) { set_error_word(device, reinterpret_cast<int*>(word)); },
-        py::arg("device"), py::arg("word"), "Sets the address of the int32 on a CUDA device in which kernels record a bad index.");
+        py::arg("device"), py::arg("word"),
+        "Sets the address of the int32 on a CUDA device in which kernels record a bad index.");
   m.def("set_error_word_maker", [](py::function maker) {
     auto* kept = new py::function(std::move(maker));  // never freed: the interpreter ends before this library does
     set_error_word_maker([kept](int device) {
@@ -43,5 +44,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("device_errors", [] {
     return std::map<std::string, int>{{"qkv_rope: positions", kQkvRopePositions}, {"qkv_rope: cache.slots", kQkvRopeSlots}};
   }, "The bits of the error word that the compiled kernels set.");
-  m.def("signatures", [] { return signatures(); }, "The C++ signature of every registered overload, for tests to compare with the schemas.");
+  m.def("signatures", [] { return signatures(); },
+        "The C++ signature of every registered overload, for tests to compare with the schemas.");
 }

@@ -13,8 +13,9 @@ void check_values(const PagedFwd& a, int64_t blocks) {
   for (int64_t s = 0; s < a.sequences; ++s) {
     if (a.length_q(s) == 0) continue;
     const int64_t length = a.length_k(s), most = a.max_blocks * a.block_size;
-    INTERNLM2_CHECK_VALUE(length >= a.length_q(s) && length <= most, kOp, "seq_lens", "values from the new tokens of a sequence, ",
-                          a.length_q(s), " in sequence ", s, ", to max_blocks * block_size = ", most, ", got ", length);
+    INTERNLM2_CHECK_VALUE(length >= a.length_q(s) && length <= most, kOp, "seq_lens",
+                          "values from the new tokens of a sequence, ", a.length_q(s), " in sequence ", s,
+                          ", to max_blocks * block_size = ", most, ", got ", length);
     const int64_t used = (length + a.block_size - 1) / a.block_size;
     for (int64_t i = a.first_key(s, 0) / a.block_size; i < used; ++i) {
       const int64_t block = a.block_table[s * a.max_blocks + i];

@@ -18,7 +18,8 @@ struct RewardLoss {
   void *loss, *rewards, *slopes;
   const void *dloss, *drewards;
   void* drewards_total;           // [n]: dloss * slopes + drewards
-  void *dhidden, *dweight;        // [tokens, cols], [cols]
+  void* dhidden;                  // [tokens, cols]
+  void* dweight;                  // [cols]
 };
 
 INTERNLM2_CPU_KERNELS(

@@ -39,7 +39,7 @@ bool tiles_offered() {
 // thread's signal frame grows by the 8 KiB of the tiles. So it is asked for at the first call of an operator, not at loading.
 bool tiles_permitted() {
 #if defined(__x86_64__) && defined(__linux__) && !defined(INTERNLM2_EMULATE_AMX)
-  constexpr long request = 0x1023, data = 18;  // ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA
+  constexpr long request = 0x1023, data = 18;  // request is ARCH_REQ_XCOMP_PERM, data is XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, request, data) == 0;
 #else
   return true;

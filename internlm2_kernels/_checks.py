@@ -85,7 +85,7 @@ def check_factory(op: str, device: object, dtype: object = None) -> None:
         fail(TypeError, op, "device", "a torch.device, its name or None", repr(device))
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError, NotImplementedError):  # torch names no argument and lists every backend
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError):  # torch's own message does not name the argument
         fail(ValueError, op, "device", "a device of this machine that PyTorch was built for", repr(device))
 
 

@@ -213,7 +213,7 @@ def ppo_value_loss(dtype, meta):
 
 
 def qkv_rope(dtype, meta):
-    """The numbers of heads of the three InternLM2 models, and each dtype of cache."""
+    """Calls with the numbers of heads of the three InternLM2 models, without a cache and with each dtype of cache."""
     cos, positions, slots = meta(32768, 64, dtype=torch.float32), meta(4096, dtype=torch.int64), meta(4096, dtype=torch.int64)
     cache, cache8 = meta(512, 64, 8, 128, dtype=dtype), meta(512, 64, 8, 128, dtype=torch.int8)
     scale = meta(512, 64, 8, dtype=torch.float32)

@@ -113,7 +113,7 @@ template <typename P, typename G, typename M, bool kMaster, bool kStochastic> st
 
   void range(const Pointers<P, G, M>& p, int64_t n, int64_t element) const {
     int64_t i = 0;
-    const int64_t lead = kRandom ? element % 8 : 0;  // a counter gives bits to eight elements; a shard may begin among them
+    const int64_t lead = kRandom ? element % 8 : 0;  // eight elements share a counter of Philox; a shard may begin among them
     if (lead != 0) {
       i = std::min(n, 8 - lead);
       part(p, 0, i, lead, element - lead);

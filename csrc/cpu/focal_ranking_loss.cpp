@@ -6,9 +6,9 @@
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
 
-// What loss and gradient of a pair need, with d = chosen - rejected and e = exp(-|d|): softplus(-d) = max(0, -d) + log(1 + e),
-// and s = sigmoid(-d), which is e / (1 + e) for d > 0 and 1 / (1 + e) otherwise. Nothing cancels for either sign. `weight` is
-// (2 s)^gamma for d > 0 and 1 otherwise.
+// The terms from which loss and gradient of a pair are computed, with d = chosen - rejected and e = exp(-|d|):
+// softplus(-d) = max(0, -d) + log(1 + e), and s = sigmoid(-d), which is e / (1 + e) for d > 0 and 1 / (1 + e) otherwise.
+// Nothing cancels for either sign. `weight` is (2 s)^gamma for d > 0 and 1 otherwise.
 template <typename Acc> struct Focal { Vec<Acc> softplus, s, q, weight; };  // q = 1 - s
 
 template <bool kSquare, typename Acc> VEC_INLINE Focal<Acc> focal(Vec<Acc> d, Acc gamma) {

@@ -79,7 +79,8 @@ void bwd_token(const QkvRopeBwd& a, int64_t token, const Staged<acc_t<T>>& angle
 
 void qkv_rope_fwd(const QkvRopeFwd& a, int64_t begin, int64_t end) {
   WITH_STORAGE(a.dtype, T, {
-    for_tokens<T, false>(a.angles, begin, end, false, [&](int64_t token, const Staged<acc_t<T>>& angles, int64_t first, int64_t n) {
+    for_tokens<T, false>(a.angles, begin, end, false, [&](int64_t token, const Staged<acc_t<T>>& angles, int64_t first,
+                                                      int64_t n) {
       fwd_token<T>(a, token, angles, first, n);
     });
   })
@@ -87,7 +88,8 @@ void qkv_rope_fwd(const QkvRopeFwd& a, int64_t begin, int64_t end) {
 
 void qkv_rope_bwd(const QkvRopeBwd& a, int64_t begin, int64_t end) {
   WITH_STORAGE(a.dtype, T, {
-    for_tokens<T, false>(a.angles, begin, end, true, [&](int64_t token, const Staged<acc_t<T>>& angles, int64_t first, int64_t n) {
+    for_tokens<T, false>(a.angles, begin, end, true, [&](int64_t token, const Staged<acc_t<T>>& angles, int64_t first,
+                                                     int64_t n) {
       bwd_token<T>(a, token, angles, first, n);
     });
   })

@@ -38,8 +38,8 @@ VEC_INLINE void store_float(float* p, V x, int n) { _mm_maskstore_ps(p, first4(n
 constexpr double kLargest = 1 << 30;  // larger angles are left to the exact reduction of the C library
 
 // cos and sin for |x| <= kLargest, within 2e-15. x = n pi/2 + r with |r| <= pi/4: Taylor polynomials in r give cos r and sin r,
-// and n says which is which and their signs. r is x minus n times each of three parts of pi/2, by fma; the first subtraction is
-// exact.
+// and n decides which of the two is cos x, which is sin x, and their signs. r is x minus n times each of three parts of pi/2,
+// by fma; the first subtraction is exact.
 VEC_INLINE void cos_sin(V x, V& cos, V& sin) {
   const V t = fma(x, V(0.63661977236758134), V(0x1.8p52));  // n = round(x * 2/pi) stands in the low bits of t
   const V n = t - V(0x1.8p52);

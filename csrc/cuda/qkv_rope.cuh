@@ -92,7 +92,8 @@ __device__ __forceinline__ Place place_of(const RopeAngles& angles, const int64_
 
 // kCached: there are slots and a cache. Without it the kernel has no pointers to the cache, which saves registers.
 template <typename T, int n, bool kCached>
-__global__ void __launch_bounds__(256, kCached ? 2 : 3) qkv_rope_fwd_kernel(const QkvRopeFwd a, int64_t tokens, int* error, bool wide) {
+__global__ void __launch_bounds__(256, kCached ? 2 : 3)
+qkv_rope_fwd_kernel(const QkvRopeFwd a, int64_t tokens, int* error, bool wide) {
   const int64_t half = a.angles.half, d = 2 * half;
   const unsigned queries = static_cast<unsigned>(a.group), heads = static_cast<unsigned>(a.groups) * (queries + 2);
   for (int64_t token = blockIdx.x; token < tokens; token += gridDim.x) {
@@ -103,7 +104,8 @@ __global__ void __launch_bounds__(256, kCached ? 2 : 3) qkv_rope_fwd_kernel(cons
     for (int64_t col = static_cast<int64_t>(threadIdx.x) * n; col < half; col += static_cast<int64_t>(blockDim.x) * n) {
       const Angles<n> angles = angles_at<n>(a.angles, place.position, place.inside, col, wide);
       for (unsigned head = threadIdx.y; head < heads; head += blockDim.y) {
-        const unsigned group = head / (queries + 2), kind = head % (queries + 2);  // queries, then the key, then the value
+        // kind: below `queries` a query head, `queries` the key head, queries + 1 the value head.
+        const unsigned group = head / (queries + 2), kind = head % (queries + 2);
         Piece<T, n> first, second;
         load(first, x + head * d + col, half - col, wide);
         load(second, x + head * d + half + col, half - col, wide);

@@ -219,7 +219,7 @@ def forward(hidden, weight, labels, scale, softcap, *, first_token=0, stored=Non
     backward needs of each logit (see linear_head_bwd.py), or None."""
     (rows, depth), vocab = hidden.shape, weight.shape[0]
     tile = scores_tile(hidden, softcap)
-    shape = triton.cdiv(vocab, tile.cols), triton.cdiv(rows, 128) * 128  # padded: one alignment for any rows
+    shape = triton.cdiv(vocab, tile.cols), triton.cdiv(rows, 128) * 128  # padded: the alignment never depends on rows
     new = lambda wanted, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=hidden.device) if wanted else None
     blocks = Blocks(new(True), new(True), torch.empty(shape[1], dtype=torch.float32, device=hidden.device), new(needs_sum),
                     new(needs_moment), new(needs_index, torch.int32))

@@ -12,7 +12,7 @@ from .common import check_dtype, launch
 from .tables import _address_of, _find_chunk, aligned, table
 
 CHUNK = 32768  # elements that a program sums
-BLOCK = 4096  # elements that it loads in one step of its loop
+BLOCK = 4096  # elements that a program loads in one step of its loop
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 

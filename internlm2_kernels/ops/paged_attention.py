@@ -34,8 +34,8 @@ def _gather(cache, scale, blocks, length, dtype):
     return x * torch.where(s == 0, 1, s)[..., None]
 
 
-def _rows(q, seq_lens, cu_q):
-    """(first row, number of rows) in q of every sequence."""
+def _rows(seq_lens, cu_q):
+    """(first row, number of rows) of every sequence in q."""
     bounds = list(range(seq_lens.shape[0] + 1)) if cu_q is None else cu_q.tolist()
     return [(a, b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
 
@@ -52,7 +52,7 @@ def gathered(q, k_cache, v_cache, block_table, seq_lens, cu_q, k_scale, v_scale,
     """For every sequence (q [n, H, d], k [S, G, d], v [S, G, d]) in `dtype`, gathered from the cache. Blocks that lie wholly
     before the window of the first new token are left out."""
     size = k_cache.shape[1]
-    for (first, count), length, table in zip(_rows(q, seq_lens, cu_q), seq_lens.tolist(), block_table, strict=True):
+    for (first, count), length, table in zip(_rows(seq_lens, cu_q), seq_lens.tolist(), block_table, strict=True):
         begin, end = blocks_in_use(count, length, left, size)
         blocks, keys = table[begin:end], max(0, min(length, end * size) - begin * size)
         yield (q[first: first + count].to(dtype), _gather(k_cache, k_scale, blocks, keys, dtype),
@@ -152,8 +152,8 @@ def paged_attention(q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=
               multiplied as integers and more rows as bfloat16, so that the bits depend on the chunk size. The integers
               resolve 2^-16 of the largest |q_e| of a token and head
     Backward: none, for inference: an argument that requires a gradient is an error. Deterministic: yes
-    Errors:   ValueError and TypeError. A wrong length or block number raises on the CPU before memory is touched. On CUDA the
-              rows that use it become NaN, and `internlm2_kernels.check()` reports it
+    Errors:   ValueError and TypeError. On CUDA a wrong length or block number makes the rows that use it NaN, and `check()`
+              reports it
     Cost:     memory-bound: reads the used part of the cache once for each group of H / G heads.
               Source: arXiv:2309.06180 section 4.1
     """
@@ -190,7 +190,7 @@ def paged_attention(q, k_cache, v_cache, block_table, seq_lens, *, cu_seqlens_q=
     elif chosen == "reference":
         if cu_seqlens_q is not None:
             check_boundaries("paged_attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0], longest=max_q)
-        _check_values(k_cache, block_table, seq_lens, _rows(q, seq_lens, cu_seqlens_q), left)
+        _check_values(k_cache, block_table, seq_lens, _rows(seq_lens, cu_seqlens_q), left)
         return reference(q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q=cu_seqlens_q, scale=scale,
                          window=(left, 0), softcap=softcap, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
     q = last_stride_1(q)

@@ -174,7 +174,7 @@ def test_rows_round_as_the_whole_does_and_ranks_share_no_bits(results):
 def test_placements_that_are_added_up_or_refused(results):
     for found in (result["refusals"] for result in results.values()):
         assert found["partial"].startswith("FusedAdamW: params: expected DTensors that are sharded or replicated (")
-        assert found["norm"] == pytest.approx(math.sqrt(2 * 24 * 4))  # twice 1 in each of two shards of 24 elements
+        assert found["norm"] == pytest.approx(math.sqrt(2 * 24 * 4))  # gradients of 1 + 1 in two shards of 24 elements
         assert found["spread"] == pytest.approx(math.sqrt(48))
         message, untouched = found["refused"]
         assert message.startswith("FusedAdamW: params: expected shards of consecutive rows, ") and untouched

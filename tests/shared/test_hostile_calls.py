@@ -39,7 +39,7 @@ SCALARS = (
 
 
 def hostile_tensors(value, draw):
-    """Functions that each make a tensor that is wrong in one way, starting from `value`, or from ones if it is no tensor."""
+    """Functions that each make a tensor that is wrong in one way, starting from `value`, or from ones if it is not a tensor."""
     x = value if isinstance(value, torch.Tensor) else torch.ones(3, 4)
     dense = x.detach()
     as_float = dense if dense.is_floating_point() else dense.float()

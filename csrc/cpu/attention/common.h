@@ -20,7 +20,9 @@
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
-constexpr int64_t kSplit = 4096, kBlock = 128, kLanes = 256;  // keys of a split and of a block; lanes of a full prefill tile
+constexpr int64_t kSplit = 4096;  // keys of a split
+constexpr int64_t kBlock = 128;   // keys of a block
+constexpr int64_t kLanes = 256;   // lanes of a full prefill tile: rows times query heads of a group
 // Whether the weighted values of a block of keys get a separate accumulator, which is then added to o. In long sequences
 // float32 needs it; the rounding of bfloat16 weights hides what it would gain.
 template <typename P> constexpr bool kSeparateBlocks = P::step == 1;

@@ -7,8 +7,8 @@
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
-// kDecodeLanes: the most lanes of a decode tile. kDecodeKeys: for so many rows of values accumulators stay in registers.
-constexpr int64_t kDecodeLanes = 8, kDecodeKeys = 16;
+constexpr int64_t kDecodeLanes = 8;  // the most lanes of a decode tile
+constexpr int64_t kDecodeKeys = 16;  // the rows of values whose products are added before the accumulators are stored
 
 // s[r][i] = q[r] . k[i] for as many keys i as a vector has lanes, and for lanes r < kRows. Key i begins at keys[i] + offset.
 // While it is read, key i + kAhead is prefetched.
@@ -121,10 +121,12 @@ template <typename T> struct DecodeScratch {
   using Element = typename P::Element;
   // `lanes` are `rows` lanes of the first key head, then `rows` of the next, and so on.
   int64_t rows, lanes, d_steps, width, bytes;  // width: of a row of o
-  Element *q, *p;                              // [lanes][d_steps], [lanes][kBlock / step]
+  Element* q;                                  // [lanes][d_steps]
+  Element* p;                                  // [lanes][kBlock / step]
   Acc* s;                                      // [lanes][kBlock]
   State<Acc> part, total;                      // m, l: [lanes], o: [lanes][width]
-  Acc *factor, *k_scale, *v_scale;             // [lanes], [kBlock] twice
+  Acc* factor;                                 // [lanes]
+  Acc *k_scale, *v_scale;                      // [kBlock]
   Acc* block;                                  // [lanes][width], where kSeparateBlocks: the accumulator of one block
   int64_t *first, *last;                       // [rows]
   Int8Scratch int8;                            // where kInt8

@@ -11,7 +11,7 @@
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
-constexpr int64_t kInt8Keys = 32;  // for so many rows of values the accumulators stay in registers
+constexpr int64_t kInt8Keys = 32;  // the rows of values whose products are added before the accumulators are stored
 
 #if defined(CPU_CAPABILITY_AVX512_BF16)
 constexpr bool kIntegerProducts = true;
@@ -19,9 +19,10 @@ template <typename T, typename S> constexpr bool kInt8 = is_bf16<T> && std::is_s
 
 struct Int8Scratch {
   int64_t width;
-  uint8_t *q_high, *q_low, *p_high, *p_low;  // [lanes][width] twice, [lanes][kBlock] twice
-  float *q_scale, *p_scale;                  // [lanes]: the value of the integer 1
-  int32_t* o;                                // [lanes][width]
+  uint8_t *q_high, *q_low;   // [lanes][width]: the bytes of the queries as integers
+  uint8_t *p_high, *p_low;   // [lanes][kBlock]: the bytes of the weights as integers
+  float *q_scale, *p_scale;  // [lanes]: the factors by which the integers are the queries and the weights
+  int32_t* o;                // [lanes][width]
 
   VEC_INLINE void allocate(Arena& arena, int64_t lanes, int64_t row) {
     width = row;

@@ -30,17 +30,18 @@ template <typename T> struct Bwd {
   // sets.
   static constexpr int64_t kStride = kBwdKeys + 64 / static_cast<int64_t>(sizeof(E));
 
-  // One thread's scratch. B operands lie in panels: [panel][k][kPanel lanes].
+  // One thread's scratch. Each product is A B (../gemm/product.h); the comments say of which product an array is the operand A
+  // or B, by the name of its result. Operands B lie in panels: [panel][k][kPanel lanes].
   struct Scratch {
-    E *keys, *values;        // [d][keys]: B of S and of dP
+    E *keys, *values;        // [d][keys]: keys is B of S, values B of dP
     E* key_rows;             // [keys][columns]: B of dQ
-    E *q_rows, *dout_rows;   // [queries][columns]: B of dK and of dV
-    E *p, *ds;               // [queries][kStride]: their columns are the rows of A of dV and of dK
-    E* ds_rows;              // [queries][kStride / step]: the rows of A of dQ (the same memory as ds where step is 1)
+    E *q_rows, *dout_rows;   // [queries][columns]: q_rows is B of dK, dout_rows B of dV
+    E *p, *ds;               // [queries][kStride]: transposed, p is A of dV and ds A of dK
+    E* ds_rows;              // [queries][kStride / step]: A of dQ (the same memory as ds where step is 1)
     Acc *s, *dp;             // [kStrip][kBwdKeys]
     Acc *dk, *dv;            // [keys][columns]
     E *q, *dout;             // [queries][d]: converted copies of q and dout, where !in_place
-    E *p_transposed, *ds_transposed;  // [keys][kSteps], with AMX tiles: the rows of A of dV and of dK
+    E *p_transposed, *ds_transposed;  // [keys][kSteps], only with AMX tiles: A of dV and A of dK
 
     // Takes the arrays from `memory` and returns their size in bytes.
     int64_t allocate(void* memory, int64_t d, int64_t columns) {
@@ -66,14 +67,15 @@ template <typename T> struct Bwd {
     }
   };
 
-  static VEC_INLINE int64_t steps_of(int64_t n) { return round_up(n, depth) / step; }  // how many elements hold n indices of k
+  // The number of elements of a packed operand that hold n numbers along k.
+  static VEC_INLINE int64_t steps_of(int64_t n) { return round_up(n, depth) / step; }
 
   const FlashBwd& a;
   const BwdTile& tile;
   Scratch w;
   int64_t d, columns, sq, sk, shift;  // sq, sk: queries and keys; query row i has position i + shift among the keys
   int64_t first_unmasked;             // the first row that is not fully masked, where the first block of queries begins
-  int64_t c0, nc, wide;               // this block's first key, its number of keys, and that rounded up to kGrain
+  int64_t c0, nc, wide;               // this block has nc keys from key c0 on; wide is nc rounded up to a multiple of kGrain
 
   Bwd(const FlashBwd& args, const BwdTile& t, void* scratch) : a(args), tile(t), d(args.d), columns(round_up(args.d, lanes)) {
     w.allocate(scratch, d, columns);
@@ -261,7 +263,8 @@ template <typename T> struct Bwd {
 
   // C = A B where `fresh`, else C += A B, over steps [first, last) of k. The product of a block is summed in an accumulator of
   // its own and then added to C: with one chain over 64k tokens the float32 error was 10 times larger.
-  VEC_INLINE void add(bool fresh, Operand rows, int64_t m, const E* b, int64_t steps, int64_t first, int64_t last, Acc* c) const {
+  VEC_INLINE void add(bool fresh, Operand rows, int64_t m, const E* b, int64_t steps, int64_t first, int64_t last,
+                      Acc* c) const {
     if (first >= last) {
       if (fresh) std::memset(c, 0, static_cast<size_t>(m * columns) * sizeof(Acc));
       return;

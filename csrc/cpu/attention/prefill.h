@@ -141,8 +141,8 @@ template <typename T, typename Keys> class Prefill {
   // packed keys and values. `opens`: they are the first of the split for this panel.
   void block(const State<Acc>& part, int64_t from, int64_t key, int64_t end, int64_t at, bool opens, bool masked) {
     const int64_t n = end - key, wide = width(from), size = sizeof(Element);
-    product<P, Start::zero>({w_.k + at * w_.d_steps, w_.d_steps * size, size, w_.q + from * w_.d_steps, panel, 0, w_.s, panel, n,
-                             w_.d_steps, 0, wide});
+    product<P, Start::zero>({w_.k + at * w_.d_steps, w_.d_steps * size, size, w_.q + from * w_.d_steps, panel, 0, w_.s, panel,
+                             n, w_.d_steps, 0, wide});
     if (masked) {
       for (int64_t i = 0; i < wide; ++i) {  // lanes past the last one get the limits of the last
         const int64_t lane = lesser(from + i, lanes_ - 1);

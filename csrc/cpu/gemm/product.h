@@ -91,7 +91,8 @@ template <typename P> struct ProductArgs {
   int64_t b_stride, b_panel;
   typename P::Acc* c;  // [m][c_stride]
   int64_t c_stride;
-  int64_t m, k;      // rows of A and C; steps of k, in elements of the policy
+  int64_t m;         // the number of rows of A and C
+  int64_t k;         // the number of elements along k: numbers, or pairs of bfloat16
   int64_t from, to;  // multiples of a vector's lanes
   const typename P::Acc* factor = nullptr;  // [to], with Start::scaled and Start::separate_scaled
 };

@@ -25,7 +25,7 @@ VEC_INLINE unsigned equal_lanes(Vec<double> a, Vec<double> b) {
 template <typename T> struct HeadRows {
   using Acc = acc_t<T>;
   using V = Vec<Acc>;
-  using G = std::conditional_t<is_bf16<T>, bf16, Acc>;  // the gradient of a logit
+  using G = std::conditional_t<is_bf16<T>, bf16, Acc>;  // the type in which gradients of logits are stored
   static constexpr int64_t lanes = V::size, kBlocks = kHeadSpan / kHeadBlock;
 
   const LinearHead& a;
@@ -220,7 +220,7 @@ template <typename T> struct HeadRows {
       if (label >= 0 && label < count && !idle(t)) put(row + label, label_gradient(t, at(a.label_logit, t)));
     }
   }
-  // factor[b * lanes + i] = exp(largest logit of the span's block b - lse) of row t + i: times it, a stored exponential is p.
+  // factor[b * lanes + i] = exp(largest logit of the span's block b - lse) of row t + i. A stored exponential times it is p.
   VEC_INLINE void factors(int64_t t, int64_t span, int64_t blocks, Acc* factor) const {
     const int n = static_cast<int>(a.rows - t < lanes ? a.rows - t : lanes);
     const V top = V::load(static_cast<const Acc*>(a.top) + t, n), log_sum = V::load(static_cast<const Acc*>(a.log_sum) + t, n);

@@ -28,7 +28,7 @@ template <typename T> struct Head : HeadRows<T> {
   static constexpr int64_t step = P::step, depth = P::depth, lanes = V::size, size = sizeof(E);
   static constexpr int64_t kSteps = step == 1 ? 512 : 1024;  // steps of k in a chain of S; W is packed for so many at a time
   static constexpr int64_t kStrip = kTiles<P> ? 32 : kTileRows;
-  static constexpr bool in_place = step == 2 || std::is_same_v<G, Acc>;  // rows of G are operands as they are
+  static constexpr bool in_place = step == 2 || std::is_same_v<G, Acc>;  // products read rows of G without packing
   // The stride of packed rows that are read down a column: an odd number of cache lines, so that rows fall into different sets.
   static constexpr int64_t kTransposedStride = kHeadSpan + 64 / size;
 
@@ -65,9 +65,10 @@ template <typename T> struct Head : HeadRows<T> {
     }
   };
   struct WeightScratch {
-    E *steps, *g;  // G packed as steps of k; then as A of dW: [strips][steps][kStrip], or for AMX tiles [kHeadSpan][steps]
+    E* steps;      // G packed as steps of k
+    E* g;          // from `steps`, A of dW: [strips][steps][kStrip], or for AMX tiles [kHeadSpan][steps]
     Acc* edge;     // [kHeadSpan][kPanel]: the last columns of dW, where d is no multiple of a vector
-    Acc* sum;      // [kHeadSpan][d]
+    Acc* sum;      // [kHeadSpan][d]: sums of dW
     int64_t allocate(void* memory, const Head& h) {
       Arena c(memory);
       c.take(steps, kTiles<P> ? 0 : steps_of(h.a.capacity) * kTransposedStride);
@@ -78,8 +79,8 @@ template <typename T> struct Head : HeadRows<T> {
     }
   };
   struct HiddenScratch {
-    E* w;       // [panels][steps of a span][kPanel]
-    Acc* sum;   // [capacity][kHeadColumns]
+    E* w;       // [panels][steps of a span][kPanel]: packed rows of the weight, B of dhidden
+    Acc* sum;   // [capacity][kHeadColumns]: sums of dhidden
     E* g;       // [capacity][kHeadSpan]: packed G, where !in_place
     int64_t allocate(void* memory, const Head& h) {
       Arena c(memory);
@@ -242,7 +243,7 @@ template <typename T> struct Head : HeadRows<T> {
   }
 
   // ---------------------------------------------------------------------------------------------------------- dhidden
-  // Returns G of rows [r, r + m) in a span as rows of A, packed into `packed` where they are not operands as they are.
+  // Returns G of rows [r, r + m) in a span as rows of A, packed into `packed` unless in_place.
   const void* gradient_operand(int64_t span, int64_t r, int64_t m, int64_t count, E* packed, int64_t& row_bytes) const {
     if constexpr (in_place) {
       row_bytes = this->gradient_bytes();

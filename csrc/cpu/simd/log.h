@@ -80,9 +80,9 @@ template <typename Acc> VEC_INLINE Vec<Acc> expm1(Vec<Acc> x) {
   using V = Vec<Acc>;
   const auto e = exp_terms(x);
   const V sum = fma(e.power, e.r + e.t, e.power - V(1));
-  return pick(less(V(64), x), e.whole, sum);  // the 1 no longer matters, and 2^n may already be infinite
+  return pick(less(V(64), x), e.whole, sum);  // above 64 exp(x) - 1 rounds to exp(x), and e.power may be infinite
 }
-template <typename V> VEC_INLINE V expm1_minus(V x, ExpTerms<V> e) {  // only for finite exp(x)
+template <typename V> VEC_INLINE V expm1_minus(V x, ExpTerms<V> e) {  // valid only where exp(x) is finite
   return fma(e.power, e.t, fma(e.power, e.r, e.power - V(1)) - x);
 }
 template <typename Acc> VEC_INLINE Vec<Acc> expm1_minus(Vec<Acc> x) {

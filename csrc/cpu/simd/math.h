@@ -86,8 +86,8 @@ VEC_INLINE Vec<float> exp2_for_16_bits(Vec<float> x) {
 #endif
 }
 
-// They call the functions of C. Those of C++ (std::log of a float) are inline, and the linker keeps one copy of an inline
-// function for all builds, which might be that of AVX-512.
+// log_of and expm1_of call the functions of C. Those of C++ (std::log of a float) are inline, and the linker keeps one copy of
+// an inline function for all builds, which might be that of AVX-512.
 VEC_INLINE float log_of(float x) { return ::logf(x); }
 VEC_INLINE double log_of(double x) { return ::log(x); }
 VEC_INLINE float expm1_of(float x) { return ::expm1f(x); }

@@ -66,8 +66,8 @@ namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 #define VEC_BINARY(function, instruction)                                                                     \
   VEC_INLINE Vec<float> function(Vec<float> a, Vec<float> b) { return MM(instruction##_ps)(a.v, b.v); }       \
   VEC_INLINE Vec<double> function(Vec<double> a, Vec<double> b) { return MM(instruction##_pd)(a.v, b.v); }
-#define VEC_TERNARY(function, instruction)                                                                                      \
-  VEC_INLINE Vec<float> function(Vec<float> a, Vec<float> b, Vec<float> c) { return MM(instruction##_ps)(a.v, b.v, c.v); }      \
+#define VEC_TERNARY(function, instruction)                                                                                     \
+  VEC_INLINE Vec<float> function(Vec<float> a, Vec<float> b, Vec<float> c) { return MM(instruction##_ps)(a.v, b.v, c.v); }     \
   VEC_INLINE Vec<double> function(Vec<double> a, Vec<double> b, Vec<double> c) { return MM(instruction##_pd)(a.v, b.v, c.v); }
 VEC_BINARY(operator+, add)
 VEC_BINARY(operator-, sub)

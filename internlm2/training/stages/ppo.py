@@ -23,7 +23,7 @@ class Experience:
     tokens, next_tokens: int64 [T]; cu_seqlens: int32 [n + 1] on the CPU; mask: bool [T]
     logprobs, values, advantages, returns: float32 [T], from the models as they were at the rollout
     kl: [], the mean of log p_actor - log p_reference over the mask; 0 if no token is in the mask
-    temperature: that at which the actor drew the tokens; logprobs are those of the softmax of logits / temperature
+    temperature: the one at which the actor drew the tokens; logprobs are those of softmax(logits / temperature)
     """
 
     tokens: Tensor
@@ -49,16 +49,16 @@ def gather_experience(
     tokens:      int64 [T], prompts and responses end to end; cu_seqlens int32 [n + 1] on the CPU
     mask:        bool [T]: the actor chose the token after this one; False at the last token of a sequence
     scores:      float [n], the reward of each sequence from the reward model; it counts at the sequence's last choice
-    temperature: that at which the tokens were drawn. All log-probabilities (those here of the actor and of the reference model,
-                 and those of `policy_loss`) are taken at it, since they must be those of the policy that drew the tokens
+    temperature: the one at which the tokens were drawn. All log-probabilities (those here of the actor and of the reference
+                 model, and those of `policy_loss`) are taken at it, since they must be those of the policy that drew the tokens
     truncated:   bool [n], default none: the response was cut at a length limit and would have gone on. The value of the state
                  after its last choice then stands for what would have followed; without it PPO would learn that a response
                  is worth nothing beyond the limit
     kl_coef:     the reward of a choice is -kl_coef (log p_actor - log p_reference), to which the last choice adds the score
     gamma, lam:  discount and decay of generalised advantage estimation. The report (arXiv:2403.17297) gives lam, but no gamma
-    Errors: TypeError for what is no tensor. ValueError where the mask holds the last token of a sequence, a sequence has no
-            choice, or kl_coef, gamma, lam or temperature is not a finite number. Without sequences the vectors are empty and kl
-            is 0.
+    Errors: TypeError where an argument is not a tensor. ValueError where the mask holds the last token of a sequence, where a
+            sequence has no choice, or where kl_coef, gamma, lam or temperature is not a finite number. Without sequences the
+            vectors are empty and kl is 0.
     """
     vectors = {"tokens": tokens, "cu_seqlens": cu_seqlens, "mask": mask, "scores": scores, "truncated": truncated}
     for name, value in vectors.items():

@@ -69,8 +69,7 @@ def apply_rope(q, k, cos, sin, positions=None, *, interleaved=False, backend=Non
     Dtypes:   q and k float32 | bfloat16 | float16 | float64, both equal (under autocast they are promoted); tables float32.
               It is computed in float32 and rounded once
     Backward: saves cos, sin and positions, and rotates by the negative angle. Deterministic: yes
-    Errors:   ValueError and TypeError. A position outside the table raises on the CPU. On CUDA that token becomes NaN, and
-              `internlm2_kernels.check()` reports it
+    Errors:   ValueError and TypeError. On CUDA a position outside the table makes its token NaN, and `check()` reports it
     Cost:     memory-bound: reads and writes q and k once.   Source: arXiv:2104.09864 eq. 34
     """
     q, k = promoted(q, k)

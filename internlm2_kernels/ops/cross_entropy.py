@@ -118,8 +118,7 @@ def cross_entropy(logits, labels, *, ignore_index=-100, label_smoothing=0.0, z_l
               than 1 (on CUDA any) multiplies it into new memory; if it is infinite or NaN it reaches ignored rows too. "none",
               float16 and inplace_backward save logits and lse (8 bytes a row, 16 for float64) and read the logits again.
               Deterministic: yes, and batch-invariant
-    Errors:   ValueError and TypeError. A label outside [0, V) other than ignore_index raises on the CPU before memory is
-              touched. On CUDA its row becomes NaN, and `internlm2_kernels.check()` reports it
+    Errors:   ValueError and TypeError. On CUDA a label outside [0, V) makes its row NaN, and `check()` reports it
     Cost:     memory-bound: one read forward; one read and one write with the gradient.
               Source: arXiv:2204.02311 section 5 (z-loss), arXiv:2408.00118 section 2 (soft-cap)
     """

@@ -151,8 +151,7 @@ def flash_attention(q, k, v, *, causal=False, scale=None, window=None, softcap=0
     Backward: saves q, k, v, out and lse (4 bytes for each query and head) and recomputes the scores. triton needs 16 H bytes a
               token of scratch, cpp 4 H d for dq in float32. A second derivative, functorch and forward mode need
               backend="reference". Deterministic: yes; the forward is batch-invariant
-    Errors:   ValueError and TypeError. Wrong cu_seqlens raise on the CPU before memory is touched. On CUDA all results of the
-              call become NaN, and `internlm2_kernels.check()` reports it
+    Errors:   ValueError and TypeError. On CUDA wrong cu_seqlens make all results of the call NaN, and `check()` reports them
     Cost:     4 d H flops for each pair of query and unmasked key forward, 10 d H backward (14 with triton).
               Source: arXiv:2205.14135, arXiv:2307.08691
     """

@@ -68,8 +68,7 @@ def gae(rewards, values, cu_seqlens, *, mask=None, bootstrap=None, gamma=1.0, la
     Dtypes:   float32 | bfloat16 | float16 | float64, all equal (under autocast they are promoted); computed and returned in
               float32 (float64)
     Backward: none: advantages and returns are targets. Deterministic: yes, and a sequence's bits depend on that sequence only
-    Errors:   ValueError and TypeError. cu_seqlens that do not rise from 0 to T raise on the CPU before memory is touched. On
-              CUDA all results are NaN, and `internlm2_kernels.check()` reports it
+    Errors:   ValueError and TypeError. On CUDA wrong cu_seqlens make all results NaN, and `check()` reports them
     Cost:     one launch, which reads two tensors and writes two.   Source: arXiv:1506.02438 eq. 16
     """
     rewards, values = promoted(rewards, values)

@@ -141,8 +141,7 @@ def linear_cross_entropy(hidden, weight, labels, *, ignore_index=-100, label_smo
               upstream reaches ignored rows too). A hidden that is not finite reaches dweight even if its label is ignored.
               "none" saves hidden, weight, labels and lse (8 bytes a token) and recomputes the logits: four products. A frozen
               hidden or weight costs no product and no memory. Deterministic: yes; the forward is batch-invariant
-    Errors:   ValueError and TypeError. A label outside [0, V) other than ignore_index raises on the CPU before memory is
-              touched. On CUDA its loss and gradients are NaN, and `internlm2_kernels.check()` reports it
+    Errors:   ValueError and TypeError. On CUDA a label outside [0, V) has NaN as loss and gradients, and `check()` reports it
     Cost:     2 T D V flops for each product. Scratch: one chunk of scores, independent of T.
               Source: arXiv:2410.10989 section 3.2
     """

@@ -99,8 +99,7 @@ def linear_logprobs(hidden, weight, tokens, *, temperature=1.0, return_entropy=F
     Backward: saves hidden, weight, tokens, lse and entropy (12 bytes a token) and recomputes the logits: four products in all.
               dweight is summed in float32, 4 V D bytes. A frozen hidden or weight costs no product. Deterministic: yes; the
               forward is batch-invariant
-    Errors:   ValueError and TypeError. A token outside [0, V) raises on the CPU before memory is touched. On CUDA its results
-              are NaN, and `internlm2_kernels.check()` reports it
+    Errors:   ValueError and TypeError. On CUDA the results of a token outside [0, V) are NaN, and `check()` reports it
     Cost:     2 T D V flops for each product. Scratch: one chunk of scores, independent of T.
               Source: arXiv:2411.09009 section 4
     """

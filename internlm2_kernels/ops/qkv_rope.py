@@ -156,8 +156,8 @@ def qkv_rope(qkv, cos, sin, positions=None, *, num_heads, num_kv_heads, cache=No
               one scale for each token and head. Not differentiable
     Dtypes:   float32 | bfloat16 | float16 | float64, tables float32. It is computed in float32 and rounded once
     Backward: saves cos, sin and positions, and writes one packed gradient. Deterministic: yes
-    Errors:   ValueError and TypeError. A position or slot out of range raises on the CPU before anything is written. On CUDA
-              that token becomes NaN and is not cached, and `internlm2_kernels.check()` reports it
+    Errors:   ValueError and TypeError. On CUDA a wrong position or slot makes its token NaN, which is then not cached, and
+              `check()` reports it
     Cost:     memory-bound: reads qkv once and writes q, k and v once.
               Source: layout arXiv:2403.17297 section 2.2; rotation arXiv:2104.09864
     """

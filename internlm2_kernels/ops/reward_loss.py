@@ -52,9 +52,8 @@ def reward_loss(hidden, head_weight, cu_seqlens, *, gamma=2.0, penalty_weight=0.
     Backward: saves hidden, head_weight and d loss / d rewards (4 bytes a sequence). dhidden is dense, with zeros except in
               each sequence's last row; `reward_loss_from_last` does not have that cost. Both results are differentiable.
               Deterministic: yes
-    Errors:   ValueError for wrong shapes, an odd number of sequences or an empty one, and cu_seqlens that do not rise from 0 to
-              T: on the CPU before memory is touched; on CUDA all results are NaN, and `internlm2_kernels.check()` reports it.
-              TypeError for a wrong dtype. Without sequences the loss is 0
+    Errors:   ValueError for wrong shapes or cu_seqlens, an odd number of sequences or an empty one (on CUDA cu_seqlens make all
+              results NaN, and `check()` reports them); TypeError for a wrong dtype. Without sequences the loss is 0
     Cost:     one call of a registered function each way; it reads n rows of hidden. The loss may be negative: the barrier is
               -2 log(bound) at 0. The penalty term is XTuner's 0.01 times the sum over all rewards, divided by the number of
               pairs. On several ranks, divide the sum of the losses by the all-reduced number of pairs.

@@ -329,6 +329,7 @@ class FusedAdamW(Optimizer):
         lr = self.param_groups[number]["lr"]
         if isinstance(lr, torch.Tensor):
             return lr.detach().reshape(()).to(device, dtype, non_blocking=True)
+        lr = float(lr)
         known = self._rates.get((number, device, dtype))
         if known is None or known[0] != lr:
             tensor = torch.full((), lr, dtype=dtype, device=device) if known is None else known[1].fill_(lr)

@@ -6,6 +6,7 @@ bits of bfloat16, rounds the product in tl.fma before it adds, and from numpy 2.
 run time only. test_triton_interpreter.py shows each of them, with and without `install()`.
 """
 
+import interpreter_speed
 import numpy as np
 
 installed = False
@@ -22,8 +23,10 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def install() -> None:
-    """Repairs the interpreter of this process, once. Call before kernels are imported, with TRITON_INTERPRET=1 set."""
+def install(fast=True) -> None:
+    """Repairs the interpreter of this process, once, and with `fast` also speeds it up (interpreter_speed.py). Call before
+    kernels are imported, with TRITON_INTERPRET=1 set.
+    """
     global installed
     try:
         import triton.language as tl
@@ -80,3 +83,5 @@ def install() -> None:
     builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = convert(cast), convert(fp_to_fp), repaired_dot
     builder.binary_op, builder.unary_op, builder.create_fma = refusing(binary), refusing(unary), fused
     interpreter._patch_lang_tensor = patch_tensor_with_index
+    if fast:
+        interpreter_speed.install(interpreter, tl)

@@ -50,6 +50,13 @@ def test_bare_is_wrong():
     assert found["fma"] > 1e-9, "fma rounds once now"
 
 
+@pytest.mark.slow
+def test_what_speeds_it_up_changes_no_bit():
+    """Outputs and gradients of all operators are the same with and without support/interpreter_speed.py."""
+    fast, slow = probe("fast"), probe("slow")
+    assert len(fast) > 50 and fast == slow
+
+
 def test_rounding_against_torch(generator, device):
     """The interpreter's repaired rounding to bfloat16 equals PyTorch's, at half-way cases, their neighbours, subnormal numbers
     and the largest values.

@@ -4,6 +4,7 @@
 import copy
 import math
 
+import interpreter
 import pytest
 import torch
 import torch.distributed as dist
@@ -156,6 +157,7 @@ CASES = {"float32": (torch.float32, {}), "bfloat16": (torch.bfloat16, {}),
 
 
 def _rank(rank, port, results):
+    interpreter.install()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))

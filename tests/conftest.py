@@ -38,6 +38,8 @@ def pytest_configure(config):
         cache = tempfile.mkdtemp(prefix="internlm2-inductor-")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
+        # Inductor would start a pool of compiling processes, each of which imports torch, for graphs of one kernel.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton or internlm2_kernels
         import interpreter

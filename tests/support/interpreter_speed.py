@@ -1,6 +1,6 @@
 """Triton's interpreter with less work in Python between the calls of NumPy; every result keeps its bits.
 
-Unchanged (Triton 3.6), nine tenths of the time of a small kernel go to Python objects that are made again and again: the
+Unchanged (Triton 3.6), most of the time of a small kernel goes to Python objects that are made again and again: the
 functions of triton.language are replaced anew for every call of a device function, every integer operation is computed a
 second time in int64 for an overflow check whose result `device_assert` drops (InterpreterOptions.debug is off), and the shape
 of every tensor is built, checked and wrapped element by element. test_triton_interpreter.py compares the bits with and

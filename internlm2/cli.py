@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Imported here and not above, so that --help does not wait for torch.
         if arguments.command == "train":
             return _train(arguments)
+        _keep_memory(arguments.device)
         if arguments.command == "demo":
             from internlm2.demo.run import demo
 
@@ -59,10 +60,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _keep_memory(device: str) -> None:
+    """Makes this process keep freed CPU memory, and says so. A process that computes on a GPU has no large CPU tensors."""
+    if device == "cpu":
+        from internlm2_kernels import memory
+
+        print(memory.keep_freed_memory())
+
+
 def _train(arguments: argparse.Namespace) -> int:
     from internlm2.config import load_config
     from internlm2.training.config import TrainConfig
     from internlm2.training.stages.pretrain import run
     from internlm2.training.trainer import exit_status
 
-    return exit_status(run(load_config(TrainConfig, arguments.recipe, arguments.overrides)))
+    config = load_config(TrainConfig, arguments.recipe, arguments.overrides)
+    _keep_memory(config.device)
+    return exit_status(run(config))

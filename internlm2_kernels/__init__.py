@@ -5,7 +5,7 @@ backend `reference` is plain PyTorch, and the only one on macOS, Windows and aar
 a row may depend on the other rows of the batch.
 """
 
-from . import nn
+from . import memory, nn
 from ._device_errors import check, validate
 from ._registry import OPS, use_backend
 from .ops.adamw import adamw
@@ -33,6 +33,6 @@ from .optim import FusedAdamW
 __version__ = "0.1.0"
 __all__ = ["FusedAdamW", "KVCache", "OPS", "adamw", "apply_rope", "check", "cross_entropy", "flash_attention",
            "focal_ranking_loss", "gae", "kl_penalty", "linear_cross_entropy", "linear_logprobs",
-           "log_barrier_penalty", "nn", "paged_attention", "ppo_policy_loss", "ppo_value_loss", "qkv_rope",
+           "log_barrier_penalty", "memory", "nn", "paged_attention", "ppo_policy_loss", "ppo_value_loss", "qkv_rope",
            "reward_loss", "reward_loss_from_last", "rms_norm", "rope_table", "squared_norm", "swiglu", "use_backend",
            "validate"]

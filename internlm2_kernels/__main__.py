@@ -1,6 +1,7 @@
 """python -m internlm2_kernels doctor | ops [NAME ...] [--explain]
 
-  python -m internlm2_kernels doctor                  what is installed, what loaded or why not, a self-test of each operator
+  python -m internlm2_kernels doctor                  what is installed, what loaded or why not, what a large tensor costs,
+                                                      a self-test of each operator
   python -m internlm2_kernels ops                     operators and the backends that can run here
   python -m internlm2_kernels ops rms_norm --explain  what is chosen for a CPU and for a CUDA tensor, and why not the others
 """
@@ -8,6 +9,7 @@
 import argparse
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import sys
 
@@ -62,6 +64,83 @@ def library() -> list[tuple[str, str]]:
             ("CUDA half", f"sm_{info['cuda'].replace(';', ', sm_')}" if info["cuda"] else "built without nvcc"), *rows]
 
 
+def fresh_tensor(size_bytes: int = 2**26, calls: int = 12) -> tuple[float, float | None]:
+    """(bytes read and written per second, page faults a call) of `clone()` of a tensor: the median of the last calls, since an
+    allocator may need some calls before it reuses a block. Faults are None where the system does not count them."""
+    import statistics
+    import time
+
+    import torch
+
+    try:
+        import resource
+        faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    except ImportError:  # Windows
+        faults = None
+    source, seconds, counts = torch.ones(size_bytes // 4), [], []
+    for _ in range(calls):
+        before, start = faults() if faults else 0, time.perf_counter()
+        source.clone()
+        seconds.append(time.perf_counter() - start)
+        counts.append((faults() if faults else 0) - before)
+    half = calls // 2
+    return 2 * size_bytes / statistics.median(seconds[half:]), statistics.median(counts[half:]) if faults else None
+
+
+def present_tensor(size_bytes: int = 2**26, calls: int = 12) -> float:
+    """Bytes read and written per second when a tensor is copied into memory that is present."""
+    import statistics
+    import time
+
+    import torch
+
+    source, seconds = torch.ones(size_bytes // 4), []
+    target = source.clone()
+    for _ in range(calls):
+        start = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size_bytes / statistics.median(seconds[calls // 2:])
+
+
+def huge_pages() -> str:
+    """Whether this system and this process use pages of 2 MiB for large tensors."""
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/enabled") as file:
+            mode = file.read().split("[")[1].split("]")[0]
+    except (OSError, IndexError):
+        return "unknown"
+    asked = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
+    return f"{mode}, torch asks for them" if asked else f"{mode}, torch does not ask for them (THP_MEM_ALLOC_ENABLE)"
+
+
+def cpu_memory() -> list[tuple[str, str]]:
+    """What a large fresh tensor costs in this process, now and after `memory.keep_freed_memory()`, and what would help."""
+    from . import memory
+
+    told = lambda rate, faults: f"{rate / 1e9:.1f} GB/s" + ("" if faults is None else f", {faults:,.0f} page faults a call")
+    present, default = present_tensor(), fresh_tensor()
+    done = memory.keep_freed_memory()
+    kept = fresh_tensor()
+    memory.release()
+    rows = [("allocator", memory.report().allocator), ("huge pages", huge_pages()),
+            ("copy 64 MiB", f"{told(present, None)} into memory that is present"),
+            ("fresh 64 MiB", f"{told(*default)}, by clone()"),
+            ("kept 64 MiB", f"{told(*kept)}, by clone() after keep_freed_memory()" if done.kept else done.what)]
+    gain = kept[0] / default[0]
+    if default[1] is not None and default[1] < 2**26 / 2**21 / 2:
+        help_ = "nothing: a fresh tensor causes no page faults here"
+    elif done.kept and gain > 1.2:
+        help_ = f"internlm2_kernels.memory.keep_freed_memory(): large fresh tensors become {gain:.1f} times as fast"
+    elif done.kept:
+        help_ = "nothing that was tried: page faults cost little here"
+    elif sys.platform == "linux":
+        help_ = "tcmalloc in LD_PRELOAD, or THP_MEM_ALLOC_ENABLE=1 where huge pages are madvise or always"
+    else:
+        help_ = "no setting is known for this system"
+    return [*rows, ("what helps", help_)]
+
+
 def backend_table(explain: bool, names: list[str]) -> list[str]:
     """Lines that list, for each operator, its usable backends on each type of device, the automatic choice first. With
     `explain` also the reasons why other backends are not usable."""
@@ -114,7 +193,8 @@ def self_test(report) -> bool:
 
 
 def doctor() -> int:
-    for title, rows in (("Versions", versions()), ("Devices", devices()), ("Loaded", library())):
+    for title, rows in (("Versions", versions()), ("Devices", devices()), ("Loaded", library()),
+                        ("CPU memory", cpu_memory())):
         print(title)
         print("\n".join(f"  {name:<18} {value}" for name, value in rows))
     print("Operators, for each device the usable backends, the automatic choice first")

@@ -63,6 +63,7 @@ def test_doctor_says_what_is_missing():
                  "runpy.run_module('internlm2_kernels', run_name='__main__')")
     assert out.returncode == 0, out.stdout + out.stderr
     assert "not loaded: the compiled library is not here" in out.stdout and "all operators are sound" in out.stdout
+    assert re.search(r"fresh 64 MiB +[\d.]+ GB/s", out.stdout) and re.search(r"what helps +\w+", out.stdout), out.stdout
 
 
 def test_doctor_fails_when_an_operator_is_wrong():

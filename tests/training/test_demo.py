@@ -17,6 +17,7 @@ from internlm2.demo import run as demo_module
 from internlm2.demo.report import StepCost, markdown, summarize
 from internlm2.training.metrics import read_log
 from internlm2.training.runfolder import RunLock, saved_config, usable_cpus
+from internlm2_kernels import memory
 
 RECIPE = """
 steps = {steps}
@@ -40,6 +41,13 @@ validation_fraction = 0.2
 lr = 1e-2
 warmup_steps = 5
 """
+
+
+@pytest.fixture(autouse=True)
+def usual_memory():
+    """The commands make their process keep freed memory, which is this one here."""
+    yield
+    memory.release()
 
 
 @pytest.fixture
@@ -69,6 +77,7 @@ def test_demo(recipe, tmp_path, monkeypatch, capsys):
     out = tmp_path / "runs" / "demo"
     assert main(["demo", "--out", str(out), "--minutes", "0.01"]) == 0
     shown = capsys.readouterr().out
+    assert sum(line.startswith("memory: ") and memory.found().name in line for line in shown.splitlines()) == 1
 
     log = read_log(out / "log.jsonl")
     assert len(log) == 34 == saved_config(out).steps
@@ -134,7 +143,8 @@ def test_train_command(recipe, tmp_path, capsys):
     weights = (out / "checkpoints" / "step-00000012" / "model.safetensors").read_bytes()
     # Repeating the command on a finished run changes nothing in it.
     assert main(arguments) == 0
-    assert "continuing at step 12 of 12" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "continuing at step 12 of 12" in shown and shown.count(f"({memory.found().name})") == 2
     assert (out / "checkpoints" / "step-00000012" / "model.safetensors").read_bytes() == weights
     # The run keeps its own copy of the text, so a change of the source does not matter.
     for file in (tmp_path / "text").iterdir():

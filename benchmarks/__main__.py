@@ -9,9 +9,13 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from . import setting
+
+KILLED = 130  # exit status after a signal
 USUAL_S = 20.0  # the expected duration of an operator's first pass
 EXAMPLES = """examples:
   python -m benchmarks                                  everything, recorded in benchmarks/results/<device>/
+  python -m benchmarks --memory kept                    only with CPU memory that stays in the process
   python -m benchmarks --quick --op rms_norm            one size, few rounds: does it work at all?
   python -m benchmarks --op swiglu --direction both --dtype bfloat16
   python -m benchmarks --list                           what would be measured, and the gates
@@ -20,6 +24,9 @@ EXAMPLES = """examples:
   python -m benchmarks --device cuda --seconds 480      as much as 8 minutes allow, the most important sizes first;
                                                         the same with --resume goes on where it ended
   python -m benchmarks render --out build/gpu           tables and plots of the records in a folder, measuring nothing
+On a CPU everything is measured in three settings of CPU memory, one after the other, each in a record of its own that names
+it; ours and every peer run in the same one: kept (memory.keep_freed_memory(): freed memory stays in the process), huge (huge
+pages, THP_MEM_ALLOC_ENABLE=1), default (the allocator as it is: large fresh outputs cost page faults). --seconds is for all.
 exit status: 0 done, 1 the checks of an operator failed (it has no numbers), 2 the benchmarks cannot run here, 3 the
 device stopped answering (--resume goes on after the operator in which it happened), 130 stopped by a signal"""
 
@@ -34,6 +41,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", action="append", choices=("bfloat16", "float32", "float16"),
                    help="only this dtype (repeatable; default: bfloat16 and float32)")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    p.add_argument("--memory", action="append", choices=tuple(setting.CHOICES),
+                   help="only this setting of CPU memory (repeatable; default: all three on Linux)")
     p.add_argument("--threads", type=int, help="processors to use and to be pinned to (default: all that are allowed)")
     p.add_argument("--quick", action="store_true", help="first size, few rounds, recorded under build/benchmarks")
     p.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
@@ -42,16 +51,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--resume", action="store_true", help="continue the newest record in --out: what it has is not run again")
     p.add_argument("--commit", metavar="ID", help="the commit to record where git does not know this copy of the tree")
     p.add_argument("--list", action="store_true", help="print passes and gates, measure nothing")
+    # Given by setting.restart: the setting for which this process was started, and the worst status of those before it.
+    p.add_argument("--entered", choices=tuple(setting.CHOICES), help=argparse.SUPPRESS)
+    p.add_argument("--status", type=int, default=0, help=argparse.SUPPRESS)
     return p
-
-
-def with_huge_pages(argv: list[str]) -> None:
-    """Restart this process with huge pages for torch's allocations: without them every contender's fresh outputs would cost
-    page faults."""
-    if sys.platform == "linux" and os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":
-        sys.stdout.flush()
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *argv],
-                  os.environ | {"THP_MEM_ALLOC_ENABLE": "1"})
 
 
 def choose(args: argparse.Namespace) -> tuple:
@@ -70,15 +73,36 @@ def choose(args: argparse.Namespace) -> tuple:
     return args.op or list(OPS), directions, dtypes, device
 
 
-def measure(args: argparse.Namespace) -> int:
+def measure(args: argparse.Namespace, argv: list[str]) -> int:
+    """Measure in each setting of CPU memory, and return the worst exit status. Each setting has a process of its own, which
+    replaces the one before, so that only the last of them returns."""
+    chosen = choose(args)
+    settings = setting.chosen(args.memory, chosen[-1].type)
+    if args.list:
+        return measure_in(args, chosen, settings[0])
+    if settings[0] and setting.CHOICES.get(args.entered) != settings[0]:
+        setting.restart(argv, settings)
+    begun = time.perf_counter()
+    share = None if args.seconds is None else args.seconds / len(settings)
+    status = measure_in(args, chosen, settings[0], share)
+    worst = max(status, args.status)
+    if settings[1:] and status < KILLED:
+        more = {} if args.seconds is None else {"seconds": f"{max(0.0, args.seconds - (time.perf_counter() - begun)):.0f}"}
+        setting.restart(argv, settings[1:], status=str(worst), **more)
+    return worst
+
+
+def measure_in(args: argparse.Namespace, chosen: tuple, memory: str, seconds: float | None = None) -> int:
+    """Measure in one setting of CPU memory, which this process has entered."""
     import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    from internlm2_kernels.memory import keep_freed_memory
     from tools.timing import measure_peaks, pin
 
     from . import record, report, suite
-    ops, directions, dtypes, device = choose(args)
+    ops, directions, dtypes, device = chosen
     passes = suite.plan(ops, directions, dtypes, args.quick, device.type)
     console = Console(width=None if sys.stdout.isatty() else 170)
     if args.list:
@@ -88,7 +112,14 @@ def measure(args: argparse.Namespace) -> int:
     if device.type == "cuda":
         import torch._functorch.config as functorch  # `import torch` alone does not import this submodule
         functorch.donated_buffer = False  # a backward that is captured in a graph runs more than once
-    started, peaks = time.perf_counter(), measure_peaks(device)
+    started = time.perf_counter()
+    if memory == setting.KEPT:
+        done = keep_freed_memory()
+        console.print(str(done), highlight=False, markup=False)
+        if not done.kept:
+            console.print("the setting `kept` cannot be measured here")
+            return 2
+    peaks = measure_peaks(device)
     _release(device)
     settings = replace(suite.QUICK if args.quick else suite.Settings(), compiled=not args.no_compile)
     loops, registers = register_peaks(console) if device.type == "cpu" else ({}, {})
@@ -97,15 +128,18 @@ def measure(args: argparse.Namespace) -> int:
                "seconds": settings.seconds, "rounds": settings.rounds, "compile": settings.compiled}
     try:
         run = record.Record(out, device, peaks, options, resume=args.resume, commit_id=args.commit,
-                            registers=registers)
+                            registers=registers, memory=memory)
     except ValueError as error:
         parser().error(str(error))
+    if run.repeated:
+        console.print(f"CPU memory {memory}: {run.repeated.name} is complete")
+        return 0
     passes = run.without_recorded(suite.by_importance(passes) if device.type == "cuda" else passes)
     console.print(report.describe(run.head), highlight=False)
     console.print(f"{len(passes)} passes -> {run.path}", highlight=False)
     bars = (TextColumn("{task.description:<52}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn())
-    state, clock = "killed", Clock(started, args.seconds)
+    state, clock = "killed", Clock(started, seconds)
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with Progress(*bars, console=console, disable=not sys.stdout.isatty()) as progress:
@@ -136,7 +170,7 @@ def measure(args: argparse.Namespace) -> int:
         console.print(f"no time for {clock.skipped} of {len(passes)} passes: --resume measures them")
     if state == "lost":
         console.print("the device stopped answering; --resume goes on after the operator that it happened in")
-    return {"killed": 130, "lost": 3}.get(state, int(bool(run.head["run"]["red"])))
+    return {"killed": KILLED, "lost": 3}.get(state, int(bool(run.head["run"]["red"])))
 
 
 def register_peaks(console) -> tuple[dict, dict]:
@@ -246,8 +280,7 @@ def main(argv: list[str]) -> int:
             render(path)
         print(f"{len(paths)} records rendered")
         return 0
-    with_huge_pages(argv)
-    return measure(args)
+    return measure(args, argv)
 
 
 if __name__ == "__main__":

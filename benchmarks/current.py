@@ -1,4 +1,5 @@
-"""Which rows of the recorded runs count today: for every device, size, dtype and direction the newest, whichever run holds it.
+"""Which rows of the recorded runs count today: for every device, setting of CPU memory, size, dtype and direction the newest,
+whichever run holds it.
 
 The rows of a run that was stopped half-way count too. Where results/changed.toml says that the arithmetic of a row has changed
 since it was timed, the row is marked until it is timed again. A run of which no row counts any more is superseded, and `prune`
@@ -15,6 +16,7 @@ import torch
 
 from internlm2_kernels import OPS
 
+from . import setting
 from .names import key_of, short
 from .record import RESULTS, load, rows_of
 from .suite import PASSES, plan
@@ -33,8 +35,8 @@ DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 class Device:
     """One device: the rows that count, and the runs that hold at least one of them, newest first.
 
-    A row is a `Row` as a dict, with the name of its record in `record` and with what has changed since it was measured in
-    `changed`, which is empty where nothing has.
+    A row is a `Row` as a dict, with its run's setting of CPU memory in `memory`, the name of its record in `record`, and in
+    `changed` what has changed since it was measured, which is empty where nothing has.
     """
 
     folder: Path
@@ -45,6 +47,15 @@ class Device:
     def info(self) -> dict[str, Any]:
         """Device, threads and versions, as the newest run recorded them."""
         return self.runs[0]["machine_info"]
+
+    def settings(self) -> list[str]:
+        """The settings of CPU memory that have rows, the one with the most operators first."""
+        held = {name: {row["op"] for row in self.rows if row["memory"] == name and not row["red"]} for name in setting.ORDER}
+        return sorted((name for name in held if any(row["memory"] == name for row in self.rows)), key=lambda n: -len(held[n]))
+
+    def of(self, memory: str) -> list[dict[str, Any]]:
+        """The rows of one setting."""
+        return [row for row in self.rows if row["memory"] == memory]
 
     @property
     def on_gpu(self) -> bool:
@@ -112,8 +123,9 @@ def current(results: Path = RESULTS) -> list[Device]:
             found = []
             for row in rows_of(data):
                 key = key_of(row["op"], row["dims"], row["dtype"], row["direction"])
-                if key in wanted and (key, row["backend"]) not in seen:
-                    seen.add((key, row["backend"]))
+                place = key, row["backend"], row["memory"]
+                if key in wanted and place not in seen:
+                    seen.add(place)
                     found.append(row | {"record": path.stem, "changed": changed_since(row, data, entries)})
             if found:
                 runs.append(data)

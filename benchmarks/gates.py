@@ -12,6 +12,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from . import setting
 from .names import size_of
 
 GATES = Path(__file__).with_name("gates.toml")
@@ -63,15 +64,18 @@ def settings() -> dict[str, Any]:
 def load(path: Path = GATES) -> list[dict]:
     gates = tomllib.loads(path.read_text())["gate"]
     for gate in gates:
-        unknown = set(gate) - {*WHERE, *RATIOS, *SHARES, "size", "limit"}
+        unknown = set(gate) - {*WHERE, *RATIOS, *SHARES, "size", "limit", "memory"}
         missing = set(WHERE[:3]) - set(gate)
         if unknown or missing:
             raise ValueError(f"{path.name}: gate {gate}: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}")
+        if gate.get("memory", setting.KEPT) not in setting.WORDS:
+            raise ValueError(f"{path.name}: gate {gate}: memory: expected one of {', '.join(setting.WORDS)}")
     return gates
 
 
 def judge(row: dict, gates: list[dict]) -> list[Verdict]:
-    """The verdicts on a row (`suite.Row` as a dict). A peer that is not installed on this machine is not demanded.
+    """The verdicts on a row (`suite.Row` as a dict). A peer that is not installed on this machine is not demanded, and nothing
+    is demanded in a setting of CPU memory that is not in `setting.GATED`, unless the gate names it.
 
     In old records the copy yardstick wrote to fresh memory, so that it measured page faults too. Their rows are judged only by
     their ratios to peers and by the read rate, which was measured then as it is now.
@@ -79,6 +83,9 @@ def judge(row: dict, gates: list[dict]) -> list[Verdict]:
     verdicts = []
     for gate in gates:
         if any(key in gate and gate[key] != row[key] for key in WHERE):
+            continue
+        memory = row.get("memory", "")
+        if memory != gate["memory"] if "memory" in gate else memory not in setting.GATED:
             continue
         if "size" in gate and not fnmatch.fnmatchcase(size_of(row["dims"]), gate["size"]):
             continue

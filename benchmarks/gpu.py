@@ -270,7 +270,7 @@ from tools.timing import measure_peaks
 device = torch.device("cuda")
 p = measure_peaks(device)
 print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}")
-print(f"copy   {p.copy_bytes_per_s / 1e12:8.3f} TB/s   (clone of 1 GiB, bytes read plus written)")
+print(f"copy   {p.copy_bytes_per_s / 1e12:8.3f} TB/s   (1 GiB into present memory, bytes read plus written)")
 print(f"read   {p.read_bytes_per_s / 1e12:8.3f} TB/s   (sum of 1 GiB)")
 print(f"matrix {p.matmul_flops_per_s / 1e12:8.1f} TFLOP/s (bf16, 8192 cubes, random data)")
 print(f"matrix {p.matmul_float32_flops_per_s / 1e12:8.1f} TFLOP/s (float32)")

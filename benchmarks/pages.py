@@ -9,7 +9,7 @@ from typing import Any
 
 from internlm2_kernels._registry import BACKENDS
 
-from . import current, plot
+from . import current, plot, setting
 from .current import Device
 from .gates import judge, load, settings
 from .record import RESULTS, ROOT
@@ -68,12 +68,12 @@ def shown(devices: list[Device]) -> Device | None:
     return max(devices, key=count, default=None)  # `devices` come newest first, and max returns the first of equals
 
 
-def headline(device: Device) -> list[list[dict[str, Any]]]:
-    """The rows of the README's table, one list for each of at most ten operators in the order of gates.toml: bfloat16, forward
-    and backward together where the operator has a backward."""
+def headline(device: Device, memory: str) -> list[list[dict[str, Any]]]:
+    """The rows of the README's table in one setting of CPU memory, one list for each of at most ten operators in the order of
+    gates.toml: bfloat16, forward and backward together where the operator has a backward."""
     chosen = []
     for op in settings()["order"]:
-        rows = [row for row in device.rows if row["op"] == op and row["dtype"] == "bfloat16" and row["chosen"]
+        rows = [row for row in device.of(memory) if row["op"] == op and row["dtype"] == "bfloat16" and row["chosen"]
                 and not row["red"]]
         for direction in ("both", "forward"):
             found = [row for row in rows if row["direction"] == direction]
@@ -98,18 +98,30 @@ def speed(devices: list[Device], base: Path = ROOT) -> str:
     device = shown(devices)
     if device is None:
         return "No run is recorded yet: `python -m benchmarks` makes one."
-    gates, lines, groups = load(), [], headline(device)
+    memory, gates, lines = device.settings()[0], load(), []
+    groups = headline(device, memory)
+    # The second setting in the table is that of a process in which nothing was set.
+    usual = {(rows[0]["op"], rows[0]["direction"]): rows for rows in headline(device, setting.DEFAULT)
+             } if memory not in ("", setting.DEFAULT) else {}
     for rows in groups:
+        plain = usual.get((rows[0]["op"], rows[0]["direction"]), [])
         lines.append([f"`{rows[0]['op']}`{f' {CHANGED}' if any(row['changed'] for row in rows) else ''}",
                       WAYS[rows[0]["direction"]], str(len(rows)), mean(rows, "eager"), strongest(rows),
-                      gates_of([judge(row, gates) for row in rows])])
-    used = [run for run in device.runs if run["path"].stem in {row["record"] for rows in groups for row in rows}]
+                      gates_of([judge(row, gates) for row in rows]),
+                      *([mean(plain, "eager"), strongest(plain)] if usual else [])])
+    shown_rows = [row for rows in [*groups, *usual.values()] for row in rows]
+    used = [run for run in device.runs if run["path"].stem in {row["record"] for row in shown_rows}]
+    used.sort(key=lambda run: setting.of(run["machine_info"]) != memory)  # stable: the newest run in the table's setting first
     commits = ", ".join(dict.fromkeys(commit_of(run) for run in used))
     dates = sorted({run["datetime"][:10] for run in used})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     head = ["operator", "direction", "sizes", "x eager PyTorch", "x fastest other peer", "gates"]
-    parts = [f"{machine_of(used[0])}; bfloat16; commit{'s' if ',' in commits else ''} {commits}, {when}.",
-             markdown_table(head, lines)]
+    head += ["default: x eager", "default: x fastest other"] if usual else []
+    parts = [f"{machine_of(used[0])}; bfloat16; commit{'s' if ',' in commits else ''} {commits}, {when}."]
+    if memory:
+        parts.append(f"Setting of CPU memory, for ours and for every peer: {memory}, {setting.WORDS[memory]}."
+                     + (f" In the columns \"default\": {setting.WORDS[setting.DEFAULT]}." if usual else ""))
+    parts.append(markdown_table(head, lines))
     if any(row["changed"] for rows in groups for row in rows):
         parts.append(f"{CHANGED} The arithmetic of this operator has changed since it was timed; it has not been timed again.")
     parts.append(f"![Ratio of each peer's time to ours]({(device.folder / plot.SPEED).relative_to(base).as_posix()})")
@@ -123,7 +135,11 @@ def page(devices: list[Device], results: Path = RESULTS) -> str:
              "size, dtype and direction the newest recorded row counts.",
              "A ratio is the peer's time over ours in the same round, median [20 % to 80 % quantile]. % of limit is how close "
              "our time comes to what the machine allowed for this work in the same run; a dash stands where a record is older "
-             f"than these yardsticks. {CHANGED} marks a row whose arithmetic has changed since it was timed."]
+             f"than these yardsticks. {CHANGED} marks a row whose arithmetic has changed since it was timed.",
+             "On a CPU every run has one setting of CPU memory, for ours and for every peer "
+             "([docs/memory.md](../../docs/memory.md)): "
+             + "; ".join(f"{name}: {words}" for name, words in setting.WORDS.items())
+             + ". Gates are not judged in the last, where page faults are compared more than kernels."]
     if not any(device.on_gpu for device in devices):
         parts.append("No run on a GPU is recorded yet: `make gpu` makes one on a machine that has one.")
     for device in devices:
@@ -132,23 +148,30 @@ def page(devices: list[Device], results: Path = RESULTS) -> str:
 
 
 def section(device: Device, results: Path) -> list[str]:
-    peers, pairs, folder = families(device.rows), judged(device.rows), device.folder.relative_to(results).as_posix()
+    folder = device.folder.relative_to(results).as_posix()
     m, records = device.info, []
     for run in device.runs:
         count = sum(row["record"] == run["path"].stem for row in device.rows)
+        its = run["machine_info"]
         records.append([f"[{run['path'].stem}]({folder}/{run['path'].name})", run["datetime"][:10], commit_of(run), str(count),
-                        run["machine_info"]["cpu_isa"] or "-", run["machine_info"]["torch"], rates_of(run)])
+                        setting.of(its) or "-", its["cpu_isa"] or "-", its["torch"], rates_of(run)])
     title = f"## {m['device']}" + ("" if device.on_gpu else f", {m['threads']} threads")
-    parts = [title, f"Newest run: {machine_of(device.runs[0])}.", gate_count(pairs),
-             markdown_table(["record", "date", "commit", "rows that count", "instruction set", "torch", "rates of this run"],
-                            records),
-             "### By operator", markdown_table(mean_columns(peers), geometric_means(device.rows)),
-             f"![Ratio of each peer's time to ours]({folder}/{plot.SPEED})"]
+    parts = [title, f"Newest run: {machine_of(device.runs[0])}.", gate_count(judged(device.rows)),
+             markdown_table(["record", "date", "commit", "rows that count", "CPU memory", "instruction set", "torch",
+                             "rates of this run"], records)]
+    named = {its: f", CPU memory: {its}" if its else "" for its in device.settings()}
+    for its, name in named.items():
+        rows = device.of(its)
+        parts += [f"### By operator{name}", markdown_table(mean_columns(families(rows)), geometric_means(rows))]
+    parts.append(f"![Ratio of each peer's time to ours]({folder}/{plot.SPEED})")
     if any(row.get("limit_fraction") is not None for row in device.rows):
         parts.append(f"![Share of the machine's limit that each row reaches]({folder}/{plot.LIMITS})")
     parts += [memory(device.folder / MEMORY, results)] if (device.folder / MEMORY).exists() else []
-    parts += ["### Every size, worst first", markdown_table([*columns(peers), "record"], [
-        [*cells(row, verdicts, peers), row["record"][:4]] for row, verdicts in pairs])]
+    for its, name in named.items():
+        rows = device.of(its)
+        peers = families(rows)
+        parts += [f"### Every size, worst first{name}", markdown_table([*columns(peers), "record"], [
+            [*cells(row, verdicts, peers), row["record"][:4]] for row, verdicts in judged(rows)])]
     since = dict.fromkeys(f"- {name_of(row | {'chosen': True})} {WAYS[row['direction']]} {DTYPES[row['dtype']]}: "
                           f"{row['changed']}" for row in device.rows if row["changed"])
     notes = dict.fromkeys(line for run in device.runs for line in notes_of(run).splitlines())
@@ -195,5 +218,7 @@ def write(results: Path = RESULTS, base: Path = ROOT) -> list[Path]:
     for device in devices:
         for name, draw in ((plot.SPEED, plot.speed), (plot.LIMITS, plot.limits)):
             if changed or not (device.folder / name).exists():
-                draw(device.rows, device.folder / name, machine_of(device.runs[0]))
+                memory = device.settings()[0]
+                run = next(run for run in device.runs if setting.of(run["machine_info"]) == memory)
+                draw(device.of(memory), device.folder / name, machine_of(run))
     return changed

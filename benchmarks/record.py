@@ -26,6 +26,7 @@ import internlm2_kernels
 from internlm2_kernels import _registry
 from tools.timing import Paired, Peaks
 
+from . import setting
 from .names import key_of, plain, short
 from .suite import PASSES, STAGES, Pass, Row
 
@@ -33,9 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def allocator() -> str:
-    """The allocator of CPU memory and its settings: the time of a call with large fresh outputs depends on it more than on the
-    kernel."""
+def allocator(memory: str) -> str:
+    """The allocator of CPU memory and what was set for it, beside the run's setting of memory: the time of a call with large
+    fresh outputs depends on it more than on the kernel."""
     libc = " ".join(platform.libc_ver()) or platform.system()
     huge = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     mode = re.search(r"\[(\w+)\]", huge.read_text()) if huge.exists() else None
@@ -43,11 +44,12 @@ def allocator() -> str:
     changed += [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_") and k != "MALLOC_CONF"]
     malloc = f"{libc} malloc, {', '.join(changed)}" if changed else f"default malloc ({libc})"
     return (f"{malloc}, THP_MEM_ALLOC_ENABLE={os.environ.get('THP_MEM_ALLOC_ENABLE', '0')}, "
-            f"huge pages {mode.group(1) if mode else 'unknown'}")
+            f"huge pages {mode.group(1) if mode else 'unknown'}" + (", freed memory kept" if memory == setting.KEPT else ""))
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """pytest-benchmark's machine_info without the host's name, and with what our numbers depend on (threads, allocator)."""
+def machine(device: torch.device, memory: str = setting.DEFAULT) -> dict[str, Any]:
+    """pytest-benchmark's machine_info without the host's name, and with what our numbers depend on (threads, allocator, and
+    the setting of CPU memory)."""
     info = pytest_benchmark_generate_machine_info()
     cpu = {key: info["cpu"].get(key) for key in ("brand_raw", "arch", "count", "l2_cache_size", "l3_cache_size")}
     name = cpu["brand_raw"] or platform.machine()
@@ -61,7 +63,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": name,
         "device_type": device.type,
         "threads": torch.get_num_threads(),
-        "allocator": allocator(),
+        "allocator": allocator(memory),
+        "memory": memory if device.type == "cpu" else "",
         "torch": torch.__version__,
         "triton": _version("triton"),
         "liger": _version("liger_kernel"),
@@ -109,13 +112,15 @@ def commit(given: str | None = None) -> dict[str, Any]:
 class Record:
     """The file of one run. `add` stores a pass and writes the file; `finish` marks the run complete.
 
-    `resume`: an unfinished run of the same device, versions, commit and options in the folder is continued; each
-    continuation leaves its own time, yardsticks and clocks in `resumed`.
+    `memory`: the setting of CPU memory in which the process runs. `resume`: an unfinished run of the same setting, device,
+    versions, commit and options in the folder is continued; each continuation leaves its own time, yardsticks and clocks in
+    `resumed`. Where that run is complete, `repeated` is its path, and on a CPU the setting need not be measured again.
     """
 
     def __init__(self, folder: Path, device: torch.device, peaks: Peaks, options: dict[str, Any], *, resume: bool = False,
-                 commit_id: str | None = None, registers: dict[str, Any] | None = None) -> None:
-        commit_info, info = commit(commit_id), machine(device)
+                 commit_id: str | None = None, registers: dict[str, Any] | None = None,
+                 memory: str = setting.DEFAULT) -> None:
+        commit_info, info = commit(commit_id), machine(device, memory)
         now = datetime.now(timezone.utc).isoformat()
         self.head = {"machine_info": info, "commit_info": commit_info, "datetime": now, "version": pytest_benchmark_version,
                      "run": {"peaks": asdict(peaks), "registers": registers or {}, "copy": "into present memory",
@@ -125,17 +130,20 @@ class Record:
         folder.mkdir(parents=True, exist_ok=True)
         paths = sorted(folder.glob("[0-9][0-9][0-9][0-9]_*.json"))
         self.path = folder / f"{int(paths[-1].name[:4]) + 1 if paths else 1:04d}_{commit_info['id'][:7]}.json"
-        if resume and paths:
-            self._continue(paths[-1], {"datetime": now, "peaks": asdict(peaks), "gpu_state": info["gpu_state"]})
+        same = [path for path in paths if setting.of(load(path)["machine_info"]) == info["memory"]] if resume else []
+        self.repeated: Path | None = None
+        if same:
+            self._continue(same[-1], {"datetime": now, "peaks": asdict(peaks), "gpu_state": info["gpu_state"]})
 
     def _continue(self, path: Path, part: dict[str, Any]) -> None:
         data = load(path)
-        if data["run"]["complete"]:
-            return
         names = ("device", "torch", "triton", "internlm2_kernels", "threads")
         mine, its = ({name: head["machine_info"][name] for name in names} | {
             "commit": head["commit_info"]["id"], "options": plain(head["run"]["options"])} for head in (self.head, data))
         other = [f"{name} {its[name]}, not {mine[name]}" for name in mine if its[name] != mine[name]]
+        if data["run"]["complete"]:
+            self.repeated = path if not other and self.head["machine_info"]["memory"] else None
+            return
         if other:
             raise ValueError(f"--resume: {path.name} was measured with {'; '.join(other)}")
         self.path, self.entries = path, data["benchmarks"]
@@ -207,6 +215,6 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def rows_of(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a run, as dicts of `Row`, red ones included."""
-    timed = [dict(entry["extra_info"]["row"]) for entry in data["benchmarks"] if "row" in entry["extra_info"]]
-    return timed + data["run"]["red"]
+    """The rows of a run, as dicts of `Row` with the run's setting of CPU memory in `memory`, red ones included."""
+    timed = [entry["extra_info"]["row"] for entry in data["benchmarks"] if "row" in entry["extra_info"]]
+    return [row | {"memory": setting.of(data["machine_info"])} for row in [*timed, *data["run"]["red"]]]

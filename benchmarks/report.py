@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from . import setting
 from .gates import Verdict, judge, load
 from .names import size_of
 from .record import rows_of
@@ -171,11 +172,12 @@ def gate_count(pairs: list[Judged]) -> str:
 
 
 def machine_of(data: dict[str, Any]) -> str:
-    """Device, threads, instruction set, versions and allocator of a run."""
+    """Device, threads, instruction set, versions, setting of CPU memory and allocator of a run."""
     m = data["machine_info"]
     if m["device_type"] == "cuda":
         return f"{m['device']}; torch {m['torch']}, triton {m['triton']}"
-    return f"{m['device']}, {m['threads']} threads, {m['cpu_isa']}; torch {m['torch']}; {m['allocator']}"
+    return (f"{m['device']}, {m['threads']} threads, {m['cpu_isa']}; torch {m['torch']}; CPU memory: {setting.of(m)} "
+            f"({m['allocator']})")
 
 
 def commit_of(data: dict[str, Any]) -> str:

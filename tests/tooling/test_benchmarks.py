@@ -23,7 +23,8 @@ from tools.timing import Peaks
 for needed in ("pytest_benchmark", "matplotlib", "rich"):
     pytest.importorskip(needed, reason="the benchmark suite needs the extra `bench`")
 
-from benchmarks import current, gates, memory, pages, plot, record, registers, report, suite  # noqa: E402 (skipped above where pytest-benchmark is missing)
+from benchmarks import __main__ as main_module  # noqa: E402 (skipped above where pytest-benchmark is missing)
+from benchmarks import current, gates, memory, pages, plot, record, registers, report, setting, suite  # noqa: E402
 
 
 def registers_offered():
@@ -254,10 +255,22 @@ def test_the_register_peak_is_measured(tmp_path):
     assert registers.loops("", 1) == {}
 
 
+def test_gates_hold_where_freed_memory_stays_and_with_huge_pages():
+    """In a default process the page faults of fresh outputs are compared; nothing is demanded there unless the gate says so."""
+    gate = {"device": "cpu", "op": "rms_norm", "direction": "forward", "eager": 6.0}
+    judged = lambda where, **more: len(gates.judge(row() | {"memory": where}, [gate | more]))
+    assert [judged(memory) for memory in setting.ORDER] == [1, 1, 0, 1]
+    assert [judged(memory, memory="default") for memory in setting.ORDER] == [0, 0, 1, 0]
+    assert [judged(memory, memory="kept") for memory in setting.ORDER] == [1, 0, 0, 0]
+
+
 def test_unknown_gate_key_is_an_error(tmp_path):
     path = tmp_path / "gates.toml"
     path.write_text('[[gate]]\ndevice = "cpu"\nop = "rms_norm"\ndirection = "forward"\nspeed = 3\n')
     with pytest.raises(ValueError, match="speed"):
+        gates.load(path)
+    path.write_text('[[gate]]\ndevice = "cpu"\nop = "rms_norm"\ndirection = "forward"\nmemory = "keep"\nbw = 0.9\n')
+    with pytest.raises(ValueError, match="memory: expected one of kept"):
         gates.load(path)
 
 
@@ -301,6 +314,31 @@ def test_pages_are_written_from_the_records(measured, everything_planned, tmp_pa
     assert pages.write(results, tmp_path) == []
     with pytest.raises(ValueError, match="expected the lines"):
         pages.with_parts("# no markers\n", [])
+
+
+def test_each_setting_of_memory_has_its_rows_and_the_readme_shows_kept_and_default(everything_planned, tmp_path):
+    results = tmp_path / "results"
+    results.mkdir()
+    faster = lambda ratio: {"eager": {"form": "f", "ratio": (ratio, ratio, ratio)}}
+    for number, (name, ratio) in enumerate((("kept", 7.0), ("huge pages", 6.0), ("default", 2.0)), 1):
+        path = store(results, number, [{"direction": "both", "against": faster(ratio)}, {"op": "swiglu", "against": {}}])
+        data = json.loads(path.read_text())
+        data["machine_info"] |= {"memory": name, "allocator": "x", "device": "CPU", "threads": 2, "cpu_isa": "avx2",
+                                 "torch": "2"}
+        data["commit_info"] |= {"id": "abcdef0", "dirty": False}
+        data["run"] |= {"peaks": asdict(PEAKS), "notes": [], "copy": ""}
+        path.write_text(json.dumps(data))
+    (device,) = current.current(results)
+    assert device.settings() == ["kept", "huge pages", "default"] and len(device.rows) == 6
+    assert current.superseded(results) == []
+    text = pages.speed([device], tmp_path)
+    assert "for every peer: kept, freed memory stays" in text and "default: x eager" in text
+    assert re.search(r"\| `rms_norm` \| fwd\+bwd \| 1 \| 7.00 \|.*\| 2.00 \|", text), text
+    page = pages.page([device], results)
+    for name, ratio in (("kept", "7.00"), ("huge pages", "6.00"), ("default", "2.00")):
+        part = page.split(f"### By operator, CPU memory: {name}\n")[1].split("###")[0]
+        assert ratio in part and part.count("| rms_norm") == 1, part
+    assert setting.of({"device_type": "cpu", "allocator": "malloc, THP_MEM_ALLOC_ENABLE=1, huge pages madvise"}) == "huge pages"
 
 
 @pytest.mark.slow
@@ -424,17 +462,51 @@ def test_gpu_run_without_a_gpu_is_one_clear_line():
 
 
 @pytest.mark.slow
-def test_command_measures_prints_and_records(tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="the three settings of CPU memory are Linux's")
+def test_command_measures_prints_and_records_in_each_setting_of_memory(tmp_path):
     process = command("benchmarks", "--quick", "--no-compile", "--op", "rms_norm", "--dtype", "bfloat16", "--direction",
                       "call", "--device", "cpu", "--out", str(tmp_path))
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
-    assert "THP_MEM_ALLOC_ENABLE=1" in out and "copy " in out and "gated rows meet their gate" in out
-    (path,) = tmp_path.glob("*/0001_*.json")
-    data = record.load(path)
-    assert "THP_MEM_ALLOC_ENABLE=1" in data["machine_info"]["allocator"] and not data["run"]["complete"]
-    assert {r["direction"] for r in record.rows_of(data)} == {"call", "call_grad"}
-    assert path.with_suffix(".md").exists()
+    assert "freed blocks stay in this process" in out and "copy " in out and "gated rows meet their gate" in out
+    found = [record.load(path) for path in sorted(tmp_path.glob("*/*.json"))]
+    assert [data["machine_info"]["memory"] for data in found] == ["kept", "huge pages", "default"]
+    for data, huge, kept in zip(found, "010", (True, False, False), strict=True):
+        text = data["machine_info"]["allocator"]
+        assert f"THP_MEM_ALLOC_ENABLE={huge}" in text and ("freed memory kept" in text) == kept
+        assert {r["direction"] for r in record.rows_of(data)} == {"call", "call_grad"} and not data["run"]["complete"]
+        assert data["path"].with_suffix(".md").exists()
+
+
+def test_a_process_of_each_setting_follows_the_one_before(monkeypatch):
+    """Every setting is measured in a process of its own, with the same arguments and the seconds that are left; the worst exit
+    status is the last one's."""
+    started, measured = [], []
+
+    def restart(python, words, env):
+        started.append((words[words.index("benchmarks") + 1:], env["THP_MEM_ALLOC_ENABLE"]))
+        raise SystemExit
+
+    monkeypatch.setattr(setting.os, "execve", restart)
+    monkeypatch.setattr(setting.sys, "platform", "linux")
+    monkeypatch.setattr(main_module, "measure_in", lambda args, chosen, memory, seconds=None: measured.append(
+        (memory, seconds)) or {"kept": 1}.get(memory, 0))
+    argv = ["--op", "rms_norm", "--device", "cpu", "--seconds=90"]
+    for _ in range(3):
+        with pytest.raises(SystemExit):
+            main_module.main(argv)
+        argv = started[-1][0]
+    assert main_module.main(argv) == 1
+    assert [memory for memory, _ in measured] == ["kept", "huge pages", "default"]
+    assert [env for _, env in started] == list("010")
+    assert [round(seconds) for _, seconds in measured] == [30, 45, 90], "nothing was spent, so that all is left to the last"
+    assert all(words[:2] == ["--op", "rms_norm"] and words.count("--seconds") + words.count("--seconds=90") == 1
+               for words, _ in started)
+    measured.clear()
+    with pytest.raises(SystemExit):
+        main_module.main(["--memory", "huge", "--memory=huge", "--device", "cpu"])
+    assert main_module.main(started[-1][0]) == 0 and measured == [("huge pages", None)] and len(started) == 4
+    assert setting.chosen(None, "cuda") == [""]
 
 
 @pytest.mark.slow

@@ -179,7 +179,7 @@ def test_one_of_two_backends_may_be_red():
 def synthetic(folder, monkeypatch):
     """A run as a GPU would leave it, with invented numbers; it stays in the test's folder."""
     info = record.machine(CPU) | {"node": "nvidia-test", "device": "NVIDIA Test", "device_type": "cuda", "gpu_state": "clocks"}
-    monkeypatch.setattr(record, "machine", lambda device: info)
+    monkeypatch.setattr(record, "machine", lambda device, memory: info)
     run, timer = record.Record(folder, CUDA, PEAKS, {"ops": ["flash_attention"]}, commit_id="c" * 40), bench()
     timer.device = CUDA
     case = next(c for c in OPS["flash_attention"].workload.cases if c.kind == "gpu")

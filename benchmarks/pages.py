@@ -104,11 +104,13 @@ def speed(devices: list[Device], base: Path = ROOT) -> str:
     usual = {(rows[0]["op"], rows[0]["direction"]): rows for rows in headline(device, setting.DEFAULT)
              } if memory not in ("", setting.DEFAULT) else {}
     for rows in groups:
-        plain = usual.get((rows[0]["op"], rows[0]["direction"]), [])
+        sizes = [row["dims"] for row in rows]  # an unfinished run may lack some in one setting; means are over the same sizes
+        plain = [row for row in usual.get((rows[0]["op"], rows[0]["direction"]), []) if row["dims"] in sizes]
+        fewer = f", {len(plain)} of the sizes" if 0 < len(plain) < len(rows) else ""
         lines.append([f"`{rows[0]['op']}`{f' {CHANGED}' if any(row['changed'] for row in rows) else ''}",
                       WAYS[rows[0]["direction"]], str(len(rows)), mean(rows, "eager"), strongest(rows),
                       gates_of([judge(row, gates) for row in rows]),
-                      *([mean(plain, "eager"), strongest(plain)] if usual else [])])
+                      *([mean(plain, "eager") + fewer, strongest(plain) + fewer] if usual else [])])
     shown_rows = [row for rows in [*groups, *usual.values()] for row in rows]
     used = [run for run in device.runs if run["path"].stem in {row["record"] for row in shown_rows}]
     used.sort(key=lambda run: setting.of(run["machine_info"]) != memory)  # stable: the newest run in the table's setting first

@@ -102,7 +102,20 @@ def test_a_run_that_was_killed_is_continued_where_it_ended(tmp_path):
     data = record.load(again.path)
     assert len(record.rows_of(data)) == 6 and again.without_recorded(passes) == [] and "running" not in data["run"]
     assert [p.name for p in tmp_path.glob("*/*")] == [again.path.name]
-    assert record.Record(tmp_path, CPU, PEAKS, OPTIONS, resume=True).path != again.path, "a complete run stays as it is"
+    after = record.Record(tmp_path, CPU, PEAKS, OPTIONS, resume=True)
+    assert after.path != again.path and after.repeated == again.path, "a complete run stays as it is, and is named"
+    assert record.Record(tmp_path, CPU, PEAKS, {**OPTIONS, "quick": True}, resume=True).repeated is None
+
+
+def test_a_run_in_another_setting_of_memory_is_not_continued(tmp_path):
+    kept = record.Record(tmp_path, CPU, PEAKS, OPTIONS, memory="kept")
+    kept.write()
+    usual = record.Record(tmp_path, CPU, PEAKS, OPTIONS, resume=True)
+    assert usual.path != kept.path
+    usual.write()
+    again = record.Record(tmp_path, CPU, PEAKS, OPTIONS, resume=True, memory="kept")
+    assert again.path == kept.path and again.repeated is None
+    assert "freed memory kept" in again.head["machine_info"]["allocator"]
 
 
 def test_another_commit_or_other_options_are_not_mixed_in(tmp_path):

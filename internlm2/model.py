@@ -2,7 +2,7 @@
 
 Everything is packed: the tokens [T] of all sequences end to end, and cu_seqlens int32 [sequences + 1], which starts at 0
 and ends at T. A token attends only to tokens of its own sequence. Parameters carry the names of the released checkpoints.
-Every operator that is not a matrix product or an embedding comes from `operators`.
+Every operator that is not an embedding comes from `operators`.
 
 Under torch.compile the checks and the computation of `Packing`, which read cu_seqlens on the host, run outside the graph;
 everything after them is one graph, whatever the lengths of the sequences. Under torch.autocast the residual stream keeps the
@@ -39,6 +39,7 @@ class Operators:
     rope_table: Callable
     qkv_rope: Callable
     flash_attention: Callable
+    linear: Callable
     linear_cross_entropy: Callable
 
     @classmethod
@@ -66,14 +67,15 @@ class Packing:
 
 
 class Linear(nn.Module):
-    """x @ weight^T. The weight [out, in] is cast to x's dtype, so float32 parameters can compute in bfloat16."""
+    """x @ weight^T. The weight [out, in] is rounded to x's dtype, so float32 parameters can compute in bfloat16."""
 
-    def __init__(self, in_features: int, out_features: int, **factory):
+    def __init__(self, in_features: int, out_features: int, operators: Operators, **factory):
         super().__init__()
+        self.op = operators.linear
         self.weight = nn.Parameter(torch.empty(out_features, in_features, **factory))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return self.op(x, self.weight)
 
 
 class Embedding(nn.Module):
@@ -108,8 +110,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = dict(num_heads=config.num_heads, num_kv_heads=config.num_kv_heads)
         self.rope, self.attend = operators.qkv_rope, operators.flash_attention
-        self.wqkv = Linear(config.hidden_size, config.qkv_size, **factory)
-        self.wo = Linear(config.num_heads * config.head_dim, config.hidden_size, **factory)
+        self.wqkv = Linear(config.hidden_size, config.qkv_size, operators, **factory)
+        self.wo = Linear(config.num_heads * config.head_dim, config.hidden_size, operators, **factory)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         q, k, v = self.rope(self.wqkv(x), packing.cos, packing.sin, packing.positions, **self.heads)
@@ -124,9 +126,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, operators: Operators, **factory):
         super().__init__()
         self.op = operators.swiglu
-        self.w1 = Linear(config.hidden_size, config.intermediate_size, **factory)
-        self.w3 = Linear(config.hidden_size, config.intermediate_size, **factory)
-        self.w2 = Linear(config.intermediate_size, config.hidden_size, **factory)
+        self.w1 = Linear(config.hidden_size, config.intermediate_size, operators, **factory)
+        self.w3 = Linear(config.hidden_size, config.intermediate_size, operators, **factory)
+        self.w2 = Linear(config.intermediate_size, config.hidden_size, operators, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(self.op(self.w1(x), self.w3(x)))
@@ -186,7 +188,7 @@ class Decoder(nn.Module):
         if self.compute_dtype != dtype and (dtype != torch.float32 or self.compute_dtype == torch.float64):
             raise ValueError(f"compute_dtype must be dtype, or narrower than float32, got {compute_dtype} with {dtype}")
         self.model = Backbone(config, self.operators, device=device, dtype=dtype)
-        self.add_module(self.head_name, Linear(config.hidden_size, outputs, device=device, dtype=dtype))
+        self.add_module(self.head_name, Linear(config.hidden_size, outputs, self.operators, device=device, dtype=dtype))
         self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
         if self.model.norm.weight.device.type != "meta":
             self.init_weights(seed)

@@ -9,7 +9,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from internlm2_kernels import rope_table
 
-__all__ = ["flash_attention", "linear_cross_entropy", "qkv_rope", "rms_norm", "rope_table", "swiglu"]
+__all__ = ["flash_attention", "linear", "linear_cross_entropy", "qkv_rope", "rms_norm", "rope_table", "swiglu"]
 
 
 def rms_norm(x, weight, eps=1e-5, residual=None):
@@ -33,6 +33,11 @@ def swiglu(gate, up=None):
     if up is None:
         gate, up = gate.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def linear(x, weight):
+    """x @ weight^T, with the weight cast to x's dtype."""
+    return F.linear(x, weight.to(x.dtype))
 
 
 def qkv_rope(qkv, cos, sin, positions=None, *, num_heads, num_kv_heads):

@@ -15,6 +15,7 @@ from .ops.flash_attention import flash_attention
 from .ops.focal_ranking_loss import focal_ranking_loss
 from .ops.gae import gae
 from .ops.kl_penalty import kl_penalty
+from .ops.linear import linear
 from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.linear_logprobs import linear_logprobs
 from .ops.log_barrier_penalty import log_barrier_penalty
@@ -32,7 +33,7 @@ from .optim import FusedAdamW
 
 __version__ = "0.1.0"
 __all__ = ["FusedAdamW", "KVCache", "OPS", "adamw", "apply_rope", "check", "cross_entropy", "flash_attention",
-           "focal_ranking_loss", "gae", "kl_penalty", "linear_cross_entropy", "linear_logprobs",
+           "focal_ranking_loss", "gae", "kl_penalty", "linear", "linear_cross_entropy", "linear_logprobs",
            "log_barrier_penalty", "memory", "nn", "paged_attention", "ppo_policy_loss", "ppo_value_loss", "qkv_rope",
            "reward_loss", "reward_loss_from_last", "rms_norm", "rope_table", "squared_norm", "swiglu", "use_backend",
            "validate"]

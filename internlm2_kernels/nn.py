@@ -10,6 +10,7 @@ from ._checks import check_device, check_factory, check_flag, check_float, check
 from .ops._attention import check_options
 from .ops.apply_rope import apply_rope
 from .ops.flash_attention import flash_attention
+from .ops.linear import linear
 from .ops.rms_norm import rms_norm
 from .ops.rope_table import rope_table
 from .ops.swiglu import swiglu
@@ -69,6 +70,16 @@ class RMSNorm(torch.nn.Module):
                 f"rounding={self.rounding!r}")
 
 
+class Linear(torch.nn.Linear):
+    """`torch.nn.Linear` with the same arguments, parameters and initialisation, computed by `linear`.
+
+    A float32 weight beside a 16-bit input is rounded as it is read. `forward(x, residual)` adds the residual before it rounds.
+    """
+
+    def forward(self, x, residual=None):
+        return linear(x, self.weight, self.bias, residual=residual)
+
+
 class SwiGLU(torch.nn.Module):
     """The feed-forward block w2(silu(w1 x) * w3 x), without biases: w1 is the gate, w3 the up and w2 the down projection."""
 
@@ -82,9 +93,9 @@ class SwiGLU(torch.nn.Module):
                  f"{hidden_size} x {intermediate_size}")
         check_factory("SwiGLU", device, dtype)
         options = {"bias": False, "device": device, "dtype": dtype}
-        self.w1 = torch.nn.Linear(hidden_size, intermediate_size, **options)
-        self.w3 = torch.nn.Linear(hidden_size, intermediate_size, **options)
-        self.w2 = torch.nn.Linear(intermediate_size, hidden_size, **options)
+        self.w1 = Linear(hidden_size, intermediate_size, **options)
+        self.w3 = Linear(hidden_size, intermediate_size, **options)
+        self.w2 = Linear(intermediate_size, hidden_size, **options)
 
     def forward(self, x):
         check_float("SwiGLU", "x", x)

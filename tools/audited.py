@@ -18,6 +18,7 @@ from internlm2_kernels._triton.flash_attention import flash_attention_bwd, flash
 from internlm2_kernels._triton.focal_ranking_loss import focal_ranking_loss_bwd, focal_ranking_loss_fwd
 from internlm2_kernels._triton.gae import gae_fwd
 from internlm2_kernels._triton.kl_penalty import kl_penalty_bwd, kl_penalty_fwd
+from internlm2_kernels._triton.linear import linear_bwd, linear_fwd
 from internlm2_kernels._triton.linear_cross_entropy import (
     linear_cross_entropy_bwd,
     linear_cross_entropy_fwd,
@@ -126,6 +127,22 @@ def kl_penalty(dtype, meta):
         yield f"k{estimator}", lambda e=estimator: kl_penalty_bwd(d, x, x, None, e, True)
     yield "k3, mask", lambda: kl_penalty_fwd(x, x, mask, 3)
     yield "k3, mask, no reference", lambda: kl_penalty_bwd(d, x, x, mask, 3, False)
+
+
+def linear(dtype, meta):
+    """Launches of InternLM2-7B's output projection, of one of odd sizes, and of float32 weights; many rows and few."""
+    x, weight, bias = meta(8192, 4096, dtype=dtype), meta(6144, 4096, dtype=dtype), meta(6144, dtype=dtype)
+    dy, full = meta(8192, 6144, dtype=dtype), meta(6144, 4096, dtype=torch.float32)
+    yield "7B", lambda: linear_fwd(x, weight, None, None, 8, False)
+    yield "7B, bias and residual", lambda: linear_fwd(x, weight, bias, dy, 8, False)
+    yield "7B, one row", lambda: linear_fwd(x[:1], weight, None, None, 8, False)
+    yield "7B", lambda: linear_bwd(dy, x, weight, False, True)
+    odd, odd_weight = meta(8192, 333, dtype=dtype), meta(77, 333, dtype=dtype)
+    yield "odd", lambda: linear_fwd(odd, odd_weight, None, None, 8, False)
+    yield "odd", lambda: linear_bwd(meta(8192, 77, dtype=dtype), odd, odd_weight, False, True)
+    if dtype != torch.float32:
+        yield "7B, float32 weight", lambda: linear_fwd(x, full, None, None, 8, True)
+        yield "7B, float32 weight", lambda: linear_bwd(dy, x, full, True, False)
 
 
 def linear_cross_entropy(dtype, meta):

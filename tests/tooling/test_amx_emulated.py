@@ -1,7 +1,7 @@
 """The attention kernels for AMX, tested on any processor with AVX512_BF16. The sources of the AMX objects are compiled again
 with emulated tile instructions (tests/support/amx_emulation.h) and linked with the other objects of the build. The tests of
-attention then run on that library at instruction set amx. Where the processor has AMX, all fast tests use the real
-instructions.
+attention and of linear then run on that library at instruction set amx. Where the processor has AMX, all fast tests use the
+real instructions.
 """
 
 import os
@@ -26,7 +26,7 @@ def library(objects, tmp_path_factory):  # noqa: F811
     module = pytest.importorskip("ninja", reason="needs ninja, which knows the commands of the build")
     commands = lines(Path(module.BIN_DIR) / "ninja", "-C", objects, "-t", "commands", objects / "_C.so")
     again = {path: folder / path.name for path in [*(objects / "cpu").rglob("*.amx.o"), objects / "runtime.cpp.o"]}
-    assert len(again) == 5
+    assert len(again) == 6
 
     def compile_one(path):
         command = next(c for c in commands if c.endswith(f" -o {path}"))
@@ -53,6 +53,7 @@ def run(command):
 @pytest.mark.parametrize("file,among", (("shared/test_ops.py", "test_ladder"),
                                         ("shared/test_ops_bits.py", "test_bitwise_repeatable"),
                                         ("ops/test_flash_attention.py", "test_packed_is_batch_invariant"),
+                                        ("ops/test_linear.py", "test_a_row_has_its_bits or test_shards or test_float32"),
                                         ("ops/test_paged_attention.py", "test_a_decoded_token_has_the_bits_of_prefill")))
 def test_emulated(library, file, among):
     environment = os.environ | {"INTERNLM2_TEST_LIBRARY": str(library), "PYTHONPATH": str(TESTS / "support")}

@@ -208,13 +208,29 @@ VEC_INLINE void pack_lanes(int64_t rows, int64_t d, const F& row, typename P::El
   using V = Vec<typename P::Acc>;
   for (int64_t i = 0; i < rows; i += V::size) {
     const int count = static_cast<int>(rows - i < V::size ? rows - i : V::size);
+    decltype(row(0)) from[V::size];
+    for (int u = 0; u < V::size; ++u) from[u] = row(i + (u < count ? u : 0));
     for_vectors<V, Single>(d / P::step, [&](int64_t e, auto n) VEC_LAMBDA {
       V r[V::size];
-      for (int u = 0; u < count; ++u) r[u] = Elements<P>::row(row(i + u), e, n);
+      auto* out = as_acc<P>(to + e * stride + i);
+      if constexpr (!std::is_same_v<decltype(n), int>) {
+        if (count == V::size) {  // the usual case, in registers
+#pragma GCC unroll 16
+          for (int u = 0; u < V::size; ++u) {
+            r[u] = Elements<P>::row(from[u], e, n);
+            _mm_prefetch(reinterpret_cast<const char*>(from[u] + (e + 2 * V::size) * P::step), _MM_HINT_T0);
+          }
+          transpose(r);
+#pragma GCC unroll 16
+          for (int u = 0; u < V::size; ++u) r[u].store(out + u * stride);
+          return;
+        }
+      }
+      for (int u = 0; u < count; ++u) r[u] = Elements<P>::row(from[u], e, n);
       transpose(r);
       int steps = V::size;
       if constexpr (std::is_same_v<decltype(n), int> && !kTiles<P>) steps = n;
-      for (int u = 0; u < steps; ++u) r[u].store(as_acc<P>(to + (e + u) * stride + i));
+      for (int u = 0; u < steps; ++u) r[u].store(out + u * stride);
     });
   }
 }
@@ -224,7 +240,7 @@ VEC_INLINE void pack_lanes(int64_t rows, int64_t d, const F& row, typename P::El
 template <typename P, typename F>
 VEC_INLINE void pack_steps_transposed(int64_t rows, int64_t d, const F& row, typename P::Element* to, int64_t stride) {
   using V = Vec<typename P::Acc>;
-  for (int64_t i = 0; i < rows; i += P::depth) {
+  for (int64_t i = 0; i < rows; i += 2 * V::size) {
     for_vectors<V, Single>(d, [&](int64_t e, auto n) VEC_LAMBDA {
       V r[V::size];
       for (int u = 0; u < V::size; ++u) {

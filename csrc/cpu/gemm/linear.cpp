@@ -1,0 +1,291 @@
+// Built for: avx2 avx512 avx512_bf16 amx
+//
+// A product of matrices whose order of sums depends on the length of the sum alone, so that an element of the result has the
+// same bits whatever stands beside it. The sum is cut into pieces (LinearProduct::piece). A piece is one chain of fused
+// multiply-adds, as product.h describes it, and the pieces are added in a balanced tree or in rising order.
+//
+// Some rows of A at a time are packed for all threads (linear_pack). A tile (linear_tile) is one panel of B, the lanes of
+// kTileVectors vectors, times these rows. It packs the panel piece by piece into the second-level cache.
+#include "../../linear.h"
+
+#include "../dispatch.h"
+#include "arena.h"
+#include "pack.h"
+
+namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
+namespace {
+
+template <typename T> struct Linear {
+  using P = matrix_t<T>;
+  using E = typename P::Element;
+  using Acc = typename P::Acc;
+  using V = Vec<Acc>;
+  static constexpr int64_t step = P::step, size = sizeof(E), panel = kPanel<P>;
+  static constexpr int64_t kSteps = 512;  // steps of a piece for which B is packed at a time
+  static constexpr int64_t kFewRows = 24, kFewSteps = 128;  // the same where A has at most kFewRows rows: the copy stays nearer
+  static constexpr int64_t kStrip = kTiles<P> ? 32 : kTileRows;
+  static constexpr int64_t kRows = 480;          // the most rows of A that are packed together,
+  static constexpr int64_t kRowBytes = 8 << 20;  // and about how many bytes they may take
+
+  const LinearProduct& p;
+
+  static VEC_INLINE int64_t steps_of(int64_t n) { return round_up(n, P::depth) / step; }
+  // Packed rows of A are an odd number of cache lines apart, so that a column of them falls into different sets of the cache.
+  int64_t row_steps() const { return ((round_up(steps_of(p.k) * size, 64) / 64) | 1) * 64 / size; }
+  int64_t pieces() const { return p.k == 0 ? 0 : (p.k + p.piece - 1) / p.piece; }
+  int64_t levels() const {
+    int64_t n = 1;
+    if (p.tree) for (int64_t i = pieces() - 1; i > 0; i >>= 1) ++n;
+    return p.tree ? n : 2;
+  }
+
+  // ---------------------------------------------------------------------------------------------------- operands
+  static VEC_INLINE const T* at(const LinearOperand& o, int64_t row, int64_t column) {
+    return static_cast<const T*>(o.data) + row * o.stride + column;
+  }
+  // Copies n numbers of a row, rounded to T, with a 0 after an odd number of them.
+  static void copy_row(const LinearOperand& o, int64_t row, int64_t column, int64_t n, T* to) {
+    if (o.dtype == Dtype::f32 && !std::is_same_v<T, double>) {
+      const float* from = static_cast<const float*>(o.data) + row * o.stride + column;
+      for_vectors<Vec<float>, Single>(n, [&](int64_t j, auto lanes) VEC_LAMBDA {
+        if constexpr (!std::is_same_v<T, double>) store(to + j, load<Vec<float>>(from + j, lanes), lanes);
+      });
+    } else {
+      std::memcpy(static_cast<void*>(to), at(o, row, column), static_cast<size_t>(n) * sizeof(T));
+    }
+    if (n % 2 != 0) std::memset(static_cast<void*>(to + n), 0, sizeof(T));
+  }
+  // Whether rows of the operand must be copied before they can be packed: their dtype differs, or a pair at the end lacks its
+  // second number.
+  bool copied(const LinearOperand& o, int64_t n) const { return o.dtype != p.dtype || (step == 2 && o.along && n % 2 != 0); }
+
+  struct Scratch {
+    E* b;        // [kSteps][panel]
+    Acc* sums;   // [levels][rows][panel]
+    T* copies;   // rows of B that must be copied: [panel][kSteps * step], or [kSteps * step][panel]
+    int64_t allocate(void* memory, const Linear& h) {
+      Arena c(memory);
+      c.take(b, kSteps * panel);
+      c.take(sums, h.levels() * h.p.rows * panel);
+      c.take(copies, kSteps * step * panel);
+      return c.bytes;
+    }
+  };
+  LinearSizes sizes() const {
+    const int64_t row_bytes = row_steps() * size;
+    return {clip(kRowBytes / row_bytes / 96 * 96, 96, kRows), row_bytes, Scratch().allocate(nullptr, *this), panel};
+  }
+
+  void pack(int64_t tile) const {
+    E* to = static_cast<E*>(p.a_packed);
+    const int64_t begin = tile * kLinearPackRows, end = lesser(begin + kLinearPackRows, p.rows), stride = row_steps();
+    if (!p.a.along) {
+      const auto row = [&](int64_t i) VEC_LAMBDA { return at(p.a, i, p.first + begin); };
+      if constexpr (step == 1) pack_lanes<P>(p.k, end - begin, row, to + begin * stride, stride);
+      else pack_steps_transposed<P>(p.k, end - begin, row, to + begin * stride, stride);
+      return;
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      E* out = to + i * stride;
+      if (copied(p.a, p.k)) {
+        copy_row(p.a, p.first + i, 0, p.k, reinterpret_cast<T*>(out));
+        if constexpr (kTiles<P>) std::memset(out + (p.k + 1) / 2, 0, (steps_of(p.k) - (p.k + 1) / 2) * size);
+      } else {
+        pack_rows<P>(1, p.k, [&](int64_t) VEC_LAMBDA { return at(p.a, p.first + i, 0); }, out, stride);
+      }
+    }
+  }
+
+  // Packs indices [k, k + d) of the sum for `width` columns of B from column j on.
+  void pack_b(int64_t k, int64_t d, int64_t j, int64_t width, const Scratch& w) const {
+    const bool copy = copied(p.b, d);
+    if (p.b.along) {
+      const int64_t even = d + d % 2;
+      if (copy) for (int64_t i = 0; i < width; ++i) copy_row(p.b, j + i, k, d, w.copies + i * kSteps * step);
+      pack_lanes<P>(width, copy && step == 2 ? even : d, [&](int64_t i) VEC_LAMBDA {
+        return copy ? w.copies + i * kSteps * step : at(p.b, j + i, k);
+      }, w.b, panel);
+    } else {
+      if (copy) for (int64_t i = 0; i < d; ++i) copy_row(p.b, k + i, j, width, w.copies + i * panel);
+      pack_steps<P>(d, width, [&](int64_t i) VEC_LAMBDA { return copy ? w.copies + i * panel : at(p.b, k + i, j); }, w.b, panel);
+    }
+  }
+
+  // ---------------------------------------------------------------------------------------------------- prefetching
+  // A part of B that is multiplied at a time: indices [k, k + d) of the sum for the columns from j on.
+  struct Part { int64_t k, d, j; };
+  Part part(int64_t k, int64_t j) const {
+    const int64_t end = lesser((k / p.piece + 1) * p.piece, p.k);
+    return {k, lesser(end - k, steps_at_once() * step), j};
+  }
+  Part after(const Part& now) const { return now.k + now.d < p.k ? part(now.k + now.d, now.j) : part(0, now.j + panel); }
+  int64_t steps_at_once() const { return p.rows <= kFewRows ? kFewSteps : kSteps; }
+
+  // Prefetches share i of `of` equal shares of a part of B into the second-level cache.
+  void prefetch(const Part& next, int64_t i, int64_t of) const {
+    if (next.j >= p.n) return;
+    const int64_t width = lesser(panel, p.n - next.j), rows = p.b.along ? width : next.d;
+    const int64_t bytes = (p.b.along ? next.d : width) * bytes_of(p.b.dtype);
+    for (int64_t r = rows * i / of; r < rows * (i + 1) / of; ++r) {
+      const int64_t row = p.b.along ? next.j + r : next.k + r, column = p.b.along ? next.k : next.j;
+      const char* from = static_cast<const char*>(p.b.data) + (row * p.b.stride + column) * bytes_of(p.b.dtype);
+      for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch(from + line, _MM_HINT_T1);
+    }
+  }
+  static int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+  // ---------------------------------------------------------------------------------------------------- products
+  template <Start start>
+  VEC_INLINE void multiply(const Part& now, const Part& next, int64_t n, const E* b, Acc* c, int64_t merges = 0) const {
+    const char* rows = static_cast<const char*>(p.a_packed) + now.k / step * size;
+    const int64_t bytes = row_steps() * size, strips = (p.rows + kStrip - 1) / kStrip;
+    for (int64_t i = 0; i < strips; ++i) {
+      prefetch(next, i, strips);
+      const int64_t row = i * kStrip;
+      product<P, start>({rows + row * bytes, bytes, size, b, panel, panel, c + row * panel, panel, lesser(kStrip, p.rows - row),
+                         steps_of(now.d), 0, n, nullptr, merges, p.rows * panel});
+    }
+  }
+
+  void tile(int64_t index, void* scratch) const {
+    if (is_few()) return few_tile(index, scratch);
+    Scratch w;
+    w.allocate(scratch, *this);
+    const int64_t width = lesser(panel, p.n - index * panel), n = round_up(width, V::size), level = p.rows * panel;
+    int64_t used = 0;  // levels that hold a sum
+    Part now = part(0, index * panel);
+    for (int64_t piece = 0; piece < pieces(); ++piece) {
+      Acc* sum = w.sums + used * level;
+      // A tree: pieces 2i and 2i + 1 are added, then neighbouring sums of two pieces, and so on.
+      int64_t merges = 0;
+      if (p.tree) for (int64_t i = piece; i % 2 != 0; i >>= 1) ++merges;
+      else merges = used;
+      const int64_t end = lesser((piece + 1) * p.piece, p.k);
+      for (bool fresh = true; now.k < end && now.j == index * panel; fresh = false) {
+        const Part next = after(now);
+        pack_b(now.k, now.d, now.j, width, w);
+        const bool last = now.k + now.d == end;
+        const int64_t add = kTiles<P> || !last ? 0 : merges;
+        if constexpr (!kTiles<P>) {
+          if (add > 0 && fresh) multiply<Start::tree>(now, next, n, w.b, sum, add);
+          else if (add > 0) multiply<Start::continued_tree>(now, next, n, w.b, sum, add);
+        }
+        if (add == 0 && fresh) multiply<Start::zero>(now, next, n, w.b, sum);
+        else if (add == 0) multiply<Start::continued>(now, next, n, w.b, sum);
+        now = next;
+      }
+      used += 1 - merges;
+      if constexpr (kTiles<P>) for (int64_t i = merges; i > 0; --i) merge(w.sums + (used + i - 2) * level, level);
+    }
+    for (; used > 1; --used) merge(w.sums + (used - 2) * level, level);
+    if (used == 0) std::memset(static_cast<void*>(w.sums), 0, static_cast<size_t>(level) * sizeof(Acc));
+    write(index * panel, width, w.sums);
+  }
+  // Adds the level above to a level.
+  static void merge(Acc* sum, int64_t level) {
+    for (int64_t i = 0; i < level; i += V::size) (V::load(sum + i) + V::load(sum + level + i)).store(sum + i);
+  }
+
+  // ------------------------------------------------------------------------------------------------------- few rows
+  // Few rows of A are bound by reading B, whose rows the sum runs along. As many rows of B as a vector has lanes are read side
+  // by side, each from its beginning to its end, and transposed in registers.
+  template <int kCount> void few(int64_t index, Acc* sums) const {
+    const int64_t j = index * V::size, width = lesser(V::size, p.n - j), bytes = row_steps() * size;
+    const T* row[V::size];
+    for (int64_t u = 0; u < V::size; ++u) row[u] = at(p.b, j + (u < width ? u : 0), 0);
+    V level[8][kCount];
+    int64_t used = 0;
+    for (int64_t piece = 0; piece < pieces(); ++piece, ++used) {
+      const int64_t begin = piece * p.piece, end = lesser(begin + p.piece, p.k);
+      V acc[kCount];
+      const char* a = static_cast<const char*>(p.a_packed) + begin / step * size;
+      for_vectors<V, Single>((end - begin) / step, [&](int64_t e, auto n) VEC_LAMBDA {
+        V r[V::size];
+#pragma GCC unroll 16
+        for (int u = 0; u < V::size; ++u) {
+          r[u] = Elements<P>::row(row[u] + begin, e, n);
+          _mm_prefetch(reinterpret_cast<const char*>(row[u] + begin) + e * step * sizeof(T) + kAhead, _MM_HINT_T0);
+        }
+        transpose(r);
+        int steps = V::size;
+        if constexpr (std::is_same_v<decltype(n), int>) steps = n;
+#pragma GCC unroll 16
+        for (int u = 0; u < steps; ++u) {
+#pragma GCC unroll 8
+          for (int i = 0; i < kCount; ++i) {
+            acc[i] = P::add_product(acc[i], lanes_of<P>(r[u]), P::broadcast(a + i * bytes + (e + u) * size));
+          }
+        }
+      });
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; ++i) level[used][i] = acc[i];
+      for (int64_t i = piece; i % 2 != 0; i >>= 1, --used) merge<kCount>(level[used - 1], level[used]);
+    }
+    for (; used > 1; --used) merge<kCount>(level[used - 2], level[used - 1]);
+    for (int i = 0; i < kCount; ++i) (used == 0 ? V(0) : level[0][i]).store(sums + i * panel);
+    write(j, width, sums);
+  }
+  template <int kCount> static VEC_INLINE void merge(V* to, const V* from) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) to[i] = to[i] + from[i];
+  }
+  static constexpr int64_t kAhead = 1024;  // bytes
+
+  bool is_few() const { return !kTiles<P> && p.tree && p.b.along && p.rows <= 8 && !copied(p.b, p.k); }
+  void few_tile(int64_t index, void* scratch) const {
+    Scratch w;
+    w.allocate(scratch, *this);
+    for (int64_t i = index * kTileVectors; i < (index + 1) * kTileVectors && i * V::size < p.n; ++i) {
+      switch (p.rows) {
+        case 1: few<1>(i, w.sums); break;
+        case 2: few<2>(i, w.sums); break;
+        case 3: few<3>(i, w.sums); break;
+        case 4: few<4>(i, w.sums); break;
+        case 5: few<5>(i, w.sums); break;
+        case 6: few<6>(i, w.sums); break;
+        case 7: few<7>(i, w.sums); break;
+        case 8: few<8>(i, w.sums); break;
+      }
+    }
+  }
+
+  // ----------------------------------------------------------------------------------------------------- the result
+  void write(int64_t j, int64_t width, const Acc* sum) const {
+    if (p.out_dtype == p.dtype) write_bias(static_cast<T*>(p.out), j, width, sum);
+    else write_bias(static_cast<Acc*>(p.out), j, width, sum);
+  }
+  template <typename U> void write_bias(U* out, int64_t j, int64_t width, const Acc* sum) const {
+    if (p.bias_dtype == p.dtype) write_rows(out, static_cast<const T*>(p.bias), j, width, sum);
+    else write_rows(out, static_cast<const Acc*>(p.bias), j, width, sum);
+  }
+  template <typename U, typename B> void write_rows(U* out, const B* bias, int64_t j, int64_t width, const Acc* sum) const {
+    for (int64_t i = 0; i < p.rows; ++i) {
+      U* to = out + (p.first + i) * p.out_stride + j;
+      const U* residual = static_cast<const U*>(p.residual) + (p.first + i) * p.residual_stride + j;
+      for_vectors<V, Single>(width, [&](int64_t e, auto n) VEC_LAMBDA {
+        V x = load<V>(sum + i * panel + e, n);
+        if (bias != nullptr) x = x + load<V>(bias + j + e, n);
+        if (p.residual != nullptr) x = x + load<V>(residual + e, n);
+        if (p.add) x = x + load<V>(to + e, n);
+        store(to + e, x, n);
+      });
+    }
+  }
+};
+
+}  // namespace
+
+LinearSizes linear_sizes(const LinearProduct& a) {
+  WITH_STORAGE(a.dtype, T, { return Linear<T>{a}.sizes(); })
+  return {};
+}
+void linear_pack(const LinearProduct& a, int64_t tile) {
+  WITH_STORAGE(a.dtype, T, { Linear<T>{a}.pack(tile); })
+}
+void linear_tile(const LinearProduct& a, int64_t tile, void* scratch) {
+  begin_tiles();
+  WITH_STORAGE(a.dtype, T, { Linear<T>{a}.tile(tile, scratch); })
+  end_tiles();
+}
+
+}}}  // namespace internlm2::cpu::CPU_CAPABILITY

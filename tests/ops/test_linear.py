@@ -1,0 +1,145 @@
+"""What is special to linear: a row has the same bits in every batch and on every number of threads, shards of the sum merge to
+the bits of the whole, float32 weights beside 16-bit inputs, gradients that nobody needs.
+"""
+
+import pytest
+import torch
+from cells import variants
+from shared import instruction_set
+
+import internlm2_kernels as ik
+from internlm2_kernels import OPS
+
+SETS = [isa for backend, isa in variants("cpu", OPS["linear"]) if backend == "cpp"]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KINDS = [("cpp", isa) for isa in SETS] + [("triton", None)]
+
+
+def draw(generator, *shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def on(backend, isa, function):
+    if isa is None:
+        return function(backend)
+    with instruction_set(isa):
+        return function(backend)
+
+
+def both(x, weight, dy):
+    """y and dx of a call on each of the backends, as a function of (backend)."""
+    def run(backend):
+        leaf = x.detach().requires_grad_()
+        y = ik.linear(leaf, weight, backend=backend)
+        return y.detach(), torch.autograd.grad(y, leaf, dy)[0]
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "isa"), KINDS)
+def test_a_row_has_its_bits_in_every_batch(backend, isa, dtype, generator):
+    """y and dx of a row are the same alone, first, last and in the middle of batches around all sizes of tiles."""
+    rows, cols, out = (500, 530, 200) if backend == "cpp" else (140, 100, 70)
+    x, dy = draw(generator, rows, cols, dtype=dtype), draw(generator, rows, out, dtype=dtype)
+    weight = draw(generator, out, cols, dtype=dtype)
+    y, dx = on(backend, isa, both(x, weight, dy))
+    for count in (1, 2, 6, 7, 8, 9, 13, 64, 129) if backend == "cpp" else (1, 129):
+        for first in (0, rows - count):
+            part = slice(first, first + count)
+            got = on(backend, isa, both(x[part], weight, dy[part]))
+            assert torch.equal(got[0], y[part]) and torch.equal(got[1], dx[part]), (count, first)
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_bits_do_not_depend_on_threads(isa, generator):
+    x, weight, dy = draw(generator, 77, 300), draw(generator, 260, 300), draw(generator, 77, 260)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        with instruction_set(isa):
+            y = ik.linear(*leaves, backend="cpp")
+            results.append((y, *torch.autograd.grad(y, leaves, dy)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("ranks", (2, 4, 8))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "isa"), KINDS)
+def test_shards_of_the_sum_have_the_bits_of_the_whole(backend, isa, dtype, ranks, generator):
+    """Each rank holds a part of K and computes 8 / ranks pieces. Their float32 results, added in the same tree, are those of
+    one rank."""
+    cols = 1024 if backend == "cpp" else 512
+    x, weight = draw(generator, 9, cols, dtype=dtype), draw(generator, 40, cols, dtype=dtype)
+
+    def shards(backend):
+        each = cols // ranks
+        parts = [ik.linear(x[:, i : i + each], weight[:, i : i + each], out_dtype=torch.float32, pieces=8 // ranks,
+                           backend=backend) for i in range(0, cols, each)]
+        while len(parts) > 1:
+            parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+
+    whole = on(backend, isa, lambda backend: ik.linear(x, weight, out_dtype=torch.float32, backend=backend))
+    assert torch.equal(on(backend, isa, shards), whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(("backend", "isa"), KINDS)
+def test_float32_weights_beside_16_bit_inputs(backend, isa, dtype, generator):
+    """The weight is rounded as it is read: y and dx have the bits of a weight that was rounded before. dweight is float32 and
+    not rounded, so it rounds to the other call's."""
+    x, dy = draw(generator, 21, 75, dtype=dtype), draw(generator, 21, 33, dtype=dtype)
+    wide, bias = draw(generator, 33, 75), draw(generator, 33)
+
+    def run(weight, backend):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        y = ik.linear(*leaves, backend=backend)
+        return (y.detach(), *torch.autograd.grad(y, leaves, dy))
+
+    got = on(backend, isa, lambda backend: run(wide, backend))
+    want = on(backend, isa, lambda backend: run(wide.to(dtype), backend))
+    assert got[2].dtype == torch.float32 and want[2].dtype == dtype and (got[2] != want[2].float()).any()
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and torch.equal(got[2].to(dtype), want[2])
+    assert got[3].dtype == torch.float32 and torch.equal(got[3], want[3])
+
+
+@pytest.mark.parametrize("backend", ("cpp", "triton"))
+def test_unrounded_sums(backend, generator):
+    x, weight = draw(generator, 5, 40, dtype=torch.bfloat16), draw(generator, 12, 40, dtype=torch.bfloat16)
+    wide = ik.linear(x, weight, out_dtype=torch.float32, backend=backend)
+    assert wide.dtype == torch.float32 and torch.equal(wide.bfloat16(), ik.linear(x, weight, backend=backend))
+    gold = x.double() @ weight.double().T
+    assert (wide - gold).abs().max() < 1e-4 and (wide != wide.bfloat16().float()).any()
+
+
+def test_a_frozen_operand_is_not_saved(generator):
+    """What is kept for the backward: x only for the gradient of the weight, the weight only for that of x."""
+    x, weight = draw(generator, 4, 16), draw(generator, 8, 16)
+    for needs_x, needs_weight in ((True, False), (False, True)):
+        leaves = x.clone().requires_grad_(needs_x), weight.clone().requires_grad_(needs_weight)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+            y = ik.linear(*leaves, backend="cpp")
+        assert kept == [(8, 16) if needs_x else (4, 16)]
+        y.sum().backward()
+        assert (leaves[0].grad is not None, leaves[1].grad is not None) == (needs_x, needs_weight)
+
+
+def test_module_is_torchs(generator):
+    ours, theirs = ik.nn.Linear(24, 10), torch.nn.Linear(24, 10)
+    assert isinstance(ours, torch.nn.Linear)
+    ours.load_state_dict(theirs.state_dict())
+    x, residual = draw(generator, 2, 3, 24), draw(generator, 2, 3, 10)
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours(x, residual), theirs(x) + residual)
+
+
+@pytest.mark.parametrize("rows", (1, 5, 600))
+def test_views(rows, generator):
+    """Rows of larger tensors, expanded rows and transposed tensors give what their copies give."""
+    base, weight = draw(generator, rows, 3, 50), draw(generator, 20, 90)
+    for x, w in ((base[:, 1], weight[:, 20:70]), (base[:, 1, :20], weight[:, 1:21]),
+                 (base[:1, 0].expand(rows, 50), weight[:, :50]), (draw(generator, 50, rows).T, draw(generator, 50, 20).T)):
+        assert torch.equal(ik.linear(x, w, backend="cpp"), ik.linear(x.contiguous(), w.contiguous(), backend="cpp"))

@@ -79,8 +79,8 @@ def linear_kernel(a_ptr, b_ptr, out_ptr, bias_ptr, residual_ptr, rows, cols, inn
     length = tl.cast(piece, tl.int64)
     if SPLIT:
         index = tl.program_id(0) // (blocks_m * blocks_n)
-        acc = _chain(a_at, b_at, a_mask, b_mask, index * length, tl.minimum((index + 1) * length, inner), a_inner, b_inner, EVEN,
-                     BLOCK_M, BLOCK_N, BLOCK_K)
+        acc = _chain(a_at, b_at, a_mask, b_mask, index * length, tl.minimum((index + 1) * length, inner), a_inner, b_inner,
+                     EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
         at = (tl.cast(index, tl.int64) * rows + row)[:, None] * cols + col[None, :]
         tl.store(out_ptr + at, acc, mask=a_mask & b_mask)
     else:

@@ -8,7 +8,7 @@ from . import Case, Sample, Workload
 
 
 def _eager(x, weight, bias=None, *, residual=None, out_dtype=None, pieces=8):
-    """PyTorch's product. Its results are rounded before a residual is added; sums that are not rounded need float32 operands."""
+    """PyTorch's product. It is rounded before a residual is added. Results that are not rounded need float32 operands."""
     wide = out_dtype is not None and out_dtype != x.dtype
     dtype = accumulator(x.dtype) if wide else x.dtype
     y = F.linear(x.to(dtype), weight.to(x.dtype).to(dtype), None if bias is None else bias.to(dtype))

@@ -110,7 +110,7 @@ def test_tables_are_made_once_and_never_changed(generator):
 
     class Counting:
         rms_norm, swiglu, qkv_rope = internlm2.plain.rms_norm, internlm2.plain.swiglu, internlm2.plain.qkv_rope
-        flash_attention = internlm2.plain.flash_attention
+        flash_attention, linear = internlm2.plain.flash_attention, internlm2.plain.linear
         linear_cross_entropy = internlm2.plain.linear_cross_entropy
 
         @staticmethod

@@ -120,7 +120,8 @@ def test_a_frozen_operand_is_not_saved(generator):
     for needs_x, needs_weight in ((True, False), (False, True)):
         leaves = x.clone().requires_grad_(needs_x), weight.clone().requires_grad_(needs_weight)
         kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        keep = lambda t, kept=kept: kept.append(tuple(t.shape)) or t
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             y = ik.linear(*leaves, backend="cpp")
         assert kept == [(8, 16) if needs_x else (4, 16)]
         y.sum().backward()

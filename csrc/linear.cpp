@@ -42,10 +42,6 @@ void multiply(LinearProduct& a, const Tensor& like) {
   }
 }
 
-int64_t piece_of(int64_t k, int64_t pieces) {
-  return std::max<int64_t>(1, ((k + pieces - 1) / pieces + kLinearPiece - 1) / kLinearPiece) * kLinearPiece;
-}
-
 void set_result(LinearProduct& a, const Tensor& out) {
   a.out_dtype = dtype_of(out);
   a.out = data(out);
@@ -62,7 +58,7 @@ Tensor linear_fwd_cpp(const Tensor& x, const Tensor& weight, const OptTensor& bi
   a.m = x.size(0);
   a.k = x.size(1);
   a.n = weight.size(0);
-  a.piece = piece_of(a.k, pieces);
+  a.piece = linear_piece(a.k, pieces);
   a.tree = true;
   const Tensor y = torch::stable::new_empty(x, {a.m, a.n}, wide ? accumulator_of(x) : x.scalar_type());
   set_result(a, y);
@@ -96,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd_cpp(const Tensor& dy, const OptTen
     a.m = rows;
     a.n = weight->size(1);
     a.k = cols;
-    a.piece = piece_of(a.k, 8);
+    a.piece = linear_piece(a.k, 8);
     a.tree = true;
     set_result(a, dx);
     multiply(a, dy);

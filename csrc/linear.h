@@ -8,6 +8,12 @@ namespace internlm2 {
 constexpr int64_t kLinearPackRows = 48;  // rows of A in one tile of linear_pack
 constexpr int64_t kLinearPiece = 32;     // pieces of the sum hold a multiple of this many indices
 
+// How many of k indices of a sum a piece holds, where they are cut into `pieces`.
+inline int64_t linear_piece(int64_t k, int64_t pieces) {
+  const int64_t each = (k + pieces - 1) / pieces;
+  return (each > kLinearPiece ? (each + kLinearPiece - 1) / kLinearPiece : 1) * kLinearPiece;
+}
+
 // A matrix as an operand: the sum runs along the rows of the tensor (`along`), or over its rows.
 struct LinearOperand {
   Dtype dtype;

@@ -1,16 +1,16 @@
 // Built for: avx2 avx512 avx512_bf16 amx
 //
-// A product of matrices whose order of sums depends on the length of the sum alone, so that an element of the result has the
-// same bits whatever stands beside it. The sum is cut into pieces (LinearProduct::piece). A piece is one chain of fused
-// multiply-adds, as product.h describes it, and the pieces are added in a balanced tree or in rising order.
+// A product of matrices whose order of sums depends on the length of the sum alone (pieces.h).
 //
 // Some rows of A at a time are packed for all threads (linear_pack). A tile (linear_tile) is one panel of B, the lanes of
-// kTileVectors vectors, times these rows. It packs the panel piece by piece into the second-level cache.
+// kTileVectors vectors, times these rows. It packs parts of the panel into the second-level cache, and multiplies each with one
+// strip of rows after the other.
 #include "../../linear.h"
 
 #include "../dispatch.h"
 #include "arena.h"
 #include "pack.h"
+#include "pieces.h"
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
 namespace {
@@ -20,24 +20,25 @@ template <typename T> struct Linear {
   using E = typename P::Element;
   using Acc = typename P::Acc;
   using V = Vec<Acc>;
-  static constexpr int64_t step = P::step, size = sizeof(E), panel = kPanel<P>;
-  static constexpr int64_t kSteps = 512;  // steps of a piece for which B is packed at a time
-  static constexpr int64_t kFewRows = 24, kFewSteps = 128;  // the same where A has at most kFewRows rows: the copy stays nearer
-  static constexpr int64_t kStrip = kTiles<P> ? 32 : kTileRows;
+  using Sums = Pieces<P, kPanel<P>>;
+  static constexpr int64_t step = P::step, size = sizeof(E), panel = kPanel<P>, kStrip = Sums::kStrip;
+  static constexpr int64_t kSteps = 1024;   // steps of the sum for which B is packed at a time, and the same where A has at
+  static constexpr int64_t kFewSteps = 128;  // most kFewRows rows: the packed part then stays in the first-level cache
+  static constexpr int64_t kFewRows = 24;
+  static constexpr int64_t kCopied = 256;  // indices of the sum for which rows of B are copied at a time
   static constexpr int64_t kRows = 480;          // the most rows of A that are packed together,
   static constexpr int64_t kRowBytes = 8 << 20;  // and about how many bytes they may take
 
   const LinearProduct& p;
 
+  // A part of B that is packed at a time: indices [k, k + d) of the sum for the columns from j on.
+  struct Part { int64_t k, d, j; };
+
   static VEC_INLINE int64_t steps_of(int64_t n) { return round_up(n, P::depth) / step; }
   // Packed rows of A are an odd number of cache lines apart, so that a column of them falls into different sets of the cache.
   int64_t row_steps() const { return ((round_up(steps_of(p.k) * size, 64) / 64) | 1) * 64 / size; }
-  int64_t pieces() const { return p.k == 0 ? 0 : (p.k + p.piece - 1) / p.piece; }
-  int64_t levels() const {
-    int64_t n = 1;
-    if (p.tree) for (int64_t i = pieces() - 1; i > 0; i >>= 1) ++n;
-    return p.tree ? n : 2;
-  }
+  Sums sums() const { return {p.k, p.piece, p.tree}; }
+  int64_t group_steps() const { return p.rows <= kFewRows ? kFewSteps : kSteps; }
 
   // ---------------------------------------------------------------------------------------------------- operands
   static VEC_INLINE const T* at(const LinearOperand& o, int64_t row, int64_t column) {
@@ -61,13 +62,13 @@ template <typename T> struct Linear {
 
   struct Scratch {
     E* b;        // [kSteps][panel]
-    Acc* sums;   // [levels][rows][panel]
-    T* copies;   // rows of B that must be copied: [panel][kSteps * step], or [kSteps * step][panel]
+    Acc* sums;   // [strips][levels][kStrip][panel]; one strip where B is packed for the whole sum at once
+    T* copies;   // rows of B that must be copied: [panel][kCopied], or [kCopied][panel]
     int64_t allocate(void* memory, const Linear& h) {
       Arena c(memory);
       c.take(b, kSteps * panel);
-      c.take(sums, h.levels() * h.p.rows * panel);
-      c.take(copies, kSteps * step * panel);
+      c.take(sums, h.sums().levels() * (h.group_steps() >= steps_of(h.p.k) ? 1 : Sums::strips(h.p.rows)) * Sums::kLevel);
+      c.take(copies, kCopied * panel);
       return c.bytes;
     }
   };
@@ -96,30 +97,30 @@ template <typename T> struct Linear {
     }
   }
 
-  // Packs indices [k, k + d) of the sum for `width` columns of B from column j on.
-  void pack_b(int64_t k, int64_t d, int64_t j, int64_t width, const Scratch& w) const {
-    const bool copy = copied(p.b, d);
-    if (p.b.along) {
-      const int64_t even = d + d % 2;
-      if (copy) for (int64_t i = 0; i < width; ++i) copy_row(p.b, j + i, k, d, w.copies + i * kSteps * step);
-      pack_lanes<P>(width, copy && step == 2 ? even : d, [&](int64_t i) VEC_LAMBDA {
-        return copy ? w.copies + i * kSteps * step : at(p.b, j + i, k);
-      }, w.b, panel);
-    } else {
-      if (copy) for (int64_t i = 0; i < d; ++i) copy_row(p.b, k + i, j, width, w.copies + i * panel);
-      pack_steps<P>(d, width, [&](int64_t i) VEC_LAMBDA { return copy ? w.copies + i * panel : at(p.b, k + i, j); }, w.b, panel);
+  // Packs a part of B, `width` columns wide, a few steps at a time where its rows must be copied first.
+  void pack_b(const Part& now, int64_t width, const Scratch& w) const {
+    const bool copy = copied(p.b, now.k + now.d == p.k ? p.k : 0);
+    const int64_t most = copy ? kCopied : now.d;
+    for (int64_t done = 0; done < now.d; done += most) {
+      const int64_t k = now.k + done, d = lesser(most, now.d - done);
+      E* to = w.b + done / step * panel;
+      if (p.b.along) {
+        if (copy) for (int64_t i = 0; i < width; ++i) copy_row(p.b, now.j + i, k, d, w.copies + i * kCopied);
+        pack_lanes<P>(width, copy && step == 2 ? d + d % 2 : d, [&](int64_t i) VEC_LAMBDA {
+          return copy ? w.copies + i * kCopied : at(p.b, now.j + i, k);
+        }, to, panel);
+      } else {
+        if (copy) for (int64_t i = 0; i < d; ++i) copy_row(p.b, k + i, now.j, width, w.copies + i * panel);
+        pack_steps<P>(d, width, [&](int64_t i) VEC_LAMBDA {
+          return copy ? w.copies + i * panel : at(p.b, k + i, now.j);
+        }, to, panel);
+      }
     }
   }
 
   // ---------------------------------------------------------------------------------------------------- prefetching
-  // A part of B that is multiplied at a time: indices [k, k + d) of the sum for the columns from j on.
-  struct Part { int64_t k, d, j; };
-  Part part(int64_t k, int64_t j) const {
-    const int64_t end = lesser((k / p.piece + 1) * p.piece, p.k);
-    return {k, lesser(end - k, steps_at_once() * step), j};
-  }
+  Part part(int64_t k, int64_t j) const { return {k, lesser(p.k - k, group_steps() * step), j}; }
   Part after(const Part& now) const { return now.k + now.d < p.k ? part(now.k + now.d, now.j) : part(0, now.j + panel); }
-  int64_t steps_at_once() const { return p.rows <= kFewRows ? kFewSteps : kSteps; }
 
   // Prefetches share i of `of` equal shares of a part of B into the second-level cache.
   void prefetch(const Part& next, int64_t i, int64_t of) const {
@@ -135,67 +136,39 @@ template <typename T> struct Linear {
   static int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
   // ---------------------------------------------------------------------------------------------------- products
-  template <Start start>
-  VEC_INLINE void multiply(const Part& now, const Part& next, int64_t n, const E* b, Acc* c, int64_t merges = 0) const {
-    const char* rows = static_cast<const char*>(p.a_packed) + now.k / step * size;
-    const int64_t bytes = row_steps() * size, strips = (p.rows + kStrip - 1) / kStrip;
-    for (int64_t i = 0; i < strips; ++i) {
-      prefetch(next, i, strips);
-      const int64_t row = i * kStrip;
-      product<P, start>({rows + row * bytes, bytes, size, b, panel, panel, c + row * panel, panel, lesser(kStrip, p.rows - row),
-                         steps_of(now.d), 0, n, nullptr, merges, p.rows * panel});
-    }
-  }
-
   void tile(int64_t index, void* scratch) const {
     if (is_few()) return few_tile(index, scratch);
     Scratch w;
     w.allocate(scratch, *this);
-    const int64_t width = lesser(panel, p.n - index * panel), n = round_up(width, V::size), level = p.rows * panel;
-    int64_t used = 0;  // levels that hold a sum
-    Part now = part(0, index * panel);
-    for (int64_t piece = 0; piece < pieces(); ++piece) {
-      Acc* sum = w.sums + used * level;
-      // A tree: pieces 2i and 2i + 1 are added, then neighbouring sums of two pieces, and so on.
-      int64_t merges = 0;
-      if (p.tree) for (int64_t i = piece; i % 2 != 0; i >>= 1) ++merges;
-      else merges = used;
-      const int64_t end = lesser((piece + 1) * p.piece, p.k);
-      for (bool fresh = true; now.k < end && now.j == index * panel; fresh = false) {
-        const Part next = after(now);
-        pack_b(now.k, now.d, now.j, width, w);
-        const bool last = now.k + now.d == end;
-        const int64_t add = kTiles<P> || !last ? 0 : merges;
-        if constexpr (!kTiles<P>) {
-          if (add > 0 && fresh) multiply<Start::tree>(now, next, n, w.b, sum, add);
-          else if (add > 0) multiply<Start::continued_tree>(now, next, n, w.b, sum, add);
-        }
-        if (add == 0 && fresh) multiply<Start::zero>(now, next, n, w.b, sum);
-        else if (add == 0) multiply<Start::continued>(now, next, n, w.b, sum);
-        now = next;
+    const int64_t j = index * panel, width = lesser(panel, p.n - j), n = round_up(width, V::size), stride = row_steps();
+    const int64_t strips = Sums::strips(p.rows), each = sums().levels() * Sums::kLevel;
+    if (p.k == 0) return write(0, p.rows, j, width, nullptr);
+    for (Part now = part(0, j); now.j == j;) {
+      const Part next = after(now);
+      pack_b(now, width, w);
+      for (int64_t i = 0; i < strips; ++i) {
+        prefetch(next, i, strips);
+        const int64_t row = Sums::strip_begin(i, p.rows), rows = Sums::strip_begin(i + 1, p.rows) - row;
+        Acc* levels = w.sums + (now.d == p.k ? 0 : i * each);
+        sums().multiply(static_cast<const E*>(p.a_packed) + row * stride, stride, rows, now.k, now.k + now.d, w.b, n, levels);
+        if (next.j == j) continue;
+        sums().finish(levels);
+        write(row, rows, j, width, levels);
       }
-      used += 1 - merges;
-      if constexpr (kTiles<P>) for (int64_t i = merges; i > 0; --i) merge(w.sums + (used + i - 2) * level, level);
+      now = next;
     }
-    for (; used > 1; --used) merge(w.sums + (used - 2) * level, level);
-    if (used == 0) std::memset(static_cast<void*>(w.sums), 0, static_cast<size_t>(level) * sizeof(Acc));
-    write(index * panel, width, w.sums);
-  }
-  // Adds the level above to a level.
-  static void merge(Acc* sum, int64_t level) {
-    for (int64_t i = 0; i < level; i += V::size) (V::load(sum + i) + V::load(sum + level + i)).store(sum + i);
   }
 
   // ------------------------------------------------------------------------------------------------------- few rows
   // Few rows of A are bound by reading B, whose rows the sum runs along. As many rows of B as a vector has lanes are read side
   // by side, each from its beginning to its end, and transposed in registers.
-  template <int kCount> void few(int64_t index, Acc* sums) const {
+  template <int kCount> void few(int64_t index, Acc* out) const {
     const int64_t j = index * V::size, width = lesser(V::size, p.n - j), bytes = row_steps() * size;
     const T* row[V::size];
     for (int64_t u = 0; u < V::size; ++u) row[u] = at(p.b, j + (u < width ? u : 0), 0);
     V level[8][kCount];
     int64_t used = 0;
-    for (int64_t piece = 0; piece < pieces(); ++piece, ++used) {
+    for (int64_t piece = 0; piece < sums().pieces(); ++piece, ++used) {
       const int64_t begin = piece * p.piece, end = lesser(begin + p.piece, p.k);
       V acc[kCount];
       const char* a = static_cast<const char*>(p.a_packed) + begin / step * size;
@@ -222,8 +195,8 @@ template <typename T> struct Linear {
       for (int64_t i = piece; i % 2 != 0; i >>= 1, --used) merge<kCount>(level[used - 1], level[used]);
     }
     for (; used > 1; --used) merge<kCount>(level[used - 2], level[used - 1]);
-    for (int i = 0; i < kCount; ++i) (used == 0 ? V(0) : level[0][i]).store(sums + i * panel);
-    write(j, width, sums);
+    for (int i = 0; i < kCount; ++i) (used == 0 ? V(0) : level[0][i]).store(out + i * panel);
+    write(0, kCount, j, width, out);
   }
   template <int kCount> static VEC_INLINE void merge(V* to, const V* from) {
 #pragma GCC unroll 8
@@ -250,20 +223,23 @@ template <typename T> struct Linear {
   }
 
   // ----------------------------------------------------------------------------------------------------- the result
-  void write(int64_t j, int64_t width, const Acc* sum) const {
-    if (p.out_dtype == p.dtype) write_bias(static_cast<T*>(p.out), j, width, sum);
-    else write_bias(static_cast<Acc*>(p.out), j, width, sum);
+  // Rows [i, i + rows), columns [j, j + width).
+  void write(int64_t i, int64_t rows, int64_t j, int64_t width, const Acc* sum) const {
+    if (p.out_dtype == p.dtype) write_bias(static_cast<T*>(p.out), i, rows, j, width, sum);
+    else write_bias(static_cast<Acc*>(p.out), i, rows, j, width, sum);
   }
-  template <typename U> void write_bias(U* out, int64_t j, int64_t width, const Acc* sum) const {
-    if (p.bias_dtype == p.dtype) write_rows(out, static_cast<const T*>(p.bias), j, width, sum);
-    else write_rows(out, static_cast<const Acc*>(p.bias), j, width, sum);
+  template <typename U> void write_bias(U* out, int64_t i, int64_t rows, int64_t j, int64_t width, const Acc* sum) const {
+    if (p.bias_dtype == p.dtype) write_rows(out, static_cast<const T*>(p.bias), i, rows, j, width, sum);
+    else write_rows(out, static_cast<const Acc*>(p.bias), i, rows, j, width, sum);
   }
-  template <typename U, typename B> void write_rows(U* out, const B* bias, int64_t j, int64_t width, const Acc* sum) const {
-    for (int64_t i = 0; i < p.rows; ++i) {
-      U* to = out + (p.first + i) * p.out_stride + j;
-      const U* residual = static_cast<const U*>(p.residual) + (p.first + i) * p.residual_stride + j;
+  template <typename U, typename B>
+  void write_rows(U* out, const B* bias, int64_t first, int64_t rows, int64_t j, int64_t width, const Acc* sum) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = p.first + first + i;
+      U* to = out + row * p.out_stride + j;
+      const U* residual = static_cast<const U*>(p.residual) + row * p.residual_stride + j;
       for_vectors<V, Single>(width, [&](int64_t e, auto n) VEC_LAMBDA {
-        V x = load<V>(sum + i * panel + e, n);
+        V x = sum == nullptr ? V(Acc(0)) : load<V>(sum + i * panel + e, n);
         if (bias != nullptr) x = x + load<V>(bias + j + e, n);
         if (p.residual != nullptr) x = x + load<V>(residual + e, n);
         if (p.add) x = x + load<V>(to + e, n);

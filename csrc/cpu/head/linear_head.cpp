@@ -7,11 +7,13 @@
 //   dweight  dW. A tile is kHeadSpan columns of the vocabulary (a span). Their G, the gradient of S, is formed in place,
 //            rounded to its type, and multiplied with the hidden states of all tokens of the chunk.
 //   dhidden  dH. A tile is some rows and columns of it, summed over the whole vocabulary, span after span.
-// The order of sums is fixed: an element of S adds one chain for each kSteps of d, an element of dH one chain for each span,
+// The order of sums is fixed: that of S is the one of `linear` (gemm/pieces.h); an element of dH adds one chain for each span,
 // and an element of dW one chain for each chunk, in rising order. So no result depends on tiling or threads, and the statistics
 // and dH of a token do not depend on other tokens.
+#include "../../linear.h"
 #include "../gemm/arena.h"
 #include "../gemm/pack.h"
+#include "../gemm/pieces.h"
 #include "head_logits.h"
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY {
@@ -26,7 +28,8 @@ template <typename T> struct Head : HeadRows<T> {
   using P = matrix_t<T>;
   using E = typename P::Element;
   static constexpr int64_t step = P::step, depth = P::depth, lanes = V::size, size = sizeof(E);
-  static constexpr int64_t kSteps = step == 1 ? 512 : 1024;  // steps of k in a chain of S; W is packed for so many at a time
+  using Sums = Pieces<P, kHeadBlock>;
+  static constexpr int64_t kSteps = step == 1 ? 512 : 1024;  // steps of k for which W is packed at a time
   static constexpr int64_t kStrip = kTiles<P> ? 32 : kTileRows;
   static constexpr bool in_place = step == 2 || std::is_same_v<G, Acc>;  // products read rows of G without packing
   // The stride of packed rows that are read down a column: an odd number of cache lines, so that rows fall into different sets.
@@ -54,12 +57,12 @@ template <typename T> struct Head : HeadRows<T> {
   // -------------------------------------------------------------------------------------------------------- scratch
   struct ScoreScratch {
     E* w;         // [steps][kHeadBlock]
-    Acc* logits;  // [capacity][kHeadBlock]
+    Acc* sums;    // [strips][levels][kStrip][kHeadBlock]; one strip where W is packed for all of k at once
     T* even;      // [kHeadBlock][kSteps * step]
     int64_t allocate(void* memory, const Head& h) {
       Arena c(memory);
       c.take(w, lesser(kSteps, round_up(steps_of(h.a.d), 16)) * kHeadBlock);
-      c.take(logits, h.a.capacity * kHeadBlock);
+      c.take(sums, (steps_of(h.a.d) <= kSteps ? 1 : Sums::strips(h.a.capacity)) * h.sums().levels() * Sums::kLevel);
       c.take(even, h.odd() ? kHeadBlock * kSteps * step : 0);
       return c.bytes;
     }
@@ -154,23 +157,30 @@ template <typename T> struct Head : HeadRows<T> {
     else multiply<Start::separate>(rows, row_bytes, step_bytes, m, b, b_stride, n, k, c, c_stride);
   }
 
+  Sums sums() const { return {a.d, linear_piece(a.d, 8), true}; }
+
   void scores(int64_t block, void* scratch) const {
     ScoreScratch w;
     w.allocate(scratch, *this);
     const int64_t first = block * kHeadBlock, count = lesser(kHeadBlock, a.vocab - first);
-    const int64_t n = round_up(count, lanes), all = steps_of(a.d);
-    for (int64_t k = 0; k == 0 || k < all; k += kSteps) {
-      const int64_t from = k * step, d = lesser(kSteps * step, a.d - from);
+    const int64_t n = round_up(count, lanes), strips = Sums::strips(a.rows), each = sums().levels() * Sums::kLevel;
+    for (int64_t k = 0; k < a.d; k += kSteps * step) {
+      const int64_t d = lesser(kSteps * step, a.d - k);
       if (odd()) {
-        for (int64_t i = 0; i < count; ++i) copy_even(weight(first + i) + from, d, w.even + i * kSteps * step);
+        for (int64_t i = 0; i < count; ++i) copy_even(weight(first + i) + k, d, w.even + i * kSteps * step);
         pack_lanes<P>(count, d + d % 2, [&](int64_t i) VEC_LAMBDA { return w.even + i * kSteps * step; }, w.w, kHeadBlock);
       } else {
-        pack_lanes<P>(count, d, [&](int64_t i) VEC_LAMBDA { return weight(first + i) + from; }, w.w, kHeadBlock);
+        pack_lanes<P>(count, d, [&](int64_t i) VEC_LAMBDA { return weight(first + i) + k; }, w.w, kHeadBlock);
       }
-      multiply(k == 0, static_cast<const E*>(a.hidden_rows) + k, row_steps() * size, size, a.rows, w.w, kHeadBlock, n,
-               lesser(kSteps, all - k), w.logits, kHeadBlock);
+      for (int64_t i = 0; i < strips; ++i) {
+        const int64_t row = Sums::strip_begin(i, a.rows), end = Sums::strip_begin(i + 1, a.rows);
+        Acc* levels = w.sums + (d == a.d ? 0 : i * each);
+        sums().multiply(static_cast<const E*>(a.hidden_rows) + row * row_steps(), row_steps(), end - row, k, k + d, w.w, n, levels);
+        if (k + d < a.d) continue;
+        sums().finish(levels);
+        for (int64_t t = row; t < end; ++t) this->finish_scores(t, block, count, levels + (t - row) * kHeadBlock);
+      }
     }
-    for (int64_t t = 0; t < a.rows; ++t) this->finish_scores(t, block, count, w.logits + t * kHeadBlock);
   }
 
   // ---------------------------------------------------------------------------------------------------------- dweight

@@ -34,17 +34,20 @@ def _chain(a_at, b_at, a_mask, b_mask, start, end, a_inner, b_inner, EVEN: tl.co
     """The sum over k in [start, end), in steps of BLOCK_K. EVEN: BLOCK_K divides every piece."""
     k = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    a_from = a_at + (start + k.to(tl.int64))[None, :] * a_inner
+    b_from = b_at + (start + k.to(tl.int64))[:, None] * b_inner
+    a_step = tl.cast(a_inner, tl.int64) * BLOCK_K
+    b_step = tl.cast(b_inner, tl.int64) * BLOCK_K
     for at in tl.range(start, end, BLOCK_K):
-        along = at + k.to(tl.int64)
-        a_from = a_at + along[None, :] * a_inner
-        b_from = b_at + along[:, None] * b_inner
         if EVEN:
             a = tl.load(a_from, mask=a_mask, other=0.0)
             b = tl.load(b_from, mask=b_mask, other=0.0)
         else:
-            a = tl.load(a_from, mask=a_mask & (along < end)[None, :], other=0.0)
-            b = tl.load(b_from, mask=b_mask & (along < end)[:, None], other=0.0)
+            a = tl.load(a_from, mask=a_mask & (k < end - at)[None, :], other=0.0)
+            b = tl.load(b_from, mask=b_mask & (k < end - at)[:, None], other=0.0)
         acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
+        a_from += a_step
+        b_from += b_step
     return acc
 
 
@@ -110,6 +113,11 @@ def linear_kernel(a_ptr, b_ptr, out_ptr, bias_ptr, residual_ptr, rows, cols, inn
         _finish(acc, out_ptr, bias_ptr, residual_ptr, row, col, col < cols, row < rows, out_stride, residual_stride)
 
 
+# The rows of the gradient of the weight are the weight's, whose number does not change from call to call. There the kernel is
+# compiled for what divides it, so that loads along the rows are wide.
+linear_weight_kernel = triton.jit(linear_kernel.fn)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def linear_merge_kernel(parts_ptr, out_ptr, bias_ptr, residual_ptr, rows, cols, out_stride, residual_stride,
                         PIECES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
@@ -155,7 +163,7 @@ def _multiply(a, b, out, bias=None, residual=None, *, piece, pieces, tree):
     split = tree and pieces > 1 and tiles < FEW_TILES
     parts = torch.empty((pieces, rows, cols), dtype=torch.float32, device=a.device) if split else None
     epilogue = dict(bias_ptr=bias, residual_ptr=residual, residual_stride=0 if residual is None else residual.stride(0))
-    launch(linear_kernel, tiles * (pieces if split else 1), a.device,
+    launch(linear_kernel if tree else linear_weight_kernel, tiles * (pieces if split else 1), a.device,
            dict(a_ptr=a, b_ptr=b, out_ptr=parts if split else out, rows=rows, cols=cols, inner=inner, piece=piece,
                 pieces=pieces, a_row=a.stride(0), a_inner=a.stride(1), b_inner=b.stride(0), b_col=b.stride(1),
                 **(dict(bias_ptr=None, residual_ptr=None, residual_stride=0) if split else epilogue),

@@ -145,12 +145,15 @@ template <typename T> struct Linear {
     if (p.k == 0) return write(0, p.rows, j, width, nullptr);
     for (Part now = part(0, j); now.j == j;) {
       const Part next = after(now);
+      Chain chains[Sums::kChains];
+      const int64_t count = sums().chains(now.k, now.k + now.d, chains);
       pack_b(now, width, w);
       for (int64_t i = 0; i < strips; ++i) {
         prefetch(next, i, strips);
         const int64_t row = Sums::strip_begin(i, p.rows), rows = Sums::strip_begin(i + 1, p.rows) - row;
         Acc* levels = w.sums + (now.d == p.k ? 0 : i * each);
-        sums().multiply(static_cast<const E*>(p.a_packed) + row * stride, stride, rows, now.k, now.k + now.d, w.b, n, levels);
+        Sums::multiply(static_cast<const E*>(p.a_packed) + row * stride + now.k / step, stride, rows, w.b, n, chains, count,
+                       levels);
         if (next.j == j) continue;
         sums().finish(levels);
         write(row, rows, j, width, levels);

@@ -8,6 +8,13 @@
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
+// A part of a piece that is multiplied at a time: `steps` steps of one chain. It starts from what its level holds, unless it is
+// `fresh`. Where it ends its piece, its sum is added to `merges` levels before, and stands in the last of these.
+struct Chain {
+  int64_t steps, level, merges;
+  bool fresh;
+};
+
 // Sums over k indices in pieces of `piece`, for strips of kStrip rows of A and kWidth columns of B. The sums of a strip stand
 // in levels [levels()][kStrip][kWidth]: a level holds a sum that waits for its neighbour in the tree.
 template <typename P, int64_t kWidth> struct Pieces {
@@ -16,6 +23,7 @@ template <typename P, int64_t kWidth> struct Pieces {
   using V = Vec<Acc>;
   static constexpr int64_t step = P::step, size = sizeof(E);
   static constexpr int64_t kStrip = kTiles<P> ? 32 : kTileRows, kLevel = kStrip * kWidth;
+  static constexpr int64_t kChains = 16;  // more than a part of the sum has
 
   int64_t k, piece;
   bool tree;
@@ -38,30 +46,49 @@ template <typename P, int64_t kWidth> struct Pieces {
     return rows / n * i + lesser(i, rows % n);
   }
 
-  // Adds indices [from, to) of the sum for a strip of `rows` rows: `a` is its first row, whole; `b` is packed [steps][kWidth]
-  // from index `from` on, of which the first n columns are computed. Calls for one strip follow each other in rising order.
-  void multiply(const E* a, int64_t row_steps, int64_t rows, int64_t from, int64_t to, const E* b, int64_t n,
-                Acc* levels) const {
+  // Writes the chains of indices [from, to) of the sum, which begin and end with a piece or hold a part of one. Returns their
+  // number.
+  int64_t chains(int64_t from, int64_t to, Chain* out) const {
+    int64_t count = 0;
     for (int64_t at = from, end; at < to; at = end) {
       const int64_t i = at / piece;
       end = lesser((i + 1) * piece, to);
-      const bool fresh = at % piece == 0, last = end == (i + 1) * piece || end == k;
-      const int64_t merges = last ? merges_after(i) : 0;
-      Acc* sum = levels + used_before(i) * kLevel;
-      const auto run = [&](auto start, int64_t merged) VEC_LAMBDA {
-        product<P, start()>({a + at / step, row_steps * size, size, b + (at - from) / step * kWidth, kWidth, kPanel<P>, sum,
-                             kWidth, rows, steps_of(end - at), 0, n, nullptr, merged, kLevel});
-      };
-      if constexpr (kTiles<P>) {
-        if (fresh) run(std::integral_constant<Start, Start::zero>{}, 0);
-        else run(std::integral_constant<Start, Start::continued>{}, 0);
-        for (int64_t u = 1; u <= merges; ++u) merge(sum - u * kLevel);
-      } else if (merges > 0) {
-        if (fresh) run(std::integral_constant<Start, Start::tree>{}, merges);
-        else run(std::integral_constant<Start, Start::continued_tree>{}, merges);
-      } else {
-        if (fresh) run(std::integral_constant<Start, Start::zero>{}, 0);
-        else run(std::integral_constant<Start, Start::continued>{}, 0);
+      const bool last = end == (i + 1) * piece || end == k;
+      out[count++] = {steps_of(end - at), used_before(i), last ? merges_after(i) : 0, at % piece == 0};
+    }
+    return count;
+  }
+
+  // Computes chains for a strip of `rows` rows: `a` is its first row from the first chain's beginning on, `b` is packed
+  // [steps][kWidth], of which the first n columns are computed. Calls for one strip follow each other in rising order.
+  static void multiply(const E* a, int64_t row_steps, int64_t rows, const E* b, int64_t n, const Chain* chains, int64_t count,
+                       Acc* levels) {
+    if constexpr (kTiles<P>) {
+      for (const Chain* c = chains; c < chains + count; ++c) {
+        Acc* sum = levels + c->level * kLevel;
+        const ProductArgs<P> product_args{a, row_steps * size, size, b, kWidth, kPanel<P>, sum, kWidth, rows, c->steps, 0, n};
+        if (c->fresh) product<P, Start::zero>(product_args);
+        else product<P, Start::separate>(product_args);  // with AMX tiles a chain that starts at what C holds
+        for (int64_t u = 1; u <= c->merges; ++u) merge(sum - u * kLevel);
+        a += c->steps;
+        b += c->steps * kWidth;
+      }
+    } else {
+      for (int64_t j = 0; j < n; j += kPanel<P>) {
+        switch (rows * 8 + lesser(n - j, kPanel<P>) / V::size) {
+#define TILE(height, vectors) \
+  case height * 8 + vectors: tile<height, vectors>(a, row_steps * size, b + j, chains, count, levels + j); break;
+#define TILES(vectors) \
+  TILE(1, vectors) TILE(2, vectors) TILE(3, vectors) TILE(4, vectors) TILE(5, vectors) TILE(6, vectors)
+          TILES(1)
+          TILES(2)
+#if defined(CPU_CAPABILITY_AVX512)
+          TILES(3)
+          TILES(4)
+#endif
+#undef TILES
+#undef TILE
+        }
       }
     }
   }
@@ -72,6 +99,41 @@ template <typename P, int64_t kWidth> struct Pieces {
   }
 
  private:
+  template <int kRows, int kVectors>
+  __attribute__((noinline)) static void tile(const E* first, int64_t row_bytes, const E* b, const Chain* chains, int64_t count,
+                                             Acc* levels) {
+    const char* a = reinterpret_cast<const char*>(first);
+    for (const Chain* c = chains; c < chains + count; ++c) {
+      Acc* sum = levels + c->level * kLevel;
+      V acc[kRows][kVectors];
+      const auto each = [&](const auto& body) VEC_LAMBDA {
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+          for (int j = 0; j < kVectors; ++j) body(acc[i][j], sum + i * kWidth + j * V::size);
+        }
+      };
+      if (!c->fresh) each([](V& x, const Acc* at) VEC_LAMBDA { x = V::load(at); });
+      for (int64_t k = 0; k < c->steps; ++k) {
+        typename P::Lanes lanes[kVectors];
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) lanes[j] = P::load(b + j * V::size);
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+          const typename P::Lanes one = P::broadcast(a + i * row_bytes);
+#pragma GCC unroll 4
+          for (int j = 0; j < kVectors; ++j) acc[i][j] = P::add_product(acc[i][j], one, lanes[j]);
+        }
+        a += size;
+        b += kWidth;
+      }
+      for (int64_t u = 0; u < c->merges; ++u) {
+        sum -= kLevel;
+        each([](V& x, const Acc* at) VEC_LAMBDA { x = V::load(at) + x; });
+      }
+      each([](const V& x, Acc* at) VEC_LAMBDA { x.store(at); });
+    }
+  }
   // Adds the level above to a level.
   static void merge(Acc* sum) {
     for (int64_t i = 0; i < kLevel; i += V::size) (V::load(sum + i) + V::load(sum + kLevel + i)).store(sum + i);

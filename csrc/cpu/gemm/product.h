@@ -78,9 +78,6 @@ template <typename P> constexpr int64_t kPanel = kTileVectors * Vec<typename P::
 // How the sum over k (one chain) is combined with what C holds.
 enum class Start {
   zero,             // C = chain
-  continued,        // C = chain that starts at C
-  tree,             // C[-merges] = C[-merges] + (... + (C[-1] + chain)), C[-i] the C that stands i levels before
-  continued_tree,   // the same with a chain that starts at C (with AMX tiles, neither of the two)
   scaled,           // C = chain that starts at factor[n] * C
   separate,         // C = C + chain: a separate accumulator for the chain
   separate_scaled   // C = factor[n] * C + chain (not with AMX tiles)
@@ -98,7 +95,6 @@ template <typename P> struct ProductArgs {
   int64_t k;         // the number of elements along k: numbers, or pairs of bfloat16
   int64_t from, to;  // multiples of a vector's lanes
   const typename P::Acc* factor = nullptr;  // [to], with Start::scaled and Start::separate_scaled
-  int64_t merges = 0, level = 0;            // with Start::tree: how many levels are added, and elements between two of them
 };
 
 }}}}  // namespace internlm2::cpu::CPU_CAPABILITY::(unnamed)
@@ -128,13 +124,6 @@ __attribute__((noinline)) void product_tile(const ProductArgs<P>& p, const char*
       for (int i = 0; i < kRows; ++i) acc[i][j] = V::load(c + i * p.c_stride + j * V::size) * scale;
     }
   }
-  if constexpr (start == Start::continued || start == Start::continued_tree) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) acc[i][j] = V::load(c + i * p.c_stride + j * V::size);
-    }
-  }
   for (int64_t k = 0; k < p.k; ++k) {
     typename P::Lanes lanes[kVectors];
 #pragma GCC unroll 4
@@ -147,16 +136,6 @@ __attribute__((noinline)) void product_tile(const ProductArgs<P>& p, const char*
     }
     a += p.a_step_bytes;
     b += p.b_stride;
-  }
-  if constexpr (start == Start::tree || start == Start::continued_tree) {
-    for (int64_t u = 0; u < p.merges; ++u) {
-      c -= p.level;
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) acc[i][j] = V::load(c + i * p.c_stride + j * V::size) + acc[i][j];
-      }
-    }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {

@@ -166,6 +166,8 @@ template <typename T> struct Head : HeadRows<T> {
     const int64_t n = round_up(count, lanes), strips = Sums::strips(a.rows), each = sums().levels() * Sums::kLevel;
     for (int64_t k = 0; k < a.d; k += kSteps * step) {
       const int64_t d = lesser(kSteps * step, a.d - k);
+      Chain chains[Sums::kChains];
+      const int64_t chain_count = sums().chains(k, k + d, chains);
       if (odd()) {
         for (int64_t i = 0; i < count; ++i) copy_even(weight(first + i) + k, d, w.even + i * kSteps * step);
         pack_lanes<P>(count, d + d % 2, [&](int64_t i) VEC_LAMBDA { return w.even + i * kSteps * step; }, w.w, kHeadBlock);
@@ -175,7 +177,8 @@ template <typename T> struct Head : HeadRows<T> {
       for (int64_t i = 0; i < strips; ++i) {
         const int64_t row = Sums::strip_begin(i, a.rows), end = Sums::strip_begin(i + 1, a.rows);
         Acc* levels = w.sums + (d == a.d ? 0 : i * each);
-        sums().multiply(static_cast<const E*>(a.hidden_rows) + row * row_steps(), row_steps(), end - row, k, k + d, w.w, n, levels);
+        Sums::multiply(static_cast<const E*>(a.hidden_rows) + row * row_steps() + k / step, row_steps(), end - row, w.w, n, chains,
+                       chain_count, levels);
         if (k + d < a.d) continue;
         sums().finish(levels);
         for (int64_t t = row; t < end; ++t) this->finish_scores(t, block, count, levels + (t - row) * kHeadBlock);

@@ -30,7 +30,7 @@ void multiply(LinearProduct& a, const Tensor& like) {
   const auto aligned = [](const Tensor& t) {
     return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(data(t)) + 63) / 64 * 64);
   };
-  const Tensor packed = memory((chunk + 15) / 16 * 16 * sizes.row_bytes), scratch = memory(workers * sizes.scratch);
+  const Tensor packed = memory((chunk + 31) / 32 * 32 * sizes.row_bytes), scratch = memory(workers * sizes.scratch);
   a.a_packed = aligned(packed);
   for (a.first = 0; a.first < a.m; a.first += chunk) {
     a.rows = std::min(chunk, a.m - a.first);

@@ -25,6 +25,11 @@ template <typename T> struct Linear {
   static constexpr int64_t kSteps = 1024;   // steps of the sum for which B is packed at a time, and the same where A has at
   static constexpr int64_t kFewSteps = 128;  // most kFewRows rows: the packed part then stays in the first-level cache
   static constexpr int64_t kFewRows = 24;
+#if defined(CPU_CAPABILITY_AVX512)
+  static constexpr int64_t kMostFew = 12;  // the most rows that few() computes: their sums fill the registers
+#else
+  static constexpr int64_t kMostFew = 8;
+#endif
   static constexpr int64_t kCopied = 256;  // indices of the sum for which rows of B are copied at a time
   static constexpr int64_t kRows = 480;          // the most rows of A that are packed together,
   static constexpr int64_t kRowBytes = 8 << 20;  // and about how many bytes they may take
@@ -62,12 +67,13 @@ template <typename T> struct Linear {
 
   struct Scratch {
     E* b;        // [kSteps][panel]
-    Acc* sums;   // [strips][levels][kStrip][panel]; one strip where B is packed for the whole sum at once
+    Acc* sums;   // [strips][levels][kStrip][panel], one strip where B is packed for the whole sum at once; few(): [rows][panel]
     T* copies;   // rows of B that must be copied: [panel][kCopied], or [kCopied][panel]
     int64_t allocate(void* memory, const Linear& h) {
       Arena c(memory);
       c.take(b, kSteps * panel);
-      c.take(sums, h.sums().levels() * (h.group_steps() >= steps_of(h.p.k) ? 1 : Sums::strips(h.p.rows)) * Sums::kLevel);
+      const int64_t strips = h.group_steps() >= steps_of(h.p.k) ? 1 : Sums::strips(h.p.rows);
+      c.take(sums, greater(h.sums().levels() * strips * Sums::kLevel, kMostFew * panel));
       c.take(copies, kCopied * panel);
       return c.bytes;
     }
@@ -164,7 +170,7 @@ template <typename T> struct Linear {
 
   // ------------------------------------------------------------------------------------------------------- few rows
   // Few rows of A are bound by reading B, whose rows the sum runs along. As many rows of B as a vector has lanes are read side
-  // by side, each from its beginning to its end, and transposed in registers.
+  // by side, each from its beginning to its end, and transposed in registers. A has up to kCount rows.
   template <int kCount> void few(int64_t index, Acc* out) const {
     const int64_t j = index * V::size, width = lesser(V::size, p.n - j), bytes = row_steps() * size;
     const T* row[V::size];
@@ -187,41 +193,37 @@ template <typename T> struct Linear {
         if constexpr (std::is_same_v<decltype(n), int>) steps = n;
 #pragma GCC unroll 16
         for (int u = 0; u < steps; ++u) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
           for (int i = 0; i < kCount; ++i) {
             acc[i] = P::add_product(acc[i], lanes_of<P>(r[u]), P::broadcast(a + i * bytes + (e + u) * size));
           }
         }
       });
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int i = 0; i < kCount; ++i) level[used][i] = acc[i];
       for (int64_t i = piece; i % 2 != 0; i >>= 1, --used) merge<kCount>(level[used - 1], level[used]);
     }
     for (; used > 1; --used) merge<kCount>(level[used - 2], level[used - 1]);
     for (int i = 0; i < kCount; ++i) (used == 0 ? V(0) : level[0][i]).store(out + i * panel);
-    write(0, kCount, j, width, out);
+    write(0, p.rows, j, width, out);
   }
   template <int kCount> static VEC_INLINE void merge(V* to, const V* from) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < kCount; ++i) to[i] = to[i] + from[i];
   }
   static constexpr int64_t kAhead = 1024;  // bytes
 
-  bool is_few() const { return !kTiles<P> && p.tree && p.b.along && p.rows <= 8 && !copied(p.b, p.k); }
+  bool is_few() const { return !kTiles<P> && p.tree && p.b.along && p.rows <= kMostFew && !copied(p.b, p.k); }
   void few_tile(int64_t index, void* scratch) const {
     Scratch w;
     w.allocate(scratch, *this);
     for (int64_t i = index * kTileVectors; i < (index + 1) * kTileVectors && i * V::size < p.n; ++i) {
-      switch (p.rows) {
-        case 1: few<1>(i, w.sums); break;
-        case 2: few<2>(i, w.sums); break;
-        case 3: few<3>(i, w.sums); break;
-        case 4: few<4>(i, w.sums); break;
-        case 5: few<5>(i, w.sums); break;
-        case 6: few<6>(i, w.sums); break;
-        case 7: few<7>(i, w.sums); break;
-        case 8: few<8>(i, w.sums); break;
-      }
+#define FEW(count) if (p.rows <= count) { few<count>(i, w.sums); continue; }
+      FEW(1) FEW(2) FEW(3) FEW(4) FEW(6) FEW(8)
+#if defined(CPU_CAPABILITY_AVX512)
+      FEW(10) FEW(12)
+#endif
+#undef FEW
     }
   }
 

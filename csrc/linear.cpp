@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd_cpp(const Tensor& dy, const OptTen
     a.m = rows;
     a.n = weight->size(1);
     a.k = cols;
-    a.piece = linear_piece(a.k, 8);
+    a.piece = linear_piece(a.k, linear_pieces(a.k));
     a.tree = true;
     set_result(a, dx);
     multiply(a, dy);

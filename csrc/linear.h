@@ -8,6 +8,10 @@ namespace internlm2 {
 constexpr int64_t kLinearPackRows = 48;  // rows of A in one tile of linear_pack
 constexpr int64_t kLinearPiece = 32;     // pieces of the sum hold a multiple of this many indices
 
+// Into how many pieces a sum of k indices is cut. A piece costs about as much as 10 of its indices, so that none is shorter than
+// 512. internlm2_kernels/ops/linear.py knows the same rule.
+inline int64_t linear_pieces(int64_t k) { return k >= 4096 ? 8 : k >= 2048 ? 4 : k >= 1024 ? 2 : 1; }
+
 // How many of k indices of a sum a piece holds, where they are cut into `pieces`.
 inline int64_t linear_piece(int64_t k, int64_t pieces) {
   const int64_t each = (k + pieces - 1) / pieces;

@@ -23,6 +23,11 @@ def tile_config(element_size: int, arch: int) -> Tile:
     return Tile(128, 64, 64, 8, 3 if arch < 90 else 4)
 
 
+def pieces_of(inner: int) -> int:
+    """Into how many pieces a sum is cut, as in ops/linear.py."""
+    return 8 if inner >= 4096 else 4 if inner >= 2048 else 2 if inner >= 1024 else 1
+
+
 def piece_of(inner: int, pieces: int) -> int:
     """The length of a piece: a multiple of the steps of all tiles."""
     return max(1, -(-inner // (64 * pieces))) * 64
@@ -191,7 +196,8 @@ def linear_bwd(dy, x, weight, wide, needs_dbias):
     dweight = new(0) if x is None else new(cols, x.shape[1], dtype=torch.float32 if wide else dy.dtype)
     dbias = new(cols if needs_dbias else 0, dtype=torch.float32)
     if weight is not None:
-        _multiply(dy, weight, dx, piece=piece_of(cols, 8), pieces=8, tree=True)
+        pieces = pieces_of(cols)
+        _multiply(dy, weight, dx, piece=piece_of(cols, pieces), pieces=pieces, tree=True)
     if x is not None:
         _multiply(dy.T, x, dweight, piece=ROWS_AT_ONCE, pieces=triton.cdiv(rows, ROWS_AT_ONCE), tree=False)
     if needs_dbias and cols:

@@ -12,8 +12,14 @@ from ._losses import accumulator
 PIECES = (1, 2, 4, 8)
 
 
+def pieces_of(inner):
+    """Into how many pieces a sum of `inner` terms is cut: 8 from 4096 terms on, fewer below, so that none is shorter than 512.
+    Kernels know the same rule (csrc/linear.h)."""
+    return 8 if inner >= 4096 else 4 if inner >= 2048 else 2 if inner >= 1024 else 1
+
+
 @without_autocast
-def reference(x, weight, bias=None, *, residual=None, out_dtype=None, pieces=8):
+def reference(x, weight, bias=None, *, residual=None, out_dtype=None, pieces=None):
     acc = accumulator(x.dtype)
     y = x.to(acc) @ weight.to(x.dtype).to(acc).T
     y = y if bias is None else y + bias.to(acc)
@@ -81,18 +87,19 @@ def _check_like(argument, tensor, dtypes, x):
     check_device("linear", argument, tensor, x, "x")
 
 
-def linear(x, weight, bias=None, *, residual=None, out_dtype=None, pieces=8, backend=None):
+def linear(x, weight, bias=None, *, residual=None, out_dtype=None, pieces=None, backend=None):
     """y = x weight^T + bias + residual, rounded once, with an order of sums that depends on K alone.
 
     Shapes:   x [..., K], weight [N, K], bias [N], residual [..., N] -> y [..., N]
     Dtypes:   x float32 | bfloat16 | float16 | float64. weight and bias have the dtype of x or float32; a float32 weight is
               rounded to the dtype of x as it is read, without a copy in memory. out_dtype: that of x (None), or float32 for
               unrounded sums. residual has the dtype of y. Autocast casts them all
-    Order:    the sum over K is cut into `pieces` (1, 2, 4 or 8) of equal length, a multiple of 64 (32 on CPU) except at the
-              end. Each is summed in float32 in rising order, and they are added in a balanced tree. A row of y has the same
-              bits in every batch. Where K is a multiple of 512, R ranks that hold K / R columns each and call it with
-              pieces = 8 / R and out_dtype float32 get the bits of one rank by adding their results in the same tree
-    Backward: saves x if weight needs a gradient and weight if x does. dx is summed over N in 8 pieces like y; dweight over
+    Order:    the sum over K is cut into `pieces` of equal length, a multiple of 64 (32 on CPU) except at the end: 8 from
+              K = 4096 on, 4 from 2048, 2 from 1024, otherwise 1, or as given (1, 2, 4 or 8). Each is summed in float32 in
+              rising order, and they are added in a balanced tree. A row of y has the same bits in every batch. Where
+              64 * pieces divides K, R ranks that hold K / R columns each and call it with pieces / R and out_dtype float32
+              get the bits of one rank by adding their results in the same tree
+    Backward: saves x if weight needs a gradient and weight if x does. dx is summed over N in pieces like y; dweight over
               the rows in blocks of 512, in rising order, and dbias in blocks too, both in float32; dweight of a float32
               weight is not rounded. The upstream gradient is rounded to the dtype of x. Deterministic: yes; y and dx are
               batch-invariant
@@ -103,6 +110,8 @@ def linear(x, weight, bias=None, *, residual=None, out_dtype=None, pieces=8, bac
     check_float("linear", "weight", weight)
     if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         fail(ValueError, "linear", "weight", f"shape [N, {x.shape[-1] if x.dim() else 'K'}]", list(weight.shape))
+    if pieces is None:
+        pieces = pieces_of(x.shape[-1])
     if not isinstance(pieces, int) or isinstance(pieces, bool) or pieces not in PIECES:
         fail(ValueError, "linear", "pieces", "1, 2, 4 or 8", repr(pieces))
     given = [t for t in (x, weight, bias, residual) if isinstance(t, torch.Tensor)]

@@ -7,7 +7,7 @@ from ..ops._losses import accumulator
 from . import Case, Sample, Workload
 
 
-def _eager(x, weight, bias=None, *, residual=None, out_dtype=None, pieces=8):
+def _eager(x, weight, bias=None, *, residual=None, out_dtype=None, pieces=None):
     """PyTorch's product. It is rounded before a residual is added. Results that are not rounded need float32 operands."""
     wide = out_dtype is not None and out_dtype != x.dtype
     dtype = accumulator(x.dtype) if wide else x.dtype

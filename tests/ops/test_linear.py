@@ -40,7 +40,7 @@ def both(x, weight, dy):
 @pytest.mark.parametrize(("backend", "isa"), KINDS)
 def test_a_row_has_its_bits_in_every_batch(backend, isa, dtype, generator):
     """y and dx of a row are the same alone, first, last and in the middle of batches around all sizes of tiles."""
-    rows, cols, out = (500, 530, 200) if backend == "cpp" else (140, 100, 70)
+    rows, cols, out = (500, 1090, 200) if backend == "cpp" else (140, 100, 70)
     x, dy = draw(generator, rows, cols, dtype=dtype), draw(generator, rows, out, dtype=dtype)
     weight = draw(generator, out, cols, dtype=dtype)
     y, dx = on(backend, isa, both(x, weight, dy))
@@ -49,6 +49,20 @@ def test_a_row_has_its_bits_in_every_batch(backend, isa, dtype, generator):
             part = slice(first, first + count)
             got = on(backend, isa, both(x[part], weight, dy[part]))
             assert torch.equal(got[0], y[part]) and torch.equal(got[1], dx[part]), (count, first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "isa"), KINDS)
+def test_the_number_of_pieces(backend, isa, dtype, generator):
+    """By default there are as many as the docstring says, in y and in dx; other numbers give other bits."""
+    for inner, pieces in ((512, 1), (1024, 2), (2048, 4), (4096, 8)):
+        x, weight = draw(generator, 2, inner, dtype=dtype), draw(generator, 3, inner, dtype=dtype)
+        run = lambda count, x=x, weight=weight: on(backend, isa, lambda backend: ik.linear(
+            x, weight, pieces=count, out_dtype=torch.float32, backend=backend))
+        assert torch.equal(run(None), run(pieces)) and not torch.equal(run(pieces), run(8 if pieces < 8 else 4))
+        zero = torch.zeros(2, 3, dtype=dtype)
+        _, dx = on(backend, isa, both(zero, weight.T.contiguous(), x))
+        assert torch.equal(dx, on(backend, isa, lambda backend, x=x, weight=weight: ik.linear(x, weight, backend=backend)))
 
 
 @pytest.mark.parametrize("isa", SETS)
@@ -81,7 +95,7 @@ def test_shards_of_the_sum_have_the_bits_of_the_whole(backend, isa, dtype, ranks
             parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
         return parts[0]
 
-    whole = on(backend, isa, lambda backend: ik.linear(x, weight, out_dtype=torch.float32, backend=backend))
+    whole = on(backend, isa, lambda backend: ik.linear(x, weight, out_dtype=torch.float32, pieces=8, backend=backend))
     assert torch.equal(on(backend, isa, shards), whole)
 
 

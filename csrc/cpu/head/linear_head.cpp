@@ -157,7 +157,7 @@ template <typename T> struct Head : HeadRows<T> {
     else multiply<Start::separate>(rows, row_bytes, step_bytes, m, b, b_stride, n, k, c, c_stride);
   }
 
-  Sums sums() const { return {a.d, linear_piece(a.d, 8), true}; }
+  Sums sums() const { return {a.d, linear_piece(a.d, linear_pieces(a.d)), true}; }
 
   void scores(int64_t block, void* scratch) const {
     ScoreScratch w;

@@ -27,6 +27,7 @@ from .ops.reward_loss import reward_loss
 from .ops.reward_loss_from_last import reward_loss_from_last
 from .ops.rms_norm import rms_norm
 from .ops.rope_table import rope_table
+from .ops.sample import sample
 from .ops.squared_norm import squared_norm
 from .ops.swiglu import swiglu
 from .optim import FusedAdamW
@@ -35,5 +36,5 @@ __version__ = "0.1.0"
 __all__ = ["FusedAdamW", "KVCache", "OPS", "adamw", "apply_rope", "check", "cross_entropy", "flash_attention",
            "focal_ranking_loss", "gae", "kl_penalty", "linear", "linear_cross_entropy", "linear_logprobs",
            "log_barrier_penalty", "memory", "nn", "paged_attention", "ppo_policy_loss", "ppo_value_loss", "qkv_rope",
-           "reward_loss", "reward_loss_from_last", "rms_norm", "rope_table", "squared_norm", "swiglu", "use_backend",
-           "validate"]
+           "reward_loss", "reward_loss_from_last", "rms_norm", "rope_table", "sample", "squared_norm", "swiglu",
+           "use_backend", "validate"]

@@ -27,6 +27,8 @@ template <typename T> struct HeadRows {
   using V = Vec<Acc>;
   using G = std::conditional_t<is_bf16<T>, bf16, Acc>;  // the type in which gradients of logits are stored
   static constexpr int64_t lanes = V::size, kBlocks = kHeadSpan / kHeadBlock;
+  // The sum of exponentials has 64 bytes of lanes on every instruction set, and with them the same bits.
+  static constexpr int64_t kSums = 64 / (lanes * static_cast<int64_t>(sizeof(Acc)));
 
   const LinearHead& a;
 
@@ -76,9 +78,10 @@ template <typename T> struct HeadRows {
     for (int64_t j = lanes; j < kHeadBlock; j += lanes) most = max(most, V::load(x + j));
     const Acc m = largest(most);
     const V shift(m == static_cast<Acc>(-kInfinity) ? Acc(0) : m);
-    V sum(Acc(0)), dot(Acc(0));
+    V sums[kSums] = {}, dot(Acc(0));
     for (int64_t j = 0; j < kHeadBlock; j += lanes) {
       const V d = V::load(x + j) - shift, e = exp(d);
+      V& sum = sums[j / lanes % kSums];
       sum = sum + e;
       if (a.block_dot != nullptr) dot = fma(e, max(V(Acc(-1000)), d), dot);  // d is bounded, because 0 * -inf would be NaN
       if constexpr (sizeof(Acc) == 4) {
@@ -86,7 +89,7 @@ template <typename T> struct HeadRows {
       }
     }
     at(a.block_max, to) = m;
-    at(a.block_sum, to) = sum.sum();
+    at(a.block_sum, to) = (kSums == 2 ? sums[0] + sums[kSums - 1] : sums[0]).sum();
     if (a.block_dot != nullptr) at(a.block_dot, to) = dot.sum();
     if (a.block_total != nullptr) at(a.block_total, to) = total(x, count);
     if (a.block_best != nullptr) a.block_best[to] = first_equal(x, m);

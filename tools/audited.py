@@ -35,6 +35,7 @@ from internlm2_kernels._triton.reward_loss import reward_loss_bwd, reward_loss_f
 from internlm2_kernels._triton.reward_loss_from_last import reward_loss_from_last_bwd, reward_loss_from_last_fwd
 from internlm2_kernels._triton.rms_norm import rms_norm_add_fwd, rms_norm_bwd, rms_norm_fwd
 from internlm2_kernels._triton.rope_table import rope_table_fwd
+from internlm2_kernels._triton.sample import sample_fwd
 from internlm2_kernels._triton.squared_norm import squared_norm_fwd
 from internlm2_kernels._triton.swiglu import swiglu_bwd, swiglu_fwd
 
@@ -291,6 +292,21 @@ def rope_table(dtype, meta):
     positions, inv_freq = meta(4096, dtype=torch.int64), meta(64, dtype=torch.float64)
     yield "float64 angles", lambda: rope_table_fwd(positions, inv_freq, 1.0, 1.0, False)
     yield "float32 angles", lambda: rope_table_fwd(positions, inv_freq, 1.0, 1.0, True)
+
+
+def sample(dtype, meta):
+    """Launches for InternLM2's vocabulary with options as numbers and as tensors, and with every list and mask."""
+    rows, vocab = 64, 92544
+    logits, each, whole = meta(rows, vocab, dtype=dtype), meta(rows, dtype=torch.float32), meta(rows, dtype=torch.int64)
+    seeds, ids = (whole, whole), meta(rows, 4096, dtype=torch.int32)
+    numbers = None, 0.8, None, 50, None, 0.9, None, 0.05, None, 1.1, None, 0.1, None, 0.1
+    tensors = each, 0.0, whole, 0, each, 0.0, each, 0.0, each, 0.0, each, 0.0, each, 0.0
+    biases = meta(rows, 300, dtype=torch.int32), meta(rows, 300, dtype=torch.float32)
+    packed, mask = meta(rows, vocab // 32, dtype=torch.int32), meta(rows, vocab, dtype=torch.bool)
+    yield "numbers", lambda: sample_fwd(logits, *seeds, *numbers, None, None, None, None, None, 0, False)
+    yield "tensors, top 5", lambda: sample_fwd(logits, *seeds, *tensors, None, None, None, None, None, 5, True)
+    yield "lists, packed mask", lambda: sample_fwd(logits, *seeds, *numbers, ids, whole, *biases, packed, 0, True)
+    yield "tokens, mask", lambda: sample_fwd(logits, *seeds, *tensors, ids, None, None, None, mask, 0, False)
 
 
 def squared_norm(dtype, meta):

@@ -7,8 +7,8 @@
 // copy of the row, which stays in the cache.
 #include "../sample.h"
 
-#include "head/head_logits.h"
 #include "sample_select.h"
+#include "sample_statistics.h"
 #include "simd/mask.h"
 #include "simd/philox.h"
 
@@ -79,7 +79,7 @@ struct SampleScratch {
     c.take(changed, blocks);
     c.take(work, all);
     c.take(listed, lists ? a.vocab : 0);
-    c.take(values, all);
+    c.take(values, all + V::size);
     c.take(exponentials, all);
     c.take(keys, all);
     c.take(weights, all);
@@ -163,20 +163,25 @@ template <typename T> class Row {
     return {h};
   }
 
-  // The statistics of all blocks. False where a logit is NaN or infinite above, which makes the sum of its block NaN.
+  // The statistics of all blocks, and the copy where one is needed. False where a logit is NaN or +inf.
   bool statistics() {
+    V fault(0.0f);
+    int64_t b = 0;
+    for (; (b + kTogether) * kHeadBlock <= a_.vocab; b += kTogether) {
+      const T* from = logits_ + b * kHeadBlock;
+      if (o_.inverse == 1) block_statistics<false>(from, 1, max_ + b, sum_ + b, fault);
+      else block_statistics<true>(from, o_.inverse, max_ + b, sum_ + b, fault);
+    }
     LinearHead h{};
     const HeadRows<float> rows = head(h, max_, sum_);
     alignas(64) float buffer[kHeadBlock];
-    for (int64_t b = 0; b < blocks_; ++b) {
-      const float* x = scaled(b, buffer);
-      rows.statistics(b, x, kHeadBlock, nullptr);
-      if (changes_) copy_allowed(b, x);
+    for (; b < blocks_; ++b) {
+      rows.statistics(b, scaled(b, buffer), kHeadBlock, nullptr);
+      fault = fault + V(sum_[b]);
     }
+    for (b = 0; changes_ && b < blocks_; ++b) copy_allowed(b, scaled(b, buffer));
     pad(max_, sum_);
-    V all(0.0f);
-    for (int64_t b = 0; b < padded_; b += kLanes) all = all + V::load(sum_ + b);
-    const float total = all.sum();
+    const float total = fault.sum();
     return total == total;
   }
 
@@ -378,14 +383,12 @@ template <typename T> class Row {
   // Copies the finite logits >= `bound` to s_.values and returns their number.
   int64_t gather(float bound) const {
     alignas(64) float buffer[kHeadBlock];
+    const float least = bound > kLeast ? bound : kLeast;
     int64_t n = 0;
     for (int64_t b = 0; b < blocks_; ++b) {
-      if (from_max_[b] < bound || from_max_[b] == kNone) continue;
+      if (from_max_[b] < least) continue;
       const float* x = block_at(b, buffer);
-      for (int64_t j = 0; j < kHeadBlock; ++j) {
-        s_.values[n] = x[j];
-        n += x[j] >= bound && x[j] > kNone;
-      }
+      for (int64_t j = 0; j < kHeadBlock; j += kLanes) n += store_kept(s_.values + n, V::load(x + j), V(least));
     }
     return n;
   }

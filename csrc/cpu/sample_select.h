@@ -28,10 +28,31 @@ VEC_INLINE float from_ordered(int32_t key) {
   return x;
 }
 
-VEC_INLINE int64_t bucket_of(float most, float x) {
-  const float at = (most - x) * kBucketsPerUnit;
-  return at < static_cast<float>(kBuckets - 1) ? static_cast<int64_t>(at) : kBuckets - 1;
+// Stores the lanes of x that are at least `least`, one after the other, and returns their number. A whole vector is written.
+#if defined(CPU_CAPABILITY_AVX512)
+VEC_INLINE int64_t store_kept(float* to, Vec<float> x, Vec<float> least) {
+  const __mmask16 kept = _mm512_cmp_ps_mask(x.v, least.v, _CMP_GE_OQ);
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(kept, x.v));  // compressing in a register: to memory it is microcode on Zen 4
+  return __builtin_popcount(kept);
 }
+VEC_INLINE void store_buckets(int32_t* to, Vec<float> at, int n) { _mm512_mask_storeu_epi32(to, Vec<float>::first(n), _mm512_cvttps_epi32(at.v)); }
+VEC_INLINE void store_buckets(int32_t* to, Vec<float> at, All) { _mm512_storeu_si512(to, _mm512_cvttps_epi32(at.v)); }
+#else
+VEC_INLINE int64_t store_kept(float* to, Vec<float> x, Vec<float> least) {
+  alignas(32) float lanes[Vec<float>::size];
+  x.store(lanes);
+  int64_t n = 0;
+  for (unsigned kept = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(x.v, least.v, _CMP_GE_OQ))); kept != 0;
+       kept &= kept - 1) {
+    to[n++] = lanes[__builtin_ctz(kept)];
+  }
+  return n;
+}
+VEC_INLINE void store_buckets(int32_t* to, Vec<float> at, int n) { _mm256_maskstore_epi32(to, Vec<float>::first(n), _mm256_cvttps_epi32(at.v)); }
+VEC_INLINE void store_buckets(int32_t* to, Vec<float> at, All) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_cvttps_epi32(at.v));
+}
+#endif
 
 // The largest t for which the values >= t together weigh at least `target`, and the smallest value where all of them weigh less.
 // The values are finite and at most `most`; value i weighs weight(i). A histogram over the distance from `most` finds the bucket
@@ -40,15 +61,20 @@ VEC_INLINE int64_t bucket_of(float most, float x) {
 template <typename W>
 float boundary(const float* values, int64_t n, float most, double target, const W& weight, double* histogram, int32_t* keys,
                double* weights) {
+  using V = Vec<float>;
+  for_vectors<V, Single>(n, [&](int64_t i, auto lanes) VEC_LAMBDA {
+    const V at = (V(most) - load<V>(values + i, lanes)) * V(kBucketsPerUnit);
+    store_buckets(keys + i, min(at, V(static_cast<float>(kBuckets - 1))), lanes);
+  });
   std::memset(histogram, 0, kBuckets * sizeof(double));
-  for (int64_t i = 0; i < n; ++i) histogram[bucket_of(most, values[i])] += weight(i);
+  for (int64_t i = 0; i < n; ++i) histogram[keys[i]] += weight(i);
   int64_t last = kBuckets - 1, bucket = 0, m = 0;
   double above = 0;
   while (last > 0 && histogram[last] == 0) --last;
   while (bucket < last && above + histogram[bucket] < target) above += histogram[bucket++];
   int32_t low = INT32_MAX, high = INT32_MIN;
   for (int64_t i = 0; i < n; ++i) {
-    if (bucket_of(most, values[i]) != bucket) continue;
+    if (keys[i] != bucket) continue;
     const int32_t key = ordered(values[i]);
     low = key < low ? key : low;
     high = key > high ? key : high;

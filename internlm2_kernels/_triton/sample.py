@@ -35,12 +35,12 @@ def _heat(temperature_ptr, temperature, inverse, row):
     """(temperature, its inverse; 1 for a greedy row). The host computes the inverse of a temperature for all rows."""
     if temperature_ptr is not None:
         heat = tl.load(temperature_ptr + row).to(tl.float32)
-        return heat, tl.where(heat == 0.0, 1.0, tl.div_rn(1.0, heat))
+        return heat, tl.div_rn(1.0, tl.where(heat == 0.0, 1.0, heat))
     else:
         return row * 0.0 + temperature, row * 0.0 + inverse
 
 
-@triton.jit(do_not_specialize=["history", "first_all"])
+@triton.jit(do_not_specialize=["history"])
 def sample_count_kernel(token_ids_ptr, prompt_ptr, counts_ptr, bad_ptr, error_ptr, history, vocab, ERROR: tl.constexpr,
                         BLOCK: tl.constexpr):
     """Adds the tokens so far to `counts`: integers, so that the order in which they are added does not matter."""
@@ -82,7 +82,7 @@ def sample_bias_kernel(logits_ptr, ids_ptr, values_ptr, work_ptr, counts_ptr, ba
         tl.atomic_or(counts_ptr + row * vocab + token, BIASED, mask=real)
 
 
-@triton.jit(do_not_specialize=["allowed_stride"])
+@triton.jit
 def sample_change_kernel(logits_ptr, work_ptr, counts_ptr, allowed_ptr, temperature_ptr, temperature, inverse, repetition_ptr,
                          repetition, presence_ptr, presence, frequency_ptr, frequency, stride, vocab, allowed_stride,
                          PACKED: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
@@ -114,7 +114,7 @@ def sample_change_kernel(logits_ptr, work_ptr, counts_ptr, allowed_ptr, temperat
 @triton.jit
 def _read(ptr, scale, start, vocab, BLOCK: tl.constexpr):
     """(columns, their logits), -inf beyond the vocabulary."""
-    col = start + tl.arange(0, BLOCK)
+    col = tl.max_contiguous(tl.multiple_of(start + tl.arange(0, BLOCK), BLOCK), BLOCK)
     return col, tl.load(ptr + col, mask=col < vocab, other=NONE).to(tl.float32) * scale
 
 
@@ -196,14 +196,14 @@ def sample_fwd_kernel(logits_ptr, work_ptr, bad_ptr, seeds_ptr, positions_ptr, t
     if min_p_ptr is not None:
         bad = _report(bad, error_ptr, E_MIN_P, ((ratio >= 0.0) & (ratio <= 1.0)) == 0)
     if repetition_ptr is not None:
-        factor = tl.load(repetition_ptr + row).to(tl.float32)
-        bad = _report(bad, error_ptr, E_REPETITION, ((factor >= 1e-6) & (factor <= 1e6)) == 0)
+        divisor = tl.load(repetition_ptr + row).to(tl.float32)
+        bad = _report(bad, error_ptr, E_REPETITION, ((divisor >= 1e-6) & (divisor <= 1e6)) == 0)
     if presence_ptr is not None:
-        x = tl.load(presence_ptr + row).to(tl.float32)
-        bad = _report(bad, error_ptr, E_PRESENCE, (x - x == 0.0) == 0)
+        lower = tl.load(presence_ptr + row).to(tl.float32)
+        bad = _report(bad, error_ptr, E_PRESENCE, (lower - lower == 0.0) == 0)
     if frequency_ptr is not None:
-        x = tl.load(frequency_ptr + row).to(tl.float32)
-        bad = _report(bad, error_ptr, E_FREQUENCY, (x - x == 0.0) == 0)
+        each = tl.load(frequency_ptr + row).to(tl.float32)
+        bad = _report(bad, error_ptr, E_FREQUENCY, (each - each == 0.0) == 0)
     scale = tl.where(bad, 1.0, scale)
 
     # The statistics of the logits at the row's temperature.

@@ -10,13 +10,15 @@ PRODUCTS = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05"}  # on Hopper 
 # caches with their scales, scans from the end of a sequence.
 NARROW = ("cuda/", "dweight_kernel", "cols 128", "cols 1/", "cols 1,", "head of 2/", "heads of 2/", "check_kernel",
           "merge_kernel", "delta_kernel", "int8", "blocks of 1", "odd", "reduce_rows_kernel", "coefficients_kernel",
-          "sum_kernel", "prepare_kernel", "peak_kernel", "sample_count_kernel", "sample_bias_kernel", "gae_fwd_kernel", "ppo_value_loss_fwd_kernel")
+          "sum_kernel", "prepare_kernel", "peak_kernel", "gae_fwd_kernel", "ppo_value_loss_fwd_kernel",
+          "sample_count_kernel", "sample_bias_kernel")
 # Kernels that have narrow accesses besides their wide ones: in a masked path for the ends of rows, or to store reduced numbers.
 MIXED = ("linear_bias_kernel", "reward_loss", "adamw_step_kernel", "squared_norm", "ppo_", "linear_head_",
-         "cross_entropy_fwd_kernel", "cross_entropy_bwd_kernel", "sample_fwd_kernel")
+         "cross_entropy_fwd_kernel", "cross_entropy_bwd_kernel", "sample_fwd_kernel",
+         "sample_change_kernel")
 # The kernels among MIXED that write about as many bytes as they read, so that their stores must be wide too.
 WRITING = ("adamw_step", "cross_entropy_bwd", "linear_head_product", "ppo_policy_loss_bwd", "ppo_value_loss_bwd",
-           "reward_loss_bwd")
+           "reward_loss_bwd", "sample_change_kernel")
 HEADS = ("linear_head_fwd_kernel", "linear_head_gradient_kernel", "linear_head_product_kernel")
 
 

@@ -3,8 +3,8 @@
 // The statistics are those of linear_head.cpp, and so are the log-probabilities, bit for bit. A token is drawn by inverting the
 // cumulative distribution at one uniform number: the blocks' masses say in which block it lies, and only that block is read
 // again. Top-k, top-p and min-p keep tokens by a threshold on the logit. The largest logits of the blocks bound it from below,
-// so that only blocks that reach the bound are read for it. Where penalties, bias or a mask change logits, they are changed in a
-// copy of the row, which stays in the cache.
+// so that only blocks that reach the bound are read for it. Where penalties, bias or a mask change logits, they are changed in
+// a copy of the row, which stays in the cache.
 #include "../sample.h"
 
 #include "sample_select.h"
@@ -40,8 +40,8 @@ VEC_INLINE uint64_t true_bits(const uint8_t* p) {
 }
 #endif
 
-// Bits of an element of `counts`: 1 where the token is in `listed`, 2 for a token of the prompt, and 4 for each time that it was
-// generated.
+// Bits of an element of `counts`: 1 where the token is in `listed`, 2 for a token of the prompt, and 4 for each time that it
+// was generated.
 constexpr int32_t kListed = 1, kPrompt = 2, kGenerated = 4;
 
 struct SampleScratch {

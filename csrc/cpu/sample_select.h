@@ -6,9 +6,9 @@
 
 namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 
-constexpr int64_t kBuckets = 2048;      // of the histogram of `boundary`, each 1 / kBucketsPerUnit wide
+constexpr int64_t kBuckets = 2048;  // of the histogram of `boundary`, each 1 / kBucketsPerUnit wide
 constexpr float kBucketsPerUnit = 64;
-constexpr int64_t kChunk = 64;          // blocks that `Masses` adds up first
+constexpr int64_t kChunk = 64;      // blocks that `Masses` adds up first
 
 struct Ones {
   VEC_INLINE double operator()(int64_t) const { return 1; }
@@ -35,7 +35,9 @@ VEC_INLINE int64_t store_kept(float* to, Vec<float> x, Vec<float> least) {
   _mm512_storeu_ps(to, _mm512_maskz_compress_ps(kept, x.v));  // compressing in a register: to memory it is microcode on Zen 4
   return __builtin_popcount(kept);
 }
-VEC_INLINE void store_buckets(int32_t* to, Vec<float> at, int n) { _mm512_mask_storeu_epi32(to, Vec<float>::first(n), _mm512_cvttps_epi32(at.v)); }
+VEC_INLINE void store_buckets(int32_t* to, Vec<float> at, int n) {
+  _mm512_mask_storeu_epi32(to, Vec<float>::first(n), _mm512_cvttps_epi32(at.v));
+}
 VEC_INLINE void store_buckets(int32_t* to, Vec<float> at, All) { _mm512_storeu_si512(to, _mm512_cvttps_epi32(at.v)); }
 #else
 VEC_INLINE int64_t store_kept(float* to, Vec<float> x, Vec<float> least) {
@@ -48,13 +50,15 @@ VEC_INLINE int64_t store_kept(float* to, Vec<float> x, Vec<float> least) {
   }
   return n;
 }
-VEC_INLINE void store_buckets(int32_t* to, Vec<float> at, int n) { _mm256_maskstore_epi32(to, Vec<float>::first(n), _mm256_cvttps_epi32(at.v)); }
+VEC_INLINE void store_buckets(int32_t* to, Vec<float> at, int n) {
+  _mm256_maskstore_epi32(to, Vec<float>::first(n), _mm256_cvttps_epi32(at.v));
+}
 VEC_INLINE void store_buckets(int32_t* to, Vec<float> at, All) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_cvttps_epi32(at.v));
 }
 #endif
 
-// The largest t for which the values >= t together weigh at least `target`, and the smallest value where all of them weigh less.
+// The largest t for which the values >= t together weigh at least `target`; the smallest value where all of them weigh less.
 // The values are finite and at most `most`; value i weighs weight(i). A histogram over the distance from `most` finds the bucket
 // in which t lies, and bisection over the bits of its values finds t itself. `histogram` has kBuckets elements, and `keys` and
 // `weights` have n.

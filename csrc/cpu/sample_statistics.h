@@ -1,8 +1,8 @@
 // The statistics of blocks of logits for sample.cpp: those of HeadRows::statistics (head/head_logits.h) bit for bit, in fewer
 // instructions.
 //
-// The largest exponential of a block is 1. An exponential below exp(-87) therefore has no influence on the bits of their sum, and
-// is replaced by exp(-87), so that 2^n can be added to the exponent as an integer. Otherwise every operation rounds as there.
+// The largest exponential of a block is 1. An exponential below exp(-87) therefore has no influence on the bits of their sum,
+// and is replaced by exp(-87), so that 2^n can be added to the exponent as an integer. Otherwise every operation rounds as there.
 // Four blocks are reduced across lanes together, in the order of Vec::sum.
 #pragma once
 #include "head/head_logits.h"

@@ -1,8 +1,8 @@
 """Sampling of tokens. Contract: ops/sample.py.
 
-One program computes one row. Where bias, penalties or a mask change logits, kernels before it write the changed row to scratch
-memory. Top-k and top-p keep tokens by a threshold, which is found by bisection over the bits of a float: 32 passes over the row,
-which stays in the L2 cache, for each of the two that is in use. Cumulative sums are in float64.
+One program computes one row. Where bias, penalties or a mask change logits, kernels before it write the changed row to
+scratch memory. Top-k and top-p keep tokens by a threshold, which is found by bisection over the bits of a float: 32 passes over
+the row, which stays in the L2 cache, for each of the two that is in use. Cumulative sums are in float64.
 
 The log-probabilities are those of the contract, but their bits are not those of the kernels for a linear head.
 """
@@ -62,8 +62,8 @@ def sample_count_kernel(token_ids_ptr, prompt_ptr, counts_ptr, bad_ptr, error_pt
 @triton.jit(do_not_specialize=["biases"])
 def sample_bias_kernel(logits_ptr, ids_ptr, values_ptr, work_ptr, counts_ptr, bad_ptr, error_ptr, biases, stride, vocab,
                        ERROR: tl.constexpr, VALUE_ERROR: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes the biased logits of the listed tokens to `work`. An id that is listed more than once gets its values one after the
-    other, and all its entries write the same sum."""
+    """Writes the biased logits of the listed tokens to `work`. An id that is listed more than once gets its values one after
+    the other, and all its entries write the same sum."""
     row = tl.program_id(0).to(tl.int64)
     for start in range(0, biases, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -335,9 +335,9 @@ def sample_fwd(logits, seeds, positions, temperature, temperature_all, top_k, to
         packed = allowed is not None and allowed.dtype == torch.int32
         launch(sample_change_kernel, rows * triton.cdiv(vocab, block), device,
                dict(logits_ptr=logits, work_ptr=work, counts_ptr=counts,
-                    allowed_ptr=allowed if packed or allowed is None else allowed.view(torch.int8), **heat, **penalties, **shape,
-                    allowed_stride=0 if allowed is None else allowed.stride(0), PACKED=packed, BIAS=bias_ids is not None,
-                    BLOCK=block), num_warps=num_warps)
+                    allowed_ptr=allowed if packed or allowed is None else allowed.view(torch.int8), **heat, **penalties,
+                    **shape, allowed_stride=0 if allowed is None else allowed.stride(0), PACKED=packed,
+                    BIAS=bias_ids is not None, BLOCK=block), num_warps=num_warps)
     launch(sample_fwd_kernel, rows, device,
            dict(logits_ptr=logits, work_ptr=work, bad_ptr=bad, seeds_ptr=seeds, positions_ptr=positions, **heat,
                 top_k_ptr=top_k, top_k=top_k_all, top_p_ptr=top_p, top_p=float(top_p_all), min_p_ptr=min_p,

@@ -1,4 +1,4 @@
-"""The reference of `sample` in plain PyTorch, step by step, and the checks of its inputs' values for the backend `reference`."""
+"""The reference of `sample` in plain PyTorch, step by step, and the checks of values for the backend `reference`."""
 
 import torch
 

@@ -32,8 +32,8 @@ def _fake_fwd(logits, seeds, positions, temperature, temperature_all, top_k, top
 _REFUSED = "those rows have the token -1 and the log-probability NaN"
 SAMPLE = Op(
     name="sample",
-    source="order of the filters: vLLM v1/sample/sampler.py, transformers generation/logits_process.py; top-p: arXiv:1904.09751;"
-           " min-p: arXiv:2407.01082; repetition penalty: arXiv:1909.05858 section 4.1; random bits: Philox, SC 2011",
+    source="top-p: arXiv:1904.09751; min-p: arXiv:2407.01082; repetition penalty: arXiv:1909.05858 section 4.1; order: vLLM"
+           " v1/sample/sampler.py and transformers generation/logits_process.py; random bits: Philox, SC 2011",
     summary="sampling of tokens with penalties, top-k, top-p, min-p and log-probabilities",
     reference=reference,
     schemas={
@@ -92,8 +92,9 @@ def _listed(name, value, logits, dtypes, width=None, last=""):
         fail(ValueError, "sample", name, f"shape [{', '.join(map(str, (*rows, size)))}]", list(value.shape))
     check_device("sample", name, value, logits, "logits")
     value = value.detach()
-    return value.contiguous().view(-1) if not last else value.reshape(-1, value.shape[-1]).contiguous() if value.numel() \
-        else value.new_empty((rows.numel(), value.shape[-1]))
+    if not last:
+        return value.contiguous().view(-1)
+    return (value if value.dim() == 2 else value.reshape(rows.numel(), value.shape[-1])).contiguous()
 
 
 def _mask(allowed, logits):
@@ -109,23 +110,23 @@ def _mask(allowed, logits):
 
 
 def sample(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0,
-           frequency_penalty=0.0, token_ids=None, prompt_lengths=None, bias_ids=None, bias_values=None, allowed=None, seeds=None,
-           positions=None, num_top=0, return_filtered_logprob=False, backend=None):
+           frequency_penalty=0.0, token_ids=None, prompt_lengths=None, bias_ids=None, bias_values=None, allowed=None,
+           seeds=None, positions=None, num_top=0, return_filtered_logprob=False, backend=None):
     """One token from each row of logits, and its log-probability log softmax(logits / temperature) without filters.
 
     Shapes:   logits [..., V]; seeds and positions [...] int64. temperature, top_k, top_p, min_p and the three penalties: a
-              number, or a tensor [...]. token_ids [..., L] int64 or int32: the tokens so far, in any order of padding, which is
-              -1; prompt_lengths [...]: how many of the first columns hold the prompt. bias_ids [..., N] int64 or int32, -1: none,
-              with bias_values [..., N] float32. allowed: bool [..., V], or int32 [..., ceil(V / 32)], of which bit j of word i
-              stands for token 32 i + j.
+              number, or a tensor [...] (int64 or int32 for top_k, float32 or float64 for the others). token_ids [..., L] int64
+              or int32: the tokens so far, padded anywhere with -1; prompt_lengths [...] int64 or int32: how many of the first
+              columns hold the prompt, 0 where it is None. bias_ids [..., N] int64 or int32, -1: none, with bias_values [..., N]
+              float32. allowed: bool [..., V], or int32 [..., ceil(V / 32)], of which bit j of word i is token 32 i + j.
               -> (tokens [...] int64, logprobs [...]), then with num_top = n > 0 the n most probable tokens [..., n] int64 and
               their log-probabilities [..., n], of equal ones the lower ids first; then with return_filtered_logprob [...] the
               token's log-probability in the distribution it was drawn from (0 for a greedy row)
     Order:    bias, repetition penalty (z / r for z > 0 and z r otherwise, for tokens of prompt and output), then
               z - frequency_penalty count - presence_penalty for tokens of the output, then the mask, division by temperature,
-              top-k, top-p of what top-k keeps, min-p: the smallest set of largest logits of a mass of at least top_p, and tokens
-              of at least min_p times the largest probability. Tokens of equal logits are kept or dropped together. top_k 0,
-              top_p 1 and min_p 0 keep all tokens
+              top-k, top-p of what top-k keeps (the smallest set of the largest logits with a mass of at least top_p), min-p
+              (tokens of at least min_p times the largest probability). Tokens of equal logits are kept or dropped together.
+              top_k 0, top_p 1 and min_p 0 keep all tokens
     Random:   the first token whose cumulative probability exceeds u, one number of 53 bits from Philox4x32-10 with the key seed
               and the counter position. The token depends on the row, its options, seed and position alone, never on the
               batch; on CPU it is the same on every instruction set. temperature 0 is greedy: the arg-max after bias, penalties
@@ -155,21 +156,23 @@ def sample(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition
                "frequency_penalty": frequency_penalty}
     given = [part for name, value in options.items() for part in _option(name, value, logits)]
     whole = torch.int64, torch.int32
-    lists = (_listed("token_ids", token_ids, logits, whole, last="L"), _listed("prompt_lengths", prompt_lengths, logits, whole),
-             _listed("bias_ids", bias_ids, logits, whole, last="N"))
+    lists = (_listed("token_ids", token_ids, logits, whole, last="L"),
+             _listed("prompt_lengths", prompt_lengths, logits, whole), _listed("bias_ids", bias_ids, logits, whole, last="N"))
     if prompt_lengths is not None and token_ids is None:
         fail(ValueError, "sample", "prompt_lengths", "None without token_ids", "a tensor")
     if (bias_ids is None) != (bias_values is None):
         fail(ValueError, "sample", "bias_values", "a tensor with bias_ids, None without",
              "None" if bias_values is None else "a tensor")
-    values = _listed("bias_values", bias_values, logits, (torch.float32,), None if bias_ids is None else bias_ids.shape[-1], "N")
+    width = None if bias_ids is None else bias_ids.shape[-1]
+    values = _listed("bias_values", bias_values, logits, (torch.float32,), width, "N")
     mask = _mask(allowed, logits)
     flat_seeds = _listed("seeds", seeds, logits, (torch.int64,))
     flat_positions = _listed("positions", positions, logits, (torch.int64,))
     greedy = not isinstance(temperature, torch.Tensor) and temperature == 0
     for name, value in (("seeds", seeds), ("positions", positions)):
         if value is None and not greedy:
-            fail(ValueError, "sample", name, "an int64 tensor of the leading dimensions of logits, unless temperature is 0", "None")
+            fail(ValueError, "sample", name, "an int64 tensor of the leading dimensions of logits, unless temperature is 0",
+                 "None")
     if not isinstance(num_top, int) or isinstance(num_top, bool) or not 0 <= num_top <= min(vocab, LARGEST_TOP):
         fail(ValueError, "sample", "num_top", f"an integer from 0 to {min(vocab, LARGEST_TOP)}", repr(num_top))
     check_flag("sample", "return_filtered_logprob", return_filtered_logprob)

@@ -82,7 +82,7 @@ def _sample(case, dtype, device, generator):
     logits = (3 * torch.randn(rows, vocab, generator=generator, device=device)).to(dtype)
     inputs = {"logits": logits, "seeds": ids(2**62, rows), "positions": ids(2**40, rows)}
     if "temperature" in dims:
-        inputs["temperature"] = dims["temperature"]
+        inputs["temperature"] = float(dims["temperature"])
     if dims.get("filters") == "numbers":
         inputs |= {"top_k": 50, "top_p": 0.9, "min_p": 0.02}
     elif dims.get("filters") == "tensors":
@@ -128,21 +128,21 @@ WORKLOAD = Workload(
     cases=(
         Case("smoke", {"rows": 5, "cols": 64}),
         Case("smoke", {"rows": 33, "cols": 517, "filters": "tensors", "lists": 7, "mask": "bool", "top": 3}),
-        Case("smoke", {"rows": 18, "cols": 1000, "temperature": 0.7, "filters": "numbers", "mask": "packed", "top": 5}),
-        Case("smoke", {"rows": 9, "cols": 129, "temperature": 0.0, "lists": 11}),
+        Case("smoke", {"rows": 18, "cols": 1000, "temperature": "0.7", "filters": "numbers", "mask": "packed", "top": 5}),
+        Case("smoke", {"rows": 9, "cols": 129, "temperature": "0", "lists": 11}),
         Case("edge", {"rows": 0, "cols": 64}),
         Case("edge", {"rows": 1, "cols": 1}),
         Case("edge", {"rows": 3, "cols": 4099, "filters": "tensors"}),
-        Case("edge", {"rows": 17, "cols": 65, "temperature": 1.7, "lists": 200, "top": 65}),
-        Case("model", {"rows": 64, "cols": 92544, "temperature": 0.0}),
-        Case("model", {"rows": 64, "cols": 92544, "temperature": 0.8}),
-        Case("model", {"rows": 64, "cols": 92544, "temperature": 0.8, **ALL}),
-        Case("gpu", {"rows": 256, "cols": 92544, "temperature": 0.8}),
-        Case("gpu", {"rows": 256, "cols": 92544, "temperature": 0.8, **ALL}),
+        Case("edge", {"rows": 17, "cols": 65, "temperature": "1.7", "lists": 200, "top": 65}),
+        Case("model", {"rows": 64, "cols": 92544, "temperature": "0"}),
+        Case("model", {"rows": 64, "cols": 92544, "temperature": "0.8"}),
+        Case("model", {"rows": 64, "cols": 92544, "temperature": "0.8", **ALL}),
+        Case("gpu", {"rows": 256, "cols": 92544, "temperature": "0.8"}),
+        Case("gpu", {"rows": 256, "cols": 92544, "temperature": "0.8", **ALL}),
     ),
     eager={"softmax, cumsum": _eager, "top-k first": _form(_draw_cut), "sort": _form(_draw_sorted)},
-    batched=("logits", "seeds", "positions", "temperature", "top_k", "top_p", "min_p", "token_ids", "prompt_lengths", "bias_ids",
-             "bias_values", "allowed"),
+    batched=("logits", "seeds", "positions", "temperature", "top_k", "top_p", "min_p", "token_ids", "prompt_lengths",
+             "bias_ids", "bias_values", "allowed"),
     bytes=lambda dims, size, direction: dims["rows"] * dims["cols"] * size,
     flops=lambda dims, direction: 16 * dims["rows"] * dims["cols"],
     magnitude=_magnitude,

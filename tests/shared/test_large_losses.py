@@ -75,6 +75,18 @@ def test_row_by_row(far, generator):
             assert_repeats(got[name], want[name], want_last[name], name)
 
 
+@covers("sample")
+def test_sample(generator):
+    need(5)
+    dims = {"rows": ROWS, "cols": COLS, "temperature": "0.7", "filters": "numbers", "top": 2}
+    first, last = drawn("sample", dims, generator)
+    large = joined("sample", first, last, TIMES)
+    assert large.inputs["logits"].numel() > 2**31
+    want, want_last, got = (run(OPS["sample"], s, "cpp") for s in (first, last, large))
+    for name in want:
+        assert_repeats(got[name], want[name], want_last[name], name)
+
+
 # ------------------------------------------------------------------------------------------ cross-entropy's other passes
 def entropy_of(sample, logits, upstream, **options):
     leaf = logits.detach().requires_grad_()

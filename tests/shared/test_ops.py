@@ -52,7 +52,9 @@ def _spoilt(x):
     if x.any():
         yield "zeros", torch.zeros_like(x)
     if not x.is_floating_point():  # tokens: every wrong one counts
-        yield "one wrong token", x.clone().flatten().index_add(0, torch.tensor([x.numel() // 2]), torch.ones(1, dtype=x.dtype)).view(x.shape)
+        wrong = x.clone().flatten()
+        wrong[x.numel() // 2] += 1
+        yield "one wrong token", wrong.view(x.shape)
         return
     yield "NaN", torch.full_like(x, float("nan"))
     if x.numel() < 33:  # a loss or a statistic

@@ -30,6 +30,8 @@ ALLOWED_STACK: dict[str, str] = {
         "8 bytes, at 128 registers a thread; not yet timed on that architecture",
     **{f"linear/linear_kernel/{label}/bfloat16": "rows whose length is odd are loaded number by number; no model has them"
        for label in ("odd", "odd, dx")},
+    "sample/sample_fwd_kernel/tokens, mask/float32/sm_80":
+        "16 bytes, at 128 registers a thread; not yet timed on that architecture",
 }
 EXAMPLES = """examples:
   python -m tools.audit                compile everything and print the table

@@ -179,7 +179,12 @@ template <typename T> class Row {
       rows.statistics(b, scaled(b, buffer), kHeadBlock, nullptr);
       fault = fault + V(sum_[b]);
     }
-    for (b = 0; changes_ && b < blocks_; ++b) copy_allowed(b, scaled(b, buffer));
+    if (changes_) {
+      for (b = 0; b < blocks_; ++b) copy_allowed(b, scaled(b, buffer));
+      for (; b < padded_; ++b) s_.changed[b] = 0;
+      const int64_t end = blocks_ * kHeadBlock, whole = round_up(blocks_, kTogether) * kHeadBlock;
+      for (int64_t i = end; i < whole; ++i) s_.work[i] = kNone;
+    }
     pad(max_, sum_);
     const float total = fault.sum();
     return total == total;
@@ -265,16 +270,17 @@ template <typename T> class Row {
       s_.counts[id] = 0;
       s_.changed[block] = 1;
     }
-    LinearHead h{};
-    const HeadRows<float> rows = head(h, s_.changed_max, s_.changed_sum);
-    for (int64_t b = 0; b < blocks_; ++b) {
-      if (s_.changed[b] != 0) {
-        rows.statistics(b, s_.work + b * kHeadBlock, kHeadBlock, nullptr);
+    V fault;  // `finite` and `statistics` say it already
+    for (int64_t b = 0; b < padded_; b += kTogether) {
+      uint32_t any;
+      std::memcpy(&any, s_.changed + b, kTogether);
+      if (any != 0) {
+        block_statistics<false>(s_.work + b * kHeadBlock, 1, s_.changed_max + b, s_.changed_sum + b, fault);
       } else {
-        s_.changed_max[b] = max_[b], s_.changed_sum[b] = sum_[b];
+        std::memcpy(s_.changed_max + b, max_ + b, kTogether * sizeof(float));
+        std::memcpy(s_.changed_sum + b, sum_ + b, kTogether * sizeof(float));
       }
     }
-    pad(s_.changed_max, s_.changed_sum);
     from_max_ = s_.changed_max, from_sum_ = s_.changed_sum;
     return finite;
   }
@@ -395,23 +401,26 @@ template <typename T> class Row {
 
   // The statistics of the tokens that the filters keep.
   void keep(float least) {
-    LinearHead h{};
-    const HeadRows<float> rows = head(h, s_.changed_max, s_.changed_sum);
-    alignas(64) float buffer[kHeadBlock], kept[kHeadBlock];
-    for (int64_t b = 0; b < blocks_; ++b) {
-      if (from_max_[b] < least) {
-        s_.changed_max[b] = kNone;
-        s_.changed_sum[b] = 0;
+    alignas(64) float buffer[kHeadBlock], kept[kTogether * kHeadBlock];
+    V fault;
+    for (int64_t first = 0; first < padded_; first += kTogether) {
+      bool any = false;
+      for (int64_t b = first; b < first + kTogether; ++b) any = any || from_max_[b] >= least;
+      if (!any) {
+        for (int64_t b = first; b < first + kTogether; ++b) s_.changed_max[b] = kNone, s_.changed_sum[b] = 0;
         continue;
       }
-      const float* x = block_at(b, buffer);
-      for (int64_t j = 0; j < kHeadBlock; j += kLanes) {
-        const V z = V::load(x + j);
-        pick(less(z, V(least)), V(kNone), z).store(kept + j);
+      for (int64_t b = first; b < first + kTogether; ++b) {
+        float* to = kept + (b - first) * kHeadBlock;
+        const bool reaches = from_max_[b] >= least;
+        const float* x = reaches ? block_at(b, buffer) : buffer;
+        for (int64_t j = 0; j < kHeadBlock; j += kLanes) {
+          const V z = reaches ? V::load(x + j) : V(kNone);
+          pick(less(z, V(least)), V(kNone), z).store(to + j);
+        }
       }
-      rows.statistics(b, kept, kHeadBlock, nullptr);
+      block_statistics<false>(kept, 1, s_.changed_max + first, s_.changed_sum + first, fault);
     }
-    pad(s_.changed_max, s_.changed_sum);
     from_max_ = s_.changed_max, from_sum_ = s_.changed_sum;
   }
 

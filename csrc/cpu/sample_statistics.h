@@ -36,6 +36,17 @@ template <typename F> VEC_INLINE __m128 reduce(F f, const Vec<float>* x) {
   return f(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
 }
 
+// max(x, -87) for x <= 0, as a minimum of the bits: the units that compare floats are those that multiply. NaN stays NaN or
+// becomes -87.
+VEC_INLINE Vec<float> at_least(Vec<float> x) {
+  const int bits = static_cast<int>(0xc2ae0000u);  // of -87
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_castsi512_ps(_mm512_min_epu32(_mm512_castps_si512(x.v), _mm512_set1_epi32(bits)));
+#else
+  return _mm256_castsi256_ps(_mm256_min_epu32(_mm256_castps_si256(x.v), _mm256_set1_epi32(bits)));
+#endif
+}
+
 // exp(x) for x in [-87, 0], the bits of exp. NaN becomes some number.
 VEC_INLINE Vec<float> exp_near(Vec<float> x) {
   using V = Vec<float>;
@@ -69,11 +80,12 @@ VEC_INLINE void block_statistics(const T* from, float factor, float* max_to, flo
   V most[kTogether], sum[kTogether];
 #pragma GCC unroll 4
   for (int64_t b = 0; b < kTogether; ++b) {
-    most[b] = at(b * each);
+    most[b] = V::load(from + b * each * V::size);
 #pragma GCC unroll 8
-    for (int64_t i = 1; i < each; ++i) most[b] = max(most[b], at(b * each + i));
+    for (int64_t i = 1; i < each; ++i) most[b] = max(most[b], V::load(from + (b * each + i) * V::size));
   }
-  const __m128 tops = reduce(Most(), most);
+  // Rounding keeps the order, so that the product of the largest logit is the largest product.
+  const __m128 tops = kScaled ? _mm_mul_ps(reduce(Most(), most), _mm_set1_ps(factor)) : reduce(Most(), most);
   alignas(16) float shift[kTogether];
   _mm_store_ps(shift, _mm_max_ps(tops, _mm_set1_ps(kLeast)));
 #pragma GCC unroll 4
@@ -84,7 +96,7 @@ VEC_INLINE void block_statistics(const T* from, float factor, float* max_to, flo
     for (int64_t i = 0; i < each; ++i) {
       const V d = at(b * each + i) - down;
       fault = fault + d;
-      part[i % sums] = part[i % sums] + exp_near(max(d, V(-87)));
+      part[i % sums] = part[i % sums] + exp_near(at_least(d));
     }
     sum[b] = sums == 2 ? part[0] + part[sums - 1] : part[0];
   }

@@ -154,7 +154,9 @@ def sample(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
                "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
                "frequency_penalty": frequency_penalty}
-    given = [part for name, value in options.items() for part in _option(name, value, logits)]
+    pairs = {name: _option(name, value, logits) for name, value in options.items()}
+    given = [part for pair in pairs.values() for part in pair]
+    options = {name: value if isinstance(value, torch.Tensor) else pairs[name][1] for name, value in options.items()}
     whole = torch.int64, torch.int32
     lists = (_listed("token_ids", token_ids, logits, whole, last="L"),
              _listed("prompt_lengths", prompt_lengths, logits, whole), _listed("bias_ids", bias_ids, logits, whole, last="N"))
@@ -178,9 +180,8 @@ def sample(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition
     check_flag("sample", "return_filtered_logprob", return_filtered_logprob)
     chosen = SAMPLE.select(logits, backend)
     if chosen == "reference":
-        changes = {"token_ids": token_ids, "prompt_lengths": prompt_lengths, "repetition_penalty": repetition_penalty,
-                   "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty, "bias_ids": bias_ids,
-                   "bias_values": bias_values, "allowed": allowed}
+        changes = {"token_ids": token_ids, "prompt_lengths": prompt_lengths, "bias_ids": bias_ids, "bias_values": bias_values,
+                   "allowed": allowed} | {name: options[name] for name in OPTIONS if name.endswith("_penalty")}
         check_reference(logits, options, changes)
         return reference(logits, **options | changes, seeds=seeds, positions=positions, num_top=num_top,
                          return_filtered_logprob=return_filtered_logprob)

@@ -99,11 +99,12 @@ class SwiGLU(torch.nn.Module):
 
     def forward(self, x):
         check_float("SwiGLU", "x", x)
-        if type(self.w1) is torch.nn.Linear and type(self.w1.weight) is torch.nn.Parameter:  # otherwise its class decides
+        if type(self.w1) is Linear and type(self.w1.weight) is torch.nn.Parameter:  # otherwise its class decides
             weight = self.w1.weight
             if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
                 fail(ValueError, "SwiGLU", "x", f"shape [..., {weight.shape[1]}]", list(x.shape))
-            if x.dtype != weight.dtype and not autocast_enabled(x.device.type):
+            rounded = weight.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+            if x.dtype != weight.dtype and not rounded and not autocast_enabled(x.device.type):
                 fail(TypeError, "SwiGLU", "x", f"the dtype of the weights, {weight.dtype}", x.dtype)
             check_device("SwiGLU", "x", x, weight, "the weights")
         return self.w2(swiglu(self.w1(x), self.w3(x)))

@@ -13,7 +13,7 @@ NARROW = ("cuda/", "dweight_kernel", "cols 128", "cols 1/", "cols 1,", "head of 
           "sum_kernel", "prepare_kernel", "peak_kernel", "gae_fwd_kernel", "ppo_value_loss_fwd_kernel",
           "sample_count_kernel", "sample_bias_kernel")
 # Kernels that have narrow accesses besides their wide ones: in a masked path for the ends of rows, or to store reduced numbers.
-MIXED = ("linear_bias_kernel", "reward_loss", "adamw_step_kernel", "squared_norm", "ppo_", "linear_head_",
+MIXED = ("linear_bwd_bias_kernel", "reward_loss", "adamw_step_kernel", "squared_norm", "ppo_", "linear_head_",
          "cross_entropy_fwd_kernel", "cross_entropy_bwd_kernel", "sample_fwd_kernel",
          "sample_change_kernel")
 # The kernels among MIXED that write about as many bytes as they read, so that their stores must be wide too.

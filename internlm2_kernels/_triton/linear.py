@@ -146,7 +146,7 @@ def linear_merge_kernel(parts_ptr, out_ptr, bias_ptr, residual_ptr, rows, cols, 
 
 
 @triton.jit(do_not_specialize=["rows"])
-def linear_bias_kernel(dy_ptr, dbias_ptr, rows, cols, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def linear_bwd_bias_kernel(dy_ptr, dbias_ptr, rows, cols, stride, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The sums of BLOCK_N columns over all rows, BLOCK_M rows after the other."""
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, BLOCK_M)
@@ -162,6 +162,9 @@ def _multiply(a, b, out, bias=None, residual=None, *, piece, pieces, tree):
     """out = a b + bias + residual. `a` [m, k] and `b` [k, n] may have any strides, `out` and `residual` [m, n] rows."""
     (rows, inner), cols = a.shape, b.shape[1]
     if not rows or not cols:
+        return
+    if not inner and bias is None and residual is None:
+        out.zero_()
         return
     tile = tile_config(a.element_size(), architecture(a.device))
     tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(cols, tile.cols)
@@ -200,7 +203,9 @@ def linear_bwd(dy, x, weight, wide, needs_dbias):
         _multiply(dy, weight, dx, piece=piece_of(cols, pieces), pieces=pieces, tree=True)
     if x is not None:
         _multiply(dy.T, x, dweight, piece=ROWS_AT_ONCE, pieces=triton.cdiv(rows, ROWS_AT_ONCE), tree=False)
-    if needs_dbias and cols:
-        launch(linear_bias_kernel, triton.cdiv(cols, 64), dy.device,
+    if needs_dbias and not rows:
+        dbias.zero_()
+    elif needs_dbias and cols:
+        launch(linear_bwd_bias_kernel, triton.cdiv(cols, 64), dy.device,
                dict(dy_ptr=dy, dbias_ptr=dbias, rows=rows, cols=cols, stride=dy.stride(0), BLOCK_M=32, BLOCK_N=64), num_warps=4)
     return dx, dweight, dbias

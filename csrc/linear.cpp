@@ -35,7 +35,7 @@ void multiply(LinearProduct& a, const Tensor& like) {
   for (a.first = 0; a.first < a.m; a.first += chunk) {
     a.rows = std::min(chunk, a.m - a.first);
     const int64_t tiles = (a.rows + kLinearPackRows - 1) / kLinearPackRows;
-    for_tiles(tiles, std::min(workers, tiles), [&](int64_t tile, int64_t) { INTERNLM2_CPU_MATRIX(linear_pack, a, tile); });
+    if (sizes.row_bytes > 0) for_tiles(tiles, std::min(workers, tiles), [&](int64_t tile, int64_t) { INTERNLM2_CPU_MATRIX(linear_pack, a, tile); });
     for_tiles(panels, std::min(workers, panels), [&](int64_t tile, int64_t worker) {
       INTERNLM2_CPU_MATRIX(linear_tile, a, tile, aligned(scratch) + worker * sizes.scratch);
     });

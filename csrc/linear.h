@@ -44,7 +44,7 @@ struct LinearProduct {
   void* a_packed;
 };
 
-// rows: the most rows of A that are computed together. row_bytes: bytes of each, packed. scratch: bytes of a thread's scratch
+// rows: the most rows of A that are computed together. row_bytes: bytes of each, packed; 0: they are not packed. scratch: bytes of a thread's scratch
 // memory for `rows` of the arguments. panel: columns of C in a tile of linear_tile.
 struct LinearSizes { int64_t rows, row_bytes, scratch, panel; };
 

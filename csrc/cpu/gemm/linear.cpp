@@ -31,7 +31,7 @@ template <typename T> struct Linear {
   static constexpr int64_t kMostFew = 8;
 #endif
   static constexpr int64_t kCopied = 256;  // indices of the sum for which rows of B are copied at a time
-  static constexpr int64_t kRows = 480;          // the most rows of A that are packed together,
+  static constexpr int64_t kRows = 960;          // the most rows of A that are packed together,
   static constexpr int64_t kRowBytes = 8 << 20;  // and about how many bytes they may take
 
   const LinearProduct& p;
@@ -65,6 +65,13 @@ template <typename T> struct Linear {
   // second number.
   bool copied(const LinearOperand& o, int64_t n) const { return o.dtype != p.dtype || (step == 2 && o.along && n % 2 != 0); }
 
+  // Whether rows of A are operands as they stand in memory. Few rows are packed, because few() reads beyond them; AMX tiles
+  // need rows that are padded.
+  bool in_place() const {
+    const bool same = step == 2 ? !kTiles<P> : std::is_same_v<T, Acc>;
+    return same && p.a.along && !copied(p.a, p.k) && p.m > kMostFew;
+  }
+
   struct Scratch {
     E* b;        // [kSteps][panel]
     Acc* sums;   // [strips][levels][kStrip][panel], one strip where B is packed for the whole sum at once; few(): [rows][panel]
@@ -80,7 +87,7 @@ template <typename T> struct Linear {
   };
   LinearSizes sizes() const {
     const int64_t row_bytes = row_steps() * size;
-    return {clip(kRowBytes / row_bytes / 96 * 96, 96, kRows), row_bytes, Scratch().allocate(nullptr, *this), panel};
+    return {clip(kRowBytes / row_bytes / 96 * 96, 96, kRows), in_place() ? 0 : row_bytes, Scratch().allocate(nullptr, *this), panel};
   }
 
   void pack(int64_t tile) const {
@@ -146,7 +153,9 @@ template <typename T> struct Linear {
     if (is_few()) return few_tile(index, scratch);
     Scratch w;
     w.allocate(scratch, *this);
-    const int64_t j = index * panel, width = lesser(panel, p.n - j), n = round_up(width, V::size), stride = row_steps();
+    const int64_t j = index * panel, width = lesser(panel, p.n - j), n = round_up(width, V::size);
+    const int64_t row_bytes = in_place() ? p.a.stride * static_cast<int64_t>(sizeof(T)) : row_steps() * size;
+    const char* a = static_cast<const char*>(in_place() ? at(p.a, p.first, 0) : p.a_packed);
     const int64_t strips = Sums::strips(p.rows), each = sums().levels() * Sums::kLevel;
     if (p.k == 0) return write(0, p.rows, j, width, nullptr);
     for (Part now = part(0, j); now.j == j;) {
@@ -158,8 +167,7 @@ template <typename T> struct Linear {
         prefetch(next, i, strips);
         const int64_t row = Sums::strip_begin(i, p.rows), rows = Sums::strip_begin(i + 1, p.rows) - row;
         Acc* levels = w.sums + (now.d == p.k ? 0 : i * each);
-        Sums::multiply(static_cast<const E*>(p.a_packed) + row * stride + now.k / step, stride, rows, w.b, n, chains, count,
-                       levels);
+        Sums::multiply(a + row * row_bytes + now.k / step * size, row_bytes, rows, w.b, n, chains, count, levels);
         if (next.j == j) continue;
         sums().finish(levels);
         write(row, rows, j, width, levels);
@@ -213,7 +221,7 @@ template <typename T> struct Linear {
   }
   static constexpr int64_t kAhead = 1024;  // bytes
 
-  bool is_few() const { return !kTiles<P> && p.tree && p.b.along && p.rows <= kMostFew && !copied(p.b, p.k); }
+  bool is_few() const { return !kTiles<P> && p.tree && p.b.along && p.m <= kMostFew && !copied(p.b, p.k); }
   void few_tile(int64_t index, void* scratch) const {
     Scratch w;
     w.allocate(scratch, *this);

@@ -23,6 +23,7 @@ template <typename P, int64_t kWidth> struct Pieces {
   using V = Vec<Acc>;
   static constexpr int64_t step = P::step, size = sizeof(E);
   static constexpr int64_t kStrip = kTiles<P> ? 32 : kTileRows, kLevel = kStrip * kWidth;
+  static constexpr int64_t kAhead = 24;   // steps of B that are prefetched ahead: it comes from the second-level cache
   static constexpr int64_t kChains = 16;  // more than a part of the sum has
 
   int64_t k, piece;
@@ -59,25 +60,26 @@ template <typename P, int64_t kWidth> struct Pieces {
     return count;
   }
 
-  // Computes chains for a strip of `rows` rows: `a` is its first row from the first chain's beginning on, `b` is packed
+  // Computes chains for a strip of `rows` rows: `a` is its first row from the first chain's beginning on, rows are row_bytes
+  // apart, with any alignment; `b` is packed
   // [steps][kWidth], of which the first n columns are computed. Calls for one strip follow each other in rising order.
-  static void multiply(const E* a, int64_t row_steps, int64_t rows, const E* b, int64_t n, const Chain* chains, int64_t count,
+  static void multiply(const char* a, int64_t row_bytes, int64_t rows, const E* b, int64_t n, const Chain* chains, int64_t count,
                        Acc* levels) {
     if constexpr (kTiles<P>) {
       for (const Chain* c = chains; c < chains + count; ++c) {
         Acc* sum = levels + c->level * kLevel;
-        const ProductArgs<P> product_args{a, row_steps * size, size, b, kWidth, kPanel<P>, sum, kWidth, rows, c->steps, 0, n};
+        const ProductArgs<P> product_args{a, row_bytes, size, b, kWidth, kPanel<P>, sum, kWidth, rows, c->steps, 0, n};
         if (c->fresh) product<P, Start::zero>(product_args);
         else product<P, Start::separate>(product_args);  // with AMX tiles a chain that starts at what C holds
         for (int64_t u = 1; u <= c->merges; ++u) merge(sum - u * kLevel);
-        a += c->steps;
+        a += c->steps * size;
         b += c->steps * kWidth;
       }
     } else {
       for (int64_t j = 0; j < n; j += kPanel<P>) {
         switch (rows * 8 + lesser(n - j, kPanel<P>) / V::size) {
 #define TILE(height, vectors) \
-  case height * 8 + vectors: tile<height, vectors>(a, row_steps * size, b + j, chains, count, levels + j); break;
+  case height * 8 + vectors: tile<height, vectors>(a, row_bytes, b + j, chains, count, levels + j); break;
 #define TILES(vectors) \
   TILE(1, vectors) TILE(2, vectors) TILE(3, vectors) TILE(4, vectors) TILE(5, vectors) TILE(6, vectors)
           TILES(1)
@@ -100,9 +102,8 @@ template <typename P, int64_t kWidth> struct Pieces {
 
  private:
   template <int kRows, int kVectors>
-  __attribute__((noinline)) static void tile(const E* first, int64_t row_bytes, const E* b, const Chain* chains, int64_t count,
+  __attribute__((noinline)) static void tile(const char* a, int64_t row_bytes, const E* b, const Chain* chains, int64_t count,
                                              Acc* levels) {
-    const char* a = reinterpret_cast<const char*>(first);
     for (const Chain* c = chains; c < chains + count; ++c) {
       Acc* sum = levels + c->level * kLevel;
       V acc[kRows][kVectors];
@@ -117,7 +118,10 @@ template <typename P, int64_t kWidth> struct Pieces {
       for (int64_t k = 0; k < c->steps; ++k) {
         typename P::Lanes lanes[kVectors];
 #pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) lanes[j] = P::load(b + j * V::size);
+        for (int j = 0; j < kVectors; ++j) {
+          lanes[j] = P::load(b + j * V::size);
+          _mm_prefetch(reinterpret_cast<const char*>(b + j * V::size + kAhead * kWidth), _MM_HINT_T0);
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
           const typename P::Lanes one = P::broadcast(a + i * row_bytes);

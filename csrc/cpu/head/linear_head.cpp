@@ -177,8 +177,8 @@ template <typename T> struct Head : HeadRows<T> {
       for (int64_t i = 0; i < strips; ++i) {
         const int64_t row = Sums::strip_begin(i, a.rows), end = Sums::strip_begin(i + 1, a.rows);
         Acc* levels = w.sums + (d == a.d ? 0 : i * each);
-        Sums::multiply(static_cast<const E*>(a.hidden_rows) + row * row_steps() + k / step, row_steps(), end - row, w.w, n, chains,
-                       chain_count, levels);
+        const E* rows = static_cast<const E*>(a.hidden_rows) + row * row_steps() + k / step;
+        Sums::multiply(reinterpret_cast<const char*>(rows), row_steps() * size, end - row, w.w, n, chains, chain_count, levels);
         if (k + d < a.d) continue;
         sums().finish(levels);
         for (int64_t t = row; t < end; ++t) this->finish_scores(t, block, count, levels + (t - row) * kHeadBlock);

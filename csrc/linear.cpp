@@ -15,11 +15,11 @@ LinearOperand operand(const Tensor& t, bool along) { return {dtype_of(t), cdata(
 // Computes a product whose operands, pieces and result are set in `a`.
 void multiply(LinearProduct& a, const Tensor& like) {
   if (a.m == 0 || a.n == 0) return;
-  a.rows = a.m;
+  a.capacity = a.m;
   const int64_t most = INTERNLM2_CPU_MATRIX(linear_sizes, a).rows;
   const int64_t chunks = (a.m + most - 1) / most;
   const int64_t chunk = std::min(a.m, ((a.m + chunks - 1) / chunks + 47) / 48 * 48);  // nearly equal
-  a.rows = chunk;
+  a.capacity = chunk;
   const LinearSizes sizes = INTERNLM2_CPU_MATRIX(linear_sizes, a);
   const int64_t panels = (a.n + sizes.panel - 1) / sizes.panel;
   const bool serial = static_cast<double>(a.m) * a.n * a.k < kSerial;

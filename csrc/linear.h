@@ -8,8 +8,8 @@ namespace internlm2 {
 constexpr int64_t kLinearPackRows = 48;  // rows of A in one tile of linear_pack
 constexpr int64_t kLinearPiece = 32;     // pieces of the sum hold a multiple of this many indices
 
-// Into how many pieces a sum of k indices is cut. A piece costs about as much as 10 of its indices, so that none is shorter than
-// 512. internlm2_kernels/ops/linear.py knows the same rule.
+// Into how many pieces a sum of k indices is cut. A piece costs about as much as 10 of its indices, so that none is shorter
+// than 512. internlm2_kernels/ops/linear.py knows the same rule.
 inline int64_t linear_pieces(int64_t k) { return k >= 4096 ? 8 : k >= 2048 ? 4 : k >= 1024 ? 2 : 1; }
 
 // How many of k indices of a sum a piece holds, where they are cut into `pieces`.
@@ -39,13 +39,14 @@ struct LinearProduct {
   bool add;
   const void *bias, *residual;  // [n]; [m, n] in out_dtype
   int64_t residual_stride;
-  // The rows of A that are computed together, [first, first + rows), and the memory for them packed.
-  int64_t first, rows;
+  // The rows of A that are computed together, [first, first + rows), the most of them in one call, for which scratch memory is
+  // laid out, and the memory for them packed.
+  int64_t first, rows, capacity;
   void* a_packed;
 };
 
-// rows: the most rows of A that are computed together. row_bytes: bytes of each, packed; 0: they are not packed. scratch: bytes of a thread's scratch
-// memory for `rows` of the arguments. panel: columns of C in a tile of linear_tile.
+// rows: the most rows of A that are computed together. row_bytes: bytes of each, packed; 0: they are not packed. scratch: bytes
+// of a thread's scratch memory for `capacity` rows. panel: columns of C in a tile of linear_tile.
 struct LinearSizes { int64_t rows, row_bytes, scratch, panel; };
 
 // The gradient of the bias: dbias[j] = sum of dy[i][j] over the rows, in the accumulator's dtype.

@@ -79,7 +79,7 @@ Results sample_fwd_cpp(const Tensor& logits, const OptTensor& seeds, const OptTe
   for (int64_t row = 0; row < rows; ++row) {
     SampleOptions& o = options[static_cast<size_t>(row)];
     const double t = temperatures.at(row), k = ranks.at(row), repetition = repetitions.at(row);
-    check_option(t == 0 || (t >= 1e-6 && t <= 1e6), "temperature", "0 or a number from 1e-6 to 1e6", t, row);
+    check_option(t == 0 || (static_cast<float>(t) >= 1e-6f && t <= 1e6), "temperature", "0 or a number from 1e-6 to 1e6", t, row);
     o.greedy = t == 0;
     o.inverse = o.greedy ? 1 : static_cast<float>(1 / t);
     check_option(k >= 0, "top_k", "0 (all tokens) or more", k, row);
@@ -88,13 +88,13 @@ Results sample_fwd_cpp(const Tensor& logits, const OptTensor& seeds, const OptTe
     check_option(o.top_p > 0 && o.top_p <= 1, "top_p", "a number above 0 and at most 1", o.top_p, row);
     o.min_p = ratios.at(row);
     check_option(o.min_p >= 0 && o.min_p <= 1, "min_p", "a number from 0 to 1", o.min_p, row);
-    check_option(repetition >= 1e-6 && repetition <= 1e6, "repetition_penalty", "a number from 1e-6 to 1e6", repetition, row);
+    check_option(static_cast<float>(repetition) >= 1e-6f && repetition <= 1e6, "repetition_penalty", "a number from 1e-6 to 1e6", repetition, row);
     check_option(finite(presences.at(row)), "presence_penalty", "a finite number", presences.at(row), row);
     check_option(finite(frequencies.at(row)), "frequency_penalty", "a finite number", frequencies.at(row), row);
     o.repetition = static_cast<float>(repetition);
     o.presence = static_cast<float>(presences.at(row));
     o.frequency = static_cast<float>(frequencies.at(row));
-    o.prompt = static_cast<int64_t>(prompts.at(row));
+    o.prompt = static_cast<int64_t>(std::min(prompts.at(row), 9e15));  // the largest int64 is no double
     o.seed = seeds.has_value() ? static_cast<const uint64_t*>(cdata(*seeds))[row] : 0;
     o.position = positions.has_value() ? static_cast<const uint64_t*>(cdata(*positions))[row] : 0;
   }

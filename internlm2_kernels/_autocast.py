@@ -1,12 +1,12 @@
 """What the operators do under `torch.autocast`: one rule for all of them.
 
-- Attention and the operators on a linear head cast their floating-point inputs to autocast's dtype, except float64 tensors
-  and paged caches (`autocast`).
+- Attention, `linear` and the operators on a linear head cast their floating-point inputs to autocast's dtype, except float64
+  tensors and paged caches (`autocast`).
 - All others keep their inputs' dtype. Where two floating-point dtypes meet, both are converted to `torch.promote_types` of the
   two, as PyTorch's own operators do, and the output has that dtype (`promoted`).
 - Losses, log-probabilities and statistics are float32, or float64 for float64 inputs.
 
-Outside autocast two floating-point dtypes in one call are an error.
+Outside autocast two floating-point dtypes in one call are an error, but for float32 weights of a norm or of `linear`.
 """
 
 import functools

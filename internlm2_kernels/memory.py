@@ -65,8 +65,9 @@ def keep_freed_memory(limit: int | None = None) -> Kept:
     Returns  what was done or could not be done, see `Kept`. A further call sets another limit, and what is kept beyond it is
              given back
     Works    at any time, before or after torch is imported, with threads running; a process forked later inherits it. With
-             glibc, threads that start later share the main thread's heap, also after release(). Threads that already have a
-             heap of their own keep it: there blocks beyond 64 MiB still cause page faults
+             glibc, threads that start later share the main thread's heap, also after release(), unless another thread has
+             allocated before the call: heaps that exist are used again, and there blocks beyond 64 MiB still cause page
+             faults. So call it early
     Errors   TypeError if limit is not an int, ValueError if it is below 0 or beyond the memory of this machine or container
     Cost     one call takes microseconds. The process holds about its peak from then on; the first few tensors of a new size
              still take fresh memory
@@ -76,8 +77,8 @@ def keep_freed_memory(limit: int | None = None) -> Kept:
         raise TypeError(f"keep_freed_memory: limit: expected an int or None, got {type(limit).__name__}")
     if limit is not None and limit < 0:
         raise ValueError(f"keep_freed_memory: limit: expected at least 0 bytes, got {limit}")
-    most = machine_bytes()
-    if limit is not None and most is not None and limit > most:
+    most = None if limit is None else machine_bytes()
+    if most is not None and limit > most:
         raise ValueError(f"keep_freed_memory: limit: expected at most the {most} bytes of memory here, got {limit}")
     allocator = found()
     return Kept(allocator.name, *allocator.keep(limit))
@@ -85,7 +86,8 @@ def keep_freed_memory(limit: int | None = None) -> Kept:
 
 def release() -> Kept:
     """Gives back the memory that is kept, and ends the keeping: blocks that are freed later are treated as in a process that
-    never called `keep_freed_memory` but has already freed a large block, except that threads go on sharing one heap.
+    never called `keep_freed_memory` but has already freed a large block, except that threads go on sharing one heap, and that
+    free space in the heap, between blocks in use, may serve large blocks again.
 
     With glibc the free pages of all heaps are given back, except the end of heaps that other threads own, at most 64 MiB each.
     tcmalloc keeps what is freed later, as it always does. Cost: each free page is unmapped.
@@ -119,9 +121,13 @@ def _resident() -> int | None:
 def machine_bytes(root: Path = Path("/")) -> int | None:
     """The memory that this process may use: the machine's, or less where a control group limits it; None where unknown."""
     try:
-        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    except (AttributeError, OSError, ValueError):
+        return min(_limits(root))
+    except (AttributeError, OSError, ValueError):  # another system, or files that may not be read
         return None
+
+
+def _limits(root: Path) -> list[int]:
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     groups = root / "proc/self/cgroup"
     for line in groups.read_text().splitlines() if groups.exists() else ():
         number, controllers, path = line.split(":", 2)
@@ -136,4 +142,4 @@ def machine_bytes(root: Path = Path("/")) -> int | None:
             if folder.is_relative_to(top) and (folder / name).exists():
                 text = (folder / name).read_text().strip()
                 limits += [int(text)] if text.isdigit() else []
-    return min(limits)
+    return limits

@@ -265,8 +265,9 @@ template <typename T> class Row {
       }
       const int64_t block = id / kHeadBlock;
       z = z * o_.inverse;
-      finite = finite && z < -kNone;
-      s_.work[id] = (allowed_bits(block) >> id % kHeadBlock & 1) != 0 ? z : kNone;
+      const bool allowed = (allowed_bits(block) >> id % kHeadBlock & 1) != 0;
+      finite = finite && (!allowed || z < -kNone);
+      s_.work[id] = allowed ? z : kNone;
       s_.counts[id] = 0;
       s_.changed[block] = 1;
     }

@@ -1,5 +1,7 @@
 """What the operators on a linear head share: the shapes of the gradients, and the checks of hidden states and weight."""
 
+import math
+
 from .._autocast import autocast
 from .._checks import check_device, check_float, check_same, fail, last_stride_1
 from ._losses import accumulator
@@ -25,7 +27,7 @@ def check_head(op, hidden, weight):
 
 
 def as_matrix(x):
-    return last_stride_1(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
+    return last_stride_1(x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
 
 
 def check_weights(op, token_weights, labels, hidden):

@@ -101,12 +101,13 @@ def reference(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetit
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
+_LEAST = 9.999999e-7  # what a float32 tensor of 1e-6 holds is a little less than 1e-6
 OPTIONS = {  # name: (what is expected, whether a number is accepted; also of a tensor's elements)
-    "temperature": ("0 or a number from 1e-6 to 1e6", lambda v: (v == 0) | ((v >= 1e-6) & (v <= 1e6))),
+    "temperature": ("0 or a number from 1e-6 to 1e6", lambda v: (v == 0) | ((v >= _LEAST) & (v <= 1e6))),
     "top_k": ("0 (all tokens) or more", lambda v: v >= 0),
     "top_p": ("a number above 0 and at most 1", lambda v: (v > 0) & (v <= 1)),
     "min_p": ("a number from 0 to 1", lambda v: (v >= 0) & (v <= 1)),
-    "repetition_penalty": ("a number from 1e-6 to 1e6", lambda v: (v >= 1e-6) & (v <= 1e6)),
+    "repetition_penalty": ("a number from 1e-6 to 1e6", lambda v: (v >= _LEAST) & (v <= 1e6)),
     "presence_penalty": ("a finite number", lambda v: (v - v) == 0),
     "frequency_penalty": ("a finite number", lambda v: (v - v) == 0),
 }

@@ -2,7 +2,7 @@
 
 import torch
 
-from .._autocast import autocast, without_autocast
+from .._autocast import autocast, enabled, without_autocast
 from .._autograd import distinct, once_differentiable
 from .._checks import check_device, check_float, check_shape, fail, last_stride_1
 from .._registry import Op
@@ -21,7 +21,9 @@ def pieces_of(inner):
 @without_autocast
 def reference(x, weight, bias=None, *, residual=None, out_dtype=None, pieces=None):
     acc = accumulator(x.dtype)
-    y = x.to(acc) @ weight.to(x.dtype).to(acc).T
+    if weight.dtype != x.dtype:  # rounded, with a gradient that is not
+        weight = weight + (weight.to(x.dtype).to(weight.dtype) - weight).detach()
+    y = x.to(acc) @ weight.to(acc).T
     y = y if bias is None else y + bias.to(acc)
     y = y if residual is None else y + residual.to(acc)
     return y.to(out_dtype or x.dtype)
@@ -93,7 +95,8 @@ def linear(x, weight, bias=None, *, residual=None, out_dtype=None, pieces=None, 
     Shapes:   x [..., K], weight [N, K], bias [N], residual [..., N] -> y [..., N]
     Dtypes:   x float32 | bfloat16 | float16 | float64. weight and bias have the dtype of x or float32; a float32 weight is
               rounded to the dtype of x as it is read, without a copy in memory. out_dtype: that of x (None), or float32 for
-              unrounded sums. residual has the dtype of y. Autocast casts them all
+              unrounded sums. residual has the dtype of y. Autocast casts all operands, the weight by a copy. Products of
+              bfloat16 take subnormal numbers as 0
     Order:    the sum over K is cut into `pieces` of equal length, a multiple of 64 (32 on CPU) except at the end: 8 from
               K = 4096 on, 4 from 2048, 2 from 1024, otherwise 1, or as given (1, 2, 4 or 8). Each is summed in float32 in
               rising order, and they are added in a balanced tree. A row of y has the same bits in every batch. Where
@@ -104,30 +107,35 @@ def linear(x, weight, bias=None, *, residual=None, out_dtype=None, pieces=None, 
               weight is not rounded. The upstream gradient is rounded to the dtype of x. Deterministic: yes; y and dx are
               batch-invariant
     Errors:   ValueError for a wrong shape, device or option; TypeError for a wrong dtype
-    Cost:     2 M N K flops forward, 4 M N K backward. Source: torch.nn.functional.linear; arXiv:2511.17826 for the tree
+    Cost:     2 M N K flops forward, 4 M N K backward. A weight whose last stride is not 1 is copied.
+              Source: torch.nn.functional.linear; arXiv:2511.17826 for the tree
     """
     check_float("linear", "x", x)
     check_float("linear", "weight", weight)
-    if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        fail(ValueError, "linear", "weight", f"shape [N, {x.shape[-1] if x.dim() else 'K'}]", list(weight.shape))
+    if x.dim() == 0:
+        fail(ValueError, "linear", "x", "at least one dimension", list(x.shape))
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        fail(ValueError, "linear", "weight", f"shape [N, {x.shape[-1]}]", list(weight.shape))
     if pieces is None:
         pieces = pieces_of(x.shape[-1])
     if not isinstance(pieces, int) or isinstance(pieces, bool) or pieces not in PIECES:
         fail(ValueError, "linear", "pieces", "1, 2, 4 or 8", repr(pieces))
-    given = [t for t in (x, weight, bias, residual) if isinstance(t, torch.Tensor)]
-    x, weight, *others = autocast(*given)
+    x, weight, *others = autocast(*(t for t in (x, weight, bias) if isinstance(t, torch.Tensor)))
+    bias = others[0] if others else bias
     acc = accumulator(x.dtype)
-    bias = others.pop(0) if isinstance(bias, torch.Tensor) else bias
-    residual = others.pop(0) if isinstance(residual, torch.Tensor) else residual
     _check_like("weight", weight, (x.dtype, acc), x)
     if bias is not None:
         _check_like("bias", bias, (x.dtype, acc), x)
         check_shape("linear", "bias", bias, weight.shape[:1], "the rows of weight")
     out_dtype = x.dtype if out_dtype is None else out_dtype
+    if not isinstance(out_dtype, torch.dtype):
+        fail(TypeError, "linear", "out_dtype", "a torch.dtype or None", repr(out_dtype))
     if out_dtype not in (x.dtype, acc):
         fail(ValueError, "linear", "out_dtype", " or ".join(dict.fromkeys(map(str, (x.dtype, acc)))), out_dtype)
     shape = (*x.shape[:-1], weight.shape[0])
     if residual is not None:
+        if isinstance(residual, torch.Tensor) and residual.is_floating_point() and enabled(x.device.type):
+            residual = residual.to(out_dtype)
         _check_like("residual", residual, (out_dtype,), x)
         check_shape("linear", "residual", residual, shape, "the shape of y")
     chosen = LINEAR.select(x, backend)

@@ -140,7 +140,7 @@ def sample(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition
               allowed and above -inf, ids outside [-1, V), options out of range (each also in a tensor). On CUDA such a row has
               the token -1 and NaN, and `check()` reports it
     Cost:     memory-bound: one read of the logits, and two more of the part that top-k, top-p and min-p cannot exclude by the
-              largest logits of blocks of 64. Scratch: 32 bytes for each column and thread.
+              largest logits of blocks of 64. Scratch: up to 41 bytes for each column and thread.
               Source: arXiv:1904.09751 (top-p), arXiv:2407.01082 (min-p), arXiv:1909.05858 section 4.1 (repetition); the order
               is that of vLLM v1/sample/sampler.py and of transformers generation/logits_process.py
     """

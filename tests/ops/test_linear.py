@@ -113,6 +113,9 @@ def test_float32_weights_beside_16_bit_inputs(backend, isa, dtype, generator):
         return (y.detach(), *torch.autograd.grad(y, leaves, dy))
 
     got = on(backend, isa, lambda backend: run(wide, backend))
+    plain = run(wide, "reference")
+    torch.testing.assert_close(got[2], plain[2], rtol=1e-5, atol=1e-4)
+    assert (plain[2] != plain[2].to(dtype).float()).any()
     want = on(backend, isa, lambda backend: run(wide.to(dtype), backend))
     assert got[2].dtype == torch.float32 and want[2].dtype == dtype and (got[2] != want[2].float()).any()
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and torch.equal(got[2].to(dtype), want[2])
@@ -126,6 +129,36 @@ def test_unrounded_sums(backend, generator):
     assert wide.dtype == torch.float32 and torch.equal(wide.bfloat16(), ik.linear(x, weight, backend=backend))
     gold = x.double() @ weight.double().T
     assert (wide - gold).abs().max() < 1e-4 and (wide != wide.bfloat16().float()).any()
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize(("dtype", "weight_dtype", "cols"), (
+    (torch.bfloat16, torch.float32, 512), (torch.bfloat16, torch.bfloat16, 511), (torch.float32, torch.float32, 512)), ids=str)
+def test_a_last_chunk_of_few_rows(isa, dtype, weight_dtype, cols, generator):
+    """Rows are computed in chunks of nearly equal size. Numbers of rows whose last chunk is far smaller than the others."""
+    x, weight = draw(generator, 20161, cols, dtype=dtype), draw(generator, 24, cols, dtype=weight_dtype)
+    dy = draw(generator, 20161, 24, dtype=dtype)
+    last = on("cpp", isa, both(x[-1:], weight, dy[-1:]))
+    for rows in (4333, 8184, 20161):
+        got = on("cpp", isa, both(x[-rows:], weight, dy[-rows:]))
+        assert torch.equal(got[0][-1:], last[0]) and torch.equal(got[1][-1:], last[1]), rows
+
+
+def test_empty_sums_and_rows(generator):
+    """Without columns y is bias and residual, under any leading dimensions."""
+    bias, residual = draw(generator, 4), draw(generator, 2, 3, 4)
+    for backend in ("reference", "cpp", "triton"):
+        empty = torch.zeros(2, 3, 0, requires_grad=True)
+        y = ik.linear(empty, torch.zeros(4, 0), bias, residual=residual, backend=backend)
+        assert torch.equal(y, bias + residual) and torch.autograd.grad(y.sum(), empty)[0].shape == (2, 3, 0)
+        assert ik.linear(torch.zeros(2, 5), torch.zeros(0, 5), backend=backend).shape == (2, 0)
+
+
+def test_residual_and_unrounded_sums_under_autocast(generator):
+    x, weight, residual = draw(generator, 3, 8), draw(generator, 4, 8), draw(generator, 3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ik.linear(x, weight, residual=residual, out_dtype=torch.float32)
+    assert torch.equal(y, ik.linear(x.bfloat16(), weight.bfloat16(), residual=residual, out_dtype=torch.float32))
 
 
 def test_a_frozen_operand_is_not_saved(generator):

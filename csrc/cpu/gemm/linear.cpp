@@ -43,7 +43,7 @@ template <typename T> struct Linear {
   // Packed rows of A are an odd number of cache lines apart, so that a column of them falls into different sets of the cache.
   int64_t row_steps() const { return ((round_up(steps_of(p.k) * size, 64) / 64) | 1) * 64 / size; }
   Sums sums() const { return {p.k, p.piece, p.tree}; }
-  int64_t group_steps() const { return p.rows <= kFewRows ? kFewSteps : kSteps; }
+  int64_t group_steps() const { return p.capacity <= kFewRows ? kFewSteps : kSteps; }
 
   // ---------------------------------------------------------------------------------------------------- operands
   static VEC_INLINE const T* at(const LinearOperand& o, int64_t row, int64_t column) {
@@ -79,7 +79,7 @@ template <typename T> struct Linear {
     int64_t allocate(void* memory, const Linear& h) {
       Arena c(memory);
       c.take(b, kSteps * panel);
-      const int64_t strips = h.group_steps() >= steps_of(h.p.k) ? 1 : Sums::strips(h.p.rows);
+      const int64_t strips = h.group_steps() >= steps_of(h.p.k) ? 1 : Sums::strips(h.p.capacity);
       c.take(sums, greater(h.sums().levels() * strips * Sums::kLevel, kMostFew * panel));
       c.take(copies, kCopied * panel);
       return c.bytes;
@@ -87,7 +87,8 @@ template <typename T> struct Linear {
   };
   LinearSizes sizes() const {
     const int64_t row_bytes = row_steps() * size;
-    return {clip(kRowBytes / row_bytes / 96 * 96, 96, kRows), in_place() ? 0 : row_bytes, Scratch().allocate(nullptr, *this), panel};
+    return {clip(kRowBytes / row_bytes / 96 * 96, 96, kRows), in_place() ? 0 : row_bytes, Scratch().allocate(nullptr, *this),
+            panel};
   }
 
   void pack(int64_t tile) const {

@@ -63,8 +63,8 @@ template <typename P, int64_t kWidth> struct Pieces {
   // Computes chains for a strip of `rows` rows: `a` is its first row from the first chain's beginning on, rows are row_bytes
   // apart, with any alignment; `b` is packed
   // [steps][kWidth], of which the first n columns are computed. Calls for one strip follow each other in rising order.
-  static void multiply(const char* a, int64_t row_bytes, int64_t rows, const E* b, int64_t n, const Chain* chains, int64_t count,
-                       Acc* levels) {
+  static void multiply(const char* a, int64_t row_bytes, int64_t rows, const E* b, int64_t n, const Chain* chains,
+                       int64_t count, Acc* levels) {
     if constexpr (kTiles<P>) {
       for (const Chain* c = chains; c < chains + count; ++c) {
         Acc* sum = levels + c->level * kLevel;

@@ -52,13 +52,7 @@ VEC_INLINE Vec<float> exp_near(Vec<float> x) {
   using V = Vec<float>;
   const V magic(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which is in the lower bits of the sum
   const V sum = x * V(1.44269504f) + magic, n = sum - magic;
-  V r = fnma(n, V(0.693359375f), x);
-  r = fnma(n, V(-2.12194440e-4f), r);
-  V q = fma(V(0x1.6a2434p-10f), r, V(0x1.1239e2p-7f));
-  q = fma(q, r, V(0x1.5558f2p-5f));
-  q = fma(q, r, V(0x1.555492p-3f));
-  q = fma(q, r, V(0x1.fffffcp-2f));
-  const V p = fma(q * r, r, r) + V(1);
+  const V p = exp_parts(x, n).p + V(1);
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p.v), _mm512_slli_epi32(_mm512_castps_si512(sum.v), 23)));
 #else

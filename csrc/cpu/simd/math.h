@@ -10,10 +10,9 @@ namespace internlm2 { namespace cpu { namespace CPU_CAPABILITY { namespace {
 // that |r| <= ln 2 / 2. ln 2 is split into an upper and a lower part, so that n * (upper part) is exact.
 template <typename V> struct ExpParts { V p, n, r, t; };  // t = r^2 q(r)
 
-// In float: q is fitted so that the maximum relative error of 1 + p is smallest (3.1e-9).
-VEC_INLINE ExpParts<Vec<float>> exp_parts(Vec<float> x) {
+// In float, for a given n: q is fitted so that the maximum relative error of 1 + p is smallest (3.1e-9).
+VEC_INLINE ExpParts<Vec<float>> exp_parts(Vec<float> x, Vec<float> n) {
   using V = Vec<float>;
-  const V n = round(x * V(1.44269504f));
   V r = fnma(n, V(0.693359375f), x);
   r = fnma(n, V(-2.12194440e-4f), r);
   V q = fma(V(0x1.6a2434p-10f), r, V(0x1.1239e2p-7f));
@@ -22,6 +21,7 @@ VEC_INLINE ExpParts<Vec<float>> exp_parts(Vec<float> x) {
   q = fma(q, r, V(0x1.fffffcp-2f));
   return {fma(q * r, r, r), n, r, q * r * r};
 }
+VEC_INLINE ExpParts<Vec<float>> exp_parts(Vec<float> x) { return exp_parts(x, round(x * Vec<float>(1.44269504f))); }
 
 // In double: 1 + p is Taylor's polynomial of degree 13, which on |r| <= ln 2 / 2 is exact to 5e-18.
 VEC_INLINE ExpParts<Vec<double>> exp_parts(Vec<double> x) {

@@ -4,7 +4,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from internlm2.config import ModelConfig
@@ -38,7 +37,7 @@ class RewardModel(Decoder):
     def _number(self, hidden: Tensor) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):  # autocast would round the number to its dtype
-            return F.linear(hidden.to(wide), self.v_head.weight.to(wide))[:, 0]
+            return self.operators.linear(hidden.to(wide), self.v_head.weight.to(wide))[:, 0]
 
     def loss(
         self, tokens: Tensor, cu_seqlens: Tensor, positions: Tensor | None = None, *, gamma: float = 2.0,

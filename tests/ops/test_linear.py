@@ -60,6 +60,11 @@ def test_the_number_of_pieces(backend, isa, dtype, generator):
         run = lambda count, x=x, weight=weight: on(backend, isa, lambda backend: ik.linear(
             x, weight, pieces=count, out_dtype=torch.float32, backend=backend))
         assert torch.equal(run(None), run(pieces)) and not torch.equal(run(pieces), run(8 if pieces < 8 else 4))
+        if backend == "cpp":  # a row of a batch has the bits of the row alone, which another kernel computes
+            many = draw(generator, 23, inner, dtype=dtype)
+            got = on(backend, isa, lambda backend, many=many, weight=weight: ik.linear(many, weight, backend=backend))
+            one = on(backend, isa, lambda backend, many=many, weight=weight: ik.linear(many[:1], weight, backend=backend))
+            assert torch.equal(got[:1], one), inner
         zero = torch.zeros(2, 3, dtype=dtype)
         _, dx = on(backend, isa, both(zero, weight.T.contiguous(), x))
         assert torch.equal(dx, on(backend, isa, lambda backend, x=x, weight=weight: ik.linear(x, weight, backend=backend)))
@@ -85,7 +90,8 @@ def test_shards_of_the_sum_have_the_bits_of_the_whole(backend, isa, dtype, ranks
     """Each rank holds a part of K and computes 8 / ranks pieces. Their float32 results, added in the same tree, are those of
     one rank."""
     cols = 1024 if backend == "cpp" else 512
-    x, weight = draw(generator, 9, cols, dtype=dtype), draw(generator, 40, cols, dtype=dtype)
+    rows = 21 if backend == "cpp" else 9  # more than the kernel for few rows takes
+    x, weight = draw(generator, rows, cols, dtype=dtype), draw(generator, 40, cols, dtype=dtype)
 
     def shards(backend):
         each = cols // ranks
@@ -159,6 +165,18 @@ def test_residual_and_unrounded_sums_under_autocast(generator):
     with torch.autocast("cpu", torch.bfloat16):
         y = ik.linear(x, weight, residual=residual, out_dtype=torch.float32)
     assert torch.equal(y, ik.linear(x.bfloat16(), weight.bfloat16(), residual=residual, out_dtype=torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", SETS)
+def test_the_heads_logits_are_linears(isa, dtype, generator):
+    """The log-probability that `sample` reports for unrounded logits of `linear` has the bits of `linear_logprobs`."""
+    for cols in (33, 1024, 2049, 4100):
+        hidden, weight = draw(generator, 3, cols, dtype=dtype), (draw(generator, 130, cols) * cols**-0.5).to(dtype)
+        with instruction_set(isa):
+            logits = ik.linear(hidden, weight, out_dtype=torch.float32, backend="cpp")
+            tokens, logprobs = ik.sample(logits, temperature=0.0, backend="cpp")
+            assert torch.equal(logprobs, ik.linear_logprobs(hidden, weight, tokens, backend="cpp")), cols
 
 
 def test_a_frozen_operand_is_not_saved(generator):

@@ -35,7 +35,9 @@ void multiply(LinearProduct& a, const Tensor& like) {
   for (a.first = 0; a.first < a.m; a.first += chunk) {
     a.rows = std::min(chunk, a.m - a.first);
     const int64_t tiles = (a.rows + kLinearPackRows - 1) / kLinearPackRows;
-    if (sizes.row_bytes > 0) for_tiles(tiles, std::min(workers, tiles), [&](int64_t tile, int64_t) { INTERNLM2_CPU_MATRIX(linear_pack, a, tile); });
+    if (sizes.row_bytes > 0) {
+      for_tiles(tiles, std::min(workers, tiles), [&](int64_t tile, int64_t) { INTERNLM2_CPU_MATRIX(linear_pack, a, tile); });
+    }
     for_tiles(panels, std::min(workers, panels), [&](int64_t tile, int64_t worker) {
       INTERNLM2_CPU_MATRIX(linear_tile, a, tile, aligned(scratch) + worker * sizes.scratch);
     });
@@ -74,8 +76,8 @@ Tensor linear_fwd_cpp(const Tensor& x, const Tensor& weight, const OptTensor& bi
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_bwd_cpp(const Tensor& dy, const OptTensor& x, const OptTensor& weight, bool wide,
-                                                  bool needs_dbias) {
+std::tuple<Tensor, Tensor, Tensor> linear_bwd_cpp(const Tensor& dy, const OptTensor& x, const OptTensor& weight, int64_t pieces,
+                                                  bool wide, bool needs_dbias) {
   check_cpu();
   const int64_t rows = dy.size(0), cols = dy.size(1);
   const auto fresh = [&](std::initializer_list<int64_t> sizes, bool acc) {
@@ -92,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd_cpp(const Tensor& dy, const OptTen
     a.m = rows;
     a.n = weight->size(1);
     a.k = cols;
-    a.piece = linear_piece(a.k, linear_pieces(a.k));
+    a.piece = linear_piece(a.k, pieces);
     a.tree = true;
     set_result(a, dx);
     multiply(a, dy);

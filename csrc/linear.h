@@ -9,7 +9,7 @@ constexpr int64_t kLinearPackRows = 48;  // rows of A in one tile of linear_pack
 constexpr int64_t kLinearPiece = 32;     // pieces of the sum hold a multiple of this many indices
 
 // Into how many pieces a sum of k indices is cut. A piece costs about as much as 10 of its indices, so that none is shorter
-// than 512. internlm2_kernels/ops/linear.py knows the same rule.
+// than 512. The heads over a vocabulary use this rule; for `linear` itself internlm2_kernels/ops/linear.py holds the same one.
 inline int64_t linear_pieces(int64_t k) { return k >= 4096 ? 8 : k >= 2048 ? 4 : k >= 1024 ? 2 : 1; }
 
 // How many of k indices of a sum a piece holds, where they are cut into `pieces`.
@@ -32,11 +32,10 @@ struct LinearProduct {
   int64_t m, n, k;
   int64_t piece;  // indices of the sum in a piece, a multiple of kLinearPiece
   bool tree;      // whether the pieces are added in a balanced tree, or one after the other
-  // The result [m, n]: C + bias + residual + (add: what it holds), rounded once. Null: without.
+  // The result [m, n]: C + bias + residual, rounded once. Null: without.
   Dtype out_dtype, bias_dtype;
   void* out;
   int64_t out_stride;
-  bool add;
   const void *bias, *residual;  // [n]; [m, n] in out_dtype
   int64_t residual_stride;
   // The rows of A that are computed together, [first, first + rows), the most of them in one call, for which scratch memory is

@@ -137,16 +137,16 @@ def linear(dtype, meta):
     yield "7B", lambda: linear_fwd(x, weight, None, None, 8, False)
     yield "7B, bias and residual", lambda: linear_fwd(x, weight, bias, dy, 8, False)
     yield "7B, one row", lambda: linear_fwd(x[:1], weight, None, None, 8, False)
-    yield "7B, dx", lambda: linear_bwd(dy, None, weight, False, True)
-    yield "7B, dweight", lambda: linear_bwd(dy, x, None, False, False)
+    yield "7B, dx", lambda: linear_bwd(dy, None, weight, 8, False, True)
+    yield "7B, dweight", lambda: linear_bwd(dy, x, None, 8, False, False)
     odd, odd_weight = meta(8192, 333, dtype=dtype), meta(77, 333, dtype=dtype)
     yield "odd", lambda: linear_fwd(odd, odd_weight, None, None, 8, False)
-    yield "odd, dx", lambda: linear_bwd(meta(8192, 77, dtype=dtype), None, odd_weight, False, True)
-    yield "odd, dweight", lambda: linear_bwd(meta(8192, 77, dtype=dtype), odd, None, False, False)
+    yield "odd, dx", lambda: linear_bwd(meta(8192, 77, dtype=dtype), None, odd_weight, 1, False, True)
+    yield "odd, dweight", lambda: linear_bwd(meta(8192, 77, dtype=dtype), odd, None, 1, False, False)
     if dtype != torch.float32:
         yield "7B, float32 weight", lambda: linear_fwd(x, full, None, None, 8, True)
-        yield "7B, dx, float32 weight", lambda: linear_bwd(dy, None, full, True, False)
-        yield "7B, dweight in float32", lambda: linear_bwd(dy, x, None, True, False)
+        yield "7B, dx, float32 weight", lambda: linear_bwd(dy, None, full, 8, True, False)
+        yield "7B, dweight in float32", lambda: linear_bwd(dy, x, None, 8, True, False)
 
 
 def linear_cross_entropy(dtype, meta):

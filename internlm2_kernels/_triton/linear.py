@@ -23,11 +23,6 @@ def tile_config(element_size: int, arch: int) -> Tile:
     return Tile(128, 64, 64, 8, 3 if arch < 90 else 4)
 
 
-def pieces_of(inner: int) -> int:
-    """Into how many pieces a sum is cut, as in ops/linear.py."""
-    return 8 if inner >= 4096 else 4 if inner >= 2048 else 2 if inner >= 1024 else 1
-
-
 def piece_of(inner: int, pieces: int) -> int:
     """The length of a piece: a multiple of the steps of all tiles."""
     return max(1, -(-inner // (64 * pieces))) * 64
@@ -191,7 +186,7 @@ def linear_fwd(x, weight, bias, residual, pieces, wide):
     return out
 
 
-def linear_bwd(dy, x, weight, wide, needs_dbias):
+def linear_bwd(dy, x, weight, pieces, wide, needs_dbias):
     check_dtype("linear", "dy", dy)
     rows, cols = dy.shape
     new = lambda *shape, dtype=dy.dtype: torch.empty(shape, dtype=dtype, device=dy.device)
@@ -199,7 +194,6 @@ def linear_bwd(dy, x, weight, wide, needs_dbias):
     dweight = new(0) if x is None else new(cols, x.shape[1], dtype=torch.float32 if wide else dy.dtype)
     dbias = new(cols if needs_dbias else 0, dtype=torch.float32)
     if weight is not None:
-        pieces = pieces_of(cols)
         _multiply(dy, weight, dx, piece=piece_of(cols, pieces), pieces=pieces, tree=True)
     if x is not None:
         _multiply(dy.T, x, dweight, piece=ROWS_AT_ONCE, pieces=triton.cdiv(rows, ROWS_AT_ONCE), tree=False)

@@ -14,7 +14,7 @@ PIECES = (1, 2, 4, 8)
 
 def pieces_of(inner):
     """Into how many pieces a sum of `inner` terms is cut: 8 from 4096 terms on, fewer below, so that none is shorter than 512.
-    Kernels know the same rule (csrc/linear.h)."""
+    The heads over a vocabulary hold the same rule (csrc/linear.h)."""
     return 8 if inner >= 4096 else 4 if inner >= 2048 else 2 if inner >= 1024 else 1
 
 
@@ -33,7 +33,7 @@ def _fake_fwd(x, weight, bias, residual, pieces, wide):
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=accumulator(x.dtype) if wide else x.dtype)
 
 
-def _fake_bwd(dy, x, weight, wide, needs_dbias):
+def _fake_bwd(dy, x, weight, pieces, wide, needs_dbias):
     acc = accumulator(dy.dtype)
     dx = dy.new_empty((0,)) if weight is None else dy.new_empty((dy.shape[0], weight.shape[1]))
     dweight = dy.new_empty((0,)) if x is None else dy.new_empty((dy.shape[1], x.shape[1]), dtype=acc if wide else dy.dtype)
@@ -47,7 +47,7 @@ LINEAR = Op(
     reference=reference,
     schemas={
         "fwd": "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int pieces, bool wide) -> Tensor",
-        "bwd": "(Tensor dy, Tensor? x, Tensor? weight, bool wide, bool needs_dbias)"
+        "bwd": "(Tensor dy, Tensor? x, Tensor? weight, int pieces, bool wide, bool needs_dbias)"
                " -> (Tensor dx, Tensor dweight, Tensor dbias)",
     },
     fakes={"fwd": _fake_fwd, "bwd": _fake_bwd},
@@ -75,8 +75,8 @@ class _Linear(torch.autograd.Function):
         dtype, weight_dtype, bias_dtype = ctx.dtypes
         dx = dweight = dbias = None
         if needs_x or needs_weight or needs_bias:
-            dx, dweight, dbias = _BWD[ctx.backend](last_stride_1(dy.to(dtype)), x, weight, weight_dtype != dtype,
-                                                   needs_bias)
+            dx, dweight, dbias = _BWD[ctx.backend](last_stride_1(dy.to(dtype)), x, weight, pieces_of(dy.shape[1]),
+                                                   weight_dtype != dtype, needs_bias)
         return (dx if needs_x else None, dweight if needs_weight else None, dbias.to(bias_dtype) if needs_bias else None,
                 dy if needs_residual else None, None, None, None)
 

@@ -22,9 +22,9 @@ template <typename T> struct Linear {
   using V = Vec<Acc>;
   using Sums = Pieces<P, kPanel<P>>;
   static constexpr int64_t step = P::step, size = sizeof(E), panel = kPanel<P>, kStrip = Sums::kStrip;
-  static constexpr int64_t kSteps = 1024;   // steps of the sum for which B is packed at a time, and the same where A has at
-  static constexpr int64_t kFewSteps = 128;  // most kFewRows rows: the packed part then stays in the first-level cache
-  static constexpr int64_t kFewRows = 24;
+  // Steps of the sum for which B is packed at a time. Where A has at most kFewRows rows they are kFewSteps, so that the packed
+  // part stays in the first-level cache.
+  static constexpr int64_t kSteps = 1024, kFewSteps = 128, kFewRows = 24;
 #if defined(CPU_CAPABILITY_AVX512)
   static constexpr int64_t kMostFew = 12;  // the most rows that few() computes: their sums fill the registers
 #else
@@ -256,7 +256,6 @@ template <typename T> struct Linear {
         V x = sum == nullptr ? V(Acc(0)) : load<V>(sum + i * panel + e, n);
         if (bias != nullptr) x = x + load<V>(bias + j + e, n);
         if (p.residual != nullptr) x = x + load<V>(residual + e, n);
-        if (p.add) x = x + load<V>(to + e, n);
         store(to + e, x, n);
       });
     }
